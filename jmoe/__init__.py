@@ -1,0 +1,1 @@
+"""DeepSeek-V3-style mixture-of-experts language models in JAX."""

@@ -1,0 +1,150 @@
+"""What a checkpoint holds, and whether it is still what was written.
+
+Orbax notices when its index is broken, but array data carries no checksum: a byte that
+changes on disk would be read as it is. So each checkpoint has a `manifest.json`,
+written last:
+
+    step      the optimizer step
+    position  where the data loader stood
+    arrays    name -> "float32[64,8]", for each array of the state
+    files     path -> [bytes, CRC-32], for each file below the checkpoint's directory
+
+A checkpoint is whole if all of its files have their full size; restoring also compares
+the checksums.
+"""
+
+import concurrent.futures
+import json
+import pathlib
+import zlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+
+FILE_NAME = "manifest.json"
+_REWRITTEN = "_CHECKPOINT_METADATA"  # Orbax touches it once more after we are done
+_FLOATS = {"float16", "bfloat16", "float32"}
+_LISTED_DIFFERENCES = 8
+_CHUNK_BYTES = 1 << 20
+
+
+class DamagedCheckpointError(ValueError):
+    """Files of a checkpoint are missing, cut short or altered."""
+
+    def __init__(self, directory: pathlib.Path, reason: str):
+        super().__init__(f"Checkpoint {directory} is damaged: {reason}.")
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """A pytree's leaves by name, in its order: {"params/embed/kernel": ...}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in leaves
+    }
+    assert len(flat) == len(leaves), "two leaves share a name"
+    return flat
+
+
+def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Dtype and shape of each array or `jax.ShapeDtypeStruct`: "float32[64,8]"."""
+    return {
+        name: f"{array.dtype}[{','.join(map(str, array.shape))}]"
+        for name, array in arrays.items()
+    }
+
+
+def write(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
+    """Writes `manifest`, with the files of `directory` added to it, beside them."""
+    paths = [path for path in directory.rglob("*") if path.is_file()]
+    names = [path.relative_to(directory).as_posix() for path in paths]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        files = dict(zip(names, pool.map(_size_and_crc, paths), strict=True))
+    files.pop(_REWRITTEN, None)
+    text = json.dumps({**manifest, "files": files}, indent=1)
+    (directory / FILE_NAME).write_text(text)
+
+
+def read(directory: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files have their full size.
+
+    Raises:
+      DamagedCheckpointError: a file is missing or has another size; names both.
+    """
+    try:
+        manifest = json.loads((directory / FILE_NAME).read_text())
+    except FileNotFoundError:
+        raise DamagedCheckpointError(directory, f"{FILE_NAME} is missing") from None
+    except ValueError as error:
+        raise DamagedCheckpointError(directory, f"{FILE_NAME}: {error}") from None
+    for name, (written, _) in manifest["files"].items():
+        path = directory / name
+        if not path.is_file():
+            raise DamagedCheckpointError(directory, f"{name} is missing")
+        found = path.stat().st_size
+        if found != written:
+            raise DamagedCheckpointError(
+                directory, f"{name} has {found} bytes, not {written}"
+            )
+    return manifest
+
+
+def check_sums(directory: pathlib.Path, files: Mapping[str, list[int]]) -> None:
+    """Reads every file; raises DamagedCheckpointError for one that was altered."""
+    paths = [directory / name for name in files]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, found in zip(files, pool.map(_size_and_crc, paths), strict=True):
+            if list(found) != files[name]:
+                raise DamagedCheckpointError(directory, f"{name} was altered (CRC-32)")
+
+
+def check_arrays(
+    directory: pathlib.Path,
+    expected: Mapping[str, str],
+    stored: Mapping[str, str],
+    ignore: Collection[str],
+) -> None:
+    """Raises one ValueError with the first differences in name, shape or dtype.
+
+    Args:
+      directory: of the checkpoint, for the message.
+      expected: what the caller wants to read, as `describe` gives it.
+      stored: what there is, likewise.
+      ignore: first components of names that may be stored and not expected.
+    """
+    found = {
+        name: text for name, text in stored.items() if name.split("/")[0] not in ignore
+    }
+    differences = [
+        f"  {name}: expected {expected.get(name, 'nothing')}, "
+        f"found {found.get(name, 'nothing')}"
+        for name in {**expected, **found}
+        if not _readable_as(expected.get(name, ""), found.get(name, ""))
+    ]
+    if not differences:
+        return
+    lines = differences[:_LISTED_DIFFERENCES]
+    if len(differences) > len(lines):
+        lines.append(f"  and {len(differences) - len(lines)} more")
+    raise ValueError(
+        "\n".join([f"Checkpoint {directory} holds another state:", *lines])
+    )
+
+
+def _readable_as(expected: str, found: str) -> bool:
+    """Same shape, and the same dtype or both floating point."""
+    dtype, _, shape = expected.partition("[")
+    stored_dtype, _, stored_shape = found.partition("[")
+    return shape == stored_shape and (
+        dtype == stored_dtype or {dtype, stored_dtype} <= _FLOATS
+    )
+
+
+def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
+    size = crc = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
+    return size, crc

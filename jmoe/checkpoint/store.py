@@ -1,0 +1,280 @@
+"""Checkpoints that are whole or not there: asynchronous, atomic, checked.
+
+A checkpoint is a directory named by its step. Orbax writes the arrays (uncompressed:
+zstd takes three times as long and saves 8% on random weights) under a temporary name,
+we add `manifest.json` with the data loader's position and a checksum of each file, and
+Orbax renames the directory. A run killed meanwhile leaves only the temporary name.
+
+The state is any pytree of arrays. It is stored flat, by name ("params/embed/kernel"),
+so that a checkpoint stays readable when a container's class changes, and in part.
+"""
+
+import concurrent.futures
+import json
+import operator
+import pathlib
+import shutil
+from collections.abc import Collection, Mapping
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from jmoe.checkpoint import manifest
+from jmoe.checkpoint.manifest import DamagedCheckpointError
+
+PyTree = Any
+
+_UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX
+_WRITE_TIMEOUT_S = 6 * 3600
+
+
+class Store:
+    """The checkpoints of one run: saves without holding up training, keeps the newest.
+
+    Opening a store and reading from it change nothing on disk. Saving removes what
+    interrupted saves left unfinished and the whole checkpoints beyond the newest
+    `keep`. One that claims to be as new as the step being saved, but was neither saved
+    nor restored here, is damaged or of another continuation of the run: it is set aside
+    under another name, with a warning. Not thread-safe.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, keep: int = 2):
+        if keep < 1:
+            raise ValueError(f"keep={keep} must be at least 1.")
+        self._directory = pathlib.Path(directory).absolute()
+        self._keep = keep
+        self._current: int | None = None  # the step last saved or restored here
+        self._writing = False
+        self._handler = _SealingHandler(use_compression=False)
+        self._writer = ocp.AsyncCheckpointer(
+            self._handler,
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_WRITE_TIMEOUT_S,
+                create_directories_asynchronously=False,  # so that `save` can raise
+            ),
+        )
+        self._remover = concurrent.futures.ThreadPoolExecutor(1)
+
+    def latest_step(self) -> int | None:
+        """The newest whole checkpoint; warns of newer ones that are damaged."""
+        for step in self._steps():
+            try:
+                manifest.read(self._path(step))
+            except DamagedCheckpointError as error:
+                logging.warning("Passed over: %s", error)
+            else:
+                return step
+        return None
+
+    def save(self, step: int, state: PyTree, position: Mapping[str, Any]) -> None:
+        """Starts to write `state` and the data loader's `position` as one checkpoint.
+
+        Returns once the arrays may be donated or overwritten. (On CPU the writer shares
+        their memory, and until it is done JAX copies where it would donate.) First
+        waits for the save before, so that at most one state is in flight. The step
+        saved or restored last isn't written again.
+
+        Args:
+          step: the optimizer step; it names the checkpoint.
+          state: any pytree of `jax.Array`.
+          position: what JSON can hold.
+
+        Raises:
+          TypeError: `position` holds something else.
+          ValueError: `step` comes before the one saved or restored last.
+          Exception: whatever made the save before this one fail.
+        """
+        step = operator.index(step)
+        position = json.loads(json.dumps(position))  # the loader may change its own
+        self.wait()
+        if step == self._current:
+            return
+        if self._current is not None and step < self._current:
+            raise ValueError(
+                f"step={step} must come after {self._current}, the step saved or "
+                "restored last."
+            )
+        if jax.process_index() == 0:
+            self._tidy(step)
+        arrays = manifest.flatten(state)
+        self._handler.manifest = {
+            "step": step,
+            "position": position,
+            "arrays": manifest.describe(arrays),
+        }
+        with jax.transfer_guard("allow"):
+            self._writer.save(self._path(step), args=_Save(arrays))
+        self._current = step
+        self._writing = True
+
+    def restore(
+        self,
+        abstract_state: PyTree,
+        step: int | None = None,
+        *,
+        ignore: Collection[str] = (),
+    ) -> tuple[PyTree, dict[str, Any], int]:
+        """Reads the newest whole checkpoint, warning of newer ones, or that of `step`.
+
+        Args:
+          abstract_state: a pytree of `jax.ShapeDtypeStruct`. Its shardings place the
+            arrays (where it has none, on the default device), and they are converted
+            where it has another floating-point dtype than was stored.
+          step: this checkpoint and no other.
+          ignore: parts of the stored state to leave unread, such as ["opt_state"].
+
+        Returns:
+          The state as `abstract_state` describes it, the loader's position, the step.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint, or no whole one.
+          DamagedCheckpointError: the checkpoint of `step` is not what was written.
+          ValueError: the stored arrays have other names, shapes or dtypes.
+        """
+        self.wait()
+        wanted = manifest.flatten(abstract_state)
+        step, position = self._choose(step, wanted, ignore)
+        targets = {name: _placed(array) for name, array in wanted.items()}
+        arguments = _Restore(
+            targets,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
+            partial_restore=True,  # that nothing else is missing has been checked
+        )
+        with jax.transfer_guard("allow"):
+            arrays = self._writer.restore(self._path(step), args=arguments)
+        self._current = step
+        treedef = jax.tree.structure(abstract_state)
+        return treedef.unflatten(arrays[name] for name in wanted), position, step
+
+    def wait(self) -> None:
+        """Returns when the checkpoint being written is on disk; raises if it failed."""
+        if not self._writing:
+            return
+        self._writing = False
+        try:
+            self._writer.wait_until_finished()
+        except BaseException:
+            self._current = None  # so that its step can be saved again
+            raise
+        if jax.process_index() == 0:
+            self._drop_surplus()
+
+    def close(self) -> None:
+        """Waits like `wait`, then ends the background threads."""
+        try:
+            self.wait()
+        finally:
+            self._writer.close()
+            self._remover.shutdown()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _path(self, step: int) -> pathlib.Path:
+        return self._directory / str(step)
+
+    def _steps(self) -> list[int]:
+        """Steps that have a directory, whole or not, newest first."""
+        names = (path.name for path in self._directory.glob("*") if path.is_dir())
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def _choose(
+        self, step: int | None, wanted: Mapping[str, Any], ignore: Collection[str]
+    ) -> tuple[int, dict[str, Any]]:
+        """The step to read and the loader's position, all checks passed."""
+        steps = self._steps()
+        if step is not None and step not in steps:
+            found = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(
+                f"No checkpoint of step {step} in {self._directory}; found: {found}."
+            )
+        expected = manifest.describe(wanted)
+        for candidate in steps if step is None else [step]:
+            path = self._path(candidate)
+            try:
+                stored = manifest.read(path)
+                manifest.check_arrays(path, expected, stored["arrays"], ignore)
+                manifest.check_sums(path, stored["files"])
+            except DamagedCheckpointError as error:
+                if step is not None:
+                    raise
+                logging.warning("Passed over: %s", error)
+            else:
+                return candidate, stored["position"]
+        raise FileNotFoundError(f"No whole checkpoint in {self._directory}.")
+
+    def _tidy(self, step: int) -> None:
+        """Leaves under steps' names only what this run can be continued from."""
+        for path in self._directory.glob(f"[0-9]*{_UNFINISHED}"):
+            logging.warning("Removing %s, left by an interrupted save.", path)
+            self._remove(path)
+        for path in self._directory.glob("[0-9]*.removed*"):
+            self._remover.submit(shutil.rmtree, path, ignore_errors=True)
+        for other in self._steps():
+            if other >= step:
+                aside = _rename(self._path(other), f"{other}.aside")
+                logging.warning(
+                    "Saving step %d, which does not follow on the checkpoint of step "
+                    "%d: set that aside as %s.",
+                    step,
+                    other,
+                    aside,
+                )
+
+    def _drop_surplus(self) -> None:
+        whole = []
+        for step in self._steps():
+            try:
+                manifest.read(self._path(step))
+            except DamagedCheckpointError:
+                continue  # not ours to remove
+            whole.append(step)
+        for step in whole[self._keep :]:
+            self._remove(self._path(step))
+
+    def _remove(self, path: pathlib.Path) -> None:
+        """Takes `path` away at once, and off the disk in the background."""
+        step = path.name.partition(".")[0]
+        removed = _rename(path, f"{step}.removed")
+        self._remover.submit(shutil.rmtree, removed, ignore_errors=True)
+
+
+class _SealingHandler(ocp.PyTreeCheckpointHandler):
+    """Writes a manifest beside the arrays just before Orbax renames the directory."""
+
+    manifest: dict[str, Any]
+
+    def finalize(self, directory) -> None:
+        super().finalize(directory)
+        manifest.write(pathlib.Path(directory), self.manifest)
+
+
+# Orbax looks a handler up by the class of its arguments.
+@ocp.args.register_with_handler(_SealingHandler, for_save=True)
+class _Save(ocp.args.PyTreeSave):
+    pass
+
+
+@ocp.args.register_with_handler(_SealingHandler, for_restore=True)
+class _Restore(ocp.args.PyTreeRestore):
+    pass
+
+
+def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if array.sharding is not None:
+        return array
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)
+
+
+def _rename(path: pathlib.Path, name: str) -> pathlib.Path:
+    """Renames `path` beside itself to `name`, numbered if that is taken."""
+    target, count = path.with_name(name), 1
+    while target.exists():
+        target, count = path.with_name(f"{name}-{count}"), count + 1
+    return path.rename(target)

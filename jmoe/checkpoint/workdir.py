@@ -1,0 +1,122 @@
+"""A run's directory: its `config.json`, and what may change when the run goes on.
+
+runs/tiny/config.json    the record of the run
+runs/tiny/checkpoints/   see `jmoe.checkpoint.store`
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from absl import logging
+
+from jmoe.config import RunConfig, from_dict, to_dict
+
+CONFIG = "config.json"
+_UNFINISHED = ".config.json.tmp"
+
+# What decides the shapes and the meaning of a checkpoint's arrays and data position:
+FIXED = (
+    "model",
+    "data",
+    "optimizer.name",
+    "optimizer.moment_dtype",
+    "train.microbatch_size",
+    "train.seed",
+)
+# and what, within that, only decides how the same things are computed.
+FREE = (
+    "model.remat",
+    "model.moe.backend",
+    "model.attention.block_size",
+    "data.cache_dir",
+)
+
+
+def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
+    """Makes `workdir` the directory of `run`, or goes on in it; whether it goes on.
+
+    A new or empty directory gets a `config.json`. One that has it is compared with
+    `run`, and rewritten if the fields that differ may change between two stretches of
+    one run (steps, intervals, learning rate, ...).
+
+    Raises:
+      ValueError: `workdir` is a file, or holds something else than a run, or a run with
+        another model, data or optimizer state; names the fields and both values.
+    """
+    workdir = pathlib.Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"workdir={str(workdir)!r} must be a directory.")
+    if not (workdir / CONFIG).exists():
+        _refuse_other_content(workdir)
+        _write(workdir, run)
+        return False
+    changes = _changes(to_dict(read_run(workdir)), to_dict(run))
+    refused = {name: pair for name, pair in changes.items() if _is_fixed(name)}
+    if refused:
+        lines = [
+            f"  {name}: {a!r} there, {b!r} given" for name, (a, b) in refused.items()
+        ]
+        raise ValueError(
+            f"workdir={str(workdir)!r} holds a run with other values of these fields, "
+            "which must stay; choose another workdir:\n" + "\n".join(lines)
+        )
+    if changes:
+        for name, (old, new) in changes.items():
+            logging.info("%s goes on with %s=%r (was %r).", workdir, name, new, old)
+        _write(workdir, run)
+    return True
+
+
+def read_run(workdir: pathlib.Path) -> RunConfig:
+    """The record in a workdir's `config.json`.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: it isn't JSON, or has fields that this version doesn't know.
+    """
+    path = pathlib.Path(workdir) / CONFIG
+    try:
+        return from_dict(RunConfig, json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the record of a run: {error}") from error
+
+
+def _refuse_other_content(workdir: pathlib.Path) -> None:
+    names = sorted(path.name for path in workdir.glob("*") if path.name != _UNFINISHED)
+    if names:
+        raise ValueError(
+            f"workdir={str(workdir)!r} has no {CONFIG} but holds {names[0]!r}; it must "
+            "be a new or empty directory, or that of an earlier run."
+        )
+
+
+def _write(workdir: pathlib.Path, run: RunConfig) -> None:
+    """Old or new, never half: the file takes its name when it is on disk."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    unfinished = workdir / _UNFINISHED
+    with unfinished.open("w") as file:
+        json.dump(to_dict(run), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(workdir / CONFIG)
+
+
+def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
+    """Dotted name -> (old, new) of the values that differ between nested dicts."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {"": (old, new)}
+    changes = {}
+    for name in {**old, **new}:
+        for below, pair in _changes(old.get(name), new.get(name)).items():
+            changes[f"{name}.{below}".rstrip(".")] = pair
+    return changes
+
+
+def _is_fixed(name: str) -> bool:
+    return _is_in(name, FIXED) and not _is_in(name, FREE)
+
+
+def _is_in(name: str, fields: tuple[str, ...]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)

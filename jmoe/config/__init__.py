@@ -1,0 +1,17 @@
+"""Every configuration record, the presets, and the way to and from JSON."""
+
+from jmoe.config.data import DataConfig as DataConfig
+from jmoe.config.data import SourceConfig as SourceConfig
+from jmoe.config.model import AttentionConfig as AttentionConfig
+from jmoe.config.model import ModelConfig as ModelConfig
+from jmoe.config.model import MoEConfig as MoEConfig
+from jmoe.config.model import RouterConfig as RouterConfig
+from jmoe.config.model import YarnConfig as YarnConfig
+from jmoe.config.records import from_dict as from_dict
+from jmoe.config.records import override as override
+from jmoe.config.records import to_dict as to_dict
+from jmoe.config.run import OptimizerConfig as OptimizerConfig
+from jmoe.config.run import RunConfig as RunConfig
+from jmoe.config.run import ScheduleConfig as ScheduleConfig
+from jmoe.config.run import StepwiseConfig as StepwiseConfig
+from jmoe.config.run import TrainConfig as TrainConfig

@@ -1,0 +1,38 @@
+"""The few checks that every record shares, each with one wording."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def at_least(record: Any, **minimum: float) -> None:
+    """Raises ValueError for the first field below its minimum."""
+    for field, low in minimum.items():
+        value = getattr(record, field)
+        if not value >= low:
+            raise ValueError(f"{field}={value!r} must be at least {low}.")
+
+
+def at_most(record: Any, **maximum: float) -> None:
+    """Raises ValueError for the first field above its maximum."""
+    for field, high in maximum.items():
+        value = getattr(record, field)
+        if not value <= high:
+            raise ValueError(f"{field}={value!r} must be at most {high}.")
+
+
+def one_of(record: Any, **allowed: Sequence[Any]) -> None:
+    """Raises ValueError for the first field that isn't among its allowed values."""
+    for field, values in allowed.items():
+        value = getattr(record, field)
+        if value not in values:
+            listed = ", ".join(map(repr, values))
+            raise ValueError(f"{field}={value!r} is not one of {listed}.")
+
+
+def lookup(table: Mapping[str, T], name: str, what: str) -> T:
+    """`table[name]`, or a ValueError that lists what there is."""
+    if name not in table:
+        raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(table)}.")
+    return table[name]

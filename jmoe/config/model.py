@@ -1,0 +1,248 @@
+"""The model's shape: attention, experts, router, balancing rule.
+
+Every record is frozen, keyword-only and checks itself, so that an impossible shape is
+refused before anything is compiled. Names follow DeepSeek-V2 (arXiv 2405.04434) and
+DeepSeek-V3 (arXiv 2412.19437); `jmoe.config.hf` maps them to Hugging Face's.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jmoe.config import checks
+
+DTYPES = ("float32", "bfloat16")
+SCORES = ("sigmoid", "softmax")
+GROUP_SCORES = ("top2_sum", "max")
+REMAT_POLICIES = ("none", "block", "save_dots")
+LAYER_LOOPS = ("scan", "unroll")
+EXPERT_BACKENDS = ("blocks",)
+UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
+AUXILIARY_LOSSES = ("none", "switch", "sequence")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class YarnConfig:
+    """YaRN (arXiv 2309.00071): rotary frequencies stretched to a longer context."""
+
+    factor: float
+    original_positions: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = 1.0
+    mscale_all_dim: float | None = 1.0
+
+    def __post_init__(self):
+        checks.at_least(self, factor=1.0, original_positions=1)
+        if not 0 < self.beta_slow <= self.beta_fast:
+            raise ValueError(
+                f"beta_slow={self.beta_slow} must be above 0 and at most "
+                f"beta_fast={self.beta_fast}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Multi-head latent attention; `query_latent_dim=None` leaves queries full."""
+
+    num_heads: int
+    query_latent_dim: int | None
+    kv_latent_dim: int
+    nope_dim: int  # per head, without position
+    rope_dim: int  # per head, rotated; the key's part is shared by all heads
+    value_dim: int
+    rope_theta: float = 10_000.0
+    yarn: YarnConfig | None = None
+    latent_norm_eps: float = 1e-6  # not norm_eps: DeepSeek fixes it
+    block_size: int = 512  # keys (and queries) scored at a time
+
+    def __post_init__(self):
+        checks.at_least(
+            self,
+            num_heads=1,
+            kv_latent_dim=1,
+            nope_dim=1,
+            rope_dim=2,
+            value_dim=1,
+            rope_theta=1.0,
+            latent_norm_eps=0.0,
+            block_size=1,
+        )
+        if self.query_latent_dim is not None:
+            checks.at_least(self, query_latent_dim=1)
+        if self.rope_dim % 2:
+            raise ValueError(f"rope_dim={self.rope_dim} must be even, to rotate pairs.")
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """1/sqrt(d), times YaRN's temperature when it is kept out of cos and sin."""
+        scale = self.qk_dim**-0.5
+        if self.yarn is not None and self.yarn.mscale_all_dim:
+            scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
+        return scale
+
+
+def yarn_mscale(factor: float, mscale: float) -> float:
+    """YaRN's attention temperature, `0.1 * mscale * ln(factor) + 1` above factor 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """Token-choice routing with an additive, gradient-free selection bias."""
+
+    num_experts: int
+    top_k: int
+    num_groups: int = 1  # experts are split evenly into groups (one per node)
+    groups_per_token: int = 1  # a token may only visit this many groups
+    score: str = "sigmoid"
+    group_score: str = "top2_sum"
+    normalize_gates: bool = True  # divide a token's gates by their sum
+    gate_scale: float = 1.0  # multiplies the gates after that
+    update_rule: str = "sign"
+    auxiliary_loss: str = "none"
+    auxiliary_weight: float = 0.0
+
+    def __post_init__(self):
+        checks.at_least(
+            self,
+            num_experts=1,
+            top_k=1,
+            num_groups=1,
+            groups_per_token=1,
+            gate_scale=0.0,
+            auxiliary_weight=0.0,
+        )
+        checks.one_of(
+            self,
+            score=SCORES,
+            group_score=GROUP_SCORES,
+            update_rule=UPDATE_RULES,
+            auxiliary_loss=AUXILIARY_LOSSES,
+        )
+        if self.num_experts % self.num_groups:
+            raise ValueError(
+                f"num_experts={self.num_experts} must divide into "
+                f"num_groups={self.num_groups} equal groups."
+            )
+        if self.groups_per_token > self.num_groups:
+            raise ValueError(
+                f"groups_per_token={self.groups_per_token} exceeds "
+                f"num_groups={self.num_groups}."
+            )
+        reachable = self.groups_per_token * self.group_size
+        if self.top_k > reachable:
+            raise ValueError(
+                f"top_k={self.top_k} exceeds the {reachable} experts reachable "
+                f"through groups_per_token={self.groups_per_token}."
+            )
+        sums_pairs = self.num_groups > 1 and self.group_score == "top2_sum"
+        if sums_pairs and self.group_size < 2:
+            raise ValueError(
+                "group_score='top2_sum' needs at least 2 experts a group; "
+                f"num_experts={self.num_experts} over num_groups={self.num_groups} "
+                f"gives {self.group_size}."
+            )
+
+    @property
+    def group_size(self) -> int:
+        return self.num_experts // self.num_groups
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Fine-grained routed experts beside shared ones that every token visits."""
+
+    router: RouterConfig
+    expert_mlp_dim: int
+    num_shared_experts: int = 1
+    backend: str = "blocks"  # of the grouped matmul; see ops/grouped.py
+
+    def __post_init__(self):
+        checks.at_least(self, expert_mlp_dim=1, num_shared_experts=0)
+        checks.one_of(self, backend=EXPERT_BACKENDS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A DeepSeek-V3-style decoder: `num_dense_layers` dense blocks, then MoE blocks."""
+
+    vocab_size: int
+    hidden_dim: int
+    num_layers: int
+    num_dense_layers: int
+    dense_mlp_dim: int
+    attention: AttentionConfig
+    moe: MoEConfig
+    max_positions: int = 4096
+    mtp_depth: int = 0  # multi-token prediction modules
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+    dtype: str = "float32"  # of activations; parameters are always float32
+    remat: str = "none"
+    layer_loop: str = "scan"
+    hf_extras: str = "{}"  # keys of a Hugging Face config that jmoe doesn't read, JSON
+
+    def __post_init__(self):
+        checks.at_least(
+            self,
+            vocab_size=2,
+            hidden_dim=1,
+            num_layers=1,
+            num_dense_layers=0,
+            dense_mlp_dim=1,
+            max_positions=1,
+            mtp_depth=0,
+            norm_eps=0.0,
+            init_std=0.0,
+        )
+        checks.one_of(self, dtype=DTYPES, remat=REMAT_POLICIES, layer_loop=LAYER_LOOPS)
+        if self.num_dense_layers > self.num_layers:
+            raise ValueError(
+                f"num_dense_layers={self.num_dense_layers} exceeds "
+                f"num_layers={self.num_layers}."
+            )
+        if not _is_json_object(self.hf_extras):
+            raise ValueError(f"hf_extras={self.hf_extras!r} must be a JSON object.")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """MoE blocks of the main model; each MTP module adds one of its own."""
+        return self.num_layers - self.num_dense_layers
+
+    @classmethod
+    def preset(cls, name: str) -> "ModelConfig":
+        """The shape called `name`; ValueError lists the known ones."""
+        from jmoe.config import presets  # presets are made of these records
+
+        return checks.lookup(presets.MODELS, name, "model preset")()
+
+    @classmethod
+    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
+        """From Hugging Face's `config.json` of a `DeepseekV3ForCausalLM`, as a dict."""
+        from jmoe.config import hf as hf_format
+
+        return hf_format.model_from_hf(hf)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The `config.json` that transformers and vLLM read; inverse of `from_hf`."""
+        from jmoe.config import hf as hf_format
+
+        return hf_format.model_to_hf(self)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except json.JSONDecodeError:
+        return False
+
+
+ModelPreset = Callable[[], ModelConfig]

@@ -1,0 +1,218 @@
+"""Named shapes and runs. A preset is a function, so that nothing is built on import."""
+
+import dataclasses
+
+from jmoe.config.data import DataConfig
+from jmoe.config.model import (
+    AttentionConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    YarnConfig,
+)
+from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+
+
+def tiny_model() -> ModelConfig:
+    """Every part of V3 at a size that trains in about 3 minutes on 2 CPU cores."""
+    return ModelConfig(
+        vocab_size=2048,
+        hidden_dim=128,
+        num_layers=4,
+        num_dense_layers=1,
+        dense_mlp_dim=384,
+        max_positions=1024,
+        mtp_depth=1,
+        init_std=0.02,
+        attention=AttentionConfig(
+            num_heads=4,
+            query_latent_dim=64,
+            kv_latent_dim=64,
+            nope_dim=32,
+            rope_dim=16,
+            value_dim=32,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=64,
+            router=RouterConfig(
+                num_experts=32,
+                top_k=4,
+                num_groups=4,
+                groups_per_token=2,
+                gate_scale=1.0,
+            ),
+        ),
+    )
+
+
+def bench_s_model() -> ModelConfig:
+    """The 193.5M-parameter shape that the CPU benchmarks compare systems on."""
+    return ModelConfig(
+        vocab_size=8192,
+        hidden_dim=512,
+        num_layers=8,
+        num_dense_layers=1,
+        dense_mlp_dim=1408,
+        init_std=0.02,
+        layer_loop="unroll",
+        attention=AttentionConfig(
+            num_heads=8,
+            query_latent_dim=192,
+            kv_latent_dim=128,
+            nope_dim=32,
+            rope_dim=32,
+            value_dim=32,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=256,
+            router=RouterConfig(
+                num_experts=64, top_k=6, num_groups=8, groups_per_token=4
+            ),
+        ),
+    )
+
+
+def small_model() -> ModelConfig:
+    """A gigabyte-scale research model for one GPU: 1.2B parameters, 0.2B active."""
+    return ModelConfig(
+        vocab_size=32_768,
+        hidden_dim=1024,
+        num_layers=12,
+        num_dense_layers=1,
+        dense_mlp_dim=2816,
+        mtp_depth=1,
+        dtype="bfloat16",
+        remat="block",
+        attention=AttentionConfig(
+            num_heads=16,
+            query_latent_dim=384,
+            kv_latent_dim=256,
+            nope_dim=64,
+            rope_dim=32,
+            value_dim=64,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=512,
+            router=RouterConfig(
+                num_experts=64,
+                top_k=6,
+                num_groups=8,
+                groups_per_token=4,
+                gate_scale=2.5,
+            ),
+        ),
+    )
+
+
+def v2_lite_model() -> ModelConfig:
+    """DeepSeek-V2-Lite: 16B parameters, 2.4B active (arXiv 2405.04434, appendix B)."""
+    return ModelConfig(
+        vocab_size=102_400,
+        hidden_dim=2048,
+        num_layers=27,
+        num_dense_layers=1,
+        dense_mlp_dim=10_944,
+        max_positions=163_840,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=AttentionConfig(
+            num_heads=16,
+            query_latent_dim=None,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            yarn=YarnConfig(
+                factor=40.0,
+                original_positions=4096,
+                mscale=0.707,
+                mscale_all_dim=0.707,
+            ),
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408,
+            num_shared_experts=2,
+            router=RouterConfig(
+                num_experts=64, top_k=6, score="softmax", normalize_gates=False
+            ),
+        ),
+    )
+
+
+def v3_model() -> ModelConfig:
+    """DeepSeek-V3: 671B parameters, 37B active (arXiv 2412.19437, section 4.2)."""
+    return ModelConfig(
+        vocab_size=129_280,
+        hidden_dim=7168,
+        num_layers=61,
+        num_dense_layers=3,
+        dense_mlp_dim=18_432,
+        max_positions=163_840,
+        mtp_depth=1,
+        dtype="bfloat16",
+        remat="block",
+        attention=AttentionConfig(
+            num_heads=128,
+            query_latent_dim=1536,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            yarn=YarnConfig(factor=40.0, original_positions=4096),
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=2048,
+            router=RouterConfig(
+                num_experts=256,
+                top_k=8,
+                num_groups=8,
+                groups_per_token=4,
+                gate_scale=2.5,
+            ),
+        ),
+    )
+
+
+MODELS = {
+    "tiny": tiny_model,
+    "bench_s": bench_s_model,
+    "small": small_model,
+    "v2_lite": v2_lite_model,
+    "v3": v3_model,
+}
+
+
+def tiny_run() -> RunConfig:
+    """What `python scripts/train.py` trains: 3 minutes on 2 CPU cores."""
+    return RunConfig(
+        name="tiny",
+        model=tiny_model(),
+        data=DataConfig(sequence_length=256),
+        train=TrainConfig(steps=600, batch_size=8, microbatch_size=8),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(name="wsd", peak=2e-3, warmup_steps=30)
+        ),
+    )
+
+
+def small_run() -> RunConfig:
+    """One GPU: 3.9B tokens, about 20 for each active parameter (arXiv 2203.15556)."""
+    return RunConfig(
+        name="small",
+        model=small_model(),
+        data=DataConfig(sequence_length=2048),
+        train=TrainConfig(steps=30_000, batch_size=64, microbatch_size=16),
+        optimizer=OptimizerConfig(
+            moment_dtype="bfloat16",
+            schedule=ScheduleConfig(peak=6e-4, warmup_steps=500),
+        ),
+    )
+
+
+RUNS = {"tiny": tiny_run, "small": small_run}
+
+
+def with_shape(run: RunConfig, model: ModelConfig) -> RunConfig:
+    """The same run of another model."""
+    return dataclasses.replace(run, model=model)

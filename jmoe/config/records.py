@@ -1,0 +1,146 @@
+"""Records to JSON and back, and `--set path.to.field=value` on nested records.
+
+Types come from the records' own annotations, so an unknown field or a value of the
+wrong type is refused by name.
+"""
+
+import ast
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+Record = TypeVar("Record")
+
+
+def to_dict(record: Any) -> Any:
+    """Nested plain dicts, lists and scalars, as `json.dumps` takes them."""
+    return json.loads(json.dumps(dataclasses.asdict(record)))
+
+
+def from_dict(cls: type[Record], values: Mapping[str, Any], path: str = "") -> Record:
+    """Builds the record `cls`; ValueError names the field that doesn't fit."""
+    hints = typing.get_type_hints(cls)
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    known = [field.name for field in fields]
+    for name in values:
+        if name not in known:
+            raise ValueError(_unknown_field(f"{path}{name}", name, known))
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in values]
+    if missing:
+        what = path.removesuffix(".") or cls.__name__
+        raise ValueError(f"{what} lacks {', '.join(missing)}.")
+    return cls(
+        **{
+            name: coerce(hints[name], value, f"{path}{name}")
+            for name, value in values.items()
+        }
+    )
+
+
+def override(record: Record, assignments: Iterable[str]) -> Record:
+    """Applies `a.b.c=value` assignments, all at once, to nested records.
+
+    Values are Python literals where they parse as one and strings otherwise; an item of
+    a tuple goes by its index, as in `data.sources.0.weight=2`. All of them land before
+    anything is validated, so `train.batch_size=6` and `train.microbatch_size=3` may be
+    given in either order.
+
+    Raises:
+      ValueError: unknown field, malformed assignment, or a value of another type.
+    """
+    values = to_dict(record)
+    for assignment in assignments:
+        target, equals, text = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r} must read path.to.field=value.")
+        _assign(values, type(record), target.split("."), _literal(text))
+    return from_dict(type(record), values)
+
+
+def coerce(hint: Any, value: Any, path: str) -> Any:
+    """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{path}={value!r} must be a record of {hint.__name__}.")  # type: ignore[union-attr]
+        return from_dict(hint, value, f"{path}.")  # type: ignore[arg-type]
+    origin = typing.get_origin(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in typing.get_args(hint):
+            return None
+        inner = next(t for t in typing.get_args(hint) if t is not type(None))
+        return coerce(inner, value, path)
+    if origin is tuple:
+        return _coerce_tuple(typing.get_args(hint), value, path)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is float and is_number:
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and not is_number):
+        raise ValueError(f"{path}={value!r} must be of type {hint.__name__}.")
+    return value
+
+
+def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{path}={value!r} must be a list.")
+    if inner[-1] is Ellipsis:
+        inner = inner[:1] * len(value)
+    if len(inner) != len(value):
+        raise ValueError(f"{path}={value!r} must hold {len(inner)} values.")
+    return tuple(
+        coerce(hint, item, f"{path}[{i}]")
+        for i, (hint, item) in enumerate(zip(inner, value, strict=True))
+    )
+
+
+def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -> Any:
+    """`values`, which stand for a `hint`, with `new` in place of what is at `path`."""
+    if not path:
+        return new
+    name, *rest = path
+    record = _record_type(hint)
+    if isinstance(values, list) and typing.get_origin(hint) is tuple:
+        known = [str(i) for i in range(len(values))]
+    elif record is None:
+        raise ValueError(f"{done} is a plain value; it has no field {name!r}.")
+    elif isinstance(values, dict):
+        known = list(typing.get_type_hints(record))
+    else:
+        raise ValueError(f"{done}={values!r} must be a record to have a {name!r}.")
+    here = f"{done}.{name}" if done else name
+    if name not in known:
+        raise ValueError(_unknown_field(here, name, known))
+    if isinstance(values, list):
+        item, index = typing.get_args(hint)[0], int(name)
+        values[index] = _assign(values[index], item, rest, new, here)
+    else:
+        inner = typing.get_type_hints(record)[name]
+        values[name] = _assign(values.get(name), inner, rest, new, here)
+    return values
+
+
+def _record_type(hint: Any) -> Any:
+    """The record that `hint` is or may be, or None."""
+    hints = (hint, *typing.get_args(hint))
+    return next((h for h in hints if dataclasses.is_dataclass(h)), None)
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "false", "null", "none"):
+        return {"true": True, "false": False}.get(text)
+    if text in ("inf", "nan"):
+        return float(text)
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError):
+        return text
+
+
+def _unknown_field(path: str, name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown field {path!r}; known: {', '.join(known)}.{hint}"

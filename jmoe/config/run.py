@@ -1,0 +1,150 @@
+"""A whole run: model, data, optimizer, schedules and how often things happen.
+
+Schedules are counted in optimizer steps and evaluated on the host as plain numbers
+(`jmoe.train.schedules`); what DeepSeek-V3 counts in tokens becomes a fraction of
+`steps`, so that a shortened run keeps its form.
+"""
+
+import dataclasses
+
+from jmoe.config import checks
+from jmoe.config.data import DataConfig
+from jmoe.config.model import ModelConfig
+
+SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
+OPTIMIZERS = ("adamw", "muon")
+MOMENT_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate: linear warm-up, then one of `SCHEDULES`.
+
+    `multi_step` is DeepSeek-V3's (section 4.2): constant, a cosine to `end_fraction` of
+    the peak, constant there, and a last constant stretch at `tail_fraction`.
+    `boundaries` are the ends of those first three stretches, as fractions of the run.
+    """
+
+    name: str = "cosine"
+    peak: float = 2.2e-4
+    warmup_steps: int = 0
+    end_fraction: float = 0.1
+    decay_fraction: float = 0.2  # wsd: share of the run spent decaying at the end
+    boundaries: tuple[float, float, float] = (0.676, 0.966, 0.989)  # 10, 14.3, 14.63 T
+    tail_fraction: float = 7.3e-6 / 2.2e-4
+
+    def __post_init__(self):
+        checks.one_of(self, name=SCHEDULES)
+        checks.at_least(
+            self, peak=0.0, warmup_steps=0, end_fraction=0.0, decay_fraction=0.0
+        )
+        checks.at_most(self, end_fraction=1.0, decay_fraction=1.0)
+        if not 0 <= self.boundaries[0] <= self.boundaries[1] <= self.boundaries[2] <= 1:
+            raise ValueError(f"boundaries={self.boundaries} must rise between 0 and 1.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW or Muon after a clip by global norm; norms and biases never decay."""
+
+    name: str = "adamw"
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # inf: no clipping
+    moment_dtype: str = "float32"
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self):
+        checks.one_of(self, name=OPTIMIZERS, moment_dtype=MOMENT_DTYPES)
+        checks.at_least(self, beta1=0.0, beta2=0.0, epsilon=0.0, weight_decay=0.0)
+        checks.at_most(self, beta1=0.9999999, beta2=0.9999999)
+        if not self.clip_norm > 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be above 0.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepwiseConfig:
+    """A number that is `first` until `switch` of the run, then `last`.
+
+    The bias rate (V3: 1e-3, then 0 for the last 500 of 14,800 billion tokens) and the
+    weight of the MTP loss (V3: 0.3, then 0.1 after 10,000) are of this form.
+    """
+
+    first: float
+    last: float
+    switch: float = 1.0  # fraction of the run's steps
+
+    def __post_init__(self):
+        checks.at_least(self, first=0.0, last=0.0, switch=0.0)
+        checks.at_most(self, switch=1.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Steps, batches and intervals. Batches count sequences, over all processes."""
+
+    steps: int
+    batch_size: int  # of one optimizer step, once the ramp is over
+    microbatch_size: int  # of one forward and backward pass; divides batch_size
+    ramp_start: int | None = None  # batch_size at step 0; None: no ramp
+    ramp_steps: int = 0  # the batch grows linearly over these, in microbatches
+    bias_rate: StepwiseConfig = StepwiseConfig(first=1e-3, last=0.0, switch=0.966)
+    mtp_weight: StepwiseConfig = StepwiseConfig(first=0.3, last=0.1, switch=0.676)
+    loss_chunk: int = 1024  # tokens whose logits exist at one time
+    log_every: int = 10
+    eval_every: int = 200
+    eval_batches: int = 8  # of microbatch_size
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    seed: int = 0
+
+    def __post_init__(self):
+        checks.at_least(
+            self,
+            steps=1,
+            batch_size=1,
+            microbatch_size=1,
+            ramp_steps=0,
+            loss_chunk=1,
+            log_every=1,
+            eval_every=1,
+            eval_batches=1,
+            checkpoint_every=1,
+            keep_checkpoints=1,
+        )
+        start = self.batch_size if self.ramp_start is None else self.ramp_start
+        for field, size in (("batch_size", self.batch_size), ("ramp_start", start)):
+            if size < 1 or size % self.microbatch_size:
+                raise ValueError(
+                    f"{field}={size} must be a positive multiple of "
+                    f"microbatch_size={self.microbatch_size}."
+                )
+        if start > self.batch_size:
+            raise ValueError(
+                f"ramp_start={start} must be at most batch_size={self.batch_size}."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's result; written to `config.json` beside it."""
+
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    def __post_init__(self):
+        length, limit = self.data.sequence_length, self.model.max_positions
+        if length > limit:
+            raise ValueError(
+                f"data.sequence_length={length} exceeds model.max_positions={limit}."
+            )
+        if self.model.mtp_depth >= length:
+            raise ValueError(
+                f"model.mtp_depth={self.model.mtp_depth} leaves nothing to predict in "
+                f"data.sequence_length={length}."
+            )

@@ -1,0 +1,46 @@
+"""Rows of one length out of a stream of documents.
+
+A stream holds documents one after the other, a separator opening each and closing the
+last. Row i is `stream[i * T : (i + 1) * T + 1]` for T predicted tokens: rows overlap by
+one token, so that in an epoch every token but the stream's first, and the fewer than T
+at its end, is predicted exactly once.
+
+Shapes: B rows; T tokens of a row, the last of them predicted only; S of the stream.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Batch(NamedTuple):
+    """Rows of tokens: the inputs are `[:, :-1]` and the targets `[:, 1:]`.
+
+    A separator belongs to the document that it opens. So a document's first token is
+    predicted from the separator alone, and attention confined to a segment sees
+    nothing of its neighbours.
+    """
+
+    tokens_BT: np.ndarray  # int32, T = sequence_length + 1
+    segment_BT: np.ndarray  # int32, the document inside the row, counted from 0
+
+
+class Rows:
+    """Random access to the rows of a stream, as Grain asks for it."""
+
+    def __init__(self, stream_S: np.ndarray, sequence_length: int):
+        self._stream_S = stream_S
+        self._stride = sequence_length
+
+    def __len__(self) -> int:
+        return (len(self._stream_S) - 1) // self._stride
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start = index * self._stride
+        return self._stream_S[start : start + self._stride + 1].astype(np.int32)
+
+
+def as_batch(tokens_BT: np.ndarray, eos_id: int) -> Batch:
+    """Adds the segments, which begin at each separator."""
+    opens_BT = np.cumsum(tokens_BT == eos_id, axis=1, dtype=np.int32)
+    return Batch(tokens_BT, opens_BT - opens_BT[:, :1])

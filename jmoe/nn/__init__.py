@@ -1,0 +1,1 @@
+"""Linen modules: they own variables and call ops, balance and parallel."""

@@ -1,0 +1,55 @@
+"""Parameters with named dimensions, and the linear, embedding and norm modules."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.ops import norm
+
+DotGeneral = Callable[..., jax.Array]
+
+
+def named_param(
+    module: nn.Module,
+    name: str,
+    shape: Sequence[int],
+    dims: Sequence[str | None],
+    std: float,
+) -> jax.Array:
+    """A float32 normal parameter whose dimensions carry their logical names."""
+    init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(dims))
+    return module.param(name, init, tuple(shape), jnp.float32)
+
+
+class Linear(nn.Module):
+    """`x @ kernel` without a bias; `features` may have several dimensions.
+
+    `dot_general` is where other number formats come in.
+    """
+
+    features: tuple[int, ...]
+    dims: tuple[str | None, ...]  # logical names: input, then features
+    init_std: float
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], *self.features)
+        kernel = named_param(self, "kernel", shape, self.dims, self.init_std)
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
+        return self.dot_general(x, kernel.astype(x.dtype), contract)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension, in float32 inside."""
+
+    epsilon: float
+    dim: str | None = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.dim,))
+        scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        return norm.rms_norm(x, scale_D, self.epsilon)

@@ -1,0 +1,193 @@
+"""The whole decoder: embedding, dense blocks, MoE blocks, norm, head, MTP modules.
+
+Shapes: B batch, T position, D hidden, V vocabulary, L MoE layer (the model's, then one
+for each MTP module), E expert.
+
+Variables are `params` and `router_state`; the latter holds each MoE layer's selection
+bias, is float32, and sees neither gradients nor the optimizer.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import ModelConfig
+from jmoe.nn import mtp
+from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
+from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
+from jmoe.nn.router import Stats
+from jmoe.ops import rope
+
+# What the backward pass finds stored of a block; the rest it computes again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Features(NamedTuple):
+    """What the losses need, short of the logits, which may be too large to hold.
+
+    hidden_BTD: after the final norm. mtp_BTD: the same of each MTP module; its last
+    `depth` positions have no token to embed and mean nothing. head_DV: the output
+    kernel. stats: of every MoE layer, stacked [L, ...].
+    """
+
+    hidden_BTD: jax.Array
+    mtp_BTD: tuple[jax.Array, ...]
+    head_DV: jax.Array
+    stats: Stats
+
+
+class Output(NamedTuple):
+    """float32 logits [B, T, V], those of the MTP modules, and the layers' stats."""
+
+    logits: jax.Array
+    mtp_logits: tuple[jax.Array, ...]
+    stats: Stats
+
+
+class Transformer(nn.Module):
+    """`init(key, tokens_BT) -> variables`; `apply(variables, tokens_BT) -> Output`."""
+
+    cfg: ModelConfig
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    def __call__(
+        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
+    ) -> Output:
+        """All logits, for short sequences and small vocabularies."""
+        features = self.features(tokens_BT, segment_BT)
+
+        def logits(hidden_BTD):
+            return jnp.dot(
+                hidden_BTD, features.head_DV, preferred_element_type=jnp.float32
+            )
+
+        mtp_logits = tuple(map(logits, features.mtp_BTD))
+        return Output(logits(features.hidden_BTD), mtp_logits, features.stats)
+
+    @nn.compact
+    def features(
+        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
+    ) -> Features:
+        """Final hidden states; `segment_BT` (int32) confines attention to documents."""
+        cfg = self.cfg
+        vocab_shape = (cfg.vocab_size, cfg.hidden_dim)
+        table_VD = named_param(
+            self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
+        ).astype(cfg.dtype)
+        rotation = rope.rotation(
+            jnp.arange(tokens_BT.shape[1])[None],
+            cfg.attention.rope_dim,
+            cfg.attention.rope_theta,
+            cfg.attention.yarn,
+        )
+        x_BTD = table_VD[tokens_BT]
+        x_BTD, _ = self._layers(
+            DenseBlock, "dense", cfg.num_dense_layers, x_BTD, rotation, segment_BT
+        )
+        x_BTD, stats = self._layers(
+            MoEBlock, "moe", cfg.num_moe_layers, x_BTD, rotation, segment_BT
+        )
+        hidden_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)
+
+        previous, mtp_BTD, measured = hidden_BTD, [], [stats]
+        for depth in range(1, cfg.mtp_depth + 1):
+            module = self._remat(mtp.MTPModule)(
+                cfg, self.dot_general, name=f"mtp_{depth - 1}"
+            )
+            embedded = table_VD[mtp.shift_left(tokens_BT, depth)]
+            previous, normed, stats = module(previous, embedded, rotation, segment_BT)
+            mtp_BTD.append(normed)
+            measured.append(jax.tree.map(lambda x: x[None], stats))
+        if cfg.tie_embeddings:
+            head_DV = table_VD.T
+        else:
+            head_DV = named_param(
+                self, "head", vocab_shape[::-1], ("embed", "vocab"), cfg.init_std
+            ).astype(cfg.dtype)
+        measured = [stats for stats in measured if stats is not None]
+        stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *measured)
+        return Features(hidden_BTD, tuple(mtp_BTD), head_DV, stacked)
+
+    def _layers(
+        self,
+        block: type[nn.Module],
+        name: str,
+        count: int,
+        x_BTD: jax.Array,
+        rotation: Rotation,
+        segment_BT: jax.Array | None,
+    ) -> tuple[jax.Array, Any]:
+        """`count` blocks in a row; their stats stacked along a new first dimension."""
+        if not count:
+            return x_BTD, None
+        block = self._remat(block)
+        if self.cfg.layer_loop == "scan":
+            stack = nn.scan(
+                block,
+                variable_axes={"params": 0, "router_state": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=count,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            layers = stack(self.cfg, self.dot_general, name=name)
+            return layers(x_BTD, rotation, segment_BT)
+        measured = []
+        for i in range(count):
+            layer = block(self.cfg, self.dot_general, name=f"{name}_{i}")
+            x_BTD, stats = layer(x_BTD, rotation, segment_BT)
+            measured.append(stats)
+        return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
+
+    def _remat(self, block: type[nn.Module]) -> type[nn.Module]:
+        if self.cfg.remat == "none":
+            return block
+        # A scan already keeps the compiler from merging the two passes.
+        prevent_cse = self.cfg.layer_loop != "scan"
+        return nn.remat(
+            block, policy=REMAT_POLICIES[self.cfg.remat], prevent_cse=prevent_cse
+        )
+
+
+def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
+    """Where the biases are in `router_state`, in the order of the stats' layers."""
+    tail = ("moe", "router", "bias")
+    if cfg.layer_loop == "scan":
+        layers = [("moe", *tail)] if cfg.num_moe_layers else []
+    else:
+        layers = [(f"moe_{i}", *tail) for i in range(cfg.num_moe_layers)]
+    return layers + [(f"mtp_{k}", "block", *tail) for k in range(cfg.mtp_depth)]
+
+
+def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
+    """Every MoE layer's selection bias, float32 [L, E]."""
+    found = []
+    for path in bias_paths(cfg):
+        leaf = router_state
+        for key in path:
+            leaf = leaf[key]
+        found.append(leaf.reshape(-1, cfg.moe.router.num_experts))
+    return jnp.concatenate(found)
+
+
+def write_biases(bias_LE: jax.Array, cfg: ModelConfig) -> dict[str, Any]:
+    """A new `router_state` with these biases; the inverse of `read_biases`."""
+    state: dict[str, Any] = {}
+    row = 0
+    for path in bias_paths(cfg):
+        node = state
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        if cfg.layer_loop == "scan" and path[0] == "moe":
+            node["bias"] = bias_LE[: cfg.num_moe_layers]
+            row = cfg.num_moe_layers
+        else:
+            node["bias"] = bias_LE[row]
+            row += 1
+    return state

@@ -1,0 +1,56 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2, eq. 21-23).
+
+Module k predicts token t + k + 1 at position t from the hidden state of depth k - 1
+and the embedding of token t + k; it has a block of its own and shares embedding and
+head with the model. Depth 0 is the model's hidden state *after* its final norm, and
+the two halves are concatenated embedding first: the published checkpoint's conventions,
+where the paper leaves the first open and writes the second the other way round.
+
+Shapes: B batch, T position, D hidden.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import ModelConfig
+from jmoe.nn.block import MoEBlock, Rotation
+from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
+from jmoe.nn.router import Stats
+
+
+class MTPModule(nn.Module):
+    """One further prediction depth."""
+
+    cfg: ModelConfig
+    dot_general: DotGeneral = jax.lax.dot_general
+
+    @nn.compact
+    def __call__(
+        self,
+        previous_BTD: jax.Array,
+        embedded_BTD: jax.Array,
+        rotation: Rotation,
+        segment_BT: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, Stats]:
+        """Returns the next depth's hidden state, its norm for the head, and stats."""
+        cfg = self.cfg
+        joined = jnp.concatenate(
+            [
+                RMSNorm(cfg.norm_eps, name="embedding_norm")(embedded_BTD),
+                RMSNorm(cfg.norm_eps, name="hidden_norm")(previous_BTD),
+            ],
+            axis=-1,
+        )
+        dims = (None, "embed")
+        project = Linear(
+            (cfg.hidden_dim,), dims, cfg.init_std, self.dot_general, name="project"
+        )
+        block = MoEBlock(cfg, self.dot_general, name="block")
+        hidden_BTD, stats = block(project(joined), rotation, segment_BT)
+        return hidden_BTD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BTD), stats
+
+
+def shift_left(x_BT: jax.Array, by: int) -> jax.Array:
+    """Position t gets what stood at t + by; the last `by` positions get 0."""
+    return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))

@@ -1,0 +1,158 @@
+"""Causal attention in blocks: memory grows with the sequence, not with its square.
+
+Shapes: B batch, T position, H head, Q query/key dimension, V value dimension; within
+a block, q and k positions (`s` blocks of `block` positions each).
+
+The forward pass is FlashAttention's online softmax (arXiv 2205.14135, algorithm 1), the
+backward one recomputes each block's probabilities from the saved log-sum-exp (its
+appendix B.2). Both walk the same list of block pairs; pairs above the diagonal are not
+in it, so a causal mask costs half the work instead of being thrown away.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
+
+
+class _Blocks(NamedTuple):
+    """How a sequence is cut: static, hashable."""
+
+    count: int
+    size: int
+    scale: float
+
+    def pairs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Query and key block of every pair on or below the diagonal."""
+        return np.tril_indices(self.count)
+
+
+def attention(
+    q_BTHQ: jax.Array,
+    k_BTHQ: jax.Array,
+    v_BTHV: jax.Array,
+    segment_BT: jax.Array | None,
+    *,
+    scale: float,
+    block_size: int,
+) -> jax.Array:
+    """Softmax attention to earlier positions of the same segment, [B, T, H, V].
+
+    Args:
+      segment_BT: int32; positions attend only within equal values. None: one segment.
+      scale: multiplies the logits before the float32 softmax.
+      block_size: positions scored at a time; a shorter sequence is one block.
+    """
+    batch, length = q_BTHQ.shape[:2]
+    size = min(block_size, length)
+    count = -(-length // size)
+    if segment_BT is None:
+        segment_BT = jnp.zeros((batch, length), jnp.int32)
+
+    def cut(x, dims):
+        padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
+        x = jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:])
+        return x.transpose(dims)
+
+    heads_first = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
+    out = _attend(
+        cut(q_BTHQ, heads_first),
+        cut(k_BTHQ, heads_first),
+        cut(v_BTHV, heads_first),
+        cut(segment_BT, (1, 0, 2)),
+        _Blocks(count, size, scale),
+    )
+    out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, *v_BTHV.shape[2:])
+    return out[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q, k, v, segment, blocks):
+    return _forward(q, k, v, segment, blocks)[0]
+
+
+def _forward(q, k, v, segment, blocks):
+    """Output and float32 log-sum-exp, by blocks: [s, B, H, block, V], [s, B, H, block]."""
+
+    def visit(carry, pair):
+        out, top, total = carry
+        i, j = pair
+        logits = _logits(q[i], k[j], segment[i], segment[j], i, j, blocks)
+        new_top = jnp.maximum(top[i], logits.max(-1))
+        weight = jnp.exp(logits - new_top[..., None])
+        shrink = jnp.exp(top[i] - new_top)
+        value = jnp.einsum(
+            "bhqk,bhkv->bhqv",
+            weight.astype(v.dtype),
+            v[j],
+            preferred_element_type=jnp.float32,
+        )
+        return (
+            out.at[i].set(out[i] * shrink[..., None] + value),
+            top.at[i].set(new_top),
+            total.at[i].set(total[i] * shrink + weight.sum(-1)),
+        ), None
+
+    rows = q.shape[:-1]
+    start = (
+        jnp.zeros((*rows, v.shape[-1]), jnp.float32),
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
+    )
+    (out, top, total), _ = _walk(visit, start, blocks)
+    return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+
+
+def _logits(q, k, segment_q, segment_k, i, j, blocks):
+    logits = blocks.scale * jnp.einsum(
+        "bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32
+    )
+    within = jnp.arange(blocks.size)
+    causal_qk = (i * blocks.size + within)[:, None] >= j * blocks.size + within
+    same_bqk = segment_q[:, :, None] == segment_k[:, None, :]
+    return jnp.where((causal_qk & same_bqk)[:, None], logits, MASKED)
+
+
+def _walk(visit, start, blocks):
+    i, j = blocks.pairs()
+    if len(i) == 1:  # a single block needs no loop, and i = j = 0 fold into constants
+        return visit(start, (0, 0))
+    return jax.lax.scan(visit, start, (jnp.asarray(i), jnp.asarray(j)))
+
+
+def _attend_fwd(q, k, v, segment, blocks):
+    out, log_sum = _forward(q, k, v, segment, blocks)
+    return out, (q, k, v, segment, out, log_sum)
+
+
+def _attend_bwd(blocks, saved, d_out):
+    q, k, v, segment, out, log_sum = saved
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def visit(carry, pair):
+        dq, dk, dv = carry
+        i, j = pair
+        logits = _logits(q[i], k[j], segment[i], segment[j], i, j, blocks)
+        weight = jnp.exp(logits - log_sum[i][..., None])
+        d_weight = jnp.einsum(
+            "bhqv,bhkv->bhqk", d_out[i], v[j], preferred_element_type=jnp.float32
+        )
+        d_logits = blocks.scale * weight * (d_weight - delta[i][..., None])
+        d_logits, weight = d_logits.astype(q.dtype), weight.astype(q.dtype)
+        accumulate = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        return (
+            dq.at[i].add(accumulate("bhqk,bhkd->bhqd", d_logits, k[j])),
+            dk.at[j].add(accumulate("bhqk,bhqd->bhkd", d_logits, q[i])),
+            dv.at[j].add(accumulate("bhqk,bhqv->bhkv", weight, d_out[i])),
+        ), None
+
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
+    (dq, dk, dv), _ = _walk(visit, start, blocks)
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -1,0 +1,1 @@
+"""Optimizer, state, step, loop and what the user sees of them."""

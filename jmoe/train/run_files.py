@@ -1,0 +1,153 @@
+"""The files of a run directory: their names, their rows, and how they are read back.
+
+    config.json     the run's configuration, nested records as plain dicts
+    run.json        command, started, device (text), versions {name: text}, parameters,
+                    active_parameters, unigram_entropy (nats per token)
+    metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
+    balance.jsonl   {"step", "load_LE", "bias_LE"} a log; a layer's loads sum to 1
+    samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
+    tensorboard/    metrics.jsonl again, as TensorBoard events
+
+JSON has no word for a number that isn't finite. It is written as one of the strings
+"NaN", "Infinity" and "-Infinity", which `float` and `np.asarray(_, float)` understand.
+
+Reading forgives what a killed process leaves behind: a file that is missing, or a line
+that was cut short, is as good as never recorded.
+
+Shapes: N logs, K columns of a metric, L MoE layers, E routed experts.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+CONFIG = "config.json"
+INFO = "run.json"
+METRICS = "metrics.jsonl"
+BALANCE = "balance.jsonl"
+SAMPLES = "samples.jsonl"
+TENSORBOARD = "tensorboard"
+REPORT = "report.html"
+
+# What bounds a report's size: the loads kept of all layers and logs, and the logs.
+_MAX_LOADS = 1_000_000
+_MAX_COLUMNS = 400
+
+
+class Series(NamedTuple):
+    """One metric over time; a scalar has K = 1."""
+
+    step_N: np.ndarray  # int64
+    value_NK: np.ndarray  # float64
+
+
+class Balance(NamedTuple):
+    """Expert load and selection bias at N evenly spaced logs."""
+
+    step_N: np.ndarray  # int64
+    load_NLE: np.ndarray  # float32, in units of the fair share: 1.0 is balanced
+    bias_NLE: np.ndarray  # float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """What a run directory holds; empty or None where nothing was recorded."""
+
+    directory: pathlib.Path
+    config: dict[str, Any]
+    info: dict[str, Any]
+    rows: list[dict[str, Any]]  # one a step, in order
+    samples: list[dict[str, Any]]
+    balance: Balance | None
+
+    def series(self, key: str) -> Series | None:
+        """The metric `key` at the steps that logged it, or None."""
+        rows = [row for row in self.rows if key in row]
+        if not rows:
+            return None
+        step_N = np.array([row["step"] for row in rows], dtype=np.int64)
+        value_NK = np.array([row[key] for row in rows], dtype=np.float64)
+        return Series(step_N, value_NK.reshape(len(rows), -1))
+
+    def last(self, key: str) -> np.ndarray | None:
+        """The metric's last value as an array of K, or None."""
+        series = self.series(key)
+        return None if series is None else series.value_NK[-1]
+
+
+def read_run(run_dir: str | pathlib.Path) -> Run:
+    """Reads a run directory.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+    """
+    directory = pathlib.Path(run_dir)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"run_dir={str(run_dir)!r} is not a directory.")
+    merged: dict[int, dict[str, Any]] = {}
+    for row in read_rows(directory / METRICS):
+        merged.setdefault(row["step"], {}).update(row)
+    return Run(
+        directory=directory,
+        config=_read_record(directory / CONFIG),
+        info=_read_record(directory / INFO),
+        rows=[merged[step] for step in sorted(merged)],
+        samples=list(read_rows(directory / SAMPLES)),
+        balance=_read_balance(directory / BALANCE),
+    )
+
+
+def read_lines(path: pathlib.Path) -> Iterator[str]:
+    """The lines of a text file, each with its newline; none if it is missing."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            yield from file
+
+
+def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The whole rows of a `.jsonl` file; none if it is missing."""
+    return filter(None, map(parse_row, read_lines(path)))
+
+
+def parse_row(line: str) -> dict[str, Any] | None:
+    """The row that `line` holds, or None if it isn't whole."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def evenly(num_items: int, limit: int) -> np.ndarray:
+    """Indices of at most `limit` (or 2) of the items, first and last among them."""
+    num_kept = min(num_items, max(2, limit))
+    return np.linspace(0, num_items - 1, num_kept).round().astype(np.int64)
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _read_balance(path: pathlib.Path) -> Balance | None:
+    """Parses only the lines it keeps: a big model's file has hundreds of megabytes."""
+    first = next(read_rows(path), None)
+    if first is None:
+        return None
+    num_layers, num_experts = np.shape(first["load_LE"])
+    num_lines = sum(1 for _ in read_lines(path))
+    limit = min(_MAX_COLUMNS, _MAX_LOADS // (num_layers * num_experts))
+    kept = set(evenly(num_lines, limit).tolist())
+    lines = (line for at, line in enumerate(read_lines(path)) if at in kept)
+    rows = [row for row in map(parse_row, lines) if row is not None]
+    step_N = np.array([row["step"] for row in rows], dtype=np.int64)
+    load_NLE = np.array([row["load_LE"] for row in rows], dtype=np.float32)
+    bias_NLE = np.array([row["bias_LE"] for row in rows], dtype=np.float32)
+    return Balance(step_N, load_NLE * num_experts, bias_NLE)

@@ -1,0 +1,124 @@
+"""Auxiliary losses against loops over tokens, at balance, and their gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmoe.balance import losses
+from jmoe.config import model
+
+switch, sequence = jax.jit(losses.switch), jax.jit(losses.sequence)
+BOTH = pytest.mark.parametrize("loss", [switch, sequence], ids=["switch", "sequence"])
+EXAMPLES = settings(deadline=None, max_examples=10)
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+def scores(shape, seed=0):
+    logits = 2 * np.random.default_rng(seed).normal(size=shape)
+    return (1 / (1 + np.exp(-logits))).astype(np.float32)
+
+
+def top_k(score_BTE, k):
+    return np.argsort(-score_BTE, axis=-1, kind="stable")[..., :k].astype(np.int32)
+
+
+def naive(score_TE, expert_TK):
+    """One expert at a time, from the papers' equations."""
+    (num_tokens, num_experts), k = score_TE.shape, expert_TK.shape[1]
+    total = 0.0
+    for e in range(num_experts):
+        chosen = sum(e in row for row in expert_TK)
+        mean = sum(row[e] / sum(row) for row in score_TE) / num_tokens
+        total += num_experts / (k * num_tokens) * chosen * mean
+    return total
+
+
+@EXAMPLES
+@given(SEEDS, st.sampled_from([1, 3]))
+def test_switch_matches_a_loop_over_the_whole_batch(seed, k):
+    score_BTE, other_BTE = scores((2, 5, 6), seed), scores((2, 5, 6), seed + 1)
+    expert_BTK = top_k(other_BTE, k)
+    want = naive(score_BTE.reshape(10, 6), expert_BTK.reshape(10, k))
+    np.testing.assert_allclose(switch(score_BTE, expert_BTK), want, rtol=1e-5)
+
+
+@EXAMPLES
+@given(SEEDS, st.sampled_from([1, 3]))
+def test_sequence_averages_a_loop_over_each_sequences_unbiased_choices(seed, k):
+    score_BTE = scores((3, 5, 6), seed)
+    biased_BTK = top_k(score_BTE + np.arange(6), k)
+    unbiased_BTK = top_k(score_BTE, k)
+    want = np.mean([naive(s, e) for s, e in zip(score_BTE, unbiased_BTK, strict=True)])
+    np.testing.assert_allclose(sequence(score_BTE, biased_BTK), want, rtol=1e-5)
+
+
+@BOTH
+def test_a_balanced_choice_of_balanced_scores_costs_exactly_one(loss):
+    # Each token prefers two neighbours on a ring of eight, and each pair comes up once.
+    row_E = np.array([4, 4, 2, 2, 1, 1, 1, 1], np.float32) / 16
+    ring_TE = np.stack([np.roll(row_E, t) for t in range(8)])
+    score_BTE = np.stack([ring_TE, ring_TE])
+    assert float(loss(score_BTE, top_k(score_BTE, 2))) == 1.0
+
+
+@BOTH
+def test_descent_takes_score_from_crowded_experts_and_gives_it_to_idle_ones(loss):
+    def of_logits(logit_BTE):
+        score_BTE = jax.nn.sigmoid(logit_BTE)
+        return loss(score_BTE, jax.lax.top_k(score_BTE, 1)[1])
+
+    logit_BTE = np.random.default_rng(1).normal([2, 0, 0, -2], size=(2, 32, 4))
+    gradient_E = jax.jit(jax.grad(of_logits))(logit_BTE).sum((0, 1))
+    assert gradient_E[0] > 0 > gradient_E[3]
+
+
+@BOTH
+def test_the_gradient_is_that_of_the_scores_with_the_counts_held_fixed(loss):
+    score_BTE = scores((1, 16, 6))
+    expert_BTK = top_k(score_BTE, 2)
+    share_E = 6 / 32 * np.bincount(expert_BTK.ravel(), minlength=6)
+
+    def fixed(score_BTE):
+        mean_E = (score_BTE / score_BTE.sum(-1, keepdims=True)).mean((0, 1))
+        return (share_E * mean_E).sum()
+
+    want = jax.jit(jax.grad(fixed))(score_BTE)
+    got = jax.jit(jax.grad(loss))(score_BTE, expert_BTK)
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-7)
+
+
+@BOTH
+def test_only_the_ratios_of_a_tokens_scores_count(loss):
+    score_BTE, scale_BT1 = scores((2, 8, 4)), scores((2, 8, 1), seed=3)
+    expert_BTK = top_k(score_BTE, 2)
+    np.testing.assert_allclose(
+        loss(score_BTE, expert_BTK), loss(score_BTE * scale_BT1, expert_BTK), rtol=1e-5
+    )
+
+
+def test_sequence_sees_the_imbalance_that_a_batch_evens_out():
+    half_TE = np.tile(np.array([0.9, 0.8, 0.1, 0.2], np.float32), (8, 1))
+    score_BTE = np.stack([half_TE, half_TE[:, ::-1]])
+    expert_BTK = top_k(score_BTE, 2)
+    np.testing.assert_allclose(switch(score_BTE, expert_BTK), 1.0, rtol=1e-6)
+    assert sequence(score_BTE, expert_BTK) > 1.5
+
+
+@pytest.mark.parametrize("name", losses.AUXILIARY_LOSSES)
+def test_every_loss_is_a_float32_scalar(name):
+    score_BTE = scores((2, 8, 4))
+    got = jax.jit(losses.AUXILIARY_LOSSES[name])(score_BTE, top_k(score_BTE, 2))
+    assert got.shape == () and got.dtype == jnp.float32
+
+
+def test_no_loss_costs_nothing():
+    score_BTE = scores((2, 8, 4))
+    value, gradient_BTE = jax.value_and_grad(losses.none)(score_BTE, None)
+    assert float(value) == 0 and not gradient_BTE.any()
+
+
+def test_the_config_knows_the_same_losses():
+    assert tuple(losses.AUXILIARY_LOSSES) == model.AUXILIARY_LOSSES

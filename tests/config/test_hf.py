@@ -1,0 +1,388 @@
+"""Hugging Face's config.json: what comes in, what goes out, and what is refused."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+
+from jmoe.config import records
+from jmoe.config.hf import model_from_hf, model_to_hf
+from jmoe.config.model import ModelConfig
+from jmoe.config.presets import MODELS
+
+V3_FILE = json.loads("""{
+  "architectures": ["DeepseekV3ForCausalLM"],
+  "attention_bias": false,
+  "attention_dropout": 0.0,
+  "auto_map": {
+    "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+    "AutoModel": "modeling_deepseek.DeepseekV3Model",
+    "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM"
+  },
+  "bos_token_id": 0,
+  "eos_token_id": 1,
+  "ep_size": 1,
+  "first_k_dense_replace": 3,
+  "hidden_act": "silu",
+  "hidden_size": 7168,
+  "initializer_range": 0.02,
+  "intermediate_size": 18432,
+  "kv_lora_rank": 512,
+  "max_position_embeddings": 163840,
+  "model_type": "deepseek_v3",
+  "moe_intermediate_size": 2048,
+  "moe_layer_freq": 1,
+  "n_group": 8,
+  "n_routed_experts": 256,
+  "n_shared_experts": 1,
+  "norm_topk_prob": true,
+  "num_attention_heads": 128,
+  "num_experts_per_tok": 8,
+  "num_hidden_layers": 61,
+  "num_key_value_heads": 128,
+  "num_nextn_predict_layers": 1,
+  "q_lora_rank": 1536,
+  "qk_nope_head_dim": 128,
+  "qk_rope_head_dim": 64,
+  "quantization_config": {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "weight_block_size": [128, 128]
+  },
+  "rms_norm_eps": 1e-06,
+  "rope_scaling": {
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "factor": 40,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 4096,
+    "type": "yarn"
+  },
+  "rope_theta": 10000,
+  "routed_scaling_factor": 2.5,
+  "scoring_func": "sigmoid",
+  "tie_word_embeddings": false,
+  "topk_group": 4,
+  "topk_method": "noaux_tc",
+  "torch_dtype": "bfloat16",
+  "transformers_version": "4.33.1",
+  "use_cache": true,
+  "v_head_dim": 128,
+  "vocab_size": 129280
+}""")
+
+V2_LITE_FILE = V3_FILE | {
+    "first_k_dense_replace": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 27,
+    "num_key_value_heads": 16,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "rope_scaling": V3_FILE["rope_scaling"]
+    | {"mscale": 0.707, "mscale_all_dim": 0.707},
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "topk_group": 1,
+    "vocab_size": 102400,
+}
+
+
+def without(hf, *keys):
+    return {key: value for key, value in hf.items() if key not in keys}
+
+
+# As transformers 5 saves it: no scoring_func, no topk_method, one dict for rotations.
+NEWER_FILE = without(
+    V3_FILE, "rope_scaling", "rope_theta", "scoring_func", "topk_method", "torch_dtype"
+) | {
+    "dtype": "bfloat16",
+    "head_dim": 64,
+    "qk_head_dim": 192,
+    "rope_interleave": True,
+    "rope_parameters": {
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "rope_theta": 10000,
+        "rope_type": "yarn",
+        "type": "yarn",
+    },
+}
+
+# Legal, yet nothing that we would write.
+ODD_FILE = V2_LITE_FILE | {
+    "head_dim": 192,
+    "jmoe": {"layer_loop": "scan", "remat": "block"},
+    "num_key_value_heads": None,
+    "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+    "rope_scaling": None,
+    "scoring_func": None,
+    "topk_method": "group_limited_greedy",
+    "torch_dtype": None,
+}
+
+FILES = {
+    "v3": V3_FILE,
+    "v2_lite": V2_LITE_FILE,
+    "transformers_5": NEWER_FILE,
+    "odd": ODD_FILE,
+}
+
+CHANGES = {  # of every field, from what `tiny_with_yarn` has
+    "vocab_size": 4096,
+    "hidden_dim": 256,
+    "num_layers": 6,
+    "num_dense_layers": 2,
+    "dense_mlp_dim": 512,
+    "max_positions": 2048,
+    "mtp_depth": 0,
+    "tie_embeddings": True,
+    "norm_eps": 1e-5,
+    "init_std": 0.006,
+    "dtype": "bfloat16",
+    "remat": "save_dots",
+    "layer_loop": "unroll",
+    "hf_extras": '{"bos_token_id": 5}',
+    "attention.num_heads": 8,
+    "attention.query_latent_dim": None,
+    "attention.kv_latent_dim": 32,
+    "attention.nope_dim": 16,
+    "attention.rope_dim": 8,
+    "attention.value_dim": 16,
+    "attention.rope_theta": 5e5,
+    "attention.yarn.factor": 8.5,
+    "attention.yarn.original_positions": 128,
+    "attention.yarn.beta_fast": 16.0,
+    "attention.yarn.beta_slow": 2.0,
+    "attention.yarn.mscale": None,
+    "attention.yarn.mscale_all_dim": 0.0,
+    "attention.latent_norm_eps": 1e-5,
+    "attention.block_size": 64,
+    "moe.router.num_experts": 64,
+    "moe.router.top_k": 2,
+    "moe.router.num_groups": 2,
+    "moe.router.groups_per_token": 1,
+    "moe.router.score": "softmax",
+    "moe.router.group_score": "max",
+    "moe.router.normalize_gates": False,
+    "moe.router.gate_scale": 2.5,
+    "moe.router.update_rule": "quantile",
+    "moe.router.auxiliary_loss": "switch",
+    "moe.router.auxiliary_weight": 0.01,
+    "moe.expert_mlp_dim": 32,
+    "moe.num_shared_experts": 0,
+}
+UNCHANGEABLE = {"moe.backend"}  # there is only one
+
+
+YARN = {"factor": 4.0, "original_positions": 256}
+
+
+def tiny_with_yarn():
+    return changed(ModelConfig.preset("tiny"), **{"attention.yarn": YARN})
+
+
+def changed(cfg, **values):
+    return records.override(cfg, [f"{path}={v!r}" for path, v in values.items()])
+
+
+def leaves(record, prefix=""):
+    """The dotted paths of all fields that aren't records."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}"
+
+
+def shape(cfg):
+    return dataclasses.replace(cfg, hf_extras="{}")
+
+
+def test_deepseeks_own_file_is_the_v3_preset():
+    got = model_from_hf(V3_FILE)
+    # Two things differ: the file's 0.02 is transformers' default, the paper says 0.006;
+    # and it says nothing about recomputation.
+    assert shape(got) == changed(ModelConfig.preset("v3"), init_std=0.02, remat="none")
+    assert sorted(json.loads(got.hf_extras)) == [
+        "attention_dropout",
+        "auto_map",
+        "bos_token_id",
+        "eos_token_id",
+        "ep_size",
+        "quantization_config",
+        "transformers_version",
+        "use_cache",
+    ]
+
+
+def test_a_v2_lite_file_is_the_v2_lite_preset():
+    got = shape(model_from_hf(V2_LITE_FILE))
+    assert got == changed(ModelConfig.preset("v2_lite"), remat="none")
+
+
+def test_both_spellings_of_rope_and_dtype_mean_the_same():
+    assert shape(model_from_hf(NEWER_FILE)) == shape(model_from_hf(V3_FILE))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_preset_survives_the_round_trip(name):
+    cfg = ModelConfig.preset(name)
+    assert model_from_hf(json.loads(json.dumps(model_to_hf(cfg)))) == cfg
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_a_changed_field_survives_the_round_trip(path):
+    cfg = changed(tiny_with_yarn(), **{path: CHANGES[path]})
+    assert cfg != tiny_with_yarn()
+    assert model_from_hf(json.loads(json.dumps(model_to_hf(cfg)))) == cfg
+
+
+def test_the_changes_cover_every_field():
+    assert set(leaves(tiny_with_yarn())) == set(CHANGES) | UNCHANGEABLE
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_comes_back_with_all_its_keys(name):
+    given = FILES[name]
+    got = model_to_hf(model_from_hf(copy.deepcopy(given)))
+    assert {key: got[key] for key in given} == given
+    assert model_from_hf(got) == model_from_hf(given)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(
+    "path, value",
+    [
+        ("attention.rope_theta", 5e5),
+        ("attention.yarn", {"factor": 8.0, "original_positions": 512}),
+        ("attention.yarn", None),
+        ("attention.num_heads", 8),
+        ("attention.rope_dim", 32),
+        ("dtype", "float32"),
+        ("remat", "none"),
+        ("moe.router.score", "softmax"),
+        ("moe.router.group_score", "max"),
+        ("moe.router.group_score", "top2_sum"),
+    ],
+)
+def test_a_field_changed_later_wins_over_the_file(name, path, value):
+    cfg = changed(model_from_hf(FILES[name]), **{path: value})
+    again = model_from_hf(model_to_hf(cfg))
+    assert shape(again) == shape(cfg)
+    assert json.loads(again.hf_extras)["eos_token_id"] == 1
+
+
+def test_head_sizes_that_transformers_saves_follow_the_fields():
+    cfg = changed(model_from_hf(NEWER_FILE), **{"attention.rope_dim": 32})
+    got = model_to_hf(cfg)
+    assert (got["head_dim"], got["qk_head_dim"]) == (32, 128 + 32)
+
+
+def test_what_hugging_face_has_no_key_for_is_written_only_when_unusual():
+    tiny = ModelConfig.preset("tiny")
+    assert "jmoe" not in model_to_hf(tiny)
+    unusual = changed(tiny, **{"remat": "block", "attention.block_size": 64})
+    assert model_to_hf(unusual)["jmoe"] == {
+        "remat": "block",
+        "attention.block_size": 64,
+    }
+
+
+@pytest.mark.parametrize(
+    "group_score, num_groups, method",
+    [
+        ("top2_sum", 1, "noaux_tc"),
+        ("top2_sum", 4, "noaux_tc"),
+        ("max", 4, "group_limited_greedy"),
+        ("max", 1, "greedy"),
+    ],
+)
+def test_keys_that_only_vllm_reads_are_written(group_score, num_groups, method):
+    router = {
+        "moe.router.group_score": group_score,
+        "moe.router.num_groups": num_groups,
+        "moe.router.groups_per_token": 1,
+    }
+    got = model_to_hf(changed(ModelConfig.preset("tiny"), **router))
+    assert got["topk_method"] == method
+    assert got["scoring_func"] == "sigmoid"
+    assert got["moe_layer_freq"] == 1
+    assert got["model_type"] == "deepseek_v3"
+    assert got["architectures"] == ["DeepseekV3ForCausalLM"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_transformers_loads_it_and_means_the_same(name):
+    transformers = pytest.importorskip("transformers")
+    cfg = ModelConfig.preset(name)
+    theirs = transformers.DeepseekV3Config(**model_to_hf(cfg))
+    assert theirs.n_routed_experts == cfg.moe.router.num_experts
+    assert theirs.rope_parameters["rope_theta"] == cfg.attention.rope_theta
+    assert shape(model_from_hf(theirs.to_dict())) == cfg
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model_type": "deepseek_v2"}, "model_type='deepseek_v2' 'deepseek_v3'"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures Llama DeepseekV3For"),
+        ({"moe_layer_freq": 2}, "moe_layer_freq=2 must be 1"),
+        ({"attention_bias": True}, "attention_bias=True must be False"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
+        ({"rope_interleave": False}, "rope_interleave=False must be True"),
+        ({"num_key_value_heads": 8}, "num_key_value_heads=8 num_attention_heads=128"),
+        (
+            {"rope_scaling": {"type": "linear"}},
+            "rope_scaling.rope_type='linear' 'yarn'",
+        ),
+        ({"rope_scaling": "yarn"}, "rope_scaling='yarn' object"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "truncate": False}},
+            "rope_parameters.truncate=False must be True",
+        ),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "rope_theta=10000 =5.0 disagree"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_scaling= {} disagree"),
+        ({"dtype": "float32"}, "torch_dtype='bfloat16' dtype='float32' disagree"),
+        ({"torch_dtype": "float16"}, "dtype='float16' 'float32' 'bfloat16'"),
+        ({"topk_method": "best"}, "topk_method 'best' noaux_tc group_limited_greedy"),
+        ({"topk_method": "greedy"}, "topk_method='greedy' n_group=8 'noaux_tc'"),
+        ({"scoring_func": "relu"}, "score='relu' 'sigmoid' 'softmax'"),
+        ({"hidden_size": "7168"}, "hidden_size='7168' int"),
+        ({"n_group": None}, "n_group=None int"),
+        ({"num_experts_per_tok": 200}, "top_k=200 128 groups_per_token=4"),
+        ({"jmoe": ["remat"]}, "jmoe=['remat'] map"),
+        ({"jmoe": {"remta": "block"}}, "'remta' Did you mean 'remat'"),
+        ({"jmoe": {"remat": "all"}}, "remat='all' 'none' 'block'"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_the_model_cannot_do_is_refused_by_name(change, said):
+    with pytest.raises(ValueError) as error:
+        model_from_hf(V3_FILE | change)
+    missing = [word for word in said.split() if word not in str(error.value)]
+    assert not missing, str(error.value)
+
+
+def test_all_missing_keys_are_listed_at_once():
+    given = without(V3_FILE, "model_type", "hidden_size", "q_lora_rank")
+    given["rope_scaling"] = {"type": "yarn"}
+    with pytest.raises(ValueError) as error:
+        model_from_hf(given)
+    assert str(error.value) == (
+        "The config lacks model_type, hidden_size, q_lora_rank, rope_scaling.factor, "
+        "rope_scaling.original_max_position_embeddings."
+    )

@@ -1,0 +1,185 @@
+"""The model's records: what they derive, and the impossible shapes they refuse."""
+
+import dataclasses
+import math
+
+import pytest
+
+from jmoe.config import records
+from jmoe.config.model import AttentionConfig, ModelConfig, RouterConfig, YarnConfig
+
+YARN = "attention.yarn={'factor': 4, 'original_positions': 256}"
+
+
+def attention(**changes):
+    fields = {
+        "num_heads": 4,
+        "query_latent_dim": None,
+        "kv_latent_dim": 64,
+        "nope_dim": 32,
+        "rope_dim": 16,
+        "value_dim": 32,
+    }
+    return AttentionConfig(**fields | changes)
+
+
+@pytest.mark.parametrize(
+    "assignment, said",
+    [
+        ("vocab_size=1", "vocab_size=1 must be at least 2."),
+        ("hidden_dim=0", "hidden_dim=0 must be at least 1."),
+        ("num_layers=0", "num_layers=0 must be at least 1."),
+        ("num_dense_layers=-1", "num_dense_layers=-1 must be at least 0."),
+        ("num_dense_layers=5", "num_dense_layers=5 exceeds num_layers=4."),
+        ("dense_mlp_dim=0", "dense_mlp_dim=0 must be at least 1."),
+        ("max_positions=0", "max_positions=0 must be at least 1."),
+        ("mtp_depth=-1", "mtp_depth=-1 must be at least 0."),
+        ("norm_eps=-1e-6", "norm_eps=-1e-06 must be at least 0.0."),
+        ("init_std=-0.1", "init_std=-0.1 must be at least 0.0."),
+        ("dtype=float16", "dtype='float16' is not one of 'float32', 'bfloat16'."),
+        ("remat=all", "remat='all' is not one of 'none', 'block', 'save_dots'."),
+        ("layer_loop=for", "layer_loop='for' is not one of 'scan', 'unroll'."),
+        ("hf_extras=oops", "hf_extras='oops' must be a JSON object."),
+        ("hf_extras='[]'", "hf_extras='[]' must be a JSON object."),
+        ("attention.num_heads=0", "num_heads=0 must be at least 1."),
+        ("attention.query_latent_dim=0", "query_latent_dim=0 must be at least 1."),
+        ("attention.kv_latent_dim=0", "kv_latent_dim=0 must be at least 1."),
+        ("attention.nope_dim=0", "nope_dim=0 must be at least 1."),
+        ("attention.rope_dim=0", "rope_dim=0 must be at least 2."),
+        ("attention.rope_dim=15", "rope_dim=15 must be even, to rotate pairs."),
+        ("attention.value_dim=0", "value_dim=0 must be at least 1."),
+        ("attention.rope_theta=0", "rope_theta=0.0 must be at least 1.0."),
+        ("attention.rope_theta=nan", "rope_theta=nan must be at least 1.0."),
+        ("attention.latent_norm_eps=-1", "latent_norm_eps=-1.0 must be at least 0.0."),
+        ("attention.block_size=0", "block_size=0 must be at least 1."),
+        ("attention.yarn.factor=0.5", "factor=0.5 must be at least 1.0."),
+        (
+            "attention.yarn.original_positions=0",
+            "original_positions=0 must be at least 1.",
+        ),
+        (
+            "attention.yarn.beta_slow=64",
+            "beta_slow=64.0 must be above 0 and at most beta_fast=32.0.",
+        ),
+        (
+            "attention.yarn.beta_slow=0",
+            "beta_slow=0.0 must be above 0 and at most beta_fast=32.0.",
+        ),
+        ("moe.expert_mlp_dim=0", "expert_mlp_dim=0 must be at least 1."),
+        ("moe.num_shared_experts=-1", "num_shared_experts=-1 must be at least 0."),
+        ("moe.backend=dense", "backend='dense' is not one of 'blocks'."),
+        ("moe.router.num_experts=0", "num_experts=0 must be at least 1."),
+        (
+            "moe.router.num_experts=30",
+            "num_experts=30 must divide into num_groups=4 equal groups.",
+        ),
+        (
+            "moe.router.num_experts=4",
+            "top_k=4 exceeds the 2 experts reachable through groups_per_token=2.",
+        ),
+        ("moe.router.top_k=0", "top_k=0 must be at least 1."),
+        (
+            "moe.router.top_k=17",
+            "top_k=17 exceeds the 16 experts reachable through groups_per_token=2.",
+        ),
+        ("moe.router.num_groups=0", "num_groups=0 must be at least 1."),
+        (
+            "moe.router.num_groups=32",
+            "top_k=4 exceeds the 2 experts reachable through groups_per_token=2.",
+        ),
+        ("moe.router.groups_per_token=0", "groups_per_token=0 must be at least 1."),
+        (
+            "moe.router.groups_per_token=5",
+            "groups_per_token=5 exceeds num_groups=4.",
+        ),
+        ("moe.router.score=relu", "score='relu' is not one of 'sigmoid', 'softmax'."),
+        (
+            "moe.router.group_score=sum",
+            "group_score='sum' is not one of 'top2_sum', 'max'.",
+        ),
+        ("moe.router.gate_scale=-1", "gate_scale=-1.0 must be at least 0.0."),
+        (
+            "moe.router.update_rule=adam",
+            "update_rule='adam' is not one of 'sign', 'sign_centered', "
+            "'proportional', 'quantile'.",
+        ),
+        (
+            "moe.router.auxiliary_loss=gshard",
+            "auxiliary_loss='gshard' is not one of 'none', 'switch', 'sequence'.",
+        ),
+        (
+            "moe.router.auxiliary_weight=-0.1",
+            "auxiliary_weight=-0.1 must be at least 0.0.",
+        ),
+    ],
+)
+def test_an_impossible_shape_is_refused_by_name(assignment, said):
+    with pytest.raises(ValueError) as error:
+        records.override(ModelConfig.preset("tiny"), [YARN, assignment])
+    assert str(error.value) == said
+
+
+def test_groups_of_one_expert_have_no_top_two():
+    with pytest.raises(ValueError, match="'top2_sum' needs at least 2 experts a group"):
+        RouterConfig(num_experts=8, top_k=2, num_groups=8, groups_per_token=4)
+    assert (
+        RouterConfig(
+            num_experts=8,
+            top_k=2,
+            num_groups=8,
+            groups_per_token=4,
+            group_score="max",
+        ).group_size
+        == 1
+    )
+
+
+def test_a_single_group_of_one_expert_is_a_shape():
+    assert RouterConfig(num_experts=1, top_k=1).group_size == 1
+
+
+def test_top_k_may_use_up_all_the_groups_it_reaches():
+    router = RouterConfig(num_experts=32, top_k=16, num_groups=4, groups_per_token=2)
+    assert router.top_k == router.groups_per_token * router.group_size
+
+
+def test_a_model_may_be_dense_throughout():
+    cfg = records.override(ModelConfig.preset("tiny"), ["num_dense_layers=4"])
+    assert cfg.num_moe_layers == 0
+
+
+def test_records_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ModelConfig.preset("tiny").num_layers = 5
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError) as error:
+        ModelConfig.preset("huge")
+    assert str(error.value) == (
+        "Unknown model preset 'huge'; known: tiny, bench_s, small, v2_lite, v3."
+    )
+
+
+def test_plain_attention_scales_by_the_root_of_its_query_width():
+    assert attention().qk_dim == 48
+    assert attention().softmax_scale == pytest.approx(1 / math.sqrt(48))
+
+
+@pytest.mark.parametrize(
+    "factor, all_dims, temperature",
+    [
+        (40.0, 1.0, 0.1 * math.log(40) + 1),
+        (40.0, 0.707, 0.0707 * math.log(40) + 1),
+        (40.0, None, 1.0),
+        (40.0, 0.0, 1.0),
+        (1.0, 1.0, 1.0),
+    ],
+)
+def test_yarn_sharpens_attention_by_its_squared_temperature(
+    factor, all_dims, temperature
+):
+    yarn = YarnConfig(factor=factor, original_positions=256, mscale_all_dim=all_dims)
+    plain, scaled = attention(), attention(yarn=yarn)
+    ratio = scaled.softmax_scale / plain.softmax_scale
+    assert ratio == pytest.approx(temperature**2)

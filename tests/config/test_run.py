@@ -1,0 +1,121 @@
+"""The run's records: DeepSeek-V3's schedule as their defaults, and what they refuse."""
+
+import math
+
+import pytest
+
+from jmoe.config import records
+from jmoe.config.presets import tiny_run
+from jmoe.config.run import ScheduleConfig, TrainConfig
+
+
+@pytest.mark.parametrize(
+    "assignments, said",
+    [
+        (["train.steps=0"], "steps=0 must be at least 1."),
+        (["train.batch_size=0"], "batch_size=0 must be at least 1."),
+        (["train.microbatch_size=0"], "microbatch_size=0 must be at least 1."),
+        (
+            ["train.microbatch_size=3"],
+            "batch_size=8 must be a positive multiple of microbatch_size=3.",
+        ),
+        (
+            ["train.batch_size=6", "train.microbatch_size=4"],
+            "batch_size=6 must be a positive multiple of microbatch_size=4.",
+        ),
+        (
+            ["train.ramp_start=4"],
+            "ramp_start=4 must be a positive multiple of microbatch_size=8.",
+        ),
+        (
+            ["train.ramp_start=0"],
+            "ramp_start=0 must be a positive multiple of microbatch_size=8.",
+        ),
+        (["train.ramp_start=16"], "ramp_start=16 must be at most batch_size=8."),
+        (["train.ramp_steps=-1"], "ramp_steps=-1 must be at least 0."),
+        (["train.loss_chunk=0"], "loss_chunk=0 must be at least 1."),
+        (["train.log_every=0"], "log_every=0 must be at least 1."),
+        (["train.eval_every=0"], "eval_every=0 must be at least 1."),
+        (["train.eval_batches=0"], "eval_batches=0 must be at least 1."),
+        (["train.checkpoint_every=0"], "checkpoint_every=0 must be at least 1."),
+        (["train.keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1."),
+        (["train.bias_rate.first=-1"], "first=-1.0 must be at least 0.0."),
+        (["train.bias_rate.last=-1"], "last=-1.0 must be at least 0.0."),
+        (["train.mtp_weight.switch=-0.5"], "switch=-0.5 must be at least 0.0."),
+        (["train.mtp_weight.switch=2"], "switch=2.0 must be at most 1.0."),
+        (["optimizer.name=sgd"], "name='sgd' is not one of 'adamw', 'muon'."),
+        (
+            ["optimizer.moment_dtype=float16"],
+            "moment_dtype='float16' is not one of 'float32', 'bfloat16'.",
+        ),
+        (["optimizer.beta1=1"], "beta1=1.0 must be at most 0.9999999."),
+        (["optimizer.beta2=1"], "beta2=1.0 must be at most 0.9999999."),
+        (["optimizer.beta1=-0.1"], "beta1=-0.1 must be at least 0.0."),
+        (["optimizer.epsilon=-1"], "epsilon=-1.0 must be at least 0.0."),
+        (["optimizer.weight_decay=-1"], "weight_decay=-1.0 must be at least 0.0."),
+        (["optimizer.clip_norm=0"], "clip_norm=0.0 must be above 0."),
+        (["optimizer.clip_norm=nan"], "clip_norm=nan must be above 0."),
+        (
+            ["optimizer.schedule.name=linear"],
+            "name='linear' is not one of 'constant', 'cosine', 'wsd', 'multi_step'.",
+        ),
+        (["optimizer.schedule.peak=-1"], "peak=-1.0 must be at least 0.0."),
+        (["optimizer.schedule.warmup_steps=-1"], "warmup_steps=-1 must be at least 0."),
+        (
+            ["optimizer.schedule.end_fraction=1.5"],
+            "end_fraction=1.5 must be at most 1.0.",
+        ),
+        (
+            ["optimizer.schedule.decay_fraction=1.5"],
+            "decay_fraction=1.5 must be at most 1.0.",
+        ),
+        (
+            ["optimizer.schedule.boundaries=[0.5, 0.4, 0.9]"],
+            "boundaries=(0.5, 0.4, 0.9) must rise between 0 and 1.",
+        ),
+        (
+            ["optimizer.schedule.boundaries=[0.5, 0.9, 1.1]"],
+            "boundaries=(0.5, 0.9, 1.1) must rise between 0 and 1.",
+        ),
+        (
+            ["data.sequence_length=2048"],
+            "data.sequence_length=2048 exceeds model.max_positions=1024.",
+        ),
+        (
+            ["model.mtp_depth=3", "data.sequence_length=3"],
+            "model.mtp_depth=3 leaves nothing to predict in data.sequence_length=3.",
+        ),
+    ],
+)
+def test_an_impossible_run_is_refused_by_name(assignments, said):
+    with pytest.raises(ValueError) as error:
+        records.override(tiny_run(), assignments)
+    assert str(error.value) == said
+
+
+def test_a_sequence_may_fill_all_positions():
+    run = records.override(tiny_run(), ["data.sequence_length=1024"])
+    assert run.data.sequence_length == run.model.max_positions
+
+
+def test_a_ramp_starts_at_a_multiple_of_the_microbatch():
+    train = TrainConfig(steps=10, batch_size=32, microbatch_size=8, ramp_start=16)
+    assert train.ramp_start == 16
+
+
+def test_clipping_can_be_turned_off():
+    run = records.override(tiny_run(), ["optimizer.clip_norm=inf"])
+    assert run.optimizer.clip_norm == math.inf
+
+
+def test_defaults_are_deepseek_v3s_tokens_as_fractions_of_the_run():
+    # Section 4.2, in billions of tokens of 14,800.
+    schedule, train = ScheduleConfig(), tiny_run().train
+    ends = (10_000 / 14_800, 14_300 / 14_800, 14_633 / 14_800)
+    assert schedule.boundaries == pytest.approx(ends, abs=1e-3)
+    assert schedule.peak * schedule.end_fraction == pytest.approx(2.2e-5)
+    assert schedule.peak * schedule.tail_fraction == pytest.approx(7.3e-6)
+    assert train.bias_rate.switch == pytest.approx(14_300 / 14_800, abs=1e-3)
+    assert train.mtp_weight.switch == pytest.approx(10_000 / 14_800, abs=1e-3)
+    assert (train.bias_rate.first, train.bias_rate.last) == (1e-3, 0.0)
+    assert (train.mtp_weight.first, train.mtp_weight.last) == (0.3, 0.1)
