@@ -34,12 +34,8 @@ FREE = (
 )
 
 
-def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
-    """Makes `workdir` the directory of `run`, or goes on in it; whether it goes on.
-
-    A new or empty directory gets a `config.json`. One that has it is compared with
-    `run`, and rewritten if the fields that differ may change between two stretches of
-    one run (steps, intervals, learning rate, ...).
+def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
+    """Whether `workdir` holds a run that `run` can go on with; changes nothing.
 
     Raises:
       ValueError: `workdir` is a file, or holds something else than a run, or a run with
@@ -50,7 +46,6 @@ def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
         raise ValueError(f"workdir={str(workdir)!r} must be a directory.")
     if not (workdir / CONFIG).exists():
         _refuse_other_content(workdir)
-        _write(workdir, run)
         return False
     changes = _changes(to_dict(read_run(workdir)), to_dict(run))
     refused = {name: pair for name, pair in changes.items() if _is_fixed(name)}
@@ -62,6 +57,21 @@ def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
             f"workdir={str(workdir)!r} holds a run with other values of these fields, "
             "which must stay; choose another workdir:\n" + "\n".join(lines)
         )
+    return True
+
+
+def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
+    """Makes `workdir` the directory of `run`, or goes on in it; whether it goes on.
+
+    A new or empty directory gets a `config.json`. One that has it is checked by
+    `check_run`, and the file rewritten if the fields that differ may change between two
+    stretches of one run (steps, intervals, learning rate, ...).
+    """
+    workdir = pathlib.Path(workdir)
+    if not check_run(workdir, run):
+        _write(workdir, run)
+        return False
+    changes = _changes(to_dict(read_run(workdir)), to_dict(run))
     if changes:
         for name, (old, new) in changes.items():
             logging.info("%s goes on with %s=%r (was %r).", workdir, name, new, old)

@@ -51,7 +51,10 @@ class LatentAttention(nn.Module):
         )
         out = out_BTHV.reshape(*x_BTD.shape[:2], cfg.num_heads * cfg.value_dim)
         return Linear(
-            (x_BTD.shape[-1],), ("heads", "embed"), self.init_std, self.dot_general,
+            (x_BTD.shape[-1],),
+            ("heads", "embed"),
+            self.init_std,
+            self.dot_general,
             name="out",
         )(out)
 

@@ -20,6 +20,7 @@ from jmoe.config import RouterConfig
 from jmoe.nn.linear import named_param
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+GROUP_BEST = {"top2_sum": 2, "max": 1}  # how many scores make a group's
 GATE_EPSILON = 1e-20  # DeepSeek's, in the division by the gates' sum
 
 
@@ -44,25 +45,22 @@ class Routing(NamedTuple):
     gate_NK: jax.Array
 
 
-def biased_choice(
-    score_NE: jax.Array, bias_E: jax.Array, cfg: RouterConfig
+def limit_to_groups(
+    biased_NE: jax.Array, cfg: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Experts [N, K] by biased score within the best groups, and those scores [N, E].
+    """Biased scores, -inf outside of each token's best groups, and group scores [N, G].
 
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
-    Experts outside the chosen groups score -inf.
     """
-    biased_NE = score_NE + bias_E
-    if cfg.groups_per_token < cfg.num_groups:
-        biased_NGS = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
-        best = 2 if cfg.group_score == "top2_sum" else 1
-        group_NG = jax.lax.top_k(biased_NGS, best)[0].sum(-1)
-        _, kept_NX = jax.lax.top_k(group_NG, cfg.groups_per_token)
-        kept_NG = (kept_NX[:, :, None] == jnp.arange(cfg.num_groups)).any(1)
-        biased_NGS = jnp.where(kept_NG[:, :, None], biased_NGS, -jnp.inf)
-        biased_NE = biased_NGS.reshape(biased_NE.shape)
-    _, expert_NK = jax.lax.top_k(biased_NE, cfg.top_k)
-    return expert_NK, biased_NE
+    biased_NGS = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
+    best = min(GROUP_BEST[cfg.group_score], cfg.group_size)
+    group_NG = jax.lax.top_k(biased_NGS, best)[0].sum(-1)
+    if cfg.groups_per_token == cfg.num_groups:
+        return biased_NE, group_NG
+    _, kept_NX = jax.lax.top_k(group_NG, cfg.groups_per_token)
+    kept_NG = (kept_NX[:, :, None] == jnp.arange(cfg.num_groups)).any(1)
+    reachable_NGS = jnp.where(kept_NG[:, :, None], biased_NGS, -jnp.inf)
+    return reachable_NGS.reshape(biased_NE.shape), group_NG
 
 
 def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:
@@ -78,24 +76,30 @@ def route(
 ) -> tuple[Routing, jax.Array]:
     """Chooses experts by biased score but weighs them by the raw score.
 
-    Returns the routing and the margins' histogram of the configured update rule.
+    Returns the routing and what the update rule needs besides counts: `margin_EM`.
     """
-    fixed_NE = jax.lax.stop_gradient(score_NE)
-    expert_NK, biased_NE = biased_choice(fixed_NE, bias_E, cfg)
+    biased_NE = jax.lax.stop_gradient(score_NE) + bias_E
+    reachable_NE, group_NG = limit_to_groups(biased_NE, cfg)
+    _, expert_NK = jax.lax.top_k(reachable_NE, cfg.top_k)
     margin_EM = jnp.zeros((cfg.num_experts, 0), jnp.int32)
-    if cfg.update_rule == "quantile":
-        margin_EM = selection_margins(fixed_NE, biased_NE, cfg.top_k)
+    if cfg.update_rule in bias.MARGIN_RULES:
+        margin_EM = bias.margin_histogram(
+            selection_margins(biased_NE, reachable_NE, group_NG, cfg)
+        )
     return Routing(expert_NK, gates(score_NE, expert_NK, cfg)), margin_EM
 
 
 def selection_margins(
-    score_NE: jax.Array, biased_NE: jax.Array, top_k: int
+    biased_NE: jax.Array,
+    reachable_NE: jax.Array,
+    group_NG: jax.Array,
+    cfg: RouterConfig,
 ) -> jax.Array:
-    """Histogram, by expert, of the raw score above each token's selection threshold."""
-    best = jax.lax.top_k(biased_NE, min(top_k + 1, biased_NE.shape[-1]))[0]
-    last, next_ = best[:, top_k - 1], best[:, -1]
-    threshold_N = jnp.where(jnp.isfinite(next_), (last + next_) / 2, last)
-    return bias.margin_histogram(score_NE, threshold_N, bias.NUM_BINS)
+    """How far each expert is above the point where the token's choice of it flips."""
+    expert_N = bias.selection_threshold(reachable_NE, cfg.top_k)
+    group_N = bias.selection_threshold(group_NG, cfg.groups_per_token)
+    margin_NG = jnp.repeat(group_NG - group_N[:, None], cfg.group_size, axis=-1)
+    return jnp.minimum(biased_NE - expert_N[:, None], margin_NG)
 
 
 def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:

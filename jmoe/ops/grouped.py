@@ -76,7 +76,9 @@ def plan_tasks(size_E: jax.Array, num_rows: int) -> Tasks:
     return Tasks(expert_M, start_M, rows_M, nth_M == 0, end_E[-1])
 
 
-def _in_smallest_size(rows: jax.Array, product: Callable[[int], jax.Array]) -> jax.Array:
+def _in_smallest_size(
+    rows: jax.Array, product: Callable[[int], jax.Array]
+) -> jax.Array:
     """`product(size)` for the smallest compiled size of at least `rows` rows."""
     branches = [functools.partial(product, s) for s in range(STEP, BLOCK + 1, STEP)]
     return lax.switch((rows - 1) // STEP, branches)
@@ -172,7 +174,10 @@ def _backward(saved, dy_TD):
     d_gate_N = (d_act_NF * act_NF).astype(jnp.float32).sum(-1)
     d_act_NF = d_act_NF * weight_N1
     d_h_NX = jnp.concatenate(
-        [d_act_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF)), d_act_NF * silu_NF],
+        [
+            d_act_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF)),
+            d_act_NF * silu_NF,
+        ],
         axis=-1,
     )
     d_down_EFD = _per_expert(act_NF * weight_N1, dy_ND, tasks, num_experts)
@@ -192,7 +197,8 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 def _combine(y_ND: jax.Array, row_TK: jax.Array, weight_TK: jax.Array) -> jax.Array:
     """Sum over K of each choice's row times its weight, a gather for each k."""
     terms = (
-        _take(y_ND, row_TK[:, k]) * weight_TK[:, k, None] for k in range(row_TK.shape[1])
+        _take(y_ND, row_TK[:, k]) * weight_TK[:, k, None]
+        for k in range(row_TK.shape[1])
     )
     return functools.reduce(jnp.add, terms).astype(y_ND.dtype)
 

@@ -82,7 +82,7 @@ def write_picture(
 
 
 def _header(name: str, run: Run) -> str:
-    said = [run.info.get("started"), run.info.get("device"), run.directory.resolve()]
+    said = [run.info.get("started"), run.info.get("device"), run.directory]
     line = " &middot; ".join(escape(item) for item in said if item)
     numbers = report_page.numbers(_summary(run))
     return f"<header>\n<h1>{escape(name)}</h1>\n<p>{line}</p>\n{numbers}</header>\n"

@@ -147,7 +147,7 @@ def draw_metric(key: str, draw_line: Line) -> Draw:
         if series is None:
             return False
         draw_line(axes, series.step_N, series.value_NK[:, 0], "blue", key)
-        axes.set_ylim(bottom=0)
+        axes.update_datalim([(series.step_N[0], 0.0)])  # the scale starts at zero
         label_axes(axes, "")
         return True
 

@@ -34,7 +34,7 @@ TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 
 # What bounds a report's size: the loads kept of all layers and logs, and the logs.
-_MAX_LOADS = 1_000_000
+_MAX_LOADS = 800_000
 _MAX_COLUMNS = 400
 
 

@@ -161,13 +161,26 @@ def test_histograms_of_parts_add_up_to_the_whole_exactly(cut):
 
 def test_bins_above_zero_hold_the_load():
     load_E, margin_EM = statistics(skewed_batch())
-    np.testing.assert_array_equal(margin_EM[:, 64:].sum(-1), load_E)
+    np.testing.assert_array_equal(margin_EM[:, bias.NUM_BINS // 2 :].sum(-1), load_E)
     np.testing.assert_array_equal(margin_EM.sum(-1), 64)
 
 
 def test_infinite_margins_count_in_the_outermost_bins():
     got = histogram(np.array([[-np.inf, np.inf]], np.float32), num_bins=4)
     assert got.tolist() == [[1, 0, 0, 0], [0, 0, 0, 1]]
+
+
+@EXAMPLES
+@given(st.integers(0, 2**31 - 1))
+def test_quantile_interpolates_the_histogram_at_the_exact_mean_load(seed):
+    rng = np.random.default_rng(seed)
+    margin_EM = rng.integers(1, 50, (3, 8), np.int32)
+    load_E = rng.integers(0, margin_EM.sum(-1).min(), 3, np.int32)
+    tail_EM = np.cumsum(margin_EM[:, ::-1], axis=-1)  # above each edge, from the last
+    edges = bias.bin_edges(8)[::-1]
+    q_E = [np.interp(load_E.mean(), [0, *tail_M], edges) for tail_M in tail_EM]
+    got_E = update("quantile", 0 * BIAS_E[:3], load_E, margin_EM)
+    np.testing.assert_allclose(got_E, (np.mean(q_E) - q_E) / 4, atol=1e-6)
 
 
 def test_quantile_finds_the_margin_that_a_fair_share_exceeds():

@@ -98,8 +98,14 @@ def lose_everything(checkpoint):
     checkpoint.mkdir()
 
 
-SHORT = (cut_arrays, lose_arrays, lose_manifest, cut_manifest, lose_everything)
-DAMAGES = (*SHORT, flip_a_bit)
+DAMAGES = (
+    cut_arrays,
+    lose_arrays,
+    lose_manifest,
+    cut_manifest,
+    lose_everything,
+    flip_a_bit,
+)
 
 
 def test_every_dtype_comes_back_bit_for_bit(tmp_path):
@@ -366,10 +372,23 @@ def test_reading_needs_no_directory_and_makes_none(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_saving_and_restoring_work_where_transfers_are_disallowed(tmp_path):
+@pytest.fixture
+def no_transfers():
+    jax.config.update("jax_transfer_guard", "disallow")  # in every thread
+    yield
+    jax.config.update("jax_transfer_guard", None)
+
+
+def test_saving_and_restoring_work_where_transfers_are_disallowed(
+    tmp_path, no_transfers
+):
     mesh = jax.make_mesh((4,), ("a",), axis_types=(AxisType.Auto,))
-    state = {"x": jax.device_put(np.ones((8, 2), "float32"), NamedSharding(mesh, P()))}
-    with jax.transfer_guard("disallow"), Store(tmp_path) as store:
+    state = {
+        "split": jax.device_put(np.ones((8, 2)), NamedSharding(mesh, P("a"))),
+        "replicated": jax.device_put(np.ones((8, 2)), NamedSharding(mesh, P())),
+        "scalar": jax.device_put(np.int32(3), NamedSharding(mesh, P())),
+    }
+    with Store(tmp_path) as store:
         store.save(1, state, {})
         got, _, _ = store.restore(abstract(state))
     assert_same_bits(got, state)

@@ -158,15 +158,18 @@ def test_a_big_model_has_a_report_below_a_megabyte_and_a_half(
 ):
     generator = np.random.default_rng(0)
     # Incompressible: far from balance, and every log unlike the one before.
-    shape = layers, experts
-    rows = []
-    for _ in range(3):
-        load_LE = generator.uniform(0, 2 / experts, shape).round(6).tolist()
-        bias_LE = generator.uniform(-1, 1, shape).round(3).tolist()
-        rows.append(json.dumps({"load_LE": load_LE, "bias_LE": bias_LE})[1:])
+    load_LE = generator.uniform(0, 2 / experts, (layers, experts)).round(6)
+    bias_LE = generator.uniform(-1, 1, (layers, experts)).round(3)
+    loads = [json.dumps(row) for row in load_LE.tolist()]
+    biases = [json.dumps(row) for row in bias_LE.tolist()]
     with (tmp_path / "balance.jsonl").open("w") as file:
         for step in range(logs):
-            file.write(f'{{"step": {step}, {rows[step % 3]}\n')
+            generator.shuffle(loads)
+            generator.shuffle(biases)
+            load, bias = ", ".join(loads), ", ".join(biases)
+            file.write(
+                f'{{"step": {step}, "load_LE": [{load}], "bias_LE": [{bias}]}}\n'
+            )
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1000):
             row = {"step": step} | METRICS | {"loss": generator.normal()}

@@ -1,0 +1,103 @@
+"""Completes prompts by running the whole sequence again for each new token.
+
+Shapes: B prompt, S position of the longest prompt plus the new tokens, V vocabulary.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.config import ModelConfig
+from jmoe.decode.sampling import sample
+from jmoe.nn.model import Transformer
+
+
+def generate(
+    cfg: ModelConfig,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_id: int | None = None,
+) -> list[list[int]]:
+    """The new tokens of each prompt, up to and without `stop_id`.
+
+    Args:
+      variables: {"params": ..., "router_state": ...}.
+      prompts: token ids; each at least one.
+      temperature, top_p: see `jmoe.decode.sampling.sample`.
+
+    Raises:
+      ValueError: an empty prompt, a token outside the vocabulary, a negative
+        temperature, top_p outside (0, 1], or more positions than the model has.
+    """
+    _check(cfg, prompts, max_new_tokens, temperature, top_p)
+    length_B = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens_BS = np.zeros((len(prompts), length_B.max() + max_new_tokens), np.int32)
+    for row, prompt in zip(tokens_BS, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    done_BS = np.asarray(
+        _complete(
+            cfg,
+            variables,
+            jnp.asarray(tokens_BS),
+            jnp.asarray(length_B),
+            jax.random.key(seed),
+            max_new_tokens,
+            temperature,
+            top_p,
+        )
+    )
+    new = [
+        row[length : length + max_new_tokens].tolist()
+        for row, length in zip(done_BS, length_B, strict=True)
+    ]
+    return [ids[: ids.index(stop_id)] if stop_id in ids else ids for ids in new]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+def _complete(
+    cfg, variables, tokens_BS, length_B, key, max_new_tokens, temperature, top_p
+):
+    model = Transformer(cfg)
+    rows_B = jnp.arange(len(length_B))
+
+    def step(i, tokens_BS):
+        # Positions behind the last token are causally invisible to it.
+        features = model.apply(variables, tokens_BS, method="features")
+        last_BD = features.hidden_BTD[rows_B, length_B + i - 1]
+        logits_BV = (last_BD @ features.head_DV).astype(jnp.float32)
+        next_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
+        return tokens_BS.at[rows_B, length_B + i].set(next_B)
+
+    return jax.lax.fori_loop(0, max_new_tokens, step, tokens_BS)
+
+
+def _check(cfg, prompts, max_new_tokens, temperature, top_p):
+    if not prompts or not all(prompts):
+        raise ValueError("prompts must hold at least one prompt, none of them empty.")
+    wrong = [t for prompt in prompts for t in prompt if not 0 <= t < cfg.vocab_size]
+    if wrong:
+        raise ValueError(
+            f"Token {wrong[0]} of a prompt lies outside of vocab_size={cfg.vocab_size}."
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"temperature={temperature} must be at least 0 and top_p={top_p} above 0 "
+            "and at most 1."
+        )
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > cfg.max_positions:
+        raise ValueError(
+            f"The longest prompt and max_new_tokens={max_new_tokens} make {longest} "
+            f"positions; the model has max_positions={cfg.max_positions}."
+        )

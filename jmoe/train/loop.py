@@ -1,0 +1,299 @@
+"""A training run from its record to its report, top to bottom.
+
+The device computes, the host feeds it: batches are read ahead and steps are dispatched
+without waiting. The host waits where it must show or store something: at a log, an
+evaluation, a checkpoint. Nothing moves between the two unasked (`jax.transfer_guard`).
+
+Shapes: A microbatch, B sequence, T position, L MoE layer, E expert.
+"""
+
+import contextlib
+import datetime
+import functools
+import json
+import math
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+import jmoe.train.step as steps
+from jmoe.balance import load
+from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.store import Store
+from jmoe.config import RunConfig
+from jmoe.data.loader import Loader, make_loader, validation_batches
+from jmoe.data.packing import Batch
+from jmoe.data.tokenizer import Tokenizer, load_tokenizer
+from jmoe.nn.model import Transformer
+from jmoe.train import report, run_files, schedules
+from jmoe.train.console import Console
+from jmoe.train.metrics_log import MetricsLog
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import TrainState, count_parameters, make_state
+
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+_PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+# Pairs of prompt and continuation, from a trained model.
+Sampler = Callable[[RunConfig, TrainState, Tokenizer], Sequence[tuple[str, str]]]
+
+
+def train(
+    run: RunConfig, workdir: pathlib.Path, *, sample: Sampler | None = None
+) -> int:
+    """Trains `run` in `workdir`, going on where an earlier call stopped.
+
+    Args:
+      sample: makes the texts that the report shows, from the trained model.
+
+    Returns:
+      0 when the run is complete, or the number of the signal (SIGTERM, SIGINT) that
+      stopped it after a last checkpoint.
+
+    Raises:
+      ValueError, FileNotFoundError: a mistake in the record, the data or the workdir;
+        before anything is compiled or overwritten.
+    """
+    cfg = run.train
+    resumes = workdirs.check_run(workdir, run)
+    tokenizer = _load_tokenizer(run, workdir if resumes else None)
+    loader = make_loader(run.data, tokenizer, batch_size=cfg.microbatch_size)
+    held_out = validation_batches(
+        run.data,
+        tokenizer,
+        batch_size=cfg.microbatch_size,
+        num_batches=cfg.eval_batches,
+    )
+    entropy = unigram_entropy(held_out)
+    model = Transformer(run.model)
+    optimizer = make_optimizer(run.optimizer, cfg.steps)
+    train_step = jax.jit(steps.make_train_step(model, optimizer, run), donate_argnums=0)
+    eval_step = jax.jit(steps.make_eval_step(model, run))
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(loader.close)
+        store = stack.enter_context(
+            Store(workdir / CHECKPOINTS, keep=cfg.keep_checkpoints)
+        )
+        make = functools.partial(make_state, model, optimizer, cfg.seed)
+        state, step = _restore_or_make(make, store, loader)
+        workdirs.open_run(workdir, run)
+        tokenizer.save(workdir / TOKENIZER)
+        parameters = count_parameters(state.params, run.model.moe.router)
+        _write_info(workdir, parameters, entropy)
+        log = stack.enter_context(MetricsLog(workdir, start_step=step))
+        console = stack.enter_context(Console(cfg.steps, start_step=step))
+        _show_header(console, run, workdir, parameters, step)
+        stopped = stack.enter_context(_stop_signals())
+        stack.enter_context(jax.transfer_guard("disallow"))
+
+        meter = _Meter(step, loader.get_state()["sequences"] * run.data.sequence_length)
+        while step < cfg.steps and not stopped:
+            batch = _next_batch(loader, schedules.microbatches(cfg, step))
+            state, measured = train_step(state, jax.device_put(batch))
+            step += 1
+            meter.add(batch.tokens_BT[..., 1:].size)
+            if _is_due(cfg.log_every, step, cfg.steps):
+                metrics = jax.device_get(measured)
+                load_LE, bias_LE = metrics.pop("load_LE"), metrics.pop("bias_LE")
+                metrics |= meter.read(step)
+                load_LE = load_LE / load_LE.sum(-1, keepdims=True)
+                log.log(step, metrics, load_LE=load_LE, bias_LE=bias_LE)
+                console.update(step, metrics)
+            if _is_due(cfg.eval_every, step, cfg.steps):
+                with meter.paused(state):
+                    metrics = evaluate(eval_step, state, held_out)
+                log.log(step, metrics)
+                console.update(step, metrics)
+            if _is_due(cfg.checkpoint_every, step, cfg.steps):
+                with meter.paused(state):
+                    store.save(step, state, loader.get_state())
+
+        store.save(step, state, loader.get_state())
+        store.wait()
+        if stopped:
+            name = signal.Signals(stopped[0]).name
+            console.note(
+                f"{name}: saved step {step}; the same command goes on from it."
+            )
+            return stopped[0]
+        if sample is not None:
+            with jax.transfer_guard("allow"):
+                _write_samples(workdir, step, sample(run, state, tokenizer))
+        report.write_report(workdir)
+        console.finish(workdir, unigram_entropy=entropy)
+        return 0
+
+
+def evaluate(
+    eval_step: steps.EvalStep, state: TrainState, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """Validation loss, perplexity and global MaxVio, on the host."""
+    parts = [
+        eval_step(state.params, state.router_state, jax.device_put(batch))
+        for batch in batches
+    ]
+    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(parts))
+    loss = float(total.loss / total.tokens)
+    with jax.transfer_guard("allow"):
+        max_vio_L = np.asarray(load.max_violation_L(total.load_LE))
+    return {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),
+        "global_max_vio": max_vio_L.mean(),
+        "global_max_vio_L": max_vio_L,
+    }
+
+
+def unigram_entropy(batches: Sequence[Batch]) -> float:
+    """Nats a token of the best predictor of these targets that ignores context."""
+    count_V = np.bincount(np.concatenate([b.tokens_BT[:, 1:].ravel() for b in batches]))
+    share_V = count_V[count_V > 0] / count_V.sum()
+    return float(-(share_V * np.log(share_V)).sum())
+
+
+class _Meter:
+    """Counts tokens, and time without what isn't training."""
+
+    def __init__(self, step: int, tokens: int):
+        self._tokens = tokens
+        self._since = (step, tokens, time.perf_counter())
+        self._compiling = True
+
+    def add(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def read(self, step: int) -> dict[str, float]:
+        """Speed since the last reading; the first stretch compiles and has none."""
+        last_step, last_tokens, then = self._since
+        now = time.perf_counter()
+        self._since = (step, self._tokens, now)
+        speed = {
+            "tokens_per_second": (self._tokens - last_tokens) / (now - then),
+            "step_seconds": (now - then) / (step - last_step),
+        }
+        known = {} if self._compiling else speed
+        self._compiling = False
+        return {"tokens": self._tokens, **known}
+
+    @contextlib.contextmanager
+    def paused(self, state: TrainState) -> Iterator[None]:
+        """Leaves out the time inside, once the steps under way are done."""
+        jax.block_until_ready(state.step)
+        start = time.perf_counter()
+        yield
+        step, tokens, then = self._since
+        self._since = (step, tokens, then + time.perf_counter() - start)
+
+
+def _is_due(every: int, step: int, last: int) -> bool:
+    return step % every == 0 or step == last
+
+
+def _next_batch(loader: Loader, count: int) -> Batch:
+    """`count` microbatches, [A, B, T + 1]."""
+    return jax.tree.map(lambda *x: np.stack(x), *(next(loader) for _ in range(count)))
+
+
+def _load_tokenizer(run: RunConfig, workdir: pathlib.Path | None) -> Tokenizer:
+    """The run's own copy where it goes on, whatever has become of the original."""
+    if workdir is not None and (workdir / TOKENIZER).exists():
+        return Tokenizer.from_file(workdir / TOKENIZER)
+    return load_tokenizer(run.data, run.model.vocab_size)
+
+
+def _restore_or_make(
+    make: Callable[[], TrainState], store: Store, loader: Loader
+) -> tuple[TrainState, int]:
+    if store.latest_step() is None:
+        return jax.jit(make)(), 0
+    state, position, step = store.restore(jax.eval_shape(make))
+    loader.set_state(position)
+    return state, step
+
+
+def _write_info(
+    workdir: pathlib.Path, parameters: tuple[int, int], entropy: float
+) -> None:
+    info = {
+        "command": shlex.join(sys.argv),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": _device(),
+        "parameters": parameters[0],
+        "active_parameters": parameters[1],
+        "unigram_entropy": entropy,
+        "versions": {"python": platform.python_version()}
+        | {package: metadata.version(package) for package in _PACKAGES},
+    }
+    (workdir / run_files.INFO).write_text(json.dumps(info, indent=2))
+
+
+def _write_samples(
+    workdir: pathlib.Path, step: int, samples: Sequence[tuple[str, str]]
+) -> None:
+    with (workdir / run_files.SAMPLES).open("a", encoding="utf-8") as file:
+        for prompt, text in samples:
+            row = {"step": step, "prompt": prompt, "text": text}
+            file.write(json.dumps(row) + "\n")
+
+
+def _show_header(
+    console: Console,
+    run: RunConfig,
+    workdir: pathlib.Path,
+    parameters: tuple[int, int],
+    step: int,
+) -> None:
+    console.header(
+        name=run.name,
+        parameters=parameters[0],
+        active_parameters=parameters[1],
+        tokens_per_step=run.train.batch_size * run.data.sequence_length,
+        device=_device(),
+        run_dir=workdir,
+    )
+    if step >= run.train.steps:
+        console.note(f"Complete at step {step}; raise train.steps to go on.")
+    elif step:
+        console.note(f"Goes on from the checkpoint of step {step}.")
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    if device.platform == "cpu":
+        return f"CPU, {os.cpu_count()} cores"
+    return f"{jax.device_count()} x {device.device_kind}"
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that gets the first SIGTERM or SIGINT; a second one acts as ever."""
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only the main thread may handle signals
+        return
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        signal.signal(number, before[number])
+
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

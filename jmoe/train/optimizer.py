@@ -1,0 +1,120 @@
+"""AdamW (arXiv 1711.05101) or Muon (kellerjordan.github.io/posts/muon), by optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmoe.config import OptimizerConfig
+from jmoe.train import schedules
+
+
+def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clip by global norm, then the named optimizer on its schedule.
+
+    Args:
+      steps: the run's length, which the learning-rate schedule is stretched over.
+    """
+    rate = schedules.learning_rate(cfg.schedule, steps)
+    optimizer = OPTIMIZERS[cfg.name](cfg, rate)
+    if cfg.moment_dtype != "float32":
+        optimizer = store_moments(optimizer, jnp.dtype(cfg.moment_dtype))
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optimizer)
+
+
+def adamw(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with decay on `decayed` parameters only."""
+    return optax.adamw(
+        rate,
+        cfg.beta1,
+        cfg.beta2,
+        cfg.epsilon,
+        weight_decay=cfg.weight_decay,
+        mask=decayed,
+    )
+
+
+def muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    """Muon on hidden matrices, AdamW on embedding, head, router and norms.
+
+    Updates are scaled to the RMS of AdamW's (arXiv 2502.16982, section 2.2), so that
+    one learning rate and one decay serve both.
+    """
+    return optax.contrib.muon(
+        rate,
+        beta=0.95,
+        weight_decay=cfg.weight_decay,
+        weight_decay_mask=decayed,
+        adam_b1=cfg.beta1,
+        adam_b2=cfg.beta2,
+        eps=cfg.epsilon,
+        adam_weight_decay=cfg.weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrix_dims,
+    )
+
+
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
+
+
+def decayed(params: Any) -> Any:
+    """True for what weight decay pulls to zero: all but the norms' scales."""
+    return jax.tree.map_with_path(lambda path, _: _names(path)[-1] != "scale", params)
+
+
+def matrix_dims(params: Any) -> Any:
+    """Which dimensions of each parameter Muon takes as a matrix; None leaves it to Adam.
+
+    Kernels are [layers?, experts?, in, out...]: what is in front of the last input
+    dimension is a batch of matrices, what follows it is one output.
+    """
+    dims = optax.contrib.MuonDimensionNumbers
+
+    def classify(path: Any, x: jax.Array) -> Any:
+        *modules, name = _names(path)
+        if name in ("embedding", "head", "scale") or "router" in modules:
+            return None
+        outputs = 2 if _has_two_outputs(modules, name) else 1
+        return dims(
+            reduction_axis=x.ndim - 1 - outputs,
+            output_axis=tuple(range(x.ndim - outputs, x.ndim)),
+        )
+
+    return jax.tree.map_with_path(classify, params)
+
+
+def _has_two_outputs(modules: list[str], name: str) -> bool:
+    """Kernels [..., in, 2, mlp] and [..., in, heads, per head]."""
+    return "gate_up" in (name, *modules[-1:]) or modules[-1] in (
+        "query",
+        "query_up",
+        "kv_up",
+    )
+
+
+def _names(path: Any) -> list[str]:
+    return [key.key for key in path]
+
+
+def store_moments(
+    inner: optax.GradientTransformation, dtype: Any
+) -> optax.GradientTransformation:
+    """Keeps `inner`'s float32 state as `dtype` between steps; it computes in float32.
+
+    DeepSeek-V3 keeps AdamW's moments in bfloat16 (arXiv 2412.19437, section 3.3.3).
+    """
+
+    def cast(state: Any, source: Any, target: Any) -> Any:
+        return jax.tree.map(
+            lambda x: x.astype(target) if x.dtype == source else x, state
+        )
+
+    def init(params: Any) -> Any:
+        return cast(inner.init(params), jnp.float32, dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = inner.update(updates, cast(state, dtype, jnp.float32), params)
+        return updates, cast(state, jnp.float32, dtype)
+
+    return optax.GradientTransformation(init, update)

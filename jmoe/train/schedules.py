@@ -1,0 +1,84 @@
+"""Learning rate, bias rate, MTP weight and batch size as functions of the step.
+
+The first three are traced (a step is an int32 scalar, results are float32 scalars), so
+that a step's program is the same for all steps. The batch size decides shapes, so it is
+computed on the host.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jmoe.config import ScheduleConfig, StepwiseConfig, TrainConfig
+
+Schedule = Callable[[jax.Array], jax.Array]
+
+
+def constant(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    """The peak, all the way."""
+    return optax.constant_schedule(cfg.peak)
+
+
+def cosine(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Half a cosine from the peak to `end_fraction` of it."""
+    return optax.cosine_decay_schedule(cfg.peak, max(steps, 1), cfg.end_fraction)
+
+
+def wsd(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear at the end."""
+    decay = max(round(cfg.decay_fraction * steps), 1)
+    fall = optax.linear_schedule(cfg.peak, cfg.peak * cfg.end_fraction, decay)
+    return optax.join_schedules([constant(cfg, steps), fall], [steps - decay])
+
+
+def multi_step(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    """DeepSeek-V3's (arXiv 2412.19437, section 4.2): see `ScheduleConfig`."""
+    turns = [round(fraction * steps) for fraction in cfg.boundaries]
+    low = cfg.peak * cfg.end_fraction
+    return optax.join_schedules(
+        [
+            constant(cfg, steps),
+            cosine(cfg, turns[1] - turns[0]),
+            optax.constant_schedule(low),
+            optax.constant_schedule(cfg.peak * cfg.tail_fraction),
+        ],
+        turns,
+    )
+
+
+SCHEDULES = {
+    "constant": constant,
+    "cosine": cosine,
+    "wsd": wsd,
+    "multi_step": multi_step,
+}
+
+
+def learning_rate(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then the named schedule over the remaining steps."""
+    after = SCHEDULES[cfg.name](cfg, steps - cfg.warmup_steps)
+    if not cfg.warmup_steps:
+        return after
+    warmup = optax.linear_schedule(0.0, cfg.peak, cfg.warmup_steps)
+    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+
+
+def stepwise(cfg: StepwiseConfig, steps: int) -> Schedule:
+    """`first` for the steps before `switch * steps`, `last` from there."""
+    turn = round(cfg.switch * steps)
+
+    def value(step: jax.Array) -> jax.Array:
+        return jnp.where(step < turn, jnp.float32(cfg.first), jnp.float32(cfg.last))
+
+    return value
+
+
+def microbatches(cfg: TrainConfig, step: int) -> int:
+    """How many microbatches optimizer step `step` takes: the batch-size ramp."""
+    last = cfg.batch_size // cfg.microbatch_size
+    if cfg.ramp_start is None or step >= cfg.ramp_steps:
+        return last
+    first = cfg.ramp_start // cfg.microbatch_size
+    return first + (last - first) * step // cfg.ramp_steps

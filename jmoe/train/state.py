@@ -1,0 +1,56 @@
+"""All that a run must remember between two steps."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.core import meta
+
+from jmoe.config import RouterConfig
+from jmoe.nn.model import Transformer
+
+
+@struct.dataclass
+class TrainState:
+    """One pytree; `router_state` holds the biases, which no optimizer sees.
+
+    step: int32, optimizer steps done. params: float32.
+    """
+
+    step: jax.Array
+    params: Any
+    router_state: Any
+    opt_state: Any
+
+
+def make_state(
+    model: Transformer, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """A new model's state; jit or `eval_shape` it."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    variables = meta.unbox(model.init(jax.random.key(seed), tokens_BT))
+    return TrainState(
+        step=jnp.int32(0),
+        params=variables["params"],
+        router_state=variables["router_state"],
+        opt_state=optimizer.init(variables["params"]),
+    )
+
+
+def count_parameters(params: Any, router: RouterConfig) -> tuple[int, int]:
+    """All parameters, and those that one token meets on its way.
+
+    A token meets `top_k` of the routed experts, and of the input embedding one row,
+    which isn't counted.
+    """
+    total = active = 0
+    for path, x in jax.tree.leaves_with_path(params):
+        names = [key.key for key in path]
+        total += x.size
+        if names[-1] == "embedding" and "head" in params:
+            continue
+        routed = "experts" in names
+        active += x.size * router.top_k // router.num_experts if routed else x.size
+    return total, active
