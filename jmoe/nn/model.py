@@ -97,9 +97,8 @@ class Transformer(nn.Module):
 
         previous, mtp_BTD, measured = hidden_BTD, [], [stats]
         for depth in range(1, cfg.mtp_depth + 1):
-            module = self._remat(mtp.MTPModule)(
-                cfg, self.dot_general, name=f"mtp_{depth - 1}"
-            )
+            block = self._remat(mtp.MTPModule, scanned=False)
+            module = block(cfg, self.dot_general, name=f"mtp_{depth - 1}")
             embedded = table_VD[mtp.shift_left(tokens_BT, depth)]
             previous, normed, stats = module(previous, embedded, rotation, segment_BT)
             mtp_BTD.append(normed)
@@ -126,8 +125,9 @@ class Transformer(nn.Module):
         """`count` blocks in a row; their stats stacked along a new first dimension."""
         if not count:
             return x_BTD, None
-        block = self._remat(block)
-        if self.cfg.layer_loop == "scan":
+        scanned = self.cfg.layer_loop == "scan"
+        block = self._remat(block, scanned)
+        if scanned:
             stack = nn.scan(
                 block,
                 variable_axes={"params": 0, "router_state": 0},
@@ -145,14 +145,12 @@ class Transformer(nn.Module):
             measured.append(stats)
         return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
 
-    def _remat(self, block: type[nn.Module]) -> type[nn.Module]:
+    def _remat(self, block: type[nn.Module], scanned: bool) -> type[nn.Module]:
         if self.cfg.remat == "none":
             return block
         # A scan already keeps the compiler from merging the two passes.
-        prevent_cse = self.cfg.layer_loop != "scan"
-        return nn.remat(
-            block, policy=REMAT_POLICIES[self.cfg.remat], prevent_cse=prevent_cse
-        )
+        policy = REMAT_POLICIES[self.cfg.remat]
+        return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:

@@ -124,8 +124,11 @@ class Router(nn.Module):
         bias_E = self.variable(
             "router_state", "bias", jnp.zeros, cfg.num_experts, jnp.float32
         ).value
-        # Float32 end to end: bfloat16 scores tie often enough to skew the top-k.
-        score_BTE = SCORES[cfg.score](x_BTD.astype(jnp.float32) @ w_DE)
+        # Float32 end to end: bfloat16 scores tie often enough to skew the top-k. A GPU
+        # rounds float32 products to TF32, hardly finer, unless asked not to.
+        x_BTD = x_BTD.astype(jnp.float32)
+        logit_BTE = jnp.matmul(x_BTD, w_DE, precision=jax.lax.Precision.HIGHEST)
+        score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
         routing, margin_EM = route(score_NE, bias_E, cfg)
         auxiliary = jnp.float32(0.0)

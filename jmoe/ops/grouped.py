@@ -1,7 +1,8 @@
-"""Routed experts: each token through its chosen experts' SwiGLU, and summed.
+"""Routed experts: each token through its chosen experts' SwiGLU, weighed and summed.
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, 2 SwiGLU's
-gate and up halves, N = T * K rows (a row is one choice of one token), M task.
+gate and up halves, N = T * K rows (a row is one choice of one token), M task, B = BLOCK
+rows, S rows of one compiled size.
 
 All backends share one signature,
 
@@ -9,19 +10,21 @@ All backends share one signature,
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
 are dropless, cost time in proportion to N and not to E, and let gradients flow to x,
-the gates and the weights. A choice of expert E ("nobody") contributes nothing: that is
-how a device skips the experts that other devices host.
+the gates and the weights. A token's experts are distinct, except that any number of its
+choices may be expert E, "nobody", and contribute nothing: that is how a device skips
+the experts that other devices host.
 
 The `blocks` backend is for CPUs. Rows are sorted by expert, and a loop takes one *task*
-after another: up to BLOCK rows of one expert, multiplied in the smallest of a few
-compiled sizes that holds them, so little is wasted on padding. Each product writes a
-whole BLOCK; what it writes beyond its own rows, the next task writes over, and so rows
-need no gaps between experts. Rows carry BLOCK spare places at the end for the last one.
+after another: up to BLOCK rows of one expert, whose whole chain (gather, three
+products, activation) runs in the smallest compiled size that holds them. So padding is
+small, a task's intermediate arrays stay in the cache, and an expert's weights are read
+once. Results are added to their tokens' rows. The loop is sequential: sums have one
+order, and results repeat to the bit.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,35 +35,33 @@ STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
 
 
 class Rows(NamedTuple):
-    """Every choice's place when choices are sorted by expert.
+    """Choices sorted by expert; "nobody" comes last. BLOCK spare rows at the end.
 
-    token_N: the row's token, with BLOCK spare rows. row_TK: the choice's row.
-    size_E: rows of each expert; choices of "nobody" stand behind all of them.
+    choice_N: the row's choice, an index into a flattened TK. token_N: its token.
+    size_E: rows of each expert.
     """
 
+    choice_N: jax.Array
     token_N: jax.Array
-    row_TK: jax.Array
     size_E: jax.Array
 
 
 class Tasks(NamedTuple):
-    """At most M tasks, of which the first `count` exist."""
+    """At most M tasks, in the order of rows, of which the first `count` exist."""
 
     expert_M: jax.Array
     start_M: jax.Array  # first row
     rows_M: jax.Array  # how many, at most BLOCK
-    opens_M: jax.Array  # whether this is its expert's first task
     count: jax.Array
 
 
 def sort_rows(expert_TK: jax.Array, num_experts: int) -> Rows:
-    """Stable: an expert's rows keep the order of their tokens."""
-    expert_N = expert_TK.reshape(-1)
-    order_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
-    row_N = jnp.argsort(order_N).astype(jnp.int32)
+    """An expert's rows keep the order of their tokens."""
+    expert_N = expert_TK.reshape(-1).astype(jnp.int32)
+    choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
+    choice_N = jnp.pad(choice_N, (0, BLOCK))
     size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
-    token_N = jnp.pad(order_N // expert_TK.shape[1], (0, BLOCK))
-    return Rows(token_N, row_N.reshape(expert_TK.shape), size_E)
+    return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
 
 
 def plan_tasks(size_E: jax.Array, num_rows: int) -> Tasks:
@@ -73,54 +74,7 @@ def plan_tasks(size_E: jax.Array, num_rows: int) -> Tasks:
     nth_M = index_M - (end_E - tasks_E)[expert_M]
     start_M = (jnp.cumsum(size_E) - size_E)[expert_M] + nth_M * BLOCK
     rows_M = jnp.clip(size_E[expert_M] - nth_M * BLOCK, 0, BLOCK)
-    return Tasks(expert_M, start_M, rows_M, nth_M == 0, end_E[-1])
-
-
-def _in_smallest_size(
-    rows: jax.Array, product: Callable[[int], jax.Array]
-) -> jax.Array:
-    """`product(size)` for the smallest compiled size of at least `rows` rows."""
-    branches = [functools.partial(product, s) for s in range(STEP, BLOCK + 1, STEP)]
-    return lax.switch((rows - 1) // STEP, branches)
-
-
-def _per_row(x_NI: jax.Array, w_EIO: jax.Array, tasks: Tasks, side: int) -> jax.Array:
-    """`x @ w[expert]` row by row; `side` is w's contracted dimension, 1 or 2."""
-    out_dim = w_EIO.shape[3 - side]
-
-    def run(i, out_NO):
-        start = tasks.start_M[i]
-        x_BI = lax.dynamic_slice_in_dim(x_NI, start, BLOCK)
-        w_IO = lax.dynamic_index_in_dim(w_EIO, tasks.expert_M[i], keepdims=False)
-
-        def product(size):
-            y = lax.dot_general(x_BI[:size], w_IO, (((1,), (side - 1,)), ((), ())))
-            return jnp.pad(y, ((0, BLOCK - size), (0, 0)))
-
-        y_BO = _in_smallest_size(tasks.rows_M[i], product)
-        return lax.dynamic_update_slice_in_dim(out_NO, y_BO, start, 0)
-
-    out_NO = jnp.zeros((x_NI.shape[0], out_dim), x_NI.dtype)
-    return lax.fori_loop(0, tasks.count, run, out_NO)
-
-
-def _per_expert(x_NI: jax.Array, y_NO: jax.Array, tasks: Tasks, num_experts: int):
-    """`x.T @ y` over each expert's rows, [E, I, O]."""
-
-    def run(i, out_EIO):
-        start, expert = tasks.start_M[i], tasks.expert_M[i]
-        own_B = jnp.arange(BLOCK) < tasks.rows_M[i]
-        x_BI = lax.dynamic_slice_in_dim(x_NI, start, BLOCK)
-        y_BO = lax.dynamic_slice_in_dim(y_NO, start, BLOCK)
-        y_BO = jnp.where(own_B[:, None], y_BO, 0)
-        x_BI = jnp.where(own_B[:, None], x_BI, 0)
-        w_IO = _in_smallest_size(tasks.rows_M[i], lambda s: x_BI[:s].T @ y_BO[:s])
-        before_IO = lax.dynamic_index_in_dim(out_EIO, expert, keepdims=False)
-        w_IO = lax.cond(tasks.opens_M[i], lambda: w_IO, lambda: w_IO + before_IO)
-        return lax.dynamic_update_index_in_dim(out_EIO, w_IO, expert, 0)
-
-    shape = (num_experts, x_NI.shape[1], y_NO.shape[1])
-    return lax.fori_loop(0, tasks.count, run, jnp.zeros(shape, x_NI.dtype))
+    return Tasks(expert_M, start_M, rows_M, end_E[-1])
 
 
 @jax.custom_vjp
@@ -134,75 +88,156 @@ def routed_mlp_blocks(
     """The `blocks` backend of this module's contract; see the module's docstring.
 
     Args:
+      x_TD: tokens; y_TD has their dtype and is summed in float32.
       expert_TK: int32 in [0, E]; E is nobody.
       gate_TK: float32 combine weights.
 
-    The backward pass stores gate and up activations (N x 2F) and gathers the rest again.
+    The backward pass stores the 2 N F gate and up activations and gathers the rest.
     """
     return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
 
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
-    num_experts = down_EFD.shape[0]
+    num_experts, mlp_dim = down_EFD.shape[:2]
     rows = sort_rows(expert_TK, num_experts)
     tasks = plan_tasks(rows.size_E, expert_TK.size)
-    someone_TK = expert_TK < num_experts
-    gate_TK = jnp.where(someone_TK, gate_TK, 0)
-    gate_up_EDX = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
+    gate_N = _take(gate_TK.reshape(-1), rows.choice_N)
+    gate_up_EDX = gate_up_ED2F.reshape(num_experts, -1, 2 * mlp_dim)
 
-    h_NX = _per_row(_take(x_TD, rows.token_N), gate_up_EDX, tasks, side=1)
-    gate_NF, up_NF = jnp.split(h_NX, 2, axis=-1)
-    y_ND = _per_row(jax.nn.silu(gate_NF) * up_NF, down_EFD, tasks, side=1)
-    y_TD = _combine(y_ND, rows.row_TK, gate_TK)
-    return y_TD, (x_TD, someone_TK, gate_TK, gate_up_EDX, down_EFD, rows, tasks, h_NX)
+    def run(i, carry):
+        y_TD, h_NX = carry
+        start, token_B = tasks.start_M[i], _cut(rows.token_N, tasks.start_M[i], BLOCK)
+        gate_up_DX = _pick(gate_up_EDX, tasks.expert_M[i])
+        down_FD = _pick(down_EFD, tasks.expert_M[i])
+
+        def chain(size):
+            h_SX = _dot(_take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
+            act_SF = jax.nn.silu(h_SX[:, :mlp_dim]) * h_SX[:, mlp_dim:]
+            gate_S1 = _cut(gate_N, start, size)[:, None]
+            return _pad(h_SX), _pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
+
+        h_BX, y_BD = _in_smallest_size(tasks.rows_M[i], chain)
+        # What h_BX has beyond the task's own rows, the next task writes over.
+        h_NX = lax.dynamic_update_slice_in_dim(h_NX, h_BX, start, 0)
+        return _add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
+
+    y_TD = jnp.zeros(x_TD.shape, jnp.float32)
+    h_NX = jnp.zeros((rows.token_N.size, 2 * mlp_dim), x_TD.dtype)
+    y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
+    saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, tasks, h_NX)
+    return y_TD.astype(x_TD.dtype), saved
 
 
 def _backward(saved, dy_TD):
-    x_TD, someone_TK, gate_TK, gate_up_EDX, down_EFD, rows, tasks, h_NX = saved
-    num_experts = down_EFD.shape[0]
-    gate_up, up_NF = jnp.split(h_NX, 2, axis=-1)
-    sigmoid_NF = jax.nn.sigmoid(gate_up)
-    silu_NF = gate_up * sigmoid_NF
-    act_NF = silu_NF * up_NF
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, tasks, h_NX = saved
+    num_experts, mlp_dim, hidden_dim = down_EFD.shape
 
-    dy_ND = _take(dy_TD, rows.token_N)
-    # Every row knows its choice: scatter the gates the way the choices were sorted.
-    weight_N = jnp.zeros(rows.token_N.shape, dy_ND.dtype).at[rows.row_TK].set(gate_TK)
-    weight_N1 = weight_N[:, None]
-    d_act_NF = _per_row(dy_ND, down_EFD, tasks, side=2)
-    # <dy, act @ down> is <dy @ down.T, act>: the gates need no stored outputs.
-    d_gate_N = (d_act_NF * act_NF).astype(jnp.float32).sum(-1)
-    d_act_NF = d_act_NF * weight_N1
-    d_h_NX = jnp.concatenate(
-        [
-            d_act_NF * up_NF * (sigmoid_NF + silu_NF * (1 - sigmoid_NF)),
-            d_act_NF * silu_NF,
-        ],
-        axis=-1,
+    def run(i, carry):
+        dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
+        expert, start, own = tasks.expert_M[i], tasks.start_M[i], tasks.rows_M[i]
+        token_B = _cut(rows.token_N, start, BLOCK)
+        gate_up_DX, down_FD = _pick(gate_up_EDX, expert), _pick(down_EFD, expert)
+
+        def chain(size):
+            x_SD = _take(x_TD, token_B[:size])
+            own_S1 = (jnp.arange(size) < own)[:, None]
+            dy_SD = jnp.where(own_S1, _take(dy_TD, token_B[:size]), 0)
+            h_SX = _cut(h_NX, start, size)
+            gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            act_SF, backward = jax.vjp(_swiglu, h_SX)
+            d_act_SF = _dot(dy_SD, down_FD, 1, 1)
+            # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
+            d_gate_S = (d_act_SF * act_SF).astype(jnp.float32).sum(-1)
+            (d_h_SX,) = backward(d_act_SF * gate_S1)
+            return (
+                _pad(_dot(d_h_SX, gate_up_DX, 1, 1)),
+                _pad(d_gate_S),
+                _dot(x_SD, d_h_SX, 0, 0),
+                _dot(act_SF * gate_S1, dy_SD, 0, 0),
+            )
+
+        dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = _in_smallest_size(own, chain)
+        return (
+            _add_own(dx_TD, token_B, dx_BD, own),
+            lax.dynamic_update_slice_in_dim(d_gate_N, d_gate_B, start, 0),
+            _add_to(d_gate_up_EDX, expert, d_gate_up_DX),
+            _add_to(d_down_EFD, expert, d_down_FD),
+        )
+
+    start = (
+        jnp.zeros(x_TD.shape, jnp.float32),
+        jnp.zeros(gate_N.shape, jnp.float32),
+        jnp.zeros_like(gate_up_EDX),
+        jnp.zeros_like(down_EFD),
     )
-    d_down_EFD = _per_expert(act_NF * weight_N1, dy_ND, tasks, num_experts)
-    x_ND = _take(x_TD, rows.token_N)
-    d_gate_up_EDX = _per_expert(x_ND, d_h_NX, tasks, num_experts)
-    d_x_ND = _per_row(d_h_NX, gate_up_EDX, tasks, side=2)
-    d_x_TD = _combine(d_x_ND, rows.row_TK, someone_TK.astype(d_x_ND.dtype))
-    d_gate_TK = jnp.where(someone_TK, _take(d_gate_N, rows.row_TK), 0)
-    halves = (*gate_up_EDX.shape[:2], 2, down_EFD.shape[1])
-    return d_x_TD, None, d_gate_TK, d_gate_up_EDX.reshape(halves), d_down_EFD
+    dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = lax.fori_loop(
+        0, tasks.count, run, start
+    )
+    # Rows of "nobody", which no task has, come last: their gates have no gradient.
+    d_gate_N = jnp.where(jnp.arange(d_gate_N.size) < rows.size_E.sum(), d_gate_N, 0)
+    d_gate_N = d_gate_N[: gate_TK.size].astype(gate_TK.dtype)
+    d_gate_TK = (
+        jnp.zeros(gate_TK.size, gate_TK.dtype)
+        .at[rows.choice_N[: gate_TK.size]]
+        .set(d_gate_N, unique_indices=True, mode="promise_in_bounds")
+    )
+    return (
+        dx_TD.astype(x_TD.dtype),
+        None,
+        d_gate_TK.reshape(gate_TK.shape),
+        d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim),
+        d_down_EFD,
+    )
+
+
+routed_mlp_blocks.defvjp(_forward, _backward)
+
+
+def _swiglu(h_SX: jax.Array) -> jax.Array:
+    gate_SF, up_SF = jnp.split(h_SX, 2, axis=-1)
+    return jax.nn.silu(gate_SF) * up_SF
+
+
+def _in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
+    """`chain(size)` for the smallest compiled size of at least `rows` rows."""
+    branches = [functools.partial(chain, s) for s in range(STEP, BLOCK + 1, STEP)]
+    return lax.switch((rows - 1) // STEP, branches)
+
+
+def _add_own(
+    total_TD: jax.Array, token_B: jax.Array, value_BD: jax.Array, own: jax.Array
+) -> jax.Array:
+    """Adds the first `own` rows to their tokens'; an expert's tokens are distinct."""
+    row_B = jnp.arange(BLOCK)
+    nowhere_B = total_TD.shape[0] + row_B  # out of bounds, which scatter drops
+    index_B = jnp.where(row_B < own, token_B, nowhere_B)
+    value_BD = value_BD.astype(total_TD.dtype)
+    return total_TD.at[index_B].add(value_BD, mode="drop", unique_indices=True)
+
+
+def _add_to(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
+    value_IO = value_IO + _pick(total_EIO, expert)
+    return lax.dynamic_update_index_in_dim(total_EIO, value_IO, expert, 0)
+
+
+def _pad(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def _cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def _pick(w: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(w, index, keepdims=False)
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     return x.at[index].get(mode="promise_in_bounds")
 
 
-def _combine(y_ND: jax.Array, row_TK: jax.Array, weight_TK: jax.Array) -> jax.Array:
-    """Sum over K of each choice's row times its weight, a gather for each k."""
-    terms = (
-        _take(y_ND, row_TK[:, k]) * weight_TK[:, k, None]
-        for k in range(row_TK.shape[1])
-    )
-    return functools.reduce(jnp.add, terms).astype(y_ND.dtype)
+def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
+    return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
 
-
-routed_mlp_blocks.defvjp(_forward, _backward)
 
 BACKENDS = {"blocks": routed_mlp_blocks}

@@ -1,0 +1,212 @@
+"""The router against a plain loop, and what must hold for every choice it makes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmoe.balance import bias, losses
+from jmoe.config.model import GROUP_SCORES, RouterConfig
+from jmoe.config.model import SCORES as SCORE_NAMES
+from jmoe.nn import router
+from jmoe.nn.router import GROUP_BEST, SCORES, Router, route
+
+E, G, K, D = 12, 4, 3, 16
+CFG = RouterConfig(num_experts=E, top_k=K, num_groups=G, groups_per_token=2)
+SHARP = 3.0  # standard deviation of the logits: scores far apart
+EXAMPLES = settings(deadline=None, max_examples=25)
+SEEDS = st.integers(0, 2**31 - 1)
+
+jit_route = jax.jit(route, static_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(cfg, variables, x_BTD):
+    return Router(cfg, 1.0).apply(variables, x_BTD)
+
+
+def variables(seed=0, cfg=CFG):
+    rng = np.random.default_rng(seed)
+    kernel_DE = SHARP / D**0.5 * rng.normal(size=(D, cfg.num_experts))
+    bias_E = 0.3 * rng.normal(size=cfg.num_experts)
+    return {
+        "params": {"kernel": jnp.asarray(kernel_DE, jnp.float32)},
+        "router_state": {"bias": jnp.asarray(bias_E, jnp.float32)},
+    }
+
+
+def tokens(seed=1, shape=(2, 10, D)):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def scores(seed, tokens=16):
+    rng = np.random.default_rng(seed)
+    score_NE = 1 / (1 + np.exp(-SHARP * rng.normal(size=(tokens, E))))
+    return score_NE.astype(np.float32), 0.3 * rng.normal(size=E).astype(np.float32)
+
+
+def oracle(logit_E, bias_E, cfg):
+    """One token's {expert: gate} by the definitions of DeepSeek-V2 and V3."""
+    score_E = np.exp(logit_E) / np.exp(logit_E).sum()
+    if cfg.score == "sigmoid":
+        score_E = 1 / (1 + np.exp(-logit_E))
+    biased_E = score_E + bias_E
+    groups = np.split(np.arange(cfg.num_experts), cfg.num_groups)
+    best = {"top2_sum": 2, "max": 1}[cfg.group_score]
+    groups.sort(key=lambda group: -np.sort(biased_E[group])[-best:].sum())
+    reachable = np.concatenate(groups[: cfg.groups_per_token])
+    chosen = sorted(reachable, key=lambda e: -biased_E[e])[: cfg.top_k]
+    total = score_E[chosen].sum() if cfg.normalize_gates else 1.0
+    return {e: cfg.gate_scale * score_E[e] / total for e in chosen}
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("group_score", GROUP_BEST)
+@pytest.mark.parametrize("score", SCORES)
+def test_choices_and_gates_follow_the_definitions(score, group_score, normalize):
+    cfg = dataclasses.replace(
+        CFG,
+        score=score,
+        group_score=group_score,
+        normalize_gates=normalize,
+        gate_scale=2.5,
+    )
+    state, x_BTD = variables(), tokens()
+    (expert_NK, gate_NK), stats = apply(cfg, state, x_BTD)
+    logit_NE = x_BTD.reshape(-1, D).astype(np.float64) @ state["params"]["kernel"]
+    for n, logit_E in enumerate(np.asarray(logit_NE, np.float64)):
+        want = oracle(logit_E, np.asarray(state["router_state"]["bias"]), cfg)
+        got = dict(zip(expert_NK[n].tolist(), gate_NK[n].tolist(), strict=True))
+        assert got == pytest.approx(want, rel=1e-5)
+    load_E = np.bincount(expert_NK.ravel(), minlength=E)
+    np.testing.assert_array_equal(stats.load_E, load_E)
+
+
+def test_the_group_scores_choose_differently():
+    # Else the test above couldn't tell one from the other.
+    score_NE, bias_E = scores(0, tokens=64)
+    by_max = dataclasses.replace(CFG, group_score="max")
+    one, other = (jit_route(score_NE, bias_E, c)[0].expert_NK for c in (CFG, by_max))
+    assert (np.sort(one) != np.sort(other)).any()
+
+
+@EXAMPLES
+@given(SEEDS)
+def test_a_token_visits_distinct_experts_of_at_most_so_many_groups(seed):
+    (expert_NK, _), _ = jit_route(*scores(seed), CFG)
+    for expert_K in np.asarray(expert_NK):
+        assert len(set(expert_K)) == K
+        assert len(set(expert_K // CFG.group_size)) <= CFG.groups_per_token
+
+
+@EXAMPLES
+@given(SEEDS)
+def test_the_bias_moves_choices_but_never_weights(seed):
+    score_NE, bias_E = scores(seed)
+    plain, _ = jit_route(score_NE, np.zeros(E, np.float32), CFG)
+    biased, _ = jit_route(score_NE, bias_E, CFG)
+    assert (np.sort(biased.expert_NK) != np.sort(plain.expert_NK)).any()
+    for routing in (plain, biased):
+        raw_NK = np.take_along_axis(score_NE, np.asarray(routing.expert_NK), -1)
+        want_NK = raw_NK / raw_NK.sum(-1, keepdims=True)
+        np.testing.assert_allclose(routing.gate_NK, want_NK, rtol=1e-5)
+
+
+def test_a_shift_of_every_bias_moves_nothing():
+    score_NE, bias_E = scores(0)
+    (here_NK, _), _ = jit_route(score_NE, bias_E, CFG)
+    (there_NK, _), _ = jit_route(score_NE, bias_E + 4, CFG)
+    np.testing.assert_array_equal(here_NK, there_NK)
+
+
+def test_no_gradient_reaches_the_bias_and_the_gates_reaches_the_kernel():
+    def total(state):
+        (_, gate_NK), _ = apply(CFG, state, tokens())
+        return (gate_NK * jnp.arange(K)).sum()
+
+    gradients = jax.grad(total)(variables())
+    assert not gradients["router_state"]["bias"].any()
+    assert gradients["params"]["kernel"].any()
+
+
+def test_equal_scores_go_to_the_first_experts_in_equal_shares():
+    state = jax.tree.map(jnp.zeros_like, variables())
+    (expert_NK, gate_NK), stats = apply(CFG, state, tokens())
+    assert np.sort(expert_NK).tolist() == [[0, 1, 2]] * 20
+    np.testing.assert_allclose(gate_NK, 1 / K, rtol=1e-6)
+    assert stats.load_E.tolist() == [20] * K + [0] * (E - K)
+
+
+def test_scores_of_zero_give_gates_of_zero():
+    (_, gate_NK), _ = jit_route(np.zeros((2, E), np.float32), np.zeros(E), CFG)
+    assert gate_NK.tolist() == [[0.0] * K] * 2
+
+
+@EXAMPLES
+@given(st.lists(st.integers(0, E - 1), min_size=40, max_size=40))
+def test_counts_are_exact_integers(choices):
+    got = router.count(jnp.array(choices).reshape(10, 4), E)
+    assert got.dtype == jnp.int32
+    assert got.tolist() == np.bincount(choices, minlength=E).tolist()
+
+
+def test_a_bfloat16_model_is_routed_in_float32():
+    x_BTD = jnp.asarray(tokens(), jnp.bfloat16)
+    (expert_NK, gate_NK), stats = apply(CFG, variables(), x_BTD)
+    want, _ = apply(CFG, variables(), x_BTD.astype(jnp.float32))
+    assert gate_NK.dtype == stats.auxiliary_loss.dtype == jnp.float32
+    np.testing.assert_array_equal(expert_NK, want.expert_NK)
+    np.testing.assert_array_equal(gate_NK, want.gate_NK)
+
+
+def test_logits_are_full_float32_products_where_a_gpu_would_round_to_tf32():
+    lowered = apply.lower(CFG, variables(), tokens()).as_text()
+    [product] = [line for line in lowered.splitlines() if "dot_general" in line]
+    assert "precision = [HIGHEST, HIGHEST]" in product
+
+
+@EXAMPLES
+@given(SEEDS, st.sampled_from([1, 2, G]))
+def test_margins_are_positive_exactly_where_an_expert_is_chosen(seed, groups):
+    cfg = dataclasses.replace(CFG, groups_per_token=groups)
+    score_NE, bias_E = scores(seed)
+    biased_NE = score_NE + bias_E
+    (expert_NK, _), _ = jit_route(score_NE, bias_E, cfg)
+    reachable_NE, group_NG = router.limit_to_groups(biased_NE, cfg)
+    margin_NE = router.selection_margins(biased_NE, reachable_NE, group_NG, cfg)
+    chosen_NE = np.asarray(nn.one_hot(expert_NK, E)).sum(1) > 0
+    np.testing.assert_array_equal(np.asarray(margin_NE) > 0, chosen_NE)
+
+
+@pytest.mark.parametrize("rule", bias.UPDATE_RULES)
+def test_only_rules_that_need_margins_pay_for_them(rule):
+    cfg = dataclasses.replace(CFG, update_rule=rule)
+    _, stats = apply(cfg, variables(), tokens())
+    assert stats.margin_EM.dtype == jnp.int32
+    if rule in bias.MARGIN_RULES:
+        middle = stats.margin_EM.shape[1] // 2
+        np.testing.assert_array_equal(stats.margin_EM[:, middle:].sum(1), stats.load_E)
+    else:
+        assert stats.margin_EM.shape == (E, 0)
+
+
+@pytest.mark.parametrize("name", losses.AUXILIARY_LOSSES)
+def test_the_auxiliary_loss_is_that_of_the_raw_scores(name):
+    cfg = dataclasses.replace(CFG, auxiliary_loss=name)
+    state, x_BTD = variables(), tokens()
+    routing, stats = apply(cfg, state, x_BTD)
+    score_BTE = nn.sigmoid(x_BTD @ state["params"]["kernel"])
+    expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], K)
+    want = losses.AUXILIARY_LOSSES[name](score_BTE, expert_BTK)
+    np.testing.assert_allclose(stats.auxiliary_loss, want, rtol=1e-6)
+
+
+def test_the_config_knows_the_same_scores():
+    assert tuple(SCORES) == SCORE_NAMES
+    assert tuple(GROUP_BEST) == GROUP_SCORES

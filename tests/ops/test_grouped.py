@@ -1,0 +1,135 @@
+"""Routed experts against every expert applied to every token."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from jmoe.config import model
+from jmoe.ops import grouped
+
+ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
+E, D, F = 7, 12, 6
+NOBODY = E
+
+
+def dense(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+    chosen_TKE = jax.nn.one_hot(expert_TK, E)  # nobody's row is all zeros
+    gate_TE = jnp.einsum("tk,tke->te", gate_TK, chosen_TKE)
+    hidden_TE2F = jnp.einsum("td,edxf->texf", x_TD, gate_up_ED2F)
+    act_TEF = jax.nn.silu(hidden_TE2F[:, :, 0]) * hidden_TE2F[:, :, 1]
+    return jnp.einsum("te,tef,efd->td", gate_TE, act_TEF, down_EFD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def value_and_gradients(routed_mlp, expert_TK, dy_TD, x, gates, gate_up, down):
+    def of_floats(x, gates, gate_up, down):
+        return routed_mlp(x, expert_TK, gates, gate_up, down)
+
+    y_TD, pull = jax.vjp(of_floats, x, gates, gate_up, down)
+    return dict(
+        zip(("y", "x", "gates", "gate_up", "down"), (y_TD, *pull(dy_TD)), strict=True)
+    )
+
+
+def floats(shape_TK, dtype=np.float32):
+    """Output cotangent, tokens, gates (a quarter of them 0) and weights."""
+    rng = np.random.default_rng(0)
+    tokens, _ = shape_TK
+    gate_TK = rng.uniform(0.1, 1, shape_TK) * (rng.random(shape_TK) < 0.75)
+    shapes = (tokens, D), (tokens, D), (E, D, 2, F), (E, F, D)
+    dy, x, gate_up, down = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+    return dy, x, jnp.asarray(gate_TK, np.float32), gate_up, down
+
+
+def random_choices(tokens, k, choices, seed=1):
+    """Distinct choices for each token, as a router makes them."""
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.choice(choices, k, replace=False) for _ in range(tokens)])
+
+
+# 151 x 3 choices: no block size divides them, and one expert alone fills a block.
+CHOICES = {
+    "random": random_choices(151, 3, E),
+    "idle_experts": random_choices(151, 3, [0, 2, 5]),
+    "one_expert_gets_everything": np.full((151, 3), 4),
+    "one_choice": random_choices(290, 1, [1, 1, 1, 6]),
+    "some_choose_nobody": random_choices(151, 3, [0, 1, 6, NOBODY]),
+    "all_choose_nobody": np.full((151, 3), NOBODY),
+    "one_token": random_choices(1, 3, E),
+}
+
+
+def compare(got, want, tolerance):
+    """Errors are relative to a tensor's largest entry: sums cancel, their terms don't.
+
+    Tensors by name.
+    """
+    for name, x in want.items():
+        error = np.abs(got[name].astype(np.float32) - x).max()
+        assert error <= tolerance * np.abs(x).max(), (name, error)
+
+
+@ALL_BACKENDS
+@pytest.mark.parametrize("case", CHOICES)
+def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
+    expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
+    arrays = floats(expert_TK.shape)
+    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
+    compare(got, value_and_gradients(dense, expert_TK, *arrays), 2e-6)
+
+
+@ALL_BACKENDS
+def test_bfloat16_differs_from_float32_by_its_rounding(backend):
+    expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
+    arrays = floats(expert_TK.shape, jnp.bfloat16)
+    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
+    kept = {name: x.dtype for name, x in got.items()}
+    assert kept == dict.fromkeys(got, jnp.bfloat16) | {"gates": jnp.float32}
+    arrays32 = [x.astype(jnp.float32) for x in arrays]
+    compare(got, value_and_gradients(dense, expert_TK, *arrays32), 2**-6)
+
+
+@ALL_BACKENDS
+def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
+    expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
+    dy_TD, x_TD, gate_TK, *weights = floats(expert_TK.shape)
+    got = value_and_gradients(
+        grouped.BACKENDS[backend], expert_TK, dy_TD, x_TD, 0 * gate_TK, *weights
+    )
+    ones_T1 = jnp.ones((len(x_TD), 1))
+    y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
+    compare(got, {"gates": jnp.einsum("ktd,td->tk", y_KTD, dy_TD)}, 2e-6)
+    assert not any(got[name].any() for name in ("y", "x", "gate_up", "down"))
+
+
+MOST = 3 * grouped.BLOCK  # rows of one expert
+plan_tasks = jax.jit(grouped.plan_tasks, static_argnums=1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, MOST), min_size=5, max_size=5))
+@example([0] * 5)
+@example([grouped.BLOCK, 0, 2 * grouped.BLOCK, 1, grouped.BLOCK + 1])
+@example([MOST] * 5)
+def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
+    tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST)  # the rest is nobody's
+    count = int(tasks.count)
+    assert count == sum(-(-size // grouped.BLOCK) for size in sizes)
+    own = [np.array(x)[:count] for x in (tasks.expert_M, tasks.start_M, tasks.rows_M)]
+    covered = [
+        (expert, row)
+        for expert, start, rows in zip(*own, strict=True)
+        for row in range(start, start + rows)
+    ]
+    owner = np.repeat(np.arange(5), sizes)
+    assert covered == list(zip(owner, range(sum(sizes)), strict=True))
+    assert own[2].max(initial=0) <= grouped.BLOCK
+
+
+def test_the_config_knows_the_same_backends():
+    assert tuple(grouped.BACKENDS) == model.EXPERT_BACKENDS

@@ -1,0 +1,97 @@
+"""Chunked cross-entropy against the one that holds all logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.ops.loss import linear_cross_entropy
+
+N, D, V = 13, 8, 40
+
+
+def plain(x_ND, head_DV, target_N, weight_N, chunk=None):
+    log_p_NV = jax.nn.log_softmax(x_ND @ head_DV)
+    return -(weight_N * log_p_NV[jnp.arange(len(target_N)), target_N]).sum()
+
+
+def inputs(n=N, d=D, v=V, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    weight_N = rng.uniform(0.5, 2, n) * (rng.random(n) < 0.7)
+    return (
+        jnp.asarray(rng.normal(size=(n, d)), dtype),
+        jnp.asarray(rng.normal(size=(d, v)), dtype),
+        jnp.asarray(rng.integers(0, v, n), np.int32),
+        jnp.asarray(weight_N, np.float32),
+    )
+
+
+def halved(loss, x_ND, head_DV, target_N, weight_N, chunk):
+    """The loss with a cotangent other than 1."""
+    return 0.5 * loss(x_ND, head_DV, target_N, weight_N, chunk)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def value_and_gradients(loss, x_ND, head_DV, target_N, weight_N, chunk=None):
+    with_gradients = jax.value_and_grad(functools.partial(halved, loss), (0, 1))
+    return with_gradients(x_ND, head_DV, target_N, weight_N, chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_value_and_gradients_equal_the_plain_loss_for_any_chunk(chunk):
+    want, (want_x, want_head) = value_and_gradients(plain, *inputs())
+    got, (got_x, got_head) = value_and_gradients(linear_cross_entropy, *inputs(), chunk)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got_x, want_x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got_head, want_head, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_the_call_without_gradients_gives_the_same_value(chunk):
+    got = jax.jit(linear_cross_entropy, static_argnums=4)(*inputs(), chunk)
+    assert got.shape == () and got.dtype == jnp.float32
+    np.testing.assert_allclose(got, plain(*inputs()), rtol=1e-6)
+
+
+def test_a_token_of_weight_zero_counts_nowhere():
+    x_ND, head_DV, target_N, weight_N = inputs()
+    zero_N = weight_N == 0
+    assert zero_N.any() and not zero_N.all()
+    want = value_and_gradients(linear_cross_entropy, *inputs(), 4)
+    moved = (jnp.where(zero_N[:, None], 7.0, x_ND), head_DV, target_N, weight_N)
+    got = value_and_gradients(linear_cross_entropy, *moved, 4)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert not got[1][0][zero_N].any()
+
+
+def test_logits_in_the_thousands_overflow_nothing():
+    x_ND, *rest = inputs()
+    want, wants = value_and_gradients(plain, 1e3 * x_ND, *rest)
+    got, gots = value_and_gradients(linear_cross_entropy, 1e3 * x_ND, *rest, 4)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for x, y in zip(gots, wants, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-3)
+
+
+def test_bfloat16_inputs_keep_a_float32_loss_and_sum_the_head_in_float32():
+    # 512 equal steps of the head's gradient: a bfloat16 sum would stall at 256.
+    x_ND, head_DV, target_N, _ = inputs(n=512, dtype=jnp.bfloat16)
+    arrays = jnp.ones_like(x_ND), head_DV, jnp.full_like(target_N, 3), jnp.ones(512)
+    got, gots = value_and_gradients(linear_cross_entropy, *arrays, 1)
+    floats = [x.astype(jnp.float32) for x in arrays[:2]]
+    want, wants = value_and_gradients(plain, *floats, *arrays[2:])
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    for x, y in zip(gots, wants, strict=True):
+        assert x.dtype == jnp.bfloat16
+        error = abs(x.astype(np.float32) - y).max() / abs(y).max()
+        assert error < 2**-7
+
+
+def test_the_gradient_never_holds_all_logits():
+    arrays = inputs(n=512, v=1024)
+    compiled = value_and_gradients.lower(linear_cross_entropy, *arrays, 16).compile()
+    logit_bytes = 512 * 1024 * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < logit_bytes / 4
