@@ -8,10 +8,13 @@ python scripts/train.py --set train.steps=2000 --set model.num_layers=6
 import pathlib
 import runpy
 import sys
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 
-from jmoe.train.memory import keep_freed_memory
+from jmoe.config import RunConfig, checks, override, presets
+from jmoe.data import cache
+from jmoe.train import runtime
 
 _EXPERIMENT = flags.DEFINE_string(
     "experiment", "tiny", "A run preset, or a file with get_config() -> RunConfig."
@@ -23,58 +26,60 @@ _SET = flags.DEFINE_multi_string(
     "set", [], "path.to.field=value, over the experiment's; repeatable."
 )
 
-PROMPTS = {
-    "code": "def mean(values):\n",
-    "prose": "The module defines",
-    "arithmetic": "12 + 30 = ",
-}
+# One of each domain of the embedded corpus.
+PROMPTS = ("def mean(values):\n", "The module defines", "12 + 30 = ")
+SAMPLE_TOKENS = 64
 
 
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    keep_freed_memory()
+    runtime.keep_freed_memory()
+    runtime.log_warnings_only()
     try:
         run = read_experiment(_EXPERIMENT.value, _SET.value)
         workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")
         from jmoe.train.loop import train  # JAX's start-up waits for a valid record
 
+        runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
         signal = train(run, workdir, sample=sample)
     except (ValueError, FileNotFoundError) as error:
-        logging.error("%s", error)
-        return 2
+        return runtime.report_mistake(error)
     return 128 + signal if signal else 0
 
 
-def read_experiment(name: str, assignments: list[str]):
+def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
     """The run that a preset or an experiment file describes, with overrides."""
-    from jmoe.config import checks, override, presets
-
-    if name.endswith(".py"):
-        if not pathlib.Path(name).is_file():
-            raise FileNotFoundError(f"experiment={name!r} is not a file.")
-        run = runpy.run_path(name)["get_config"]()
-    else:
+    if not name.endswith(".py"):
         run = checks.lookup(presets.RUNS, name, "experiment")()
+    elif not pathlib.Path(name).is_file():
+        raise FileNotFoundError(f"experiment={name!r} is not a file.")
+    else:
+        run = runpy.run_path(name).get("get_config", lambda: None)()
+    if not isinstance(run, RunConfig):
+        raise ValueError(f"experiment={name!r} has no get_config() -> RunConfig.")
     return override(run, assignments)
 
 
 def sample(run, state, tokenizer) -> list[tuple[str, str]]:
-    """A short completion of a prompt from each domain of the embedded corpus."""
+    """Short completions, as far as the model has positions for them."""
     from jmoe.decode.generate import generate
 
     variables = {"params": state.params, "router_state": state.router_state}
-    prompts = [[tokenizer.eos_id, *tokenizer.encode(p)] for p in PROMPTS.values()]
+    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in PROMPTS]
+    room = run.model.max_positions - max(map(len, prompts))
+    if room < 1:
+        return []
     new = generate(
         run.model,
         variables,
         prompts,
-        max_new_tokens=64,
+        max_new_tokens=min(SAMPLE_TOKENS, room),
         temperature=0.7,
         top_p=0.95,
         stop_id=tokenizer.eos_id,
     )
-    return [(p, tokenizer.decode(n)) for p, n in zip(PROMPTS.values(), new)]
+    return list(zip(PROMPTS, map(tokenizer.decode, new), strict=True))
 
 
 if __name__ == "__main__":

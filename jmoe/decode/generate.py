@@ -1,6 +1,7 @@
 """Completes prompts by running the whole sequence again for each new token.
 
-Shapes: B prompt, S position of the longest prompt plus the new tokens, V vocabulary.
+Shapes: B prompt, S position, V vocabulary. S has room for the longest prompt and its
+new tokens, and comes in few sizes, so that few programs are compiled.
 """
 
 import functools
@@ -14,6 +15,8 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.sampling import sample
 from jmoe.nn.model import Transformer
+
+SIZE_STEP = 64  # of S; what lies behind a token is invisible to it
 
 
 def generate(
@@ -40,7 +43,8 @@ def generate(
     """
     _check(cfg, prompts, max_new_tokens, temperature, top_p)
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
-    tokens_BS = np.zeros((len(prompts), length_B.max() + max_new_tokens), np.int32)
+    size = -(-(length_B.max() + max_new_tokens) // SIZE_STEP) * SIZE_STEP
+    tokens_BS = np.zeros((len(prompts), min(size, cfg.max_positions)), np.int32)
     for row, prompt in zip(tokens_BS, prompts, strict=True):
         row[: len(prompt)] = prompt
     done_BS = np.asarray(
@@ -49,8 +53,8 @@ def generate(
             variables,
             jnp.asarray(tokens_BS),
             jnp.asarray(length_B),
-            jax.random.key(seed),
             max_new_tokens,
+            jax.random.key(seed),
             temperature,
             top_p,
         )
@@ -62,16 +66,15 @@ def generate(
     return [ids[: ids.index(stop_id)] if stop_id in ids else ids for ids in new]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def _complete(
-    cfg, variables, tokens_BS, length_B, key, max_new_tokens, temperature, top_p
+    cfg, variables, tokens_BS, length_B, max_new_tokens, key, temperature, top_p
 ):
     model = Transformer(cfg)
     rows_B = jnp.arange(len(length_B))
 
     def step(i, tokens_BS):
-        # Positions behind the last token are causally invisible to it.
-        features = model.apply(variables, tokens_BS, method="features")
+        features: Any = model.apply(variables, tokens_BS, method="features")
         last_BD = features.hidden_BTD[rows_B, length_B + i - 1]
         logits_BV = (last_BD @ features.head_DV).astype(jnp.float32)
         next_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)

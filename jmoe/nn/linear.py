@@ -1,6 +1,7 @@
 """Parameters with named dimensions, and the linear, embedding and norm modules."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import linen as nn
 from jmoe.ops import norm
 
 DotGeneral = Callable[..., jax.Array]
+Initializer = Callable[..., Any]  # of a parameter in a box, which `param` opens
 
 
 def named_param(
@@ -19,7 +21,8 @@ def named_param(
     std: float,
 ) -> jax.Array:
     """A float32 normal parameter whose dimensions carry their logical names."""
-    init = nn.with_logical_partitioning(nn.initializers.normal(std), tuple(dims))
+    normal = nn.initializers.normal(std)
+    init: Initializer = nn.with_logical_partitioning(normal, tuple(dims))
     return module.param(name, init, tuple(shape), jnp.float32)
 
 
@@ -50,6 +53,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        init = nn.with_logical_partitioning(nn.initializers.ones_init(), (self.dim,))
+        ones = nn.initializers.ones_init()
+        init: Initializer = nn.with_logical_partitioning(ones, (self.dim,))
         scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return norm.rms_norm(x, scale_D, self.epsilon)

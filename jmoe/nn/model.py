@@ -132,7 +132,7 @@ class Transformer(nn.Module):
                 block,
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # type: ignore[arg-type]
                 length=count,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )

@@ -50,8 +50,6 @@ def attention(
     batch, length = q_BTHQ.shape[:2]
     size = min(block_size, length)
     count = -(-length // size)
-    if segment_BT is None:
-        segment_BT = jnp.zeros((batch, length), jnp.int32)
 
     def cut(x, dims):
         padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
@@ -59,11 +57,11 @@ def attention(
         return x.transpose(dims)
 
     heads_first = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
-    out = _attend(
+    out: jax.Array = _attend(
         cut(q_BTHQ, heads_first),
         cut(k_BTHQ, heads_first),
         cut(v_BTHV, heads_first),
-        cut(segment_BT, (1, 0, 2)),
+        None if segment_BT is None else cut(segment_BT, (1, 0, 2)),
         _Blocks(count, size, scale),
     )
     out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, *v_BTHV.shape[2:])
@@ -76,12 +74,12 @@ def _attend(q, k, v, segment, blocks):
 
 
 def _forward(q, k, v, segment, blocks):
-    """Output and float32 log-sum-exp, by blocks: [s, B, H, block, V], [s, B, H, block]."""
+    """Output and its float32 log-sum-exp, in blocks as the arguments are."""
 
     def visit(carry, pair):
         out, top, total = carry
         i, j = pair
-        logits = _logits(q[i], k[j], segment[i], segment[j], i, j, blocks)
+        logits = _logits(q, k, segment, i, j, blocks)
         new_top = jnp.maximum(top[i], logits.max(-1))
         weight = jnp.exp(logits - new_top[..., None])
         shrink = jnp.exp(top[i] - new_top)
@@ -107,14 +105,16 @@ def _forward(q, k, v, segment, blocks):
     return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
 
 
-def _logits(q, k, segment_q, segment_k, i, j, blocks):
+def _logits(q, k, segment, i, j, blocks):
     logits = blocks.scale * jnp.einsum(
-        "bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32
+        "bhqd,bhkd->bhqk", q[i], k[j], preferred_element_type=jnp.float32
     )
     within = jnp.arange(blocks.size)
-    causal_qk = (i * blocks.size + within)[:, None] >= j * blocks.size + within
-    same_bqk = segment_q[:, :, None] == segment_k[:, None, :]
-    return jnp.where((causal_qk & same_bqk)[:, None], logits, MASKED)
+    seen = (i * blocks.size + within)[:, None] >= j * blocks.size + within
+    if segment is not None:
+        same_bqk = segment[i][:, :, None] == segment[j][:, None, :]
+        seen = (seen & same_bqk)[:, None]
+    return jnp.where(seen, logits, MASKED)
 
 
 def _walk(visit, start, blocks):
@@ -136,7 +136,7 @@ def _attend_bwd(blocks, saved, d_out):
     def visit(carry, pair):
         dq, dk, dv = carry
         i, j = pair
-        logits = _logits(q[i], k[j], segment[i], segment[j], i, j, blocks)
+        logits = _logits(q, k, segment, i, j, blocks)
         weight = jnp.exp(logits - log_sum[i][..., None])
         d_weight = jnp.einsum(
             "bhqv,bhkv->bhqk", d_out[i], v[j], preferred_element_type=jnp.float32

@@ -36,7 +36,8 @@ def linear_cross_entropy(
         loss_C, *_ = _token_losses(x_CD, head_DV, target_C)
         return total + (weight_C * loss_C).sum(), None
 
-    return jax.lax.scan(visit, 0.0, _chunks(chunk, x_ND, target_N, weight_N))[0]
+    rows = _chunks(chunk, x_ND, target_N, weight_N)
+    return jax.lax.scan(visit, jnp.float32(0.0), rows)[0]
 
 
 def _token_losses(x_CD, head_DV, target_C):

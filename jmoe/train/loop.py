@@ -41,9 +41,8 @@ from jmoe.train.console import Console
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
+from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
-TOKENIZER = "tokenizer.json"
-CHECKPOINTS = "checkpoints"
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 # Pairs of prompt and continuation, from a trained model.
@@ -90,7 +89,7 @@ def train(
         make = functools.partial(make_state, model, optimizer, cfg.seed)
         state, step = _restore_or_make(make, store, loader)
         workdirs.open_run(workdir, run)
-        tokenizer.save(workdir / TOKENIZER)
+        _keep_tokenizer(workdir, tokenizer)
         parameters = count_parameters(state.params, run.model.moe.router)
         _write_info(workdir, parameters, entropy)
         log = stack.enter_context(MetricsLog(workdir, start_step=step))
@@ -99,7 +98,8 @@ def train(
         stopped = stack.enter_context(_stop_signals())
         stack.enter_context(jax.transfer_guard("disallow"))
 
-        meter = _Meter(step, loader.get_state()["sequences"] * run.data.sequence_length)
+        sequences = int(loader.get_state()["sequences"])
+        meter = _Meter(step, sequences * run.data.sequence_length)
         while step < cfg.steps and not stopped:
             batch = _next_batch(loader, schedules.microbatches(cfg, step))
             state, measured = train_step(state, jax.device_put(batch))
@@ -214,6 +214,13 @@ def _load_tokenizer(run: RunConfig, workdir: pathlib.Path | None) -> Tokenizer:
     return load_tokenizer(run.data, run.model.vocab_size)
 
 
+def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
+    """Old or new, never half: a run that goes on trusts this file."""
+    unfinished = workdir / f".{TOKENIZER}.tmp"
+    tokenizer.save(unfinished)
+    unfinished.replace(workdir / TOKENIZER)
+
+
 def _restore_or_make(
     make: Callable[[], TrainState], store: Store, loader: Loader
 ) -> tuple[TrainState, int]:
@@ -243,10 +250,11 @@ def _write_info(
 def _write_samples(
     workdir: pathlib.Path, step: int, samples: Sequence[tuple[str, str]]
 ) -> None:
-    with (workdir / run_files.SAMPLES).open("a", encoding="utf-8") as file:
-        for prompt, text in samples:
-            row = {"step": step, "prompt": prompt, "text": text}
-            file.write(json.dumps(row) + "\n")
+    """Adds these to the samples of earlier steps, in place of any of this one."""
+    path = workdir / run_files.SAMPLES
+    rows = [row for row in run_files.read_rows(path) if row["step"] < step]
+    rows += [{"step": step, "prompt": p, "text": text} for p, text in samples]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _show_header(
@@ -284,7 +292,7 @@ def _stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield stopped  # only the main thread may handle signals
         return
-    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+    before = {int(n): signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
 
     def stop(number: int, _: Any) -> None:
         stopped.append(number)

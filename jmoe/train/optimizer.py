@@ -36,23 +36,19 @@ def adamw(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransform
 
 
 def muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on hidden matrices, AdamW on embedding, head, router and norms.
+    """Muon on hidden matrices, `adamw` on embedding, head, router and norms.
 
     Updates are scaled to the RMS of AdamW's (arXiv 2502.16982, section 2.2), so that
     one learning rate and one decay serve both.
     """
-    return optax.contrib.muon(
+    matrices = optax.contrib.muon(
         rate,
         beta=0.95,
         weight_decay=cfg.weight_decay,
-        weight_decay_mask=decayed,
-        adam_b1=cfg.beta1,
-        adam_b2=cfg.beta2,
-        eps=cfg.epsilon,
-        adam_weight_decay=cfg.weight_decay,
         consistent_rms=0.2,
         muon_weight_dimension_numbers=matrix_dims,
     )
+    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate)}, _labels)
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
@@ -64,7 +60,7 @@ def decayed(params: Any) -> Any:
 
 
 def matrix_dims(params: Any) -> Any:
-    """Which dimensions of each parameter Muon takes as a matrix; None leaves it to Adam.
+    """Which dimensions of a parameter Muon takes as a matrix; None: it isn't Muon's.
 
     Kernels are [layers?, experts?, in, out...]: what is in front of the last input
     dimension is a batch of matrices, what follows it is one output.
@@ -84,6 +80,19 @@ def matrix_dims(params: Any) -> Any:
     return jax.tree.map_with_path(classify, params)
 
 
+def _labels(params: Any) -> Any:
+    """The name of the optimizer that each parameter goes to."""
+
+    def is_leaf(dims: Any) -> bool:
+        return dims is None or isinstance(dims, optax.contrib.MuonDimensionNumbers)
+
+    return jax.tree.map(
+        lambda dims: "adamw" if dims is None else "muon",
+        matrix_dims(params),
+        is_leaf=is_leaf,
+    )
+
+
 def _has_two_outputs(modules: list[str], name: str) -> bool:
     """Kernels [..., in, 2, mlp] and [..., in, heads, per head]."""
     return "gate_up" in (name, *modules[-1:]) or modules[-1] in (
@@ -100,21 +109,23 @@ def _names(path: Any) -> list[str]:
 def store_moments(
     inner: optax.GradientTransformation, dtype: Any
 ) -> optax.GradientTransformation:
-    """Keeps `inner`'s float32 state as `dtype` between steps; it computes in float32.
+    """Keeps `inner`'s moments as `dtype` between steps; it computes in float32.
 
     DeepSeek-V3 keeps AdamW's moments in bfloat16 (arXiv 2412.19437, section 3.3.3).
     """
 
-    def cast(state: Any, source: Any, target: Any) -> Any:
-        return jax.tree.map(
-            lambda x: x.astype(target) if x.dtype == source else x, state
-        )
+    def cast(state: Any, to: Any) -> Any:
+        def leaf(path: Any, x: jax.Array) -> jax.Array:
+            fields = {getattr(key, "name", None) for key in path}
+            return x.astype(to) if fields & {"mu", "nu"} else x
+
+        return jax.tree.map_with_path(leaf, state)
 
     def init(params: Any) -> Any:
-        return cast(inner.init(params), jnp.float32, dtype)
+        return cast(inner.init(params), dtype)
 
     def update(updates: Any, state: Any, params: Any = None) -> Any:
-        updates, state = inner.update(updates, cast(state, dtype, jnp.float32), params)
-        return updates, cast(state, jnp.float32, dtype)
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
 
     return optax.GradientTransformation(init, update)

@@ -1,6 +1,7 @@
 """Learning rate, bias rate, MTP weight and batch size as functions of the step.
 
-The first three are traced (a step is an int32 scalar, results are float32 scalars), so
+Fractions of a run include its warm-up, so that what is to change together does. The
+first three are traced (a step is an int32 scalar, results are float32 scalars), so
 that a step's program is the same for all steps. The batch size decides shapes, so it is
 computed on the host.
 """
@@ -23,24 +24,25 @@ def constant(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
 
 def cosine(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
     """Half a cosine from the peak to `end_fraction` of it."""
-    return optax.cosine_decay_schedule(cfg.peak, max(steps, 1), cfg.end_fraction)
+    return _half_cosine(cfg, steps - cfg.warmup_steps)
 
 
 def wsd(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
     """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear at the end."""
     decay = max(round(cfg.decay_fraction * steps), 1)
     fall = optax.linear_schedule(cfg.peak, cfg.peak * cfg.end_fraction, decay)
-    return optax.join_schedules([constant(cfg, steps), fall], [steps - decay])
+    turn = steps - decay - cfg.warmup_steps
+    return optax.join_schedules([constant(cfg, steps), fall], [turn])
 
 
 def multi_step(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
     """DeepSeek-V3's (arXiv 2412.19437, section 4.2): see `ScheduleConfig`."""
-    turns = [round(fraction * steps) for fraction in cfg.boundaries]
+    turns = [round(part * steps) - cfg.warmup_steps for part in cfg.boundaries]
     low = cfg.peak * cfg.end_fraction
     return optax.join_schedules(
         [
             constant(cfg, steps),
-            cosine(cfg, turns[1] - turns[0]),
+            _half_cosine(cfg, turns[1] - turns[0]),
             optax.constant_schedule(low),
             optax.constant_schedule(cfg.peak * cfg.tail_fraction),
         ],
@@ -48,6 +50,11 @@ def multi_step(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
     )
 
 
+def _half_cosine(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
+    return optax.cosine_decay_schedule(cfg.peak, max(steps, 1), cfg.end_fraction)
+
+
+# What follows the warm-up, of `steps` the run's length; called with the steps since.
 SCHEDULES = {
     "constant": constant,
     "cosine": cosine,
@@ -57,8 +64,8 @@ SCHEDULES = {
 
 
 def learning_rate(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the named schedule over the remaining steps."""
-    after = SCHEDULES[cfg.name](cfg, steps - cfg.warmup_steps)
+    """Linear warm-up from 0, then the named schedule to the end of the run."""
+    after = SCHEDULES[cfg.name](cfg, steps)
     if not cfg.warmup_steps:
         return after
     warmup = optax.linear_schedule(0.0, cfg.peak, cfg.warmup_steps)

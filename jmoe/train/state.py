@@ -25,12 +25,17 @@ class TrainState:
     opt_state: Any
 
 
+def make_variables(model: Transformer, seed: int) -> dict[str, Any]:
+    """A new model's `params` and `router_state`; jit or `eval_shape` it."""
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    return meta.unbox(model.init(jax.random.key(seed), tokens_BT))
+
+
 def make_state(
     model: Transformer, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """A new model's state; jit or `eval_shape` it."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    variables = meta.unbox(model.init(jax.random.key(seed), tokens_BT))
+    variables = make_variables(model, seed)
     return TrainState(
         step=jnp.int32(0),
         params=variables["params"],

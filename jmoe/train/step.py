@@ -127,7 +127,7 @@ def microbatch_losses(
 ) -> tuple[Losses, Stats]:
     """Losses and stats of one microbatch of [B, T + 1] tokens."""
     tokens_BT, segment_BT = batch
-    features = model.apply(
+    features: Any = model.apply(
         {"params": params, "router_state": router_state},
         tokens_BT[:, :-1],
         segment_BT[:, :-1] if run.data.segment_masks else None,
@@ -140,7 +140,7 @@ def microbatch_losses(
         length = target_BT.shape[1]
         weight_T = (jnp.arange(length) < length - depth).astype(jnp.float32)
         weight_BT = jnp.broadcast_to(weight_T, target_BT.shape)
-        total = linear_cross_entropy(
+        total: jax.Array = linear_cross_entropy(
             hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
             features.head_DV,
             target_BT.reshape(-1),

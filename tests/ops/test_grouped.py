@@ -52,14 +52,14 @@ def random_choices(tokens, k, choices, seed=1):
     return np.stack([rng.choice(choices, k, replace=False) for _ in range(tokens)])
 
 
-# 151 x 3 choices: no block size divides them, and one expert alone fills a block.
+TOKENS = grouped.BLOCK + 45  # no block divides them, and no block holds an expert's
 CHOICES = {
-    "random": random_choices(151, 3, E),
-    "idle_experts": random_choices(151, 3, [0, 2, 5]),
-    "one_expert_gets_everything": np.full((151, 3), 4),
-    "one_choice": random_choices(290, 1, [1, 1, 1, 6]),
-    "some_choose_nobody": random_choices(151, 3, [0, 1, 6, NOBODY]),
-    "all_choose_nobody": np.full((151, 3), NOBODY),
+    "random": random_choices(TOKENS, 3, E),
+    "idle_experts": random_choices(TOKENS, 3, [0, 2, 5]),
+    "one_choice": random_choices(TOKENS, 1, [1, 1, 1, 6]),
+    "one_expert_gets_everything": np.full((TOKENS, 1), 4),
+    "some_choose_nobody": random_choices(TOKENS, 3, [0, 1, 6, NOBODY, NOBODY]),
+    "all_choose_nobody": np.full((TOKENS, 3), NOBODY),
     "one_token": random_choices(1, 3, E),
 }
 

@@ -1,0 +1,48 @@
+"""The model of a run, read from its directory without what only training needs."""
+
+import functools
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+
+from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.store import Store
+from jmoe.config import RunConfig
+from jmoe.data.tokenizer import Tokenizer
+from jmoe.nn.model import Transformer
+from jmoe.train.state import make_variables
+
+TOKENIZER = "tokenizer.json"
+CHECKPOINTS = "checkpoints"
+_ONLY_FOR_TRAINING = ("opt_state", "step")
+
+
+class Trained(NamedTuple):
+    """`variables` has the collections `params` and `router_state`, as of `step`."""
+
+    run: RunConfig
+    tokenizer: Tokenizer
+    variables: dict[str, Any]
+    step: int
+
+
+def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
+    """Reads a run's newest whole checkpoint, or that of `step`; changes nothing.
+
+    Raises:
+      FileNotFoundError: `workdir` holds no run, or not this checkpoint.
+      ValueError: a file of the run is damaged, or of another version of jmoe.
+    """
+    if not (workdir / workdirs.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
+        )
+    run = workdirs.read_run(workdir)
+    tokenizer = Tokenizer.from_file(workdir / TOKENIZER)
+    make = functools.partial(make_variables, Transformer(run.model), seed=0)
+    with Store(workdir / CHECKPOINTS) as store:
+        variables, _, step = store.restore(
+            jax.eval_shape(make), step, ignore=_ONLY_FOR_TRAINING
+        )
+    return Trained(run, tokenizer, variables, step)

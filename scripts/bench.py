@@ -1,0 +1,49 @@
+"""Measures jmoe against the alternatives, in one run on one machine.
+
+python scripts/bench.py --suite=train_cpu
+
+Each suite prints what was asked and what was measured, and writes it with the machine,
+the versions and the commit to experiments/results/<suite>.json.
+"""
+
+import importlib
+import pathlib
+import sys
+
+import rich.console
+from absl import app, flags, logging
+
+# The suites are no part of the package that is installed.
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+# Modules with a `run(rounds, say) -> Report`, imported when they are asked for: each
+# needs other libraries.
+SUITES = {
+    "train_cpu": "experiments.benchmarks.train_cpu",
+}
+
+_SUITE = flags.DEFINE_enum(
+    "suite", None, list(SUITES), "What to measure.", required=True
+)
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 5, "Rounds in which all sides take a turn.", lower_bound=1
+)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    console = rich.console.Console(highlight=False)
+    suite = importlib.import_module(SUITES[_SUITE.value])
+    try:
+        report = suite.run(_REPEATS.value, console.print)
+    except ValueError as error:
+        logging.error("%s", error)
+        return 2
+    console.print(report.table())
+    console.print(f"Written to {report.write()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

@@ -1,0 +1,171 @@
+"""The architecture, as far as it can be read off the source.
+
+These tests fail when an import, a file or a command line outgrows the design. What
+they forbid may still be right one day: then the change belongs here, as a decision.
+"""
+
+import ast
+import pathlib
+from collections.abc import Iterator
+
+import pytest
+
+from jmoe.config import run
+from jmoe.train import optimizer, schedules
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("jmoe", "scripts", "experiments", "tests")
+
+# Each folder of jmoe imports itself and those to its left.
+LAYERS = (
+    "config",
+    "ops",
+    "balance",
+    "parallel",
+    "nn",
+    "data",
+    "checkpoint",
+    "train",
+    "decode",
+    "evals",
+    "export",
+    "plan",
+    "serve",
+)
+ONLY_IN = {"torch": "export", "transformers": "export", "vllm": "serve", "ray": "serve"}
+
+MAX_LINES = 400
+MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
+
+# Every command-line flag there is. What a run can be told is a field of its record,
+# reached by --set; a flag is for what isn't part of any record.
+FLAGS = {
+    "scripts/train.py": ["experiment", "workdir", "set"],
+}
+
+FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+)
+LIBRARY = [path for path in FILES if path.parts[0] == "jmoe"]
+
+each_file = pytest.mark.parametrize("path", FILES, ids=str)
+each_module = pytest.mark.parametrize("path", LIBRARY, ids=str)
+
+
+@each_module
+def test_a_module_imports_only_its_own_layer_and_those_before_it(path):
+    assert not list(misplaced_imports(path, read(path)))
+
+
+@each_file
+def test_no_import_is_relative(path):
+    found = [node for node in imports_from(read(path)) if node.level]
+    assert not found, f"{path}:{found[0].lineno}: write the import out, from its root."
+
+
+@each_file
+def test_a_file_is_short_enough_to_read(path):
+    is_kernel = path.is_relative_to("jmoe/ops/kernels")
+    limit = MAX_KERNEL_LINES if is_kernel else MAX_LINES
+    lines = len((ROOT / path).read_text().splitlines())
+    assert lines <= limit, f"{path} has {lines} lines, more than {limit}: split it."
+
+
+def test_a_new_flag_is_a_decision():
+    defined = {path.as_posix(): list(flags(read(path))) for path in FILES}
+    assert {path: names for path, names in defined.items() if names} == FLAGS, (
+        "The flags of scripts differ from those listed in FLAGS; could the new one be "
+        "a field of a record instead?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "table"),
+    [
+        (run.SCHEDULES, schedules.SCHEDULES),
+        (run.OPTIMIZERS, optimizer.OPTIMIZERS),
+    ],
+    ids=["schedules", "optimizers"],
+)
+def test_the_names_a_record_allows_are_those_of_its_table(names, table):
+    assert names == tuple(table)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("jmoe/ops/loss.py", "from jmoe.nn.model import Transformer"),
+        ("jmoe/ops/loss.py", "from jmoe import nn"),
+        ("jmoe/ops/loss.py", "import jmoe.nn.model as model"),
+        ("jmoe/ops/loss.py", "def f():\n    import jmoe.train.loop"),
+        ("jmoe/ops/loss.py", "import jmoe"),
+        ("jmoe/ops/loss.py", "from jmoe import *"),
+        ("jmoe/__init__.py", "from jmoe import config"),
+        ("jmoe/tricks/new.py", "import jax"),
+        ("jmoe/train/loop.py", "from scripts import train"),
+        ("jmoe/train/loop.py", "import experiments.tiny_muon"),
+        ("jmoe/train/loop.py", "import tests.conftest"),
+        ("jmoe/nn/model.py", "import torch.nn as nn"),
+        ("jmoe/export/hf.py", "from ray import serve"),
+    ],
+)
+def test_an_import_out_of_place_is_found(path, source):
+    assert list(misplaced_imports(pathlib.Path(path), ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("jmoe/train/loop.py", "from jmoe.balance import load\nimport jmoe.train.step"),
+        ("jmoe/export/hf.py", "def check():\n    import transformers"),
+        ("jmoe/serve/app.py", "from ray import serve"),
+        ("jmoe/ops/loss.py", "import jax.experimental.pallas\nimport rayleigh"),
+    ],
+)
+def test_an_import_in_its_place_is_left_alone(path, source):
+    assert not list(misplaced_imports(pathlib.Path(path), ast.parse(source)))
+
+
+def read(path: pathlib.Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(), filename=str(path))
+
+
+def misplaced_imports(path: pathlib.Path, tree: ast.Module) -> Iterator[str]:
+    """What a module of jmoe may not import, wherever in the module it does so."""
+    layer = path.parts[1] if len(path.parts) > 2 else ""
+    if layer and layer not in LAYERS:
+        yield f"{path}: {layer!r} is not one of the layers {', '.join(LAYERS)}."
+        return
+    allowed = LAYERS[: LAYERS.index(layer) + 1] if layer else ()
+    for line, name in imports(tree):
+        package, _, inside = name.partition(".")
+        where = f"{path}:{line}: {name}:"
+        if package == "jmoe" and inside.partition(".")[0] not in allowed:
+            yield f"{where} this layer imports only {', '.join(allowed) or 'nothing'}."
+        if package in ("scripts", "experiments", "tests"):
+            yield f"{where} jmoe must work without {package}."
+        if ONLY_IN.get(package, layer) != layer:
+            yield f"{where} {package} may be imported only in {ONLY_IN[package]}."
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, `from a import b` being a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+    for node in imports_from(tree):
+        yield from ((node.lineno, f"{node.module}.{a.name}") for a in node.names)
+
+
+def imports_from(tree: ast.Module) -> Iterator[ast.ImportFrom]:
+    return (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+
+
+def flags(tree: ast.Module) -> Iterator[str]:
+    """Names given to absl's DEFINE_string and its like, in the order of the file."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr.startswith("DEFINE_"):
+                yield ast.literal_eval(node.args[0])

@@ -1,0 +1,90 @@
+"""The notebook runs from top to bottom and shows what its text says.
+
+It runs in a kernel of its own, as its reader's would, but for the folders: it works in
+a temporary one, where it finds a finished run, and caches its data there.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.checkpoint.store import Store
+from jmoe.checkpoint.workdir import open_run
+from jmoe.config import presets
+from jmoe.data.tokenizer import train_bpe
+from jmoe.nn.model import Transformer
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import make_state
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+
+NOTEBOOK = pathlib.Path(__file__).parents[1] / "experiments/notebooks/quickstart.ipynb"
+EVERY_RULE_BALANCES = """
+for max_vio in (history["max_vio"], quantile_history["max_vio"]):
+    assert max_vio[10:20].mean() > 1.5
+    assert max_vio[-10:].mean() < 1.0
+assert history["loss"][-1] < 2.5
+"""
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkout")
+    folder = root / "experiments" / "notebooks"
+    folder.mkdir(parents=True)
+    save_blank_run(root / "runs" / "tiny", step=7)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells.append(nbformat.v4.new_code_cell(EVERY_RULE_BALANCES))
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
+    )
+    client.execute(env=os.environ | {"XDG_CACHE_HOME": str(root), "XLA_FLAGS": ""})
+    return notebook
+
+
+def test_every_cell_runs_and_both_rules_balance_the_load(executed):
+    kinds = {output.output_type for cell in code(executed) for output in cell.outputs}
+    assert kinds == {"stream", "display_data", "execute_result"}
+
+
+def test_no_cell_warns(executed):
+    streams = [o for cell in code(executed) for o in cell.outputs if "name" in o]
+    assert {output.name for output in streams} == {"stdout"}
+
+
+def test_the_last_cell_opens_a_finished_run(executed):
+    text = "".join(output.text for output in executed.cells[-2].outputs)
+    assert text.startswith("tiny at step 7:\ndef mean(values):")
+
+
+def test_the_file_holds_no_results_of_any_one_machine():
+    for cell in code(nbformat.read(NOTEBOOK, as_version=4)):
+        assert not cell.outputs and cell.execution_count is None
+    assert set(json.loads(NOTEBOOK.read_text())["metadata"]) == {
+        "kernelspec",
+        "language_info",
+    }
+
+
+def code(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def save_blank_run(workdir, step):
+    """What a run leaves behind, all its weights being zero."""
+    model = dataclasses.replace(presets.tiny_model(), num_layers=2, mtp_depth=0)
+    run = dataclasses.replace(presets.tiny_run(), model=model)
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    shapes = jax.eval_shape(lambda: make_state(Transformer(model), optimizer, 0))
+    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    open_run(workdir, run)
+    tokenizer = train_bpe(["def mean(values):"], vocab_size=300)
+    tokenizer.save(str(workdir / "tokenizer.json"))
+    with Store(workdir / "checkpoints") as store:
+        store.save(step, state, {})
