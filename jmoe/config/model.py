@@ -204,10 +204,10 @@ class ModelConfig:
             init_std=0.0,
         )
         checks.one_of(self, dtype=DTYPES, remat=REMAT_POLICIES, layer_loop=LAYER_LOOPS)
-        if self.num_dense_layers > self.num_layers:
+        if self.num_dense_layers >= self.num_layers:
             raise ValueError(
-                f"num_dense_layers={self.num_dense_layers} exceeds "
-                f"num_layers={self.num_layers}."
+                f"num_dense_layers={self.num_dense_layers} must be below "
+                f"num_layers={self.num_layers}: at least one layer is a MoE layer."
             )
         if not _is_json_object(self.hf_extras):
             raise ValueError(f"hf_extras={self.hf_extras!r} must be a JSON object.")

@@ -70,7 +70,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         return from_dict(hint, value, f"{path}.")  # type: ignore[arg-type]
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in typing.get_args(hint):
+        if value in (None, "none") and type(None) in typing.get_args(hint):
             return None
         inner = next(t for t in typing.get_args(hint) if t is not type(None))
         return coerce(inner, value, path)
@@ -130,7 +130,7 @@ def _record_type(hint: Any) -> Any:
 
 
 def _literal(text: str) -> Any:
-    if text in ("true", "false", "null", "none"):
+    if text in ("true", "false", "null"):  # JSON's words beside Python's
         return {"true": True, "false": False}.get(text)
     if text in ("inf", "nan"):
         return float(text)

@@ -173,9 +173,7 @@ def _backward(saved, dy_TD):
     dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = lax.fori_loop(
         0, tasks.count, run, start
     )
-    # Rows of "nobody", which no task has, come last: their gates have no gradient.
-    d_gate_N = jnp.where(jnp.arange(d_gate_N.size) < rows.size_E.sum(), d_gate_N, 0)
-    d_gate_N = d_gate_N[: gate_TK.size].astype(gate_TK.dtype)
+    d_gate_N = d_gate_N[: gate_TK.size].astype(gate_TK.dtype)  # 0 for "nobody"
     d_gate_TK = (
         jnp.zeros(gate_TK.size, gate_TK.dtype)
         .at[rows.choice_N[: gate_TK.size]]

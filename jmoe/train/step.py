@@ -85,7 +85,7 @@ def make_train_step(
         )
         metrics = {
             "loss": losses.main,
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
             "learning_rate": learning_rate(state.step),
             "bias_rate": rate,
             "load_LE": stats.load_E,

@@ -30,7 +30,11 @@ def attention(**changes):
         ("hidden_dim=0", "hidden_dim=0 must be at least 1."),
         ("num_layers=0", "num_layers=0 must be at least 1."),
         ("num_dense_layers=-1", "num_dense_layers=-1 must be at least 0."),
-        ("num_dense_layers=5", "num_dense_layers=5 exceeds num_layers=4."),
+        (
+            "num_dense_layers=4",
+            "num_dense_layers=4 must be below num_layers=4: at least one layer is a "
+            "MoE layer.",
+        ),
         ("dense_mlp_dim=0", "dense_mlp_dim=0 must be at least 1."),
         ("max_positions=0", "max_positions=0 must be at least 1."),
         ("mtp_depth=-1", "mtp_depth=-1 must be at least 0."),
@@ -141,11 +145,6 @@ def test_a_single_group_of_one_expert_is_a_shape():
 def test_top_k_may_use_up_all_the_groups_it_reaches():
     router = RouterConfig(num_experts=32, top_k=16, num_groups=4, groups_per_token=2)
     assert router.top_k == router.groups_per_token * router.group_size
-
-
-def test_a_model_may_be_dense_throughout():
-    cfg = records.override(ModelConfig.preset("tiny"), ["num_dense_layers=4"])
-    assert cfg.num_moe_layers == 0
 
 
 def test_records_are_frozen():

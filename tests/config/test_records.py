@@ -190,7 +190,7 @@ def test_the_last_of_several_assignments_counts():
         ("train.steps=many", "train.steps='many' must be of type int."),
         ("train.steps=1.5", "train.steps=1.5 must be of type int."),
         ("train.steps=true", "train.steps=True must be of type int."),
-        ("train.steps=none", "train.steps=None must be of type int."),
+        ("train.steps=none", "train.steps='none' must be of type int."),
         ("name=7", "name=7 must be of type str."),
         ("model.tie_embeddings=1", "model.tie_embeddings=1 must be of type bool."),
         ("optimizer.beta1=false", "optimizer.beta1=False must be of type float."),
@@ -218,3 +218,8 @@ def test_an_override_leaves_the_record_it_was_given_unchanged():
     tiny = ModelConfig.preset("tiny")
     records.override(tiny, ["num_layers=2"])
     assert tiny == ModelConfig.preset("tiny")
+
+
+def test_the_word_none_is_a_value_where_a_field_takes_words():
+    run = records.override(tiny_run(), ["model.remat=none"])
+    assert run.model.remat == "none"
