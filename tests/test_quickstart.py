@@ -4,7 +4,6 @@ It runs in a kernel of its own, as its reader's would, but for the folders: it w
 a temporary one, where it finds a finished run, and caches its data there.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -15,11 +14,10 @@ import pytest
 
 from jmoe.checkpoint.store import Store
 from jmoe.checkpoint.workdir import open_run
-from jmoe.config import presets
+from jmoe.config import override, presets
 from jmoe.data.tokenizer import train_bpe
 from jmoe.nn.model import Transformer
-from jmoe.train.optimizer import make_optimizer
-from jmoe.train.state import make_state
+from jmoe.train.state import make_variables
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -44,7 +42,12 @@ def executed(tmp_path_factory):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
     )
-    client.execute(env=os.environ | {"XDG_CACHE_HOME": str(root), "XLA_FLAGS": ""})
+    environment = {
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "XDG_CACHE_HOME": str(root),
+        "XLA_FLAGS": "",  # one device, as a reader has
+    }
+    client.execute(env=os.environ | environment)
     return notebook
 
 
@@ -60,7 +63,7 @@ def test_no_cell_warns(executed):
 
 def test_the_last_cell_opens_a_finished_run(executed):
     text = "".join(output.text for output in executed.cells[-2].outputs)
-    assert text.startswith("tiny at step 7:\ndef mean(values):")
+    assert text.startswith("tiny at step 7:\ndef f(")
 
 
 def test_the_file_holds_no_results_of_any_one_machine():
@@ -77,14 +80,11 @@ def code(notebook):
 
 
 def save_blank_run(workdir, step):
-    """What a run leaves behind, all its weights being zero."""
-    model = dataclasses.replace(presets.tiny_model(), num_layers=2, mtp_depth=0)
-    run = dataclasses.replace(presets.tiny_run(), model=model)
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-    shapes = jax.eval_shape(lambda: make_state(Transformer(model), optimizer, 0))
-    state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    """What a run leaves behind, but for its optimizer; all weights are zero."""
+    run = override(presets.tiny_run(), ["model.num_layers=2", "model.mtp_depth=0"])
+    shapes = jax.eval_shape(lambda: make_variables(Transformer(run.model), seed=0))
     open_run(workdir, run)
-    tokenizer = train_bpe(["def mean(values):"], vocab_size=300)
-    tokenizer.save(str(workdir / "tokenizer.json"))
+    train_bpe(["def f("], vocab_size=300).save(str(workdir / "tokenizer.json"))
     with Store(workdir / "checkpoints") as store:
-        store.save(step, state, {})
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        store.save(step, zeros, {})

@@ -8,7 +8,7 @@ DeepSeek-V3 (arXiv 2412.19437); `jmoe.config.hf` maps them to Hugging Face's.
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jmoe.config import checks
@@ -243,6 +243,3 @@ def _is_json_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except json.JSONDecodeError:
         return False
-
-
-ModelPreset = Callable[[], ModelConfig]

@@ -1,7 +1,5 @@
 """Named shapes and runs. A preset is a function, so that nothing is built on import."""
 
-import dataclasses
-
 from jmoe.config.data import DataConfig
 from jmoe.config.model import (
     AttentionConfig,
@@ -211,8 +209,3 @@ def small_run() -> RunConfig:
 
 
 RUNS = {"tiny": tiny_run, "small": small_run}
-
-
-def with_shape(run: RunConfig, model: ModelConfig) -> RunConfig:
-    """The same run of another model."""
-    return dataclasses.replace(run, model=model)

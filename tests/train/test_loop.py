@@ -1,0 +1,216 @@
+"""A run from start to end: stopped, damaged, repeated, it comes to the same."""
+
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from jmoe.checkpoint.store import Store
+from jmoe.config import RunConfig, override
+from jmoe.data.packing import Batch
+from jmoe.nn.model import Transformer
+from jmoe.train import loop, run_files
+from jmoe.train.loop import evaluate, train, unigram_entropy
+from jmoe.train.metrics_log import MetricsLog
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import make_state
+from jmoe.train.step import Evaluation
+from jmoe.train.trained import load_trained
+
+TIMES = {"time", "tokens_per_second", "step_seconds"}
+STOP = 5  # inside the ramp, and between checkpoints
+
+
+def sample(run, state, tokenizer):
+    return [("prompt", tokenizer.decode([7]))]
+
+
+@pytest.fixture(scope="module")
+def whole_run(smallest, tmp_path_factory) -> pathlib.Path:
+    """The directory of a run that nothing interrupted."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(smallest, workdir, sample=sample) == 0
+    return workdir
+
+
+@pytest.fixture
+def copied_run(whole_run, tmp_path) -> pathlib.Path:
+    return shutil.copytree(whole_run, tmp_path / "copy")
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """What was logged, without what depends on the clock."""
+    return [
+        {name: value for name, value in row.items() if name not in TIMES}
+        for row in run_files.read_rows(workdir / run_files.METRICS)
+    ]
+
+
+def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
+    return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+def last_state(run: RunConfig, workdir: pathlib.Path):
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
+    with Store(workdir / loop.CHECKPOINTS) as store:
+        return jax.device_get(store.restore(make))
+
+
+def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> None:
+    """To the bit: parameters, moments, biases, data position, and all that was logged."""
+    got_state, want_state = last_state(run, got), last_state(run, want)
+    same = jax.tree.map(np.array_equal, got_state, want_state)
+    assert all(jax.tree.leaves(same)), same
+    assert rows(got) == rows(want)
+    balance = [
+        list(run_files.read_rows(workdir / run_files.BALANCE))
+        for workdir in (got, want)
+    ]
+    assert balance[0] == balance[1]
+
+
+def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
+    names = {path.name for path in whole_run.iterdir()}
+    assert names == {
+        "balance.jsonl",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "report.html",
+        "run.json",
+        "samples.jsonl",
+        "tensorboard",
+        "tokenizer.json",
+    }
+    assert {path.name for path in (whole_run / "checkpoints").iterdir()} == {"8", "16"}
+    logged = run_files.read_run(whole_run)
+    assert [row["step"] for row in logged.rows] == list(range(1, 17))
+    assert set(logged.rows[-1]) >= {
+        *("loss", "mtp_loss", "grad_norm", "learning_rate", "bias_rate", "tokens"),
+        *("max_vio", "max_vio_L", "load_entropy_L", "dead_experts_L", "drop_rate_L"),
+        *("tokens_per_second", "step_seconds"),
+        *("val_loss", "val_perplexity", "global_max_vio", "global_max_vio_L"),
+    }
+    # Six batches of one microbatch, then ten of two, of 4 sequences of 32.
+    assert logged.last("tokens") == (6 + 10 * 2) * 4 * 32
+    assert logged.info["parameters"] > logged.info["active_parameters"] > 0
+    assert "prompt" in (whole_run / "report.html").read_text()
+
+
+def test_a_run_learns_its_text_and_moves_its_biases(smallest, whole_run):
+    logged = run_files.read_run(whole_run)
+    loss = logged.series("loss").value_NK
+    assert abs(loss[0] - np.log(300)) < 0.1  # that of a uniform guess
+    assert logged.last("val_loss") < logged.info["unigram_entropy"]
+    bias_NLE = logged.balance.bias_NLE
+    steps_N = np.abs(np.diff(bias_NLE, axis=0)).max((1, 2))
+    np.testing.assert_allclose(steps_N[:-1], 1e-3, rtol=1e-3)
+    assert steps_N[-1] == 0  # the rate's switch is at 0.966 of 16 steps
+
+
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
+    smallest, whole_run, tmp_path, monkeypatch, capsys
+):
+    class Stopping(MetricsLog):
+        def log(self, step, *arguments, **options):
+            super().log(step, *arguments, **options)
+            if step == STOP:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "MetricsLog", Stopping)
+        assert train(smallest, tmp_path / "run", sample=sample) == signal.SIGTERM
+    assert f"SIGTERM: saved step {STOP}" in capsys.readouterr().out
+    assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, STOP + 1))
+    assert load_trained(tmp_path / "run").step == STOP
+    assert not (tmp_path / "run" / "report.html").exists()
+    handler = signal.getsignal(signal.SIGTERM)
+
+    assert train(smallest, tmp_path / "run", sample=sample) == 0
+    assert f"Goes on from the checkpoint of step {STOP}" in capsys.readouterr().out
+    assert_same_end(smallest, tmp_path / "run", whole_run)
+    assert signal.getsignal(signal.SIGTERM) == handler == signal.SIG_DFL
+
+
+def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
+    smallest, whole_run, copied_run, capsys
+):
+    arrays = max((copied_run / "checkpoints" / "16").rglob("*"), key=_size)
+    arrays.write_bytes(arrays.read_bytes()[:-1])
+    assert train(smallest, copied_run, sample=sample) == 0
+    assert "Goes on from the checkpoint of step 8" in capsys.readouterr().out
+    assert_same_end(smallest, copied_run, whole_run)
+    assert arrays.parent.parent.with_name("16.aside").exists()  # nothing is lost
+
+
+def _size(path: pathlib.Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def test_a_complete_run_says_so_and_changes_nothing(smallest, copied_run, capsys):
+    before = files(copied_run)
+    assert train(smallest, copied_run, sample=sample) == 0
+    assert "Complete at step 16; raise train.steps" in capsys.readouterr().out
+    after = files(copied_run)
+    changed = {path.name for path, data in after.items() if before.get(path) != data}
+    events = {path.name for path in (copied_run / "tensorboard").iterdir()}
+    assert changed - events <= {"run.json", "report.html"}
+    assert before.keys() <= after.keys()
+
+
+def test_another_model_is_refused_and_nothing_overwritten(smallest, copied_run):
+    other = override(smallest, ["model.hidden_dim=48", "train.seed=1"])
+    before = files(copied_run)
+    with pytest.raises(ValueError, match="model.hidden_dim: 32 there, 48 given") as e:
+        train(other, copied_run)
+    assert "train.seed: 0 there, 1 given" in str(e.value)
+    assert files(copied_run) == before
+
+
+def test_a_run_goes_on_with_its_own_tokenizer(smallest, copied_run, capsys):
+    shutil.rmtree(smallest.data.cache_dir + "/tokenizers")
+    assert train(smallest, copied_run) == 0
+    assert not pathlib.Path(smallest.data.cache_dir, "tokenizers").exists()
+
+
+def test_loading_a_model_reads_what_training_saved(smallest, whole_run):
+    for step in (8, None):
+        trained = load_trained(whole_run, step=step)
+        assert trained.step == (step or 16)
+        assert trained.run == smallest
+        assert trained.tokenizer.decode(trained.tokenizer.encode("The 1")) == "The 1"
+    state, _, _ = last_state(smallest, whole_run)
+    saved = {"params": state.params, "router_state": state.router_state}
+    same = jax.tree.map(np.array_equal, trained.variables, saved)
+    assert all(jax.tree.leaves(same))
+
+
+def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
+    parts = [
+        Evaluation(np.float32(30), np.float32(10), np.array([[6, 0], [3, 3]])),
+        Evaluation(np.float32(10), np.float32(10), np.array([[0, 6], [6, 0]])),
+    ]
+    state = loop.TrainState(step=0, params=None, router_state=None, opt_state=None)
+    got = evaluate(lambda params, router_state, i: parts[int(i)], state, [0, 1])
+    assert got["val_loss"] == 2.0
+    assert got["val_perplexity"] == pytest.approx(np.exp(2.0))
+    # Global: the first layer's two imbalances cancel, the second's don't.
+    np.testing.assert_allclose(got["global_max_vio_L"], [0.0, 0.5])
+    assert got["global_max_vio"] == pytest.approx(0.25)
+
+
+def test_the_unigram_entropy_is_that_of_the_predicted_tokens():
+    tokens_BT = np.array([[9, 1, 1, 2, 3]])  # 9 is never predicted
+    got = unigram_entropy([Batch(tokens_BT, tokens_BT)])
+    assert got == pytest.approx(1.5 * np.log(2))
+
+
+def test_the_record_of_a_run_says_how_it_was_made(whole_run):
+    info = json.loads((whole_run / "run.json").read_text())
+    assert info["device"].startswith("CPU")
+    assert {"python", "jax", "jmoe"} <= info["versions"].keys()

@@ -1,0 +1,32 @@
+"""What scripts set up in their process."""
+
+import pathlib
+import platform
+
+import jax
+import pytest
+
+from jmoe.train.runtime import keep_compiled, keep_freed_memory
+
+CACHE = "jax_compilation_cache_dir"
+
+
+@pytest.fixture
+def set_cache():
+    """Sets JAX's cache for a test."""
+    before = jax.config.values[CACHE]
+    yield lambda directory: jax.config.update(CACHE, directory)
+    jax.config.update(CACHE, before)
+
+
+def test_glibc_and_no_other_library_keeps_freed_memory():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(set_cache):
+    set_cache(None)
+    keep_compiled(pathlib.Path("ours"))
+    assert jax.config.values[CACHE] == "ours"
+    set_cache("theirs")
+    keep_compiled(pathlib.Path("ours"))
+    assert jax.config.values[CACHE] == "theirs"
