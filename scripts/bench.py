@@ -11,7 +11,9 @@ import pathlib
 import sys
 
 import rich.console
-from absl import app, flags, logging
+from absl import app, flags
+
+from jmoe.train import runtime
 
 # The suites are no part of the package that is installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -38,8 +40,7 @@ def main(argv: list[str]) -> int:
     try:
         report = suite.run(_REPEATS.value, console.print)
     except ValueError as error:
-        logging.error("%s", error)
-        return 2
+        return runtime.report_mistake(error)
     console.print(report.table())
     console.print(f"Written to {report.write()}")
     return 0

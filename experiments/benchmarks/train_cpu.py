@@ -25,7 +25,7 @@ from experiments.benchmarks.report import Figure, Report
 from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
 from experiments.benchmarks.workload import Linear, Workload
 from jmoe.config import ModelConfig
-from jmoe.train.memory import keep_freed_memory
+from jmoe.train.runtime import keep_freed_memory
 
 Turns = Mapping[str, Sequence[Turn]]
 

@@ -64,17 +64,26 @@ def sort_rows(expert_TK: jax.Array, num_experts: int) -> Rows:
     return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
 
 
-def plan_tasks(size_E: jax.Array, num_rows: int) -> Tasks:
-    """Cuts each expert's rows into tasks of at most BLOCK; idle experts get none."""
-    tasks_E = -(-size_E // BLOCK)
+def plan_tasks(size_E: jax.Array, num_rows: int, *, skip: int = 0) -> Tasks:
+    """Cuts each expert's rows into tasks of at most BLOCK; idle experts get none.
+
+    Args:
+      num_rows: at least the sum of `size_E`; decides M.
+      skip: how many of each expert's tasks to leave out, from its first.
+    """
+    tasks_E = jnp.maximum(-(-size_E // BLOCK) - skip, 0)
     end_E = jnp.cumsum(tasks_E)
     index_M = jnp.arange(size_E.shape[0] + num_rows // BLOCK, dtype=jnp.int32)
     expert_M = jnp.searchsorted(end_E, index_M, side="right").astype(jnp.int32)
     expert_M = jnp.minimum(expert_M, size_E.shape[0] - 1)
-    nth_M = index_M - (end_E - tasks_E)[expert_M]
-    start_M = (jnp.cumsum(size_E) - size_E)[expert_M] + nth_M * BLOCK
+    nth_M = index_M - (end_E - tasks_E)[expert_M] + skip
+    start_M = _first_rows(size_E)[expert_M] + nth_M * BLOCK
     rows_M = jnp.clip(size_E[expert_M] - nth_M * BLOCK, 0, BLOCK)
     return Tasks(expert_M, start_M, rows_M, end_E[-1])
+
+
+def _first_rows(size_E: jax.Array) -> jax.Array:
+    return jnp.cumsum(size_E) - size_E
 
 
 @jax.custom_vjp
@@ -124,18 +133,17 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     h_NX = jnp.zeros((rows.token_N.size, 2 * mlp_dim), x_TD.dtype)
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
-    saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, tasks, h_NX)
+    saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
 def _backward(saved, dy_TD):
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, tasks, h_NX = saved
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
     num_experts, mlp_dim, hidden_dim = down_EFD.shape
 
-    def run(i, carry):
+    def run(expert, start, own, carry, write):
         dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
-        expert, start, own = tasks.expert_M[i], tasks.start_M[i], tasks.rows_M[i]
-        token_B = _cut(rows.token_N, start, BLOCK)
+        choice_B, token_B = (_cut(x, start, BLOCK) for x in rows[:2])
         gate_up_DX, down_FD = _pick(gate_up_EDX, expert), _pick(down_EFD, expert)
 
         def chain(size):
@@ -159,30 +167,36 @@ def _backward(saved, dy_TD):
         dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = _in_smallest_size(own, chain)
         return (
             _add_own(dx_TD, token_B, dx_BD, own),
-            lax.dynamic_update_slice_in_dim(d_gate_N, d_gate_B, start, 0),
-            _add_to(d_gate_up_EDX, expert, d_gate_up_DX),
-            _add_to(d_down_EFD, expert, d_down_FD),
+            _add_own(d_gate_N, choice_B, d_gate_B, own),
+            write(d_gate_up_EDX, expert, d_gate_up_DX),
+            write(d_down_EFD, expert, d_down_FD),
         )
 
-    start = (
+    # Most experts have one task: it writes the weights' gradient, without reading it.
+    first_E = _first_rows(rows.size_E)
+    later = plan_tasks(rows.size_E, gate_TK.size, skip=1)
+
+    def run_first(e, carry):
+        return run(e, first_E[e], jnp.minimum(rows.size_E[e], BLOCK), carry, _write)
+
+    def run_later(i, carry):
+        return run(
+            later.expert_M[i], later.start_M[i], later.rows_M[i], carry, _write_sum
+        )
+
+    carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
-        jnp.zeros(gate_N.shape, jnp.float32),
+        jnp.zeros(gate_TK.size, jnp.float32),
         jnp.zeros_like(gate_up_EDX),
         jnp.zeros_like(down_EFD),
     )
-    dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = lax.fori_loop(
-        0, tasks.count, run, start
-    )
-    d_gate_N = d_gate_N[: gate_TK.size].astype(gate_TK.dtype)  # 0 for "nobody"
-    d_gate_TK = (
-        jnp.zeros(gate_TK.size, gate_TK.dtype)
-        .at[rows.choice_N[: gate_TK.size]]
-        .set(d_gate_N, unique_indices=True, mode="promise_in_bounds")
-    )
+    carry = lax.fori_loop(0, num_experts, run_first, carry)
+    carry = lax.fori_loop(0, later.count, run_later, carry)
+    dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
     return (
         dx_TD.astype(x_TD.dtype),
         None,
-        d_gate_TK.reshape(gate_TK.shape),
+        d_gate_N.reshape(gate_TK.shape).astype(gate_TK.dtype),
         d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim),
         d_down_EFD,
     )
@@ -203,19 +217,24 @@ def _in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
 
 
 def _add_own(
-    total_TD: jax.Array, token_B: jax.Array, value_BD: jax.Array, own: jax.Array
+    total: jax.Array, index_B: jax.Array, value: jax.Array, own: jax.Array
 ) -> jax.Array:
-    """Adds the first `own` rows to their tokens'; an expert's tokens are distinct."""
+    """Adds the first `own` of the B rows of `value`, to distinct rows of `total`."""
     row_B = jnp.arange(BLOCK)
-    nowhere_B = total_TD.shape[0] + row_B  # out of bounds, which scatter drops
-    index_B = jnp.where(row_B < own, token_B, nowhere_B)
-    value_BD = value_BD.astype(total_TD.dtype)
-    return total_TD.at[index_B].add(value_BD, mode="drop", unique_indices=True)
+    nowhere_B = total.shape[0] + row_B  # out of bounds, which scatter drops
+    index_B = jnp.where(row_B < own, index_B, nowhere_B)
+    value = value.astype(total.dtype)
+    return total.at[index_B].add(value, mode="drop", unique_indices=True)
 
 
-def _add_to(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
-    value_IO = value_IO + _pick(total_EIO, expert)
+def _write(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(total_EIO, value_IO, expert, 0)
+
+
+def _write_sum(
+    total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array
+) -> jax.Array:
+    return _write(total_EIO, expert, _pick(total_EIO, expert) + value_IO)
 
 
 def _pad(x: jax.Array) -> jax.Array:

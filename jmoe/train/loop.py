@@ -225,7 +225,9 @@ def _restore_or_make(
     make: Callable[[], TrainState], store: Store, loader: Loader
 ) -> tuple[TrainState, int]:
     if store.latest_step() is None:
-        return jax.jit(make)(), 0
+        # Placed as a restored state is, or a run that goes on would compile anew.
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.jit(make, out_shardings=device)(), 0
     state, position, step = store.restore(jax.eval_shape(make))
     loader.set_state(position)
     return state, step

@@ -62,7 +62,7 @@ def last_state(run: RunConfig, workdir: pathlib.Path):
 
 
 def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> None:
-    """To the bit: parameters, moments, biases, data position, and all that was logged."""
+    """To the bit: the state, the loader's position, and all that was logged."""
     got_state, want_state = last_state(run, got), last_state(run, want)
     same = jax.tree.map(np.array_equal, got_state, want_state)
     assert all(jax.tree.leaves(same)), same
@@ -145,7 +145,7 @@ def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
     assert train(smallest, copied_run, sample=sample) == 0
     assert "Goes on from the checkpoint of step 8" in capsys.readouterr().out
     assert_same_end(smallest, copied_run, whole_run)
-    assert arrays.parent.parent.with_name("16.aside").exists()  # nothing is lost
+    assert (copied_run / "checkpoints" / "16.aside").exists()  # nothing is lost
 
 
 def _size(path: pathlib.Path) -> int:
