@@ -48,15 +48,15 @@ def get_config() -> RunConfig:
         model=model,
         data=DataConfig(sequence_length=32, validation_fraction=0.2),
         train=TrainConfig(
-            steps=16,
+            steps=40,
             batch_size=8,
             microbatch_size=4,
             ramp_start=4,
             ramp_steps=6,
             log_every=1,
-            eval_every=8,
+            eval_every=20,
             eval_batches=2,
-            checkpoint_every=8,
+            checkpoint_every=20,
         ),
         optimizer=OptimizerConfig(
             schedule=ScheduleConfig(name="wsd", peak=1e-2, warmup_steps=2)

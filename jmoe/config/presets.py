@@ -8,7 +8,13 @@ from jmoe.config.model import (
     RouterConfig,
     YarnConfig,
 )
-from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
+from jmoe.config.run import (
+    OptimizerConfig,
+    RunConfig,
+    ScheduleConfig,
+    StepwiseConfig,
+    TrainConfig,
+)
 
 
 def tiny_model() -> ModelConfig:
@@ -24,6 +30,7 @@ def tiny_model() -> ModelConfig:
         init_std=0.02,
         attention=AttentionConfig(
             num_heads=4,
+            block_size=128,
             query_latent_dim=64,
             kv_latent_dim=64,
             nope_dim=32,
@@ -55,6 +62,7 @@ def bench_s_model() -> ModelConfig:
         layer_loop="unroll",
         attention=AttentionConfig(
             num_heads=8,
+            block_size=128,
             query_latent_dim=192,
             kv_latent_dim=128,
             nope_dim=32,
@@ -182,14 +190,33 @@ MODELS = {
 
 
 def tiny_run() -> RunConfig:
-    """What `python scripts/train.py` trains: 3 minutes on 2 CPU cores."""
+    """What `python scripts/train.py` trains: 3 minutes on 2 CPU cores.
+
+    V3's schedule at its shortest. The bias moves fast while the router learns, and
+    slowly once the learning rate is low, so that it settles.
+    """
     return RunConfig(
         name="tiny",
         model=tiny_model(),
-        data=DataConfig(sequence_length=256),
-        train=TrainConfig(steps=600, batch_size=8, microbatch_size=8),
+        data=DataConfig(sequence_length=128),
+        train=TrainConfig(
+            steps=420,
+            batch_size=16,
+            microbatch_size=16,
+            bias_rate=StepwiseConfig(first=5e-3, last=5e-4, switch=0.7),
+            eval_every=70,
+            eval_batches=32,
+            checkpoint_every=140,
+        ),
         optimizer=OptimizerConfig(
-            schedule=ScheduleConfig(name="wsd", peak=2e-3, warmup_steps=30)
+            schedule=ScheduleConfig(
+                name="multi_step",
+                peak=2e-3,
+                warmup_steps=30,
+                boundaries=(0.35, 0.8, 0.95),
+                end_fraction=0.02,
+                tail_fraction=0.01,
+            )
         ),
     )
 

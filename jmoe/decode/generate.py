@@ -93,7 +93,7 @@ def _check(cfg, prompts, max_new_tokens, temperature, top_p):
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if temperature < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(
             f"temperature={temperature} must be at least 0 and top_p={top_p} above 0 "
             "and at most 1."

@@ -87,17 +87,17 @@ def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
         "tensorboard",
         "tokenizer.json",
     }
-    assert {path.name for path in (whole_run / "checkpoints").iterdir()} == {"8", "16"}
+    assert {path.name for path in (whole_run / "checkpoints").iterdir()} == {"20", "40"}
     logged = run_files.read_run(whole_run)
-    assert [row["step"] for row in logged.rows] == list(range(1, 17))
+    assert [row["step"] for row in logged.rows] == list(range(1, 41))
     assert set(logged.rows[-1]) >= {
         *("loss", "mtp_loss", "grad_norm", "learning_rate", "bias_rate", "tokens"),
         *("max_vio", "max_vio_L", "load_entropy_L", "dead_experts_L", "drop_rate_L"),
         *("tokens_per_second", "step_seconds"),
         *("val_loss", "val_perplexity", "global_max_vio", "global_max_vio_L"),
     }
-    # Six batches of one microbatch, then ten of two, of 4 sequences of 32.
-    assert logged.last("tokens") == (6 + 10 * 2) * 4 * 32
+    # Six batches of one microbatch, then 34 of two, of 4 sequences of 32.
+    assert logged.last("tokens") == (6 + 34 * 2) * 4 * 32
     assert logged.info["parameters"] > logged.info["active_parameters"] > 0
     assert "prompt" in (whole_run / "report.html").read_text()
 
@@ -109,8 +109,8 @@ def test_a_run_learns_its_text_and_moves_its_biases(smallest, whole_run):
     assert logged.last("val_loss") < logged.info["unigram_entropy"]
     bias_NLE = logged.balance.bias_NLE
     steps_N = np.abs(np.diff(bias_NLE, axis=0)).max((1, 2))
-    np.testing.assert_allclose(steps_N[:-1], 1e-3, rtol=1e-3)
-    assert steps_N[-1] == 0  # the rate's switch is at 0.966 of 16 steps
+    np.testing.assert_allclose(steps_N[:38], 1e-3, rtol=1e-3)
+    assert steps_N[38:].tolist() == [0]  # the rate turns 0 at 0.966 of the run
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
@@ -140,12 +140,12 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
 def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
     smallest, whole_run, copied_run, capsys
 ):
-    arrays = max((copied_run / "checkpoints" / "16").rglob("*"), key=_size)
+    arrays = max((copied_run / "checkpoints" / "40").rglob("*"), key=_size)
     arrays.write_bytes(arrays.read_bytes()[:-1])
     assert train(smallest, copied_run, sample=sample) == 0
-    assert "Goes on from the checkpoint of step 8" in capsys.readouterr().out
+    assert "Goes on from the checkpoint of step 20" in capsys.readouterr().out
     assert_same_end(smallest, copied_run, whole_run)
-    assert (copied_run / "checkpoints" / "16.aside").exists()  # nothing is lost
+    assert (copied_run / "checkpoints" / "40.aside").exists()  # nothing is lost
 
 
 def _size(path: pathlib.Path) -> int:
@@ -155,7 +155,7 @@ def _size(path: pathlib.Path) -> int:
 def test_a_complete_run_says_so_and_changes_nothing(smallest, copied_run, capsys):
     before = files(copied_run)
     assert train(smallest, copied_run, sample=sample) == 0
-    assert "Complete at step 16; raise train.steps" in capsys.readouterr().out
+    assert "Complete at step 40; raise train.steps" in capsys.readouterr().out
     after = files(copied_run)
     changed = {path.name for path, data in after.items() if before.get(path) != data}
     events = {path.name for path in (copied_run / "tensorboard").iterdir()}
@@ -179,9 +179,9 @@ def test_a_run_goes_on_with_its_own_tokenizer(smallest, copied_run, capsys):
 
 
 def test_loading_a_model_reads_what_training_saved(smallest, whole_run):
-    for step in (8, None):
+    for step in (20, None):
         trained = load_trained(whole_run, step=step)
-        assert trained.step == (step or 16)
+        assert trained.step == (step or 40)
         assert trained.run == smallest
         assert trained.tokenizer.decode(trained.tokenizer.encode("The 1")) == "The 1"
     state, _, _ = last_state(smallest, whole_run)

@@ -1,0 +1,17 @@
+"""Does Muon learn faster than AdamW at the size of the tiny run?
+
+    python scripts/train.py --experiment=experiments/tiny_muon.py
+
+trains as `python scripts/train.py` does, with Muon on the hidden matrices. Embedding,
+head, router and norms stay with AdamW, at the same learning rate.
+"""
+
+import dataclasses
+
+from jmoe.config import RunConfig, presets
+
+
+def get_config() -> RunConfig:
+    run = presets.tiny_run()
+    optimizer = dataclasses.replace(run.optimizer, name="muon")
+    return dataclasses.replace(run, name="tiny_muon", optimizer=optimizer)

@@ -1,0 +1,31 @@
+"""A model whose next token is far from a tie: random weights of order 1."""
+
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+
+from jmoe.config import ModelConfig
+from jmoe.nn.model import Transformer
+
+EXPERIMENT = pathlib.Path(__file__).parents[1] / "smallest_run.py"
+
+
+@pytest.fixture(scope="session")
+def cfg() -> ModelConfig:
+    return runpy.run_path(str(EXPERIMENT))["get_config"]().model
+
+
+@pytest.fixture(scope="session")
+def variables(cfg):
+    rng = np.random.default_rng(0)
+    tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), tokens_BT)
+    return jax.tree.map(
+        lambda x: np.float32(rng.normal(size=x.shape) / x.shape[0] ** 0.5),
+        meta.unbox(shapes),
+    )

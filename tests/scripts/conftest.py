@@ -1,0 +1,71 @@
+"""Scripts as a shell runs them, and a small run that they trained."""
+
+import contextlib
+import io
+import pathlib
+import runpy
+import sys
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def run_script(name: str, *arguments: str) -> Outcome:
+    """Runs scripts/<name>.py to its exit, in this process: JAX takes long to start."""
+    path = str(ROOT / "scripts" / f"{name}.py")
+    _forget_flags()
+    argv, sys.argv = sys.argv, [path, *arguments]
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = argv
+    return Outcome(end.value.code or 0, out.getvalue(), err.getvalue())
+
+
+def _forget_flags() -> None:
+    """Those of scripts that ran before; a process has one set of flags."""
+    for name in list(flags.FLAGS):
+        module = flags.FLAGS.find_module_defining_flag(name)
+        if module == "<run_path>" or module.startswith(str(ROOT / "scripts")):
+            delattr(flags.FLAGS, name)
+
+
+@pytest.fixture(scope="session")
+def script():
+    return run_script
+
+
+@pytest.fixture(scope="session")
+def smallest_arguments(tmp_path_factory) -> list[str]:
+    """What makes scripts/train.py train the smallest run on a small text."""
+    directory = tmp_path_factory.mktemp("smallest")
+    documents = (f"The square of {i} is {i * i}. " * 3 for i in range(80))
+    text = directory / "squares.txt"
+    text.write_text("<|endoftext|>".join(documents))
+    return [
+        f"--experiment={ROOT / 'tests' / 'smallest_run.py'}",
+        f"--set=data.sources=[{{'path': '{text}'}}]",
+        f"--set=data.cache_dir={directory / 'cache'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def trained(script, smallest_arguments, tmp_path_factory) -> pathlib.Path:
+    """The directory of a run that scripts/train.py trained."""
+    workdir = tmp_path_factory.mktemp("runs") / "smallest"
+    outcome = script("train", f"--workdir={workdir}", *smallest_arguments)
+    assert outcome.code == 0, outcome.err
+    (workdir / "terminal").write_text(outcome.out + outcome.err)
+    return workdir
