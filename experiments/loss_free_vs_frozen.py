@@ -24,9 +24,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jmoe.config import RunConfig, override, presets
-from jmoe.train import run_files
+from jmoe.train import run_files, runtime
 from jmoe.train.loop import train
-from jmoe.train.runtime import keep_freed_memory
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", "runs/loss_free_vs_frozen", "Where the three runs are kept."
@@ -55,7 +54,8 @@ def get_config(variant: str = "sign rule") -> RunConfig:
 
 
 def main(_) -> None:
-    keep_freed_memory()
+    runtime.keep_freed_memory()
+    runtime.log_warnings_only()
     runs = {}
     for variant in VARIANTS:
         workdir = pathlib.Path(_WORKDIR.value) / variant.replace(" ", "_")

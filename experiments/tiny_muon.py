@@ -4,6 +4,10 @@
 
 trains as `python scripts/train.py` does, with Muon on the hidden matrices. Embedding,
 head, router and norms stay with AdamW, at the same learning rate.
+
+Hardware: 2 CPU cores, about 4 minutes.
+Expected: a lower loss than AdamW's after as many steps, each a little slower.
+Observed (--set train.steps=100, for both): validation loss 4.695; with AdamW 4.991.
 """
 
 import dataclasses

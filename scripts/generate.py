@@ -1,9 +1,8 @@
 """Completes a prompt with the model of a run.
 
 python scripts/generate.py --workdir=runs/tiny --prompt="def f("
-python scripts/generate.py --prompt="12 + 30 = " --temperature=0 --num_samples=1
-
-Prints the prompt and what follows it, `num_samples` times.
+python scripts/generate.py --prompt="12 + 30 = " --temperature=0
+python scripts/generate.py --num_samples=3 --max_new_tokens=200
 """
 
 import pathlib
@@ -57,7 +56,7 @@ def main(argv: list[str]) -> int:
             seed=_SEED.value,
             stop_id=tokenizer.eos_id,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     for number, new in enumerate(samples):
         if number:

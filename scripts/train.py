@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
 
         runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
         signal = train(run, workdir, sample=sample)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     return 128 + signal if signal else 0
 

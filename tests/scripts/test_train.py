@@ -161,6 +161,14 @@ def test_the_workdir_of_another_model_is_refused_field_by_field(
     assert files(trained) == before
 
 
+def test_where_a_mistake_was_noticed_is_shown_on_request():
+    process = start("--set=train.steps=0", "--verbosity=0")
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert "error: steps=0 must be at least 1.\n" in err
+    assert "in read_experiment" in err
+
+
 def test_an_unknown_flag_is_refused_with_a_suggestion():
     process = start("--workdirr=x")
     _, err = process.communicate()
