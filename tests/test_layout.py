@@ -33,6 +33,7 @@ LAYERS = (
     "serve",
 )
 ONLY_IN = {"torch": "export", "transformers": "export", "vllm": "serve", "ray": "serve"}
+OPTIONAL = ("torch", "transformers")  # for checks; export itself works without them
 
 MAX_LINES = 400
 MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
@@ -121,6 +122,7 @@ def test_the_names_a_record_allows_are_those_of_its_table(names, table):
         ("jmoe/train/loop.py", "import tests.conftest"),
         ("jmoe/nn/model.py", "import torch.nn as nn"),
         ("jmoe/export/hf.py", "from ray import serve"),
+        ("jmoe/export/hf.py", "import transformers"),
     ],
 )
 def test_an_import_out_of_place_is_found(path, source):
@@ -151,24 +153,26 @@ def misplaced_imports(path: pathlib.Path, tree: ast.Module) -> Iterator[str]:
         yield f"{path}: {layer!r} is not one of the layers {', '.join(LAYERS)}."
         return
     allowed = LAYERS[: LAYERS.index(layer) + 1] if layer else ()
-    for line, name in imports(tree):
+    for node, name in imports(tree):
         package, _, inside = name.partition(".")
-        where = f"{path}:{line}: {name}:"
+        where = f"{path}:{node.lineno}: {name}:"
         if package == "jmoe" and inside.partition(".")[0] not in allowed:
             yield f"{where} this layer imports only {', '.join(allowed) or 'nothing'}."
         if package in ("scripts", "experiments", "tests"):
             yield f"{where} jmoe must work without {package}."
         if ONLY_IN.get(package, layer) != layer:
             yield f"{where} {package} may be imported only in {ONLY_IN[package]}."
+        if package in OPTIONAL and node.col_offset == 0:
+            yield f"{where} import {package} inside the function that needs it."
 
 
-def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything imported, `from a import b` being a.b."""
+def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
+    """Everything imported, by its dotted name; `from a import b` imports a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, alias.name) for alias in node.names)
+            yield from ((node, alias.name) for alias in node.names)
     for node in imports_from(tree):
-        yield from ((node.lineno, f"{node.module}.{a.name}") for a in node.names)
+        yield from ((node, f"{node.module}.{alias.name}") for alias in node.names)
 
 
 def imports_from(tree: ast.Module) -> Iterator[ast.ImportFrom]:

@@ -85,7 +85,8 @@ class Report:
     def write(self, directory: pathlib.Path = RESULTS) -> pathlib.Path:
         """Writes `<suite>.json` and returns its path."""
         path = directory / f"{self.suite}.json"
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_rounded(self.to_dict()), indent=2, ensure_ascii=False)
+        path.write_text(text + "\n", encoding="utf-8")
         return path
 
     def table(self) -> rich.table.Table:
@@ -106,6 +107,15 @@ class Report:
                 verdict[figure.met],
             )
         return table
+
+
+def _rounded(value: Any) -> Any:
+    """Without the digits that no measurement here has."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
 
 
 def significant(value: float) -> str:

@@ -6,7 +6,7 @@ memory, as `keep_freed_memory` does on jmoe's side.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,24 +60,29 @@ def adamw_step(workload: Workload, kinds: Sequence[str]) -> Tasks:
 
 
 def moe_layer(workload: Workload) -> Tasks:
-    """`theirs`: forward and backward of one router with its routed experts.
+    """`eager` and `compiled`: forward and backward of a router with its routed experts.
 
-    Gradients are those of the input and of every weight. Not compiled: there is little
-    to fuse around the experts, and it was no faster.
+    Gradients are those of the input and of every weight.
     """
     one_layer = dataclasses.replace(workload.model, num_layers=1, num_dense_layers=0)
     layer: Any = _model(one_layer).model.layers[0].mlp
     x_ND = torch.randn(workload.tokens, workload.model.hidden_dim, requires_grad=True)
     dy_ND = torch.randn_like(x_ND)
 
-    def forward_backward() -> None:
-        layer.zero_grad(set_to_none=True)
-        x_ND.grad = None
+    def forward(x_ND: torch.Tensor) -> torch.Tensor:
         _, gate_NK, expert_NK = layer.gate(x_ND)
-        layer.experts(x_ND, expert_NK, gate_NK).backward(dy_ND)
+        return layer.experts(x_ND, expert_NK, gate_NK)
 
-    warm_up(forward_backward)
-    return {"theirs": forward_backward}
+    def task(forward: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], None]:
+        def forward_backward() -> None:
+            layer.zero_grad(set_to_none=True)
+            x_ND.grad = None
+            forward(x_ND).backward(dy_ND)
+
+        warm_up(forward_backward)
+        return forward_backward
+
+    return {"eager": task(forward), "compiled": task(torch.compile(forward))}
 
 
 def _model(cfg: ModelConfig) -> transformers.DeepseekV3ForCausalLM:

@@ -204,8 +204,8 @@ def tiny_run() -> RunConfig:
             batch_size=16,
             microbatch_size=16,
             bias_rate=StepwiseConfig(first=5e-3, last=5e-4, switch=0.7),
-            eval_every=70,
-            eval_batches=32,
+            eval_every=140,
+            eval_batches=128,  # global MaxVio needs many tokens
             checkpoint_every=140,
         ),
         optimizer=OptimizerConfig(
