@@ -31,8 +31,8 @@ Layer = Callable[[Any, jax.Array], jax.Array]  # of parameters and [B, T, D]
 
 _MATMUL_CALLS = 3
 
-# The product of a linear map and its two gradients: what is multiplied, and over which
-# dimension of each. x_MI, w_IO and dy_MO stand for themselves.
+# The product of a linear map and its two gradients: which two of x_MI, w_IO and dy_MO
+# are multiplied, and over which dimension of each.
 _MATMULS = {
     "output": ("x", "w", (1, 0)),
     "input gradient": ("dy", "w", (1, 1)),
@@ -56,7 +56,8 @@ def train_step(workload: Workload) -> Tasks:
     model = Transformer(run.model)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     advance = jax.jit(make_train_step(model, optimizer, run), donate_argnums=0)
-    state = jax.jit(functools.partial(make_state, model, optimizer, 0))()
+    make = jax.jit(functools.partial(make_state, model, optimizer, 0))
+    state = jax.block_until_ready(make())  # as the loop does
     tokens_BT = workload.token_ids()
     microbatches = Batch(tokens_BT[None], np.zeros_like(tokens_BT)[None])
     parameters = count_parameters(state.params, run.model.moe.router)[0]

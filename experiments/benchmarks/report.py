@@ -84,6 +84,7 @@ class Report:
 
     def write(self, directory: pathlib.Path = RESULTS) -> pathlib.Path:
         """Writes `<suite>.json` and returns its path."""
+        directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.suite}.json"
         text = json.dumps(_rounded(self.to_dict()), indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")

@@ -56,7 +56,7 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     yarn: YarnConfig | None = None
     latent_norm_eps: float = 1e-6  # not norm_eps: DeepSeek fixes it
-    block_size: int = 512  # keys (and queries) scored at a time
+    block_size: int = 128  # keys (and queries) scored at a time
 
     def __post_init__(self):
         checks.at_least(

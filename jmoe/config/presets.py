@@ -30,7 +30,6 @@ def tiny_model() -> ModelConfig:
         init_std=0.02,
         attention=AttentionConfig(
             num_heads=4,
-            block_size=128,
             query_latent_dim=64,
             kv_latent_dim=64,
             nope_dim=32,
@@ -62,7 +61,6 @@ def bench_s_model() -> ModelConfig:
         layer_loop="unroll",
         attention=AttentionConfig(
             num_heads=8,
-            block_size=128,
             query_latent_dim=192,
             kv_latent_dim=128,
             nope_dim=32,

@@ -7,9 +7,10 @@ import pytest
 from jmoe.checkpoint import workdir
 from jmoe.checkpoint.workdir import open_run, read_run
 from jmoe.config import override
-from jmoe.config.presets import small_run, tiny_run
+from jmoe.config.presets import small_run
+from tests.plain_run import plain_run
 
-TINY = tiny_run()
+TINY = plain_run()
 
 
 @pytest.fixture

@@ -7,14 +7,15 @@ import pytest
 from jmoe.config import records
 from jmoe.config.data import SourceConfig
 from jmoe.config.model import ModelConfig, RouterConfig, YarnConfig
-from jmoe.config.presets import RUNS, tiny_run
+from jmoe.config.presets import RUNS
 from jmoe.config.run import RunConfig, StepwiseConfig
+from tests.plain_run import plain_run
 
 YARN = "model.attention.yarn={'factor': 4, 'original_positions': 256}"
 
 
 def overridden(*assignments):
-    return records.override(tiny_run(), assignments)
+    return records.override(plain_run(), assignments)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -64,7 +65,7 @@ def test_a_missing_field_or_a_wrong_type_is_refused_by_name(values, said):
 
 
 def test_a_field_missing_deep_inside_is_named_with_its_record():
-    values = records.to_dict(tiny_run())
+    values = records.to_dict(plain_run())
     del values["model"]["moe"]["router"]["top_k"]
     with pytest.raises(ValueError, match=r"^model\.moe\.router lacks top_k\.$"):
         records.from_dict(RunConfig, values)
@@ -124,14 +125,14 @@ def test_an_assignment_sets_one_field(assignment, get, value):
 def test_an_assignment_leaves_all_else_alone():
     run = overridden("train.steps=7", "data.sources.0.weight=5")
     back = records.override(run, ["train.steps=600", "data.sources.0.weight=0.5"])
-    assert back == tiny_run()
+    assert back == plain_run()
 
 
 def test_a_record_set_from_none_takes_further_assignments():
     run = overridden(YARN, "model.attention.yarn.beta_fast=16")
     yarn = YarnConfig(factor=4.0, original_positions=256, beta_fast=16.0)
     assert run.model.attention.yarn == yarn
-    assert records.override(run, ["model.attention.yarn=none"]) == tiny_run()
+    assert records.override(run, ["model.attention.yarn=none"]) == plain_run()
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -221,5 +222,5 @@ def test_an_override_leaves_the_record_it_was_given_unchanged():
 
 
 def test_the_word_none_is_a_value_where_a_field_takes_words():
-    run = records.override(tiny_run(), ["model.remat=none"])
+    run = records.override(plain_run(), ["model.remat=none"])
     assert run.model.remat == "none"

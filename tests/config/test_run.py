@@ -5,8 +5,8 @@ import math
 import pytest
 
 from jmoe.config import records
-from jmoe.config.presets import tiny_run
 from jmoe.config.run import ScheduleConfig, TrainConfig
+from tests.plain_run import plain_run
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ from jmoe.config.run import ScheduleConfig, TrainConfig
 )
 def test_an_impossible_run_is_refused_by_name(assignments, said):
     with pytest.raises(ValueError) as error:
-        records.override(tiny_run(), assignments)
+        records.override(plain_run(), assignments)
     assert str(error.value) == said
 
 
 def test_a_sequence_may_fill_all_positions():
-    run = records.override(tiny_run(), ["data.sequence_length=1024"])
+    run = records.override(plain_run(), ["data.sequence_length=1024"])
     assert run.data.sequence_length == run.model.max_positions
 
 
@@ -104,13 +104,13 @@ def test_a_ramp_starts_at_a_multiple_of_the_microbatch():
 
 
 def test_clipping_can_be_turned_off():
-    run = records.override(tiny_run(), ["optimizer.clip_norm=inf"])
+    run = records.override(plain_run(), ["optimizer.clip_norm=inf"])
     assert run.optimizer.clip_norm == math.inf
 
 
 def test_defaults_are_deepseek_v3s_tokens_as_fractions_of_the_run():
     # Section 4.2, in billions of tokens of 14,800.
-    schedule, train = ScheduleConfig(), tiny_run().train
+    schedule, train = ScheduleConfig(), plain_run().train
     ends = (10_000 / 14_800, 14_300 / 14_800, 14_633 / 14_800)
     assert schedule.boundaries == pytest.approx(ends, abs=1e-3)
     assert schedule.peak * schedule.end_fraction == pytest.approx(2.2e-5)

@@ -252,8 +252,8 @@ def report():
 
 
 def test_the_json_says_what_was_measured_where_and_with_what(tmp_path):
-    written = json.loads(report().write(tmp_path).read_text())
-    assert (tmp_path / "example.json").exists()
+    written = json.loads(report().write(tmp_path / "new").read_text())
+    assert (tmp_path / "new" / "example.json").exists()
     assert [figure["met"] for figure in written["figures"]] == [None, True, False]
     assert written["figures"][1]["at_least"] == 1.0
     assert written["machine"]["cores"] >= 1

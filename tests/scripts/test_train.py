@@ -54,7 +54,7 @@ def test_a_new_run_shows_its_progress_and_result_and_nothing_else(trained):
 
 
 def test_sigterm_saves_before_the_exit_and_the_same_command_goes_on(
-    trained, smallest_arguments, tmp_path
+    script, trained, smallest_arguments, tmp_path
 ):
     arguments = [f"--workdir={tmp_path / 'run'}", *smallest_arguments]
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -68,10 +68,9 @@ def test_sigterm_saves_before_the_exit_and_the_same_command_goes_on(
     assert f"SIGTERM: saved step {step}; the same command goes on" in out
     assert 0 < step < 40
 
-    process = start(*arguments)
-    out, err = process.communicate()
-    assert (process.returncode, err) == (0, "")
-    assert f"Goes on from the checkpoint of step {step}." in out
+    outcome = script("train", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"Goes on from the checkpoint of step {step}." in outcome.out
     assert losses(tmp_path / "run") == losses(trained)
 
 

@@ -1,3 +1,0 @@
-"""Moved: see `jmoe.train.runtime`."""
-
-from jmoe.train.runtime import keep_freed_memory as keep_freed_memory
