@@ -157,7 +157,7 @@ def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
     """Where the biases are in `router_state`, in the order of the stats' layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
-        layers = [("moe", *tail)] if cfg.num_moe_layers else []
+        layers = [("moe", *tail)]
     else:
         layers = [(f"moe_{i}", *tail) for i in range(cfg.num_moe_layers)]
     return layers + [(f"mtp_{k}", "block", *tail) for k in range(cfg.mtp_depth)]

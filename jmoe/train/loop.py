@@ -227,7 +227,8 @@ def _restore_or_make(
     if store.latest_step() is None:
         # Placed as a restored state is, or a run that goes on would compile anew.
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return jax.jit(make, out_shardings=device)(), 0
+        # Done before the step compiles, or its memory would lie in the step's way.
+        return jax.block_until_ready(jax.jit(make, out_shardings=device)()), 0
     state, position, step = store.restore(jax.eval_shape(make))
     loader.set_state(position)
     return state, step
