@@ -43,6 +43,7 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 FLAGS = {
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
+    "scripts/export_hf.py": ["workdir", "out", "step", "dtype"],
     "scripts/generate.py": [
         "workdir",
         "step",

@@ -148,6 +148,23 @@ class Store:
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten(arrays[name] for name in wanted), position, step
 
+    def locate(self, step: int | None = None) -> pathlib.Path:
+        """The directory of the newest whole checkpoint, or of `step`'s.
+
+        For reading in part (`jmoe.checkpoint.pieces`); sums aren't compared.
+
+        Raises:
+          FileNotFoundError: there is no such checkpoint, or no whole one.
+          DamagedCheckpointError: files of the checkpoint of `step` aren't whole.
+        """
+        if step is None:
+            step = self.latest_step()
+        if step is None:
+            raise FileNotFoundError(f"No whole checkpoint in {self._directory}.")
+        self._require(step)
+        manifest.read(self._path(step))
+        return self._path(step)
+
     def wait(self) -> None:
         """Returns when the checkpoint being written is on disk; raises if it failed."""
         if not self._writing:
@@ -183,18 +200,22 @@ class Store:
         names = (path.name for path in self._directory.glob("*") if path.is_dir())
         return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
-    def _choose(
-        self, step: int | None, wanted: Mapping[str, Any], ignore: Collection[str]
-    ) -> tuple[int, dict[str, Any]]:
-        """The step to read and the loader's position, all checks passed."""
+    def _require(self, step: int) -> None:
         steps = self._steps()
-        if step is not None and step not in steps:
+        if step not in steps:
             found = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(
                 f"No checkpoint of step {step} in {self._directory}; found: {found}."
             )
+
+    def _choose(
+        self, step: int | None, wanted: Mapping[str, Any], ignore: Collection[str]
+    ) -> tuple[int, dict[str, Any]]:
+        """The step to read and the loader's position, all checks passed."""
+        if step is not None:
+            self._require(step)
         expected = manifest.describe(wanted)
-        for candidate in steps if step is None else [step]:
+        for candidate in self._steps() if step is None else [step]:
             path = self._path(candidate)
             try:
                 stored = manifest.read(path)

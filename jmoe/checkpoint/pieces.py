@@ -1,0 +1,69 @@
+"""Reads parts of a checkpoint's arrays, without reading the rest.
+
+`Store.restore` brings whole arrays to devices; this is for what must not have a whole
+model in memory. An array is stored in chunks (`jmoe.checkpoint.store` says how large),
+and a part costs the chunks that it touches.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import tensorstore
+
+from jmoe.checkpoint import manifest
+
+_MERGED = "manifest.ocdbt"  # Orbax's file where arrays share data files
+
+
+class Pieces:
+    """The arrays of one checkpoint; `read` may be called from several threads.
+
+    Args:
+      directory: of the checkpoint, as `Store.whole_checkpoint` gives it.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = pathlib.Path(directory).absolute()
+        self._manifest = manifest.read(self._directory)
+        described = self._manifest["arrays"]
+        self.shapes = {name: _shape(text) for name, text in described.items()}
+        self.dtypes = {
+            name: np.dtype(text.partition("[")[0]) for name, text in described.items()
+        }
+        self._opened: dict[str, Any] = {}
+
+    @property
+    def files(self) -> Mapping[str, list[int]]:
+        """Size and CRC-32 of every file, by path: what tells checkpoints apart."""
+        return self._manifest["files"]
+
+    def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
+        """`array[index]` of leading dimensions."""
+        if name not in self._opened:
+            self._opened[name] = tensorstore.open(self._spec(name)).result()
+        return self._opened[name][index].read().result()
+
+    def check_sums(self) -> None:
+        """Reads every file; raises DamagedCheckpointError for one that was altered."""
+        manifest.check_sums(self._directory, self.files)
+
+    def _spec(self, name: str) -> dict[str, Any]:
+        store: dict[str, Any] = {"driver": "file", "path": f"{self._directory}/"}
+        if (self._directory / _MERGED).exists():
+            store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
+        else:
+            store["path"] += f"{name}/"
+        return {
+            "driver": "zarr",
+            "kvstore": store,
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+            "fill_missing_data_reads": False,
+        }
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    inside = text.partition("[")[2].rstrip("]")
+    return tuple(int(size) for size in inside.split(",") if size)

@@ -1,0 +1,1 @@
+"""Checkpoints that transformers and vLLM read: out of a run, and in."""

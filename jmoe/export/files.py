@@ -1,0 +1,262 @@
+"""A directory that appears when it is whole, and files that are written in big pieces.
+
+`OUT` is made as `OUT.partial` beside it and gets its name last, so that a directory cut
+short by a crash or a full disk can't be taken for a checkpoint. What has been finished
+of it is kept: a journal says which files are whole, with a checksum of every piece. Who
+starts the same work again goes on there, once the sums have been compared.
+
+Large pieces go past the page cache where the system allows (`O_DIRECT`): the disk then
+takes them as fast as it can, at no cost to a processor that has weights to transpose.
+"""
+
+import concurrent.futures
+import contextlib
+import errno
+import json
+import mmap
+import os
+import pathlib
+import shutil
+import threading
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+PAGE = 4096
+PARTIAL = ".partial"
+JOURNAL = "journal.jsonl"
+
+_READ_BYTES = 16 << 20
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class File:
+    """A file of known size, written in any order by any threads, then closed.
+
+    Raises OSError if the disk has no room for it, before anything is written.
+    """
+
+    def __init__(self, path: pathlib.Path, size: int):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.size = size
+        self.sums: list[tuple[int, int, int]] = []  # offset, length, CRC-32
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._direct_fd = _open_direct(path)
+        try:
+            _allocate(self._fd, size)
+        except OSError:
+            self.discard()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """Writes `data`, and keeps its sum.
+
+        Past the page cache goes what fills whole pages, if `data` lies in memory as in
+        the file: at a multiple of `PAGE` plus the same remainder.
+        """
+        self.sums.append((offset, len(data), zlib.crc32(data)))
+        first = -offset % PAGE
+        last = first + (len(data) - first) // PAGE * PAGE
+        if self._direct_fd is None or last <= first or not _is_aligned(data[first:]):
+            first = last = len(data)
+        if last > first:
+            assert self._direct_fd is not None
+            _write_all(self._direct_fd, data[first:last], offset + first)
+        _write_all(self._fd, data[:first], offset)
+        _write_all(self._fd, data[last:], offset + last)
+
+    def close(self) -> None:
+        """Returns when the file is on the disk."""
+        os.fsync(self._fd)
+        self._close()
+
+    def discard(self) -> None:
+        """Leaves nothing of it."""
+        self._close()
+        self.path.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        for fd in (self._fd, self._direct_fd):
+            if fd is not None:
+                os.close(fd)
+
+
+class Directory:
+    """`out` in the making; a context manager that leaves `OUT.partial` on an error.
+
+    Args:
+      out: must not be there yet.
+      work: what is being made of what, as text. A partial directory of the same work
+        is gone on with, one of other work is begun anew.
+    """
+
+    def __init__(self, out: pathlib.Path, work: str):
+        self.out = pathlib.Path(os.path.abspath(out))
+        if self.out.exists():
+            raise ValueError(f"out={str(out)!r} exists already; choose another.")
+        self.partial = self.out.with_name(self.out.name + PARTIAL)
+        self._journal = self.partial / JOURNAL
+        self._lock = threading.Lock()
+        self._whole = self._resume(work)
+
+    def _resume(self, work: str) -> dict[str, dict[str, Any]]:
+        rows = _read_rows(self._journal)
+        if self.partial.exists() and not rows:
+            raise ValueError(
+                f"{self.partial} is in the way, and was not left by an interrupted "
+                "export or import; remove it or choose another out."
+            )
+        if rows and rows[0].get("work") == work:
+            return {row["file"]: row for row in rows[1:]}
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        self._add_row({"work": work})
+        return {}
+
+    def has(self, name: str, size: int) -> bool:
+        """Whether an earlier attempt finished this file, and it is as it was."""
+        row = self._whole.get(name)
+        path = self.partial / name
+        if row is None or row["size"] != size or not path.is_file():
+            return False
+        return path.stat().st_size == size and _sums_hold(path, row["sums"])
+
+    def open(self, name: str, size: int) -> File:
+        """A new file of the directory."""
+        with _explained(self.partial, size):
+            return File(self.partial / name, size)
+
+    def finish(self, file: File) -> None:
+        """Closes it and notes that it is whole."""
+        with _explained(self.partial, file.size):
+            file.close()
+            name = file.path.relative_to(self.partial).as_posix()
+            self._add_row({"file": name, "size": file.size, "sums": file.sums})
+
+    def write_text(self, name: str, text: str) -> None:
+        """A small file, written anew in every attempt."""
+        path = self.partial / name
+        with _explained(self.partial, len(text)), path.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def publish(self) -> None:
+        """Gives the directory its name."""
+        self._journal.unlink()
+        _sync_directory(self.partial)
+        self.partial.rename(self.out)
+        _sync_directory(self.out.parent)
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        with self._lock, self._journal.open("a") as journal:
+            journal.write(json.dumps(row) + "\n")
+            journal.flush()
+            os.fsync(journal.fileno())
+
+
+class Buffers:
+    """For each thread a buffer that begins at a page and is used again."""
+
+    def __init__(self):
+        self._local = threading.local()
+
+    def get(self, size: int, remainder: int) -> memoryview:
+        """`size` bytes at an address with this remainder modulo `PAGE`."""
+        buffer = getattr(self._local, "buffer", None)
+        if buffer is None or len(buffer) < size + PAGE:
+            buffer = mmap.mmap(-1, size + PAGE)
+            self._local.buffer = buffer
+        return memoryview(buffer)[remainder : remainder + size]
+
+
+def require_room(out: pathlib.Path, size: int) -> None:
+    """Raises OSError unless the disk of `out` has room for `size` more bytes."""
+    directory = next(
+        p for p in pathlib.Path(os.path.abspath(out)).parents if p.exists()
+    )
+    free = shutil.disk_usage(directory).free
+    if free < size:
+        raise OSError(
+            errno.ENOSPC,
+            f"{out} needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
+            "free; nothing was written",
+        )
+
+
+@contextlib.contextmanager
+def _explained(partial: pathlib.Path, size: int) -> Iterator[None]:
+    """Says of a full disk what it means here."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(
+            error.errno,
+            f"The disk is full: {partial} lacks room for {size:,} bytes. What is whole "
+            "stays there; with more room the same command goes on from it",
+        ) from error
+
+
+def _open_direct(path: pathlib.Path) -> int | None:
+    if not _DIRECT:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | _DIRECT)
+    except OSError:  # a file system without it
+        return None
+
+
+def _allocate(fd: int, size: int) -> None:
+    if hasattr(os, "posix_fallocate") and size:
+        os.posix_fallocate(fd, 0, size)
+    else:
+        os.ftruncate(fd, size)
+
+
+def _is_aligned(data: memoryview) -> bool:
+    return np.frombuffer(data, np.uint8).ctypes.data % PAGE == 0
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _sums_hold(path: pathlib.Path, sums: list[list[int]]) -> bool:
+    with path.open("rb") as file, concurrent.futures.ThreadPoolExecutor() as pool:
+        found = pool.map(lambda row: _crc(file.fileno(), row[0], row[1]), sums)
+        return all(crc == row[2] for crc, row in zip(found, sums, strict=True))
+
+
+def _crc(fd: int, offset: int, length: int) -> int:
+    crc = 0
+    while length:
+        chunk = os.pread(fd, min(length, _READ_BYTES), offset)
+        if not chunk:
+            return -1
+        crc = zlib.crc32(chunk, crc)
+        offset, length = offset + len(chunk), length - len(chunk)
+    return crc
+
+
+def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The journal's rows; a last one that was cut short doesn't count."""
+    rows = []
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text().splitlines():
+            rows.append(json.loads(line))
+    return rows
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

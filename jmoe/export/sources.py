@@ -1,0 +1,83 @@
+"""Where exported weights come from: variables in memory, or a run's checkpoint on disk.
+
+Both give numpy arrays, a unit at a time. `dtypes` names every leaf; a leaf that is FP8
+has its block scales in the collection `fp8_scales`, under the same path, each matrix
+[in / 128, out / 128] rounded up.
+"""
+
+import abc
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (names like "bfloat16" for numpy)
+import numpy as np
+
+from jmoe.checkpoint import manifest
+from jmoe.checkpoint.pieces import Pieces
+from jmoe.export.names import COLLECTIONS
+from jmoe.export.numerics import FLOAT8
+
+SCALES = "fp8_scales"
+
+Index = tuple[int | slice, ...]
+
+
+class Source(abc.ABC):
+    """shapes, dtypes: of every leaf, by path. identity: changes with the weights."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, np.dtype]
+    identity: str
+
+    @abc.abstractmethod
+    def read(self, path: str, index: Index) -> np.ndarray:
+        """A part of a leaf."""
+
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Raises ValueError if the weights aren't what was stored."""
+
+
+class InMemory(Source):
+    """Variables as `Transformer.init` makes them, on any devices."""
+
+    def __init__(self, variables: Any):
+        self._leaves = manifest.flatten(variables)
+        self.shapes = {path: tuple(x.shape) for path, x in self._leaves.items()}
+        self.dtypes = {path: np.dtype(x.dtype) for path, x in self._leaves.items()}
+        self.identity = secrets.token_hex()
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return np.asarray(self._leaves[path])[index]
+
+    def check(self) -> None:
+        """Nothing to compare with."""
+
+
+class Stored(Source):
+    """The parameters and biases of a checkpoint, read piece by piece."""
+
+    def __init__(self, pieces: Pieces):
+        wanted = (*COLLECTIONS, SCALES)
+        names = [name for name in pieces.shapes if name.split("/")[0] in wanted]
+        self._pieces = pieces
+        self.shapes = {name: pieces.shapes[name] for name in names}
+        self.dtypes = {name: pieces.dtypes[name] for name in names}
+        self.identity = repr(sorted(pieces.files.items()))
+
+    def read(self, path: str, index: Index) -> np.ndarray:
+        return self._pieces.read(path, index)
+
+    def check(self) -> None:
+        self._pieces.check_sums()
+
+
+def scales_path(path: str) -> str:
+    """Where the block scales of the FP8 leaf at `path` are."""
+    return f"{SCALES}/{path.partition('/')[2]}"
+
+
+def is_kept(source: Source) -> bool:
+    """Whether the weights are FP8 already."""
+    return FLOAT8 in source.dtypes.values()

@@ -1,0 +1,205 @@
+"""Writes weights as safetensors shards, a unit at a time, several units at once.
+
+A unit is read, converted into a buffer that lies as in the file, and written, by one
+thread; a few threads keep disk and processor busy. What is in memory is a few units,
+whatever the size of model or shard.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from jmoe.export import layout, numerics, sources
+from jmoe.export.files import Buffers, Directory, File
+from jmoe.export.layout import SCALE, Entry, Shard, Unit
+from jmoe.export.names import Tensor
+from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
+from jmoe.export.sources import Source
+
+SHARD_BYTES = 5_000_000_000
+THREADS = 4
+
+FORMATS = ("float32", "bfloat16", "fp8")  # what a checkpoint may be written in
+Progress = Callable[[int], None]  # is told of bytes written
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All files of the weights, and the type of each tensor."""
+
+    shards: Sequence[Shard]
+    dtypes: Mapping[str, np.dtype]
+
+    @property
+    def size(self) -> int:
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for shard in self.shards for entry in shard.entries.values()]
+
+
+def plan(
+    tensors: Sequence[Tensor],
+    leaf_dtypes: Mapping[str, np.dtype],
+    *,
+    dtype: str | None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Plan:
+    """Lays out a checkpoint.
+
+    Args:
+      tensors: of the model, from `names.expand`.
+      leaf_dtypes: of our leaves, by path.
+      dtype: one of `FORMATS`, or None: every leaf as it is.
+    """
+    if dtype is not None and dtype not in FORMATS:
+        raise ValueError(f"dtype={dtype!r} is not one of {', '.join(FORMATS)}.")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be at least 1.")
+    dtypes = {t.name: _written_as(t, leaf_dtypes[t.path], dtype) for t in tensors}
+    itemsizes = {path: found.itemsize for path, found in leaf_dtypes.items()}
+    units = layout.units(tensors, itemsizes)
+    return Plan(layout.shards(units, dtypes, shard_bytes), dtypes)
+
+
+def _written_as(tensor: Tensor, leaf: np.dtype, dtype: str | None) -> np.dtype:
+    if tensor.is_float32:
+        return FLOAT32
+    if dtype is None:
+        return leaf
+    if dtype == "fp8":
+        return FLOAT8 if tensor.is_product else BFLOAT16
+    return np.dtype(dtype) if dtype == "float32" else BFLOAT16
+
+
+def identity(made: Plan, source: Source) -> str:
+    """Tells this work from any other, so that only the same is gone on with."""
+    digest = hashlib.sha256(source.identity.encode())
+    for shard in made.shards:
+        digest.update(shard.file.encode() + shard.header)
+    return digest.hexdigest()
+
+
+def write(directory: Directory, made: Plan, source: Source, progress: Progress) -> None:
+    """Writes every shard that `directory` doesn't have whole already."""
+    buffers = Buffers()
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        closing: list[concurrent.futures.Future] = []
+        for shard in made.shards:
+            if directory.has(shard.file, shard.size):
+                progress(shard.size)
+                continue
+            file = directory.open(shard.file, shard.size)
+            try:
+                _write_shard(file, shard, source, buffers, pool, progress)
+            except BaseException:
+                file.discard()
+                raise
+            closing.append(pool.submit(directory.finish, file))
+        for future in closing:
+            future.result()
+
+
+def _write_shard(
+    file: File,
+    shard: Shard,
+    source: Source,
+    buffers: Buffers,
+    pool: concurrent.futures.ThreadPoolExecutor,
+    progress: Progress,
+) -> None:
+    def one(unit: Unit) -> None:
+        for offset, data in _encoded(unit, shard, source, buffers):
+            file.write(offset, data)
+            progress(len(data))
+
+    file.write(0, memoryview(shard.header))
+    progress(len(shard.header))
+    futures = [pool.submit(one, unit) for unit in shard.units]
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            future.result()
+    except BaseException:
+        for future in futures:
+            future.cancel()
+        concurrent.futures.wait(futures)
+        raise
+
+
+def _encoded(
+    unit: Unit, shard: Shard, source: Source, buffers: Buffers
+) -> Iterator[tuple[int, memoryview]]:
+    """The unit's bytes, a contiguous run of the file at a time."""
+    runs = _runs(unit, shard)
+    size = sum(-(-length // layout.PAGE) + 1 for _, length, _ in runs) * layout.PAGE
+    buffer, at = buffers.get(size, 0), 0
+    arrays, data = {}, []
+    for offset, length, own in runs:
+        start = at + offset % layout.PAGE
+        data.append((offset, buffer[start : start + length]))
+        for entry in own:
+            place = start + shard.offsets[entry.name] - offset
+            count = entry.nbytes // entry.dtype.itemsize
+            flat = np.frombuffer(buffer, entry.dtype, count, place)
+            arrays[entry.name] = flat.reshape(entry.shape)
+        at = start + length + -(start + length) % layout.PAGE
+    _encode(unit, source, arrays)
+    yield from data
+
+
+def _runs(unit: Unit, shard: Shard) -> list[tuple[int, int, list[Entry]]]:
+    """Offset, length and entries of each stretch of the file that is the unit's."""
+    names = [name for t in unit.tensors for name in (t.name, t.name + SCALE)]
+    own = sorted(
+        (shard.offsets[name], shard.entries[name])
+        for name in names
+        if name in shard.entries
+    )
+    runs: list[tuple[int, int, list[Entry]]] = []
+    for offset, entry in own:
+        if runs and runs[-1][0] + runs[-1][1] == offset:
+            start, length, before = runs.pop()
+            runs.append((start, length + entry.nbytes, [*before, entry]))
+        else:
+            runs.append((offset, entry.nbytes, [entry]))
+    return runs
+
+
+def _encode(unit: Unit, source: Source, arrays: Mapping[str, np.ndarray]) -> None:
+    """Reads the unit and fills the arrays that stand for its part of the file."""
+    x = source.read(unit.path, unit.index)
+    scales = None
+    if x.dtype == FLOAT8:
+        scales = source.read(sources.scales_path(unit.path), unit.index)
+    for tensor in unit.tensors:
+        piece = unit.piece(x, tensor)
+        out = arrays[tensor.name]
+        if scales is not None:
+            _encode_kept(out, arrays, tensor, piece, unit.piece(scales, tensor))
+        elif out.dtype == FLOAT8:
+            numerics.quantize_transposed(out, arrays[tensor.name + SCALE], piece)
+        elif tensor.transposed:
+            numerics.transpose(out, piece)
+        else:
+            numerics.copy(out, piece)
+
+
+def _encode_kept(
+    out: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
+    tensor: Tensor,
+    piece: np.ndarray,
+    scale: np.ndarray,
+) -> None:
+    """From weights that are FP8 already, to FP8 or to a wider type."""
+    if out.dtype == FLOAT8:
+        numerics.transpose(out, piece)
+        numerics.transpose(arrays[tensor.name + SCALE], scale)
+        return
+    wide = np.empty(piece.shape, out.dtype)
+    numerics.dequantize(wide, piece, scale)
+    numerics.transpose(out, wide)
