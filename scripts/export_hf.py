@@ -12,7 +12,9 @@ from absl import app, flags
 from jmoe.train import runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
-_OUT = flags.DEFINE_string("out", None, "Directory to write; must not exist.")
+_OUT = flags.DEFINE_string(
+    "out", None, "Directory to write; must not exist.", required=True
+)
 _STEP = flags.DEFINE_integer(
     "step", None, "Of which checkpoint; by default the newest."
 )
@@ -29,18 +31,18 @@ def main(argv: list[str]) -> int:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     runtime.keep_freed_memory()
     runtime.log_warnings_only()
-    from jmoe.export.run import export_run
+    from jmoe.export.export_run import export_run
+    from jmoe.export.progress import Progress
 
     try:
-        if _OUT.value is None:
-            raise ValueError("out=None must name a directory.")
-        export_run(
-            pathlib.Path(_WORKDIR.value),
-            pathlib.Path(_OUT.value),
-            step=_STEP.value,
-            dtype=_DTYPE.value,
-            started=lambda plan: lambda nbytes: None,
-        )
+        with Progress(f"to {_OUT.value}") as progress:
+            export_run(
+                pathlib.Path(_WORKDIR.value),
+                pathlib.Path(_OUT.value),
+                step=_STEP.value,
+                dtype=_DTYPE.value,
+                started=progress.start,
+            )
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     return 0

@@ -12,12 +12,15 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
+from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, checks, override, presets
 from jmoe.data import cache
 from jmoe.train import runtime
 
 _EXPERIMENT = flags.DEFINE_string(
-    "experiment", "tiny", "A run preset, or a file with get_config() -> RunConfig."
+    "experiment",
+    "tiny",
+    "A run preset, a file with get_config() -> RunConfig, or a run's config.json.",
 )
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Directory of the run; by default runs/<name of the run>."
@@ -50,7 +53,9 @@ def main(argv: list[str]) -> int:
 
 def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
     """The run that a preset or an experiment file describes, with overrides."""
-    if not name.endswith(".py"):
+    if name.endswith(".json"):
+        run = workdirs.read_record(pathlib.Path(name))
+    elif not name.endswith(".py"):
         run = checks.lookup(presets.RUNS, name, "experiment")()
     elif not pathlib.Path(name).is_file():
         raise FileNotFoundError(f"experiment={name!r} is not a file.")

@@ -55,12 +55,23 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def write(directory: pathlib.Path, manifest: Mapping[str, Any]) -> None:
-    """Writes `manifest`, with the files of `directory` added to it, beside them."""
+def write(
+    directory: pathlib.Path,
+    manifest: Mapping[str, Any],
+    known: Mapping[str, tuple[int, int]] | None = None,
+) -> None:
+    """Writes `manifest`, with the files of `directory` added to it, beside them.
+
+    Args:
+      known: sizes and sums of files that needn't be read for them.
+    """
+    files = dict(known or {})
     paths = [path for path in directory.rglob("*") if path.is_file()]
     names = [path.relative_to(directory).as_posix() for path in paths]
+    unread = {n: p for n, p in zip(names, paths, strict=True) if n not in files}
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        files = dict(zip(names, pool.map(_size_and_crc, paths), strict=True))
+        sums = pool.map(_size_and_crc, unread.values())
+        files |= dict(zip(unread, sums, strict=True))
     files.pop(_REWRITTEN, None)
     text = json.dumps({**manifest, "files": files}, indent=1)
     (directory / FILE_NAME).write_text(text)

@@ -28,6 +28,7 @@ PyTree = Any
 
 _UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 _WRITE_TIMEOUT_S = 6 * 3600
+_CHUNK_BYTES = 32 << 20
 
 
 class Store:
@@ -105,8 +106,9 @@ class Store:
             "arrays": manifest.describe(arrays),
         }
         # Orbax fetches arrays by `np.asarray`, which JAX counts as implicit.
+        save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
-            self._writer.save(self._path(step), args=_Save(arrays))
+            self._writer.save(self._path(step), args=_Save(arrays, save_args))
         self._current = step
         self._writing = True
 
@@ -284,6 +286,23 @@ class _Save(ocp.args.PyTreeSave):
 @ocp.args.register_with_handler(_SealingHandler, for_restore=True)
 class _Restore(ocp.args.PyTreeRestore):
     pass
+
+
+def _chunked(array: jax.Array) -> ocp.SaveArgs:
+    """Stores a large array so that a layer, and an expert of it, can be read alone.
+
+    Orbax would make a chunk of each device's part. By itself it cuts the longest
+    dimension first, and so through all layers and experts.
+    """
+    if array.nbytes <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    sizes = [array.nbytes]
+    for length in array.shape[:-2]:  # a matrix is left to Orbax
+        if sizes[-1] <= _CHUNK_BYTES:
+            break
+        sizes.append(sizes[-1] // length)
+    axes = tuple(range(len(sizes) - 1))
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
 
 def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -86,7 +86,11 @@ def read_run(workdir: pathlib.Path) -> RunConfig:
       FileNotFoundError: there is none.
       ValueError: it isn't JSON, or has fields that this version doesn't know.
     """
-    path = pathlib.Path(workdir) / CONFIG
+    return read_record(pathlib.Path(workdir) / CONFIG)
+
+
+def read_record(path: pathlib.Path) -> RunConfig:
+    """The record in a file; raises as `read_run` does."""
     try:
         return from_dict(RunConfig, json.loads(path.read_text()))
     except ValueError as error:

@@ -116,6 +116,11 @@ class Directory:
         self._add_row({"work": work})
         return {}
 
+    @property
+    def nbytes(self) -> int:
+        """Of the files that an earlier attempt finished."""
+        return sum(row["size"] for row in self._whole.values())
+
     def has(self, name: str, size: int) -> bool:
         """Whether an earlier attempt finished this file, and it is as it was."""
         row = self._whole.get(name)
@@ -129,12 +134,18 @@ class Directory:
         with _explained(self.partial, size):
             return File(self.partial / name, size)
 
+    def sums(self, name: str) -> list[list[int]]:
+        """Of a whole file, each piece's offset, length and CRC-32."""
+        return self._whole[name]["sums"]
+
     def finish(self, file: File) -> None:
-        """Closes it and notes that it is whole."""
+        """Closes it and notes that it is whole: data first, so that a note is true."""
         with _explained(self.partial, file.size):
             file.close()
             name = file.path.relative_to(self.partial).as_posix()
-            self._add_row({"file": name, "size": file.size, "sums": file.sums})
+            row = {"file": name, "size": file.size, "sums": file.sums}
+            self._add_row(row)
+            self._whole[name] = row
 
     def write_text(self, name: str, text: str) -> None:
         """A small file, written anew in every attempt."""
@@ -154,8 +165,6 @@ class Directory:
     def _add_row(self, row: dict[str, Any]) -> None:
         with self._lock, self._journal.open("a") as journal:
             journal.write(json.dumps(row) + "\n")
-            journal.flush()
-            os.fsync(journal.fileno())
 
 
 class Buffers:

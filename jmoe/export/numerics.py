@@ -99,19 +99,28 @@ def quantize_transposed(
         raw_OI[:, rows] = _raw(quotient.astype(FLOAT8)).T
 
 
-def dequantize(out_IO: np.ndarray, x_IO: np.ndarray, scale: np.ndarray) -> None:
-    """`out[:] = x * scale`, each block of e4m3 with its own scale.
+def dequantize_transposed(
+    out_OI: np.ndarray,
+    x_IO: np.ndarray,
+    scale: np.ndarray,
+    origin: tuple[int, int] = (0, 0),
+) -> None:
+    """`out[:] = (x * scale).T`, each block of e4m3 with its own scale.
 
     Args:
-      out_IO: float32 or bfloat16, is written.
-      scale: float32 [I / 128, O / 128], rounded up.
+      out_OI: float32 or bfloat16, is written.
+      scale: float32 [I / 128, O / 128] (rounded up), of the whole matrix.
+      origin: row and column of the whole matrix at which `x_IO` begins.
     """
-    columns = x_IO.shape[1]
-    for number, start in enumerate(range(0, len(x_IO), BLOCK)):
-        rows = slice(start, start + BLOCK)
-        values = np.take(_VALUE_OF_FP8, _raw(x_IO[rows]))
-        values *= np.repeat(scale[number], BLOCK)[:columns]
-        out_IO[rows] = cast(values, out_IO.dtype)
+    (first_row, first_column), (rows, columns) = origin, x_IO.shape
+    column_block = (first_column + np.arange(columns)) // BLOCK
+    raw_OI = _raw(out_OI)
+    for block in range(first_row // BLOCK, blocks(first_row + rows)):
+        start = max(0, block * BLOCK - first_row)
+        here = slice(start, (block + 1) * BLOCK - first_row)
+        values = np.take(_VALUE_OF_FP8, _raw(x_IO[here]))
+        values *= scale[block, column_block]
+        raw_OI[:, here] = _raw(cast(values, out_OI.dtype)).T
 
 
 def blocks(size: int) -> int:

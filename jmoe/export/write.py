@@ -200,6 +200,4 @@ def _encode_kept(
         numerics.transpose(out, piece)
         numerics.transpose(arrays[tensor.name + SCALE], scale)
         return
-    wide = np.empty(piece.shape, out.dtype)
-    numerics.dequantize(wide, piece, scale)
-    numerics.transpose(out, wide)
+    numerics.dequantize_transposed(out, piece, scale)

@@ -29,6 +29,7 @@ import numpy as np
 
 import jmoe.train.step as steps
 from jmoe.balance import load
+from jmoe.checkpoint import pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
@@ -229,9 +230,37 @@ def _restore_or_make(
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         # Done before the step compiles, or its memory would lie in the step's way.
         return jax.block_until_ready(jax.jit(make, out_shardings=device)()), 0
-    state, position, step = store.restore(jax.eval_shape(make))
+    abstract = jax.eval_shape(make)
+    if _holds_weights_only(store):
+        return _restore_weights(make, abstract, store), 0
+    state, position, step = store.restore(abstract)
     loader.set_state(position)
     return state, step
+
+
+def _holds_weights_only(store: Store) -> bool:
+    """Whether the checkpoint was imported, and has nothing of an optimizer."""
+    stored = pieces.Pieces(store.locate()).shapes
+    return not any(name.startswith("opt_state/") for name in stored)
+
+
+def _restore_weights(
+    make: Callable[[], TrainState], abstract: TrainState, store: Store
+) -> TrainState:
+    """Imported weights, with the rest of a new run's state."""
+    abstract_weights = {
+        "params": abstract.params,
+        "router_state": abstract.router_state,
+    }
+    weights, _, _ = store.restore(abstract_weights)
+
+    def rest() -> tuple[jax.Array, Any]:  # the weights it makes aren't returned
+        state = make()
+        return state.step, state.opt_state
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step, opt_state = jax.block_until_ready(jax.jit(rest, out_shardings=device)())
+    return TrainState(step=step, opt_state=opt_state, **weights)
 
 
 def _write_info(

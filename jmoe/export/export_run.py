@@ -1,0 +1,137 @@
+"""A run's checkpoint as a directory that transformers and vLLM load."""
+
+import concurrent.futures
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.pieces import Pieces
+from jmoe.checkpoint.store import Store
+from jmoe.config import ModelConfig
+from jmoe.data.tokenizer import Tokenizer
+from jmoe.export import card, files, layout, names, sources, write
+from jmoe.export.files import Directory
+from jmoe.export.numerics import FLOAT8
+from jmoe.export.sources import Source
+from jmoe.export.write import Plan, Progress
+from jmoe.train import run_files
+from jmoe.train.trained import CHECKPOINTS, TOKENIZER
+
+Started = Callable[[int], Progress]  # is told how many bytes will be written
+
+
+def export_run(
+    workdir: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    started: Started,
+    step: int | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = write.SHARD_BYTES,
+) -> Plan:
+    """Writes a run's newest whole checkpoint, or that of `step`, as a directory.
+
+    Args:
+      started: gets the number of bytes, returns what is told of progress.
+      dtype: "float32", "bfloat16", "fp8", or None: as the checkpoint has them.
+
+    Raises:
+      FileNotFoundError: `workdir` holds no run, no tokenizer, or no such checkpoint.
+      ValueError: a file of the run is damaged; `out` exists.
+      OSError: the disk is full. What was finished is in `OUT.partial`, and the same
+        call goes on from it.
+    """
+    if not (workdir / workdirs.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
+        )
+    cfg = workdirs.read_run(workdir).model
+    tokenizer_path = workdir / TOKENIZER
+    texts = card.tokenizer_files(tokenizer_path, cfg.max_positions)
+    eos_id = Tokenizer.from_file(tokenizer_path).eos_id
+    texts[card.GENERATION] = card.generation_json(eos_id)
+    with Store(workdir / CHECKPOINTS) as store:
+        checkpoint = store.locate(step)
+    source = sources.Stored(Pieces(checkpoint))
+    made = make_plan(cfg, source, dtype=dtype, shard_bytes=shard_bytes)
+    written_as = " and ".join(sorted({str(found) for found in made.dtypes.values()}))
+    texts[card.CARD] = card.model_card(
+        cfg, run_files.read_run(workdir), int(checkpoint.name), written_as=written_as
+    )
+    write_directory(out, cfg, made, source, texts, eos_id, started(made.size))
+    return made
+
+
+def make_plan(
+    cfg: ModelConfig, source: Source, *, dtype: str | None, shard_bytes: int
+) -> Plan:
+    """The files of `source`'s weights, once they are known to be those of `cfg`.
+
+    Raises:
+      ValueError: leaves are missing, unexpected or of another shape; names all.
+    """
+    _check_leaves(names.abstract_leaves(cfg), source)
+    return write.plan(
+        names.expand(cfg), source.dtypes, dtype=dtype, shard_bytes=shard_bytes
+    )
+
+
+def write_directory(
+    out: pathlib.Path,
+    cfg: ModelConfig,
+    made: Plan,
+    source: Source,
+    texts: Mapping[str, Any],
+    eos_id: int | None,
+    progress: Progress,
+) -> None:
+    """All files, then the directory's name.
+
+    The weights are compared with their sums meanwhile, which reads them into the page
+    cache for the conversion too.
+    """
+    directory = Directory(out, write.identity(made, source))
+    files.require_room(out, made.size - directory.nbytes)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        checked = pool.submit(source.check)
+        write.write(directory, made, source, progress)
+        checked.result()
+    if len(made.shards) > 1:
+        directory.write_text(layout.INDEX, layout.index_json(made.shards))
+    found = set(made.dtypes.values())
+    config = card.config_json(
+        cfg,
+        dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
+        is_fp8=FLOAT8 in found,
+        eos_id=eos_id,
+    )
+    for name, content in {card.CONFIG: config, **texts}.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        directory.write_text(name, content)
+    directory.publish()
+
+
+def _check_leaves(expected: Mapping[str, Any], source: Source) -> None:
+    found = {
+        path: shape
+        for path, shape in source.shapes.items()
+        if not path.startswith(sources.SCALES)
+    }
+    wrong = [
+        f"  {path}: expected {_shape(expected, path)}, found {_shape(source, path)}"
+        for path in sorted({*expected, *found})
+        if path not in expected
+        or path not in found
+        or tuple(expected[path].shape) != found[path]
+    ]
+    if wrong:
+        raise ValueError("\n".join(["The variables are not the model's:", *wrong]))
+
+
+def _shape(leaves: Any, path: str) -> str:
+    if isinstance(leaves, Mapping):
+        return str(tuple(leaves[path].shape)) if path in leaves else "nothing"
+    return str(leaves.shapes.get(path, "nothing"))

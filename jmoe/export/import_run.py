@@ -1,0 +1,196 @@
+"""A Hugging Face directory as a run: scripts train, sample and export it.
+
+The run's checkpoint, of step 0, has weights and selection biases and no optimizer
+state. Its arrays are written chunk by chunk, several at once: what is in memory is a
+few chunks, whatever the size of the model.
+"""
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import numpy as np
+
+from jmoe.checkpoint import adopt
+from jmoe.checkpoint import workdir as workdirs
+from jmoe.config import DataConfig, RunConfig, TrainConfig, override, to_dict
+from jmoe.data.tokenizer import Tokenizer
+from jmoe.export import layout
+from jmoe.export.files import Buffers, Directory, require_room
+from jmoe.export.read import Leaf, Reader, Slices
+from jmoe.export.write import THREADS, Progress
+from jmoe.train.trained import CHECKPOINTS, TOKENIZER
+
+ARRAYS = "arrays"  # where chunks wait until all are there
+
+Started = Callable[[int], Progress]  # is told how many bytes will be written
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """A file of the checkpoint, and the part of the leaf that it holds."""
+
+    file: str
+    path: str
+    index: Slices
+    nbytes: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(part.stop - part.start for part in self.index)
+
+
+def import_run(
+    model: pathlib.Path,
+    workdir: pathlib.Path,
+    *,
+    started: Started,
+    assignments: Sequence[str] = (),
+    dtype: str | None = None,
+    fp8: str = "dequantize",
+) -> RunConfig:
+    """Makes the new directory `workdir` a run of the model in the directory `model`.
+
+    Args:
+      started: gets the number of bytes, returns what is told of progress.
+      assignments: `path.to.field=value`, over the run's defaults.
+      dtype: of the checkpoint; None: each array as the files have it.
+      fp8: what becomes of FP8 weights: "dequantize" or "keep".
+
+    Raises:
+      FileNotFoundError, ValueError: `model` isn't a whole checkpoint that jmoe reads,
+        or has no tokenizer; `workdir` exists. Nothing was written.
+      OSError: the disk is full. What was finished is in `WORKDIR.partial`, and the same
+        call goes on from it.
+    """
+    with Reader(model, fp8=fp8, dtype=dtype) as reader:
+        tokenizer = Tokenizer.from_file(model / TOKENIZER)
+        run = make_run(reader, workdir, assignments)
+        if tokenizer.vocab_size > run.model.vocab_size:
+            raise ValueError(
+                f"{model / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the "
+                f"model's vocab_size={run.model.vocab_size}."
+            )
+        reader.check_copies()
+        directory = Directory(workdir, _identity(reader))
+        plan = {path: list(chunks(path, leaf)) for path, leaf in reader.leaves.items()}
+        total = sum(chunk.nbytes for row in plan.values() for chunk in row)
+        require_room(workdir, total - directory.nbytes)
+        _write_chunks(
+            directory, reader, itertools.chain(*plan.values()), started(total)
+        )
+        arrays = {
+            path: _describe(directory, path, leaf, plan[path])
+            for path, leaf in reader.leaves.items()
+        }
+    # Of an attempt that ended in the middle of what follows:
+    shutil.rmtree(directory.partial / CHECKPOINTS, ignore_errors=True)
+    adopt.adopt(directory.partial / CHECKPOINTS, 0, arrays, position={})
+    shutil.rmtree(directory.partial / ARRAYS)
+    tokenizer.save(directory.partial / TOKENIZER)
+    directory.write_text(workdirs.CONFIG, json.dumps(to_dict(run), indent=2))
+    directory.publish()
+    return run
+
+
+def make_run(
+    reader: Reader, workdir: pathlib.Path, assignments: Sequence[str]
+) -> RunConfig:
+    """The run's record: the model's, and defaults that `assignments` change."""
+    run = RunConfig(
+        name=workdir.name,
+        model=reader.cfg,
+        data=DataConfig(
+            tokenizer=str(workdir / TOKENIZER),
+            sequence_length=min(256, reader.cfg.max_positions),
+        ),
+        train=TrainConfig(steps=1000, batch_size=16, microbatch_size=16),
+    )
+    return override(run, assignments)
+
+
+def chunks(path: str, leaf: Leaf) -> Iterator[Chunk]:
+    """The leaf's files: one if it is small, else of a layer's (some) experts each."""
+    shape = chunk_shape(leaf)
+    counts = [size // part for size, part in zip(leaf.shape, shape, strict=True)]
+    for place in itertools.product(*map(range, counts)):
+        starts = [at * part for at, part in zip(place, shape, strict=True)]
+        yield Chunk(
+            file=f"{ARRAYS}/{path}/{'.'.join(map(str, place))}",
+            path=path,
+            index=tuple(slice(s, s + n) for s, n in zip(starts, shape, strict=True)),
+            nbytes=math.prod(shape) * leaf.dtype.itemsize,
+        )
+
+
+def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
+    """Divides the leaf's shape by layers, then by experts, to `layout.UNIT_BYTES`."""
+    shape = list(leaf.shape)
+    for axis in range(leaf.is_stacked + leaf.has_experts):
+        rest = math.prod(shape) * leaf.dtype.itemsize // shape[axis]
+        fitting = [
+            n
+            for n in range(1, shape[axis] + 1)
+            if shape[axis] % n == 0 and n * rest <= layout.UNIT_BYTES
+        ]
+        shape[axis] = max(fitting, default=1)
+    return tuple(shape)
+
+
+def _write_chunks(
+    directory: Directory,
+    reader: Reader,
+    all_chunks: Iterable[Chunk],
+    progress: Progress,
+) -> None:
+    buffers = Buffers()
+
+    def one(chunk: Chunk) -> None:
+        if not directory.has(chunk.file, chunk.nbytes):
+            data = buffers.get(chunk.nbytes, 0)
+            dtype = reader.leaves[chunk.path].dtype
+            out = np.frombuffer(data, dtype).reshape(chunk.shape)
+            reader.fill(out, chunk.path, chunk.index)
+            file = directory.open(chunk.file, chunk.nbytes)
+            file.write(0, data)
+            directory.finish(file)
+        progress(chunk.nbytes)
+
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        futures = [pool.submit(one, chunk) for chunk in all_chunks]
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _describe(
+    directory: Directory, path: str, leaf: Leaf, own: Sequence[Chunk]
+) -> adopt.Array:
+    """The leaf as a directory that is an array."""
+    where = f"{ARRAYS}/{path}"
+    text = adopt.description(leaf.shape, chunk_shape(leaf), leaf.dtype)
+    directory.write_text(f"{where}/{adopt.DESCRIPTION}", text)
+    sums = {}
+    for chunk in own:
+        ((_, nbytes, crc),) = directory.sums(chunk.file)
+        sums[pathlib.PurePath(chunk.file).name] = (nbytes, crc)
+    return adopt.Array(directory.partial / where, leaf.shape, leaf.dtype, sums)
+
+
+def _identity(reader: Reader) -> str:
+    """Changes with the files read and with what is made of them."""
+    files = sorted({found.file for found in reader.found.values()})
+    stats = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    made = [(path, leaf.shape, str(leaf.dtype)) for path, leaf in reader.leaves.items()]
+    return hashlib.sha256(
+        repr((stats, sorted(reader.found), made)).encode()
+    ).hexdigest()

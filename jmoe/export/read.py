@@ -1,0 +1,339 @@
+"""Reads a Hugging Face directory as our variables, any part of any leaf at a time.
+
+Everything is checked before the first weight is read: architecture, files, index, and
+every tensor's name, shape and type, with one report of all that is wrong. Then a part
+of a leaf costs the bytes of that part: rows of a matrix are read at once, where a part
+has only some of the columns the file is mapped.
+"""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jmoe.config import ModelConfig
+from jmoe.export import names, numerics, safetensors, sources
+from jmoe.export.files import Buffers
+from jmoe.export.layout import SCALE
+from jmoe.export.names import Tensor
+from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
+from jmoe.export.safetensors import Found
+
+FP8_MODES = ("dequantize", "keep")
+DTYPES = ("float32", "bfloat16")
+
+_COMPARED = 16 << 20  # bytes at a time
+
+Slices = tuple[slice, ...]
+Places = list[tuple[int | None, int | None]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One of our arrays, and the tensors that it is made of by layer and expert."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    tensors: Mapping[tuple[int | None, int | None], Sequence[Tensor]]
+
+    @property
+    def is_stacked(self) -> bool:
+        return (next(iter(self.tensors)))[0] is not None
+
+    @property
+    def has_experts(self) -> bool:
+        return (next(iter(self.tensors)))[1] is not None
+
+
+class Reader:
+    """A checked directory; `leaves` by path, `fill` copies parts of them.
+
+    Args:
+      fp8: "dequantize" turns FP8 weights into `dtype`; "keep" gives e4m3 leaves, and
+        their block scales as the collection `fp8_scales`.
+      dtype: of the leaves; None: each as its file has it, FP8 as the config's
+        `torch_dtype`. Selection biases are float32 always.
+
+    Raises:
+      FileNotFoundError, ValueError: the directory isn't a whole checkpoint of a
+        `DeepseekV3ForCausalLM` that jmoe reads.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        fp8: str = "dequantize",
+        dtype: str | None = None,
+    ):
+        _one_of("fp8", fp8, FP8_MODES)
+        if dtype is not None:
+            _one_of("dtype", dtype, DTYPES)
+        self.directory = pathlib.Path(directory)
+        self.config = safetensors.read_config(self.directory)
+        self.cfg = ModelConfig.from_hf(self.config)
+        self.found = safetensors.read_headers(self.directory)
+        tensors = names.expand(self.cfg)
+        check(tensors, self.found, self.directory)
+        self._keeps = fp8 == "keep"
+        if self._keeps and not any(x.code == "F8_E4M3" for x in self.found.values()):
+            raise ValueError(f"fp8='keep', but {self.directory} has no FP8 weights.")
+        self.copies = [t for t in tensors if t.is_copy and t.name in self.found]
+        owned = [t for t in tensors if not t.is_copy]
+        self._owners = {tensor.path: tensor.name for tensor in owned}
+        self.leaves = self._leaves(owned, dtype)
+        self._files = _Files()
+        self._buffers = Buffers()
+
+    def close(self) -> None:
+        self._files.close()
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors in the files."""
+        return sum(found.nbytes for found in self.found.values())
+
+    def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
+        """`out[:] = leaf[index]`; may be called from several threads.
+
+        Args:
+          index: a slice for each of the leaf's dimensions, with start and stop.
+        """
+        leaf = self.leaves[path]
+        layers, experts, inner = _lead(leaf, index)
+        for (at, layer), (to, expert) in itertools.product(layers, experts):
+            place = tuple(i for i in (at, to) if i is not None)
+            for tensor in leaf.tensors[layer, expert]:
+                self._fill_piece(out[place], tensor, inner, leaf.shape[-1])
+
+    def read(self, path: str, index: Slices) -> np.ndarray:
+        """`leaf[index]` as a new array."""
+        shape = [part.stop - part.start for part in index]
+        out = np.empty(shape, self.leaves[path].dtype)
+        self.fill(out, path, index)
+        return out
+
+    def check_copies(self) -> None:
+        """Raises ValueError if an MTP layer has an embedding or head of its own."""
+        for copy in self.copies:
+            original = self._owners[copy.path]
+            if self._differ(self.found[copy.name], self.found[original]):
+                raise ValueError(
+                    f"{copy.name} differs from {original}; jmoe's MTP modules share "
+                    "the model's embedding and head."
+                )
+
+    def raw(self, found: Found) -> np.ndarray:
+        """A tensor as it is in its file, mapped into memory."""
+        assert found.dtype is not None
+        data = self._files.mapped(found.file)
+        data = data[found.offset : found.offset + found.nbytes]
+        return data.view(found.dtype).reshape(found.shape)
+
+    def _differ(self, one: Found, other: Found) -> bool:
+        if one[2:] != other[2:]:
+            return True
+        buffers = [memoryview(bytearray(min(_COMPARED, one.nbytes))) for _ in range(2)]
+        for start in range(0, one.nbytes, _COMPARED):
+            length = min(_COMPARED, one.nbytes - start)
+            for found, buffer in zip((one, other), buffers, strict=True):
+                self._files.read(found.file, found.offset + start, buffer[:length])
+            if buffers[0][:length] != buffers[1][:length]:
+                return True
+        return False
+
+    def _fill_piece(
+        self, out: np.ndarray, tensor: Tensor, inner: Slices, per_head: int
+    ) -> None:
+        """The part `inner` of one tensor's piece."""
+        if tensor.half is not None:
+            halves = inner[1]
+            if not halves.start <= tensor.half < halves.stop:
+                return
+            out = out[:, tensor.half - halves.start]
+            inner = (inner[0], *inner[2:])
+        found = self.found[tensor.name]
+        if not tensor.transposed:
+            numerics.copy(out, self._part(found, *inner))
+            return
+        columns, rows, *within = inner
+        if within:  # the file has heads, and what each head has, in one dimension
+            rows = slice(rows.start * per_head, rows.stop * per_head)
+        x = self._part(found, rows, columns)
+        if within and within[0] != slice(0, per_head):
+            assert found.dtype != FLOAT8, "a head's FP8 weights are read as a whole"
+            x = x.reshape(-1, per_head, x.shape[-1])[:, within[0]]
+            x = x.reshape(-1, x.shape[-1])
+        out = out.reshape(len(out), -1)
+        if found.dtype != FLOAT8 or out.dtype == FLOAT8:
+            numerics.transpose(out, x)
+            return
+        scale = self.raw(self.found[tensor.name + SCALE])
+        origin = (rows.start, columns.start)
+        numerics.dequantize_transposed(out, x, scale, origin)
+
+    def _part(
+        self, found: Found, rows: slice, columns: slice | None = None
+    ) -> np.ndarray:
+        """Some rows, and of these some columns, of what a file holds."""
+        assert found.dtype is not None
+        if columns is not None and columns != slice(0, found.shape[1]):
+            return self.raw(found)[rows, columns]
+        width = found.nbytes // found.shape[0]
+        data = self._buffers.get((rows.stop - rows.start) * width, 0)
+        self._files.read(found.file, found.offset + rows.start * width, data)
+        return np.frombuffer(data, found.dtype).reshape(-1, *found.shape[1:])
+
+    def _leaves(self, tensors: Sequence[Tensor], dtype: str | None) -> dict[str, Leaf]:
+        shapes = {path: x.shape for path, x in names.abstract_leaves(self.cfg).items()}
+        grouped: dict[str, dict[Any, list[Tensor]]] = {}
+        for tensor in tensors:
+            by_place = grouped.setdefault(tensor.path, {})
+            by_place.setdefault((tensor.layer, tensor.expert), []).append(tensor)
+        leaves = {}
+        for path, by_place in grouped.items():
+            own = [tensor for row in by_place.values() for tensor in row]
+            chosen = self._dtype(own, dtype)
+            leaves[path] = Leaf(shapes[path], chosen, by_place)
+            if chosen == FLOAT8:
+                leaves[sources.scales_path(path)] = _scale_leaf(leaves[path])
+        return leaves
+
+    def _dtype(self, tensors: Sequence[Tensor], dtype: str | None) -> np.dtype:
+        """Of a leaf made of these: the widest that they have, unless told."""
+        stored = {self.found[tensor.name].dtype for tensor in tensors}
+        if tensors[0].is_float32:
+            return FLOAT32
+        if self._keeps and stored == {FLOAT8}:
+            return FLOAT8
+        wanted = dtype or (self.cfg.dtype if stored == {FLOAT8} else None)
+        if wanted is not None:
+            return FLOAT32 if wanted == "float32" else BFLOAT16
+        return FLOAT32 if FLOAT32 in stored else BFLOAT16
+
+
+def check(
+    tensors: Sequence[Tensor], found: Mapping[str, Found], where: pathlib.Path
+) -> None:
+    """Raises one ValueError with every missing, unexpected and misshapen tensor."""
+    expected = {tensor.name: tensor.shape for tensor in tensors}
+    optional = {tensor.name for tensor in tensors if tensor.is_copy}
+    for tensor in tensors:
+        is_fp8 = tensor.name in found and found[tensor.name].code == "F8_E4M3"
+        if is_fp8 and tensor.is_product:
+            shape = tuple(map(numerics.blocks, tensor.shape))
+            expected[tensor.name + SCALE] = shape
+    products = {tensor.name for tensor in tensors if tensor.is_product}
+    problems = [
+        f"  missing: {name} {list(shape)}"
+        for name, shape in expected.items()
+        if name not in found and name not in optional
+    ]
+    problems += [
+        f"  unexpected: {name} {list(x.shape)}"
+        for name, x in found.items()
+        if name not in expected
+    ]
+    for name, x in found.items():
+        if name not in expected:
+            continue
+        if x.shape != expected[name]:
+            problems.append(
+                f"  misshapen: {name} {list(x.shape)}, not {list(expected[name])}"
+            )
+        allowed = ("F32",) if name.endswith(SCALE) else ("F32", "BF16")
+        allowed += ("F8_E4M3",) if name in products else ()
+        if x.code not in allowed:
+            problems.append(
+                f"  unreadable: {name} {x.code}, not {' or '.join(allowed)}"
+            )
+    if problems:
+        title = f"{where} is not the checkpoint that its config.json describes:"
+        raise ValueError("\n".join([title, *problems]))
+
+
+def _scale_leaf(leaf: Leaf) -> Leaf:
+    """The block scales of a leaf that stays FP8, as a leaf of their own."""
+    tensors = {
+        place: [
+            dataclasses.replace(
+                tensor,
+                name=tensor.name + SCALE,
+                shape=tuple(map(numerics.blocks, tensor.shape)),
+            )
+            for tensor in own
+        ]
+        for place, own in leaf.tensors.items()
+    }
+    first = next(iter(tensors.values()))
+    lead = leaf.shape[: leaf.is_stacked + leaf.has_experts]
+    pair = (2,) if first[0].half is not None else ()
+    out_blocks, in_blocks = first[0].shape
+    return Leaf((*lead, in_blocks, *pair, out_blocks), FLOAT32, tensors)
+
+
+def _lead(leaf: Leaf, index: Slices) -> tuple[Places, Places, Slices]:
+    """(Place in the part, number) of its layers and experts; the other slices."""
+    rest = list(index)
+    found: list[Places] = []
+    for exists in (leaf.is_stacked, leaf.has_experts):
+        if not exists:
+            found.append([(None, None)])
+            continue
+        part = rest.pop(0)
+        found.append([(n - part.start, n) for n in range(part.start, part.stop)])
+    return found[0], found[1], tuple(rest)
+
+
+class _Files:
+    """Files that stay open, read at any place by any thread."""
+
+    def __init__(self):
+        self._fds: dict[pathlib.Path, int] = {}
+        self._maps: dict[pathlib.Path, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: pathlib.Path, offset: int, out: memoryview) -> None:
+        """Fills `out` from `offset` on."""
+        fd = self._fd(path)
+        while out:
+            count = os.preadv(fd, [out], offset)
+            if not count:
+                raise ValueError(f"{path} was cut short while it was read.")
+            out, offset = out[count:], offset + count
+
+    def mapped(self, path: pathlib.Path) -> np.ndarray:
+        """The file's bytes, read when they are touched."""
+        with self._lock:
+            if path not in self._maps:
+                self._maps[path] = np.memmap(path, np.uint8, mode="r")
+            return self._maps[path]
+
+    def close(self) -> None:
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds.clear()
+        self._maps.clear()
+
+    def _fd(self, path: pathlib.Path) -> int:
+        with self._lock:
+            if path not in self._fds:
+                self._fds[path] = os.open(path, os.O_RDONLY)
+            return self._fds[path]
+
+
+def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(f"{field}={value!r} is not one of {listed}.")
