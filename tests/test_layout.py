@@ -54,6 +54,8 @@ FLAGS = {
         "top_p",
         "seed",
     ],
+    "scripts/serve.py": ["model", "engine", "mtp", "set"],
+    "scripts/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
     "scripts/train.py": ["experiment", "workdir", "set"],
 }
 

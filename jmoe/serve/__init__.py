@@ -1,0 +1,1 @@
+"""Serving: what vLLM is asked for (`vllm_engine`), and how it runs on Ray (`app`)."""

@@ -1,0 +1,221 @@
+"""vLLM's own OpenAI server, as a Ray Serve application.
+
+Each replica is an engine with vLLM's HTTP application in front, so that every route,
+check and message is vLLM's. Ours are two things that only all replicas together can do:
+`/metrics` shows every replica, and SIGTERM drains: new requests get a 503, those in
+flight are finished, then the program ends.
+"""
+# pyright: reportMissingImports=false
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+import time
+import types
+from collections.abc import Iterator
+from typing import Any
+
+from jmoe.config.serve import ServeConfig
+from jmoe.serve import replicas
+from jmoe.serve.vllm_engine import Engine
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
+
+import ray  # noqa: E402
+from ray import serve  # noqa: E402
+
+APP = "jmoe"
+RETRY_SECONDS = 5  # what a refused client is told to wait
+
+
+class Gate:
+    """An ASGI app that knows its requests in flight, and can be closed to new ones."""
+
+    def __init__(self, app: Any):
+        self._app = app
+        self._in_flight: set[asyncio.Task] = set()
+        self._closed = False
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        if self._closed:
+            return await _draining()(scope, receive, send)
+        task = asyncio.current_task()
+        assert task is not None
+        self._in_flight.add(task)
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_flight.discard(task)
+
+    async def close(self, seconds: float) -> int:
+        """Waits for the requests in flight; how many were cut off after `seconds`."""
+        self._closed = True
+        late: set[asyncio.Task] = set()
+        if self._in_flight:
+            _, late = await asyncio.wait(self._in_flight, timeout=seconds)
+        for task in late:
+            task.cancel()
+        return len(late)
+
+
+def _draining() -> Any:
+    from starlette.responses import JSONResponse
+
+    error = {"message": "The server is shutting down.", "type": "unavailable"}
+    headers = {"Retry-After": str(RETRY_SECONDS)}
+    return JSONResponse({"error": error | {"code": 503}}, 503, headers)
+
+
+class Replica:
+    """One engine, and vLLM's HTTP application for it."""
+
+    async def __init__(self, arguments: dict[str, Any]):
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        parser = make_arg_parser(FlexibleArgumentParser())
+        parser.set_defaults(**arguments)
+        self._args = parser.parse_args([])
+        engine_args = AsyncEngineArgs.from_cli_args(self._args)
+        self._engine = AsyncLLM.from_engine_args(engine_args)
+
+    async def __serve_build_asgi_app__(self) -> Any:
+        """Called by Ray Serve once the engine is there."""
+        from starlette.routing import Route
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+
+        tasks = await self._engine.get_supported_tasks()
+        app = build_app(self._args, tasks, self._engine.model_config)
+        await init_app_state(self._engine, app.state, self._args, tasks)
+        # What vLLM tells to exit when an engine dies; here check_health is asked.
+        app.state.server = types.SimpleNamespace()
+        app.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
+        self._gate = Gate(app)
+        return self._gate
+
+    async def check_health(self) -> None:
+        """Called by Ray Serve, which replaces a replica where this raises."""
+        await self._engine.check_health()
+
+    async def metrics(self) -> tuple[str, str]:
+        """This replica's name and Prometheus page."""
+        import prometheus_client
+        from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+        page = prometheus_client.generate_latest(get_prometheus_registry())
+        return serve.get_replica_context().replica_id.unique_id, page.decode()
+
+    async def drain(self, seconds: float) -> int:
+        return await self._gate.close(seconds)
+
+    async def _metrics_of_all(self, request: Any) -> Any:
+        from starlette.responses import PlainTextResponse
+
+        from jmoe.serve.metrics import merge
+
+        pages = await serve.get_app_handle(APP).broadcast("metrics").results_async()
+        return PlainTextResponse(merge(dict(pages)))
+
+    def __del__(self):
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+
+def serve_until_stopped(cfg: ServeConfig, engine: Engine, device: str) -> None:
+    """Starts Ray unless it runs already, serves, and drains at SIGTERM or Ctrl-C.
+
+    Raises:
+      ValueError: the port is taken, or Ray has too few devices.
+      RuntimeError: the engine didn't start.
+    """
+    _refuse_taken_port(cfg)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    ray.init(include_dashboard=False, logging_level="error")
+    try:
+        with _stop_signals():
+            _start(cfg, engine, device)
+            signal.pause()
+    except _Stopped:
+        pass
+    finally:
+        with contextlib.suppress(_Stopped), _stop_signals():  # the second is in earnest
+            _stop(cfg)
+        ray.shutdown()
+
+
+def _start(cfg: ServeConfig, engine: Engine, device: str) -> None:
+    kind, count = replicas.needed(cfg, device)
+    found = ray.cluster_resources().get(kind, 0)
+    if found < count:
+        raise ValueError(
+            f"min_replicas={cfg.min_replicas} of {cfg.engine.num_devices} {kind}s each "
+            f"need {count}; Ray has {found:g}."
+        )
+    began = time.monotonic()
+    serve.start(
+        http_options={"host": cfg.host, "port": cfg.port},
+        logging_config=replicas.LOGGING,
+    )
+    options = replicas.deployment_options(cfg, engine, device)
+    deployment = serve.deployment(serve.ingress()(Replica), **options)
+    try:
+        serve.run(deployment.bind(engine.arguments), name=APP, route_prefix="/")
+    except RuntimeError as error:
+        deployed = serve.status().applications[APP].deployments[Replica.__name__]
+        reason = deployed.message.strip().splitlines()[-1]
+        raise RuntimeError(f"No replica started: {reason}") from error
+    print(
+        f"Serving {cfg.name} at http://{cfg.host}:{cfg.port} "
+        f"({time.monotonic() - began:.0f} s to start).",
+        flush=True,
+    )
+
+
+def _stop(cfg: ServeConfig) -> None:
+    application = serve.status().applications.get(APP)
+    if application is not None and application.status == "RUNNING":
+        print("Draining: no new requests; those in flight are finished.", flush=True)
+        handle = serve.get_app_handle(APP)
+        cut_off = sum(handle.broadcast("drain", cfg.drain_seconds).results())
+        if cut_off:
+            print(f"Cut off {cut_off} requests after {cfg.drain_seconds:g} s.")
+    serve.shutdown()
+    print("Stopped.", flush=True)
+
+
+def _refuse_taken_port(cfg: ServeConfig) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((cfg.host, cfg.port))
+        except OSError as error:
+            raise ValueError(
+                f"host={cfg.host!r}, port={cfg.port}: {error.strerror}."
+            ) from error
+
+
+class _Stopped(BaseException):
+    """A signal that ends the program was received."""
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """Raises _Stopped at SIGTERM and SIGINT, as Ctrl-C does."""
+
+    def stop(number, frame):
+        raise _Stopped
+
+    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
