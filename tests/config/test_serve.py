@@ -1,0 +1,43 @@
+"""The record of serving: what it refuses by itself."""
+
+import pytest
+
+from jmoe.config import override
+from jmoe.config.serve import ServeConfig
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["port=0"], "port=0 must be at least 1."),
+        (["port=65536"], "port=65536 must be at most 65535."),
+        (["min_replicas=0"], "min_replicas=0 must be at least 1."),
+        (["min_replicas=3"], "max_replicas=1 must be at least 3."),
+        (["requests_per_replica=0"], "requests_per_replica=0 must be at least 1."),
+        (["drain_seconds=-1"], "drain_seconds=-1.0 must be at least 0.0."),
+        (["engine.tensor_parallel=0"], "tensor_parallel=0 must be at least 1."),
+        (["engine.pipeline_parallel=0"], "pipeline_parallel=0 must be at least 1."),
+        (["engine.draft_tokens=-1"], "draft_tokens=-1 must be at least 0."),
+        (["engine.max_sequences=0"], "max_sequences=0 must be at least 1."),
+        (["engine.max_length=1"], "max_length=1 must be at least 2."),
+        (["engine.cache_gib=0"], "cache_gib=0.0 must be above 0."),
+        (
+            ["engine.dtype=float16"],
+            "dtype='float16' is not one of None, 'float32', 'bfloat16'.",
+        ),
+        (["engine.placement={}"], "placement needs expert_parallel=True."),
+        (
+            ["engine.expert_parallel=True", "engine.placement={'window_steps': 0}"],
+            "window_steps=0 must be at least 1.",
+        ),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_refused(assignments, said):
+    with pytest.raises(ValueError) as error:
+        override(ServeConfig(), assignments)
+    assert str(error.value) == said
+
+
+def test_an_engine_has_a_device_for_each_share_of_each_group_of_layers():
+    sizes = ["engine.tensor_parallel=8", "engine.pipeline_parallel=2"]
+    assert override(ServeConfig(), sizes).engine.num_devices == 16

@@ -1,0 +1,41 @@
+"""scripts/serve.py: a mistake is one line, told before anything starts."""
+
+import importlib.util
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+@pytest.fixture(scope="module")
+def directory(script, trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "smallest"
+    outcome = script("export_hf", f"--workdir={trained}", f"--out={out}")
+    assert outcome.code == 0, outcome.err
+    return out
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("--model={}/nowhere", "nowhere' is not a directory."),
+        ("--model={}/..", "holds no exported model: it lacks config.json, tokenizer"),
+        ("--set=engine.tensor=2", "Unknown field 'engine.tensor'; known: dtype, "),
+        ("--set=port=99999", "port=99999 must be at most 65535."),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(script, directory, argument, complaint):
+    outcome = script("serve", f"--model={directory}", argument.format(directory))
+    assert_mistake(outcome, complaint)
+
+
+@pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed")
+def test_an_environment_without_vllm_is_told_where_to_get_one(script, directory):
+    outcome = script("serve", f"--model={directory}", "--mtp")
+    assert_mistake(outcome, "scripts/make_serving_env.sh DIR makes an environment")
+
+
+def assert_mistake(outcome, complaint: str) -> None:
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert complaint in outcome.err
