@@ -11,7 +11,7 @@ from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.store import Store
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.export import card, files, layout, names, sources, write
+from jmoe.export import card, layout, names, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
@@ -92,26 +92,25 @@ def write_directory(
     The weights are compared with their sums meanwhile, which reads them into the page
     cache for the conversion too.
     """
-    directory = Directory(out, write.identity(made, source))
-    files.require_room(out, made.size - directory.nbytes)
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(source.check)
-        write.write(directory, made, source, progress)
-        checked.result()
-    if len(made.shards) > 1:
-        directory.write_text(layout.INDEX, layout.index_json(made.shards))
-    found = set(made.dtypes.values())
-    config = card.config_json(
-        cfg,
-        dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
-        is_fp8=FLOAT8 in found,
-        eos_id=eos_id,
-    )
-    for name, content in {card.CONFIG: config, **texts}.items():
-        if not isinstance(content, str):
-            content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        directory.write_text(name, content)
-    directory.publish()
+    with Directory(out, write.identity(made, source)) as directory:
+        directory.require_room(made.size)
+        with concurrent.futures.ThreadPoolExecutor(1) as aside:
+            checked = aside.submit(source.check)
+            write.write(directory, made, source, progress)
+            checked.result()
+        if len(made.shards) > 1:
+            directory.write_text(layout.INDEX, layout.index_json(made.shards))
+        config = card.config_json(
+            cfg,
+            dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
+            is_fp8=FLOAT8 in made.dtypes.values(),
+            eos_id=eos_id,
+        )
+        for name, content in {card.CONFIG: config, **texts}.items():
+            if not isinstance(content, str):
+                content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            directory.write_text(name, content)
+        directory.publish()
 
 
 def _check_leaves(expected: Mapping[str, Any], source: Source) -> None:

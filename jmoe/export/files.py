@@ -29,6 +29,8 @@ PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
 
 _READ_BYTES = 16 << 20
+_KEPT_BYTES = 48 << 20  # of a thread's buffer
+_SMALL = 1 << 16
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -44,7 +46,7 @@ class File:
         self.size = size
         self.sums: list[tuple[int, int, int]] = []  # offset, length, CRC-32
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        self._direct_fd = _open_direct(path)
+        self._direct_fd = _open_direct(path, os.O_WRONLY)
         try:
             _allocate(self._fd, size)
         except OSError:
@@ -84,8 +86,58 @@ class File:
                 os.close(fd)
 
 
+class Files:
+    """Files that stay open, read at any place by any thread."""
+
+    def __init__(self):
+        self._fds: dict[pathlib.Path, tuple[int, int | None]] = {}
+        self._maps: dict[pathlib.Path, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def read(
+        self, path: pathlib.Path, offset: int, length: int, buffers: "Buffers"
+    ) -> memoryview:
+        """`length` bytes, past the page cache if they are many; valid till the next."""
+        fd, direct_fd = self._opened(path)
+        start = offset // PAGE * PAGE
+        data = buffers.get(offset - start + length + PAGE, 0)
+        size = -(-(offset - start + length) // PAGE) * PAGE
+        if (
+            direct_fd is None
+            or length < _SMALL
+            or not _read_all(direct_fd, data[:size], start, offset - start + length)
+        ):
+            if not _read_all(fd, data[:size], start, offset - start + length):
+                raise ValueError(f"{path} was cut short while it was read.")
+        return data[offset - start : offset - start + length]
+
+    def mapped(self, path: pathlib.Path) -> np.ndarray:
+        """The file's bytes, read when they are touched."""
+        with self._lock:
+            if path not in self._maps:
+                self._maps[path] = np.memmap(path, np.uint8, mode="r")
+            return self._maps[path]
+
+    def close(self) -> None:
+        for pair in self._fds.values():
+            for fd in filter(None, pair):
+                os.close(fd)
+        self._fds.clear()
+        self._maps.clear()
+
+    def _opened(self, path: pathlib.Path) -> tuple[int, int | None]:
+        with self._lock:
+            if path not in self._fds:
+                plain = os.open(path, os.O_RDONLY)
+                self._fds[path] = plain, _open_direct(path, os.O_RDONLY)
+            return self._fds[path]
+
+
 class Directory:
-    """`out` in the making; a context manager that leaves `OUT.partial` on an error.
+    """`out` in the making; a context manager, which an error leaves unpublished.
+
+    After a ValueError, that is if what was read is wrong, nothing is kept. After any
+    other error, such as a full disk, the files that are whole are.
 
     Args:
       out: must not be there yet.
@@ -102,6 +154,13 @@ class Directory:
         self._lock = threading.Lock()
         self._whole = self._resume(work)
 
+    def __enter__(self) -> "Directory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and (issubclass(kind, ValueError) or not self._whole):
+            shutil.rmtree(self.partial, ignore_errors=True)
+
     def _resume(self, work: str) -> dict[str, dict[str, Any]]:
         rows = _read_rows(self._journal)
         if self.partial.exists() and not rows:
@@ -116,10 +175,16 @@ class Directory:
         self._add_row({"work": work})
         return {}
 
-    @property
-    def nbytes(self) -> int:
-        """Of the files that an earlier attempt finished."""
-        return sum(row["size"] for row in self._whole.values())
+    def require_room(self, total: int) -> None:
+        """Raises OSError unless the disk has room for the rest of `total` bytes."""
+        size = total - sum(row["size"] for row in self._whole.values())
+        free = shutil.disk_usage(self.partial).free
+        if free < size:
+            raise OSError(
+                errno.ENOSPC,
+                f"{self.out} needs {size / 1e9:.2f} GB more, and the disk has "
+                f"{free / 1e9:.2f} GB free",
+            )
 
     def has(self, name: str, size: int) -> bool:
         """Whether an earlier attempt finished this file, and it is as it was."""
@@ -177,23 +242,10 @@ class Buffers:
         """`size` bytes at an address with this remainder modulo `PAGE`."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size + PAGE:
-            buffer = mmap.mmap(-1, size + PAGE)
-            self._local.buffer = buffer
+            buffer = mmap.mmap(-1, max(size + PAGE, _KEPT_BYTES))
+            if len(buffer) == _KEPT_BYTES:
+                self._local.buffer = buffer
         return memoryview(buffer)[remainder : remainder + size]
-
-
-def require_room(out: pathlib.Path, size: int) -> None:
-    """Raises OSError unless the disk of `out` has room for `size` more bytes."""
-    directory = next(
-        p for p in pathlib.Path(os.path.abspath(out)).parents if p.exists()
-    )
-    free = shutil.disk_usage(directory).free
-    if free < size:
-        raise OSError(
-            errno.ENOSPC,
-            f"{out} needs {size / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB "
-            "free; nothing was written",
-        )
 
 
 @contextlib.contextmanager
@@ -211,11 +263,11 @@ def _explained(partial: pathlib.Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def _open_direct(path: pathlib.Path) -> int | None:
+def _open_direct(path: pathlib.Path, mode: int) -> int | None:
     if not _DIRECT:
         return None
     try:
-        return os.open(path, os.O_WRONLY | _DIRECT)
+        return os.open(path, mode | _DIRECT)
     except OSError:  # a file system without it
         return None
 
@@ -235,6 +287,21 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
     while data:
         written = os.pwrite(fd, data, offset)
         data, offset = data[written:], offset + written
+
+
+def _read_all(fd: int, out: memoryview, offset: int, needed: int) -> bool:
+    """Fills `out`, whose end may be past the file's; whether `needed` bytes came."""
+    while needed > 0:
+        try:
+            count = os.preadv(fd, [out], offset)
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # direct reads that the disk won't do
+                return False
+            raise
+        if not count:
+            return False
+        out, offset, needed = out[count:], offset + count, needed - count
+    return True
 
 
 def _sums_hold(path: pathlib.Path, sums: list[list[int]]) -> bool:

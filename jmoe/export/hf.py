@@ -16,7 +16,7 @@ import numpy as np
 
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.export import card, export_run, sources, write
+from jmoe.export import card, export_run, sources, work, write
 from jmoe.export.read import Leaf, Reader, Slices
 
 
@@ -87,7 +87,7 @@ def load(
         if jax.process_index() == 0:
             reader.check_copies()
         placed = _placed(reader, shardings)
-        with concurrent.futures.ThreadPoolExecutor(write.THREADS) as pool:
+        with concurrent.futures.ThreadPoolExecutor(work.THREADS) as pool:
             arrays = {
                 name: jax.make_array_from_callback(
                     leaf.shape,

@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -21,10 +21,11 @@ from jmoe.checkpoint import adopt
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import DataConfig, RunConfig, TrainConfig, override, to_dict
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.export import layout
-from jmoe.export.files import Buffers, Directory, require_room
+from jmoe.export import layout, work
+from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
-from jmoe.export.write import THREADS, Progress
+from jmoe.export.work import Budget
+from jmoe.export.write import Progress
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 ARRAYS = "arrays"  # where chunks wait until all are there
@@ -77,25 +78,17 @@ def import_run(
                 f"{model / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the "
                 f"model's vocab_size={run.model.vocab_size}."
             )
-        reader.check_copies()
-        directory = Directory(workdir, _identity(reader))
-        plan = {path: list(chunks(path, leaf)) for path, leaf in reader.leaves.items()}
-        total = sum(chunk.nbytes for row in plan.values() for chunk in row)
-        require_room(workdir, total - directory.nbytes)
-        _write_chunks(
-            directory, reader, itertools.chain(*plan.values()), started(total)
-        )
-        arrays = {
-            path: _describe(directory, path, leaf, plan[path])
-            for path, leaf in reader.leaves.items()
-        }
-    # Of an attempt that ended in the middle of what follows:
-    shutil.rmtree(directory.partial / CHECKPOINTS, ignore_errors=True)
-    adopt.adopt(directory.partial / CHECKPOINTS, 0, arrays, position={})
-    shutil.rmtree(directory.partial / ARRAYS)
-    tokenizer.save(directory.partial / TOKENIZER)
-    directory.write_text(workdirs.CONFIG, json.dumps(to_dict(run), indent=2))
-    directory.publish()
+        with Directory(workdir, _identity(reader)) as directory:
+            arrays = _write_arrays(directory, reader, started)
+            # Of an attempt that ended in the middle of what follows:
+            checkpoints = directory.partial / CHECKPOINTS
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            adopt.adopt(checkpoints, 0, arrays, position={})
+            shutil.rmtree(directory.partial / ARRAYS)
+            tokenizer.save(directory.partial / TOKENIZER)
+            record = json.dumps(to_dict(run), indent=2)
+            directory.write_text(workdirs.CONFIG, record)
+            directory.publish()
     return run
 
 
@@ -143,33 +136,56 @@ def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def _write_arrays(
+    directory: Directory, reader: Reader, started: Started
+) -> dict[str, adopt.Array]:
+    """Every leaf as a directory of chunks. MTP's copies are compared meanwhile."""
+    plan = {path: list(chunks(path, leaf)) for path, leaf in reader.leaves.items()}
+    every = list(itertools.chain(*plan.values()))
+    total = sum(chunk.nbytes for chunk in every)
+    directory.require_room(total)
+    with concurrent.futures.ThreadPoolExecutor(1) as aside:
+        checked = aside.submit(reader.check_copies)
+        _write_chunks(directory, reader, every, started(total))
+        checked.result()
+    return {
+        path: _describe(directory, path, leaf, plan[path])
+        for path, leaf in reader.leaves.items()
+    }
+
+
 def _write_chunks(
     directory: Directory,
     reader: Reader,
-    all_chunks: Iterable[Chunk],
+    every: Sequence[Chunk],
     progress: Progress,
 ) -> None:
-    buffers = Buffers()
+    buffers, budget = Buffers(), Budget()
 
     def one(chunk: Chunk) -> None:
         if not directory.has(chunk.file, chunk.nbytes):
-            data = buffers.get(chunk.nbytes, 0)
-            dtype = reader.leaves[chunk.path].dtype
-            out = np.frombuffer(data, dtype).reshape(chunk.shape)
-            reader.fill(out, chunk.path, chunk.index)
-            file = directory.open(chunk.file, chunk.nbytes)
-            file.write(0, data)
-            directory.finish(file)
+            with budget.hold(2 * chunk.nbytes):
+                _write_chunk(directory, reader, chunk, buffers)
         progress(chunk.nbytes)
 
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        futures = [pool.submit(one, chunk) for chunk in all_chunks]
-        try:
-            for future in concurrent.futures.as_completed(futures):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with concurrent.futures.ThreadPoolExecutor(work.THREADS) as pool:
+        work.each(pool, one, every)
+
+
+def _write_chunk(
+    directory: Directory, reader: Reader, chunk: Chunk, buffers: Buffers
+) -> None:
+    data = buffers.get(chunk.nbytes, 0)
+    dtype = reader.leaves[chunk.path].dtype
+    out = np.frombuffer(data, dtype).reshape(chunk.shape)
+    reader.fill(out, chunk.path, chunk.index)
+    file = directory.open(chunk.file, chunk.nbytes)
+    try:
+        file.write(0, data)
+    except BaseException:
+        file.discard()
+        raise
+    directory.finish(file)
 
 
 def _describe(

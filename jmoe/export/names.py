@@ -19,6 +19,7 @@ That, too, is DeepSeek's choice: with it, V3 has the 91,991 tensors that were pu
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -120,6 +121,7 @@ def expand(cfg: ModelConfig) -> list[Tensor]:
     return tensors
 
 
+@functools.lru_cache(maxsize=4)
 def abstract_leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The model's variables by path, without their values."""
     return manifest.flatten(abstract_variables(cfg))
@@ -160,25 +162,22 @@ def _block(cfg: ModelConfig, number: int) -> tuple[str, int | None]:
 def _block_rows(
     leaves: Mapping[str, Any], ours: str, theirs: str, layer: int | None
 ) -> Iterator[Tensor]:
-    for inside, names in (SMALL | PRODUCTS).items():
-        for name in (names,) if isinstance(names, str) else names:
-            yield from _rows(
-                leaves,
-                f"{ours}/{inside}",
-                f"{theirs}.{name}",
-                layer=layer,
-                half=None if isinstance(names, str) else names.index(name),
-                is_product=inside in PRODUCTS,
-            )
+    for inside, name in (SMALL | PRODUCTS).items():
+        pair = (name,) if isinstance(name, str) else name
+        yield from _rows(
+            leaves,
+            f"{ours}/{inside}",
+            *(f"{theirs}.{part}" for part in pair),
+            layer=layer,
+            is_product=inside in PRODUCTS,
+        )
 
 
 def _rows(
     leaves: Mapping[str, Any],
     ours: str,
-    theirs: str,
-    *,
+    *theirs: str,
     layer: int | None = None,
-    half: int | None = None,
     is_product: bool = False,
 ) -> Iterator[Tensor]:
     """What a row of a table stands for; nothing where the model has no such leaf."""
@@ -187,21 +186,21 @@ def _rows(
             continue
         shape = leaves[path].shape[layer is not None :]
         experts: Sequence[int | None] = [None]
-        if "{expert}" in theirs:
+        if "{expert}" in theirs[0]:
             experts, shape = range(shape[0]), shape[1:]
-        if half is not None:
+        if len(theirs) == 2:
             shape = (shape[0], *shape[2:])
         transposed = len(shape) > 1 and ours not in ROWS_FIRST
         if transposed:
             shape = (math.prod(shape[1:]), shape[0])
-        for expert in experts:
+        for expert, (half, name) in itertools.product(experts, enumerate(theirs)):
             yield Tensor(
-                name=theirs.format(expert=expert),
+                name=name.format(expert=expert),
                 shape=tuple(shape),
                 path=path,
                 layer=layer,
                 expert=expert,
-                half=half,
+                half=half if len(theirs) == 2 else None,
                 transposed=transposed,
                 is_product=is_product,
             )

@@ -8,9 +8,7 @@ has only some of the columns the file is mapped.
 
 import dataclasses
 import itertools
-import os
 import pathlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +16,7 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.export import names, numerics, safetensors, sources
-from jmoe.export.files import Buffers
+from jmoe.export.files import Buffers, Files
 from jmoe.export.layout import SCALE
 from jmoe.export.names import Tensor
 from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
@@ -87,7 +85,7 @@ class Reader:
         owned = [t for t in tensors if not t.is_copy]
         self._owners = {tensor.path: tensor.name for tensor in owned}
         self.leaves = self._leaves(owned, dtype)
-        self._files = _Files()
+        self._files = Files()
         self._buffers = Buffers()
 
     def close(self) -> None:
@@ -144,12 +142,14 @@ class Reader:
     def _differ(self, one: Found, other: Found) -> bool:
         if one[2:] != other[2:]:
             return True
-        buffers = [memoryview(bytearray(min(_COMPARED, one.nbytes))) for _ in range(2)]
+        buffers = Buffers(), Buffers()
         for start in range(0, one.nbytes, _COMPARED):
             length = min(_COMPARED, one.nbytes - start)
-            for found, buffer in zip((one, other), buffers, strict=True):
-                self._files.read(found.file, found.offset + start, buffer[:length])
-            if buffers[0][:length] != buffers[1][:length]:
+            first, second = (
+                self._files.read(found.file, found.offset + start, length, buffer)
+                for found, buffer in zip((one, other), buffers, strict=True)
+            )
+            if not np.array_equal(first, second):
                 return True
         return False
 
@@ -191,8 +191,10 @@ class Reader:
         if columns is not None and columns != slice(0, found.shape[1]):
             return self.raw(found)[rows, columns]
         width = found.nbytes // found.shape[0]
-        data = self._buffers.get((rows.stop - rows.start) * width, 0)
-        self._files.read(found.file, found.offset + rows.start * width, data)
+        offset, length = rows.start * width, (rows.stop - rows.start) * width
+        data = self._files.read(
+            found.file, found.offset + offset, length, self._buffers
+        )
         return np.frombuffer(data, found.dtype).reshape(-1, *found.shape[1:])
 
     def _leaves(self, tensors: Sequence[Tensor], dtype: str | None) -> dict[str, Leaf]:
@@ -294,43 +296,6 @@ def _lead(leaf: Leaf, index: Slices) -> tuple[Places, Places, Slices]:
         part = rest.pop(0)
         found.append([(n - part.start, n) for n in range(part.start, part.stop)])
     return found[0], found[1], tuple(rest)
-
-
-class _Files:
-    """Files that stay open, read at any place by any thread."""
-
-    def __init__(self):
-        self._fds: dict[pathlib.Path, int] = {}
-        self._maps: dict[pathlib.Path, np.ndarray] = {}
-        self._lock = threading.Lock()
-
-    def read(self, path: pathlib.Path, offset: int, out: memoryview) -> None:
-        """Fills `out` from `offset` on."""
-        fd = self._fd(path)
-        while out:
-            count = os.preadv(fd, [out], offset)
-            if not count:
-                raise ValueError(f"{path} was cut short while it was read.")
-            out, offset = out[count:], offset + count
-
-    def mapped(self, path: pathlib.Path) -> np.ndarray:
-        """The file's bytes, read when they are touched."""
-        with self._lock:
-            if path not in self._maps:
-                self._maps[path] = np.memmap(path, np.uint8, mode="r")
-            return self._maps[path]
-
-    def close(self) -> None:
-        for fd in self._fds.values():
-            os.close(fd)
-        self._fds.clear()
-        self._maps.clear()
-
-    def _fd(self, path: pathlib.Path) -> int:
-        with self._lock:
-            if path not in self._fds:
-                self._fds[path] = os.open(path, os.O_RDONLY)
-            return self._fds[path]
 
 
 def _one_of(field: str, value: str, allowed: Sequence[str]) -> None:

@@ -12,15 +12,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from jmoe.export import layout, numerics, sources
-from jmoe.export.files import Buffers, Directory, File
+from jmoe.export import layout, numerics, sources, work
+from jmoe.export.files import Buffers, Directory
 from jmoe.export.layout import SCALE, Entry, Shard, Unit
 from jmoe.export.names import Tensor
 from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
 from jmoe.export.sources import Source
+from jmoe.export.work import Budget
 
 SHARD_BYTES = 5_000_000_000
-THREADS = 4
 
 FORMATS = ("float32", "bfloat16", "fp8")  # what a checkpoint may be written in
 Progress = Callable[[int], None]  # is told of bytes written
@@ -86,48 +86,39 @@ def identity(made: Plan, source: Source) -> str:
 
 def write(directory: Directory, made: Plan, source: Source, progress: Progress) -> None:
     """Writes every shard that `directory` doesn't have whole already."""
-    buffers = Buffers()
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        closing: list[concurrent.futures.Future] = []
-        for shard in made.shards:
-            if directory.has(shard.file, shard.size):
-                progress(shard.size)
-                continue
-            file = directory.open(shard.file, shard.size)
-            try:
-                _write_shard(file, shard, source, buffers, pool, progress)
-            except BaseException:
-                file.discard()
-                raise
-            closing.append(pool.submit(directory.finish, file))
-        for future in closing:
-            future.result()
+    buffers, budget = Buffers(), Budget()
+
+    def write_shard(shard: Shard) -> None:
+        if directory.has(shard.file, shard.size):
+            progress(shard.size)
+            return
+
+        def one(unit: Unit) -> None:
+            with budget.hold(_memory(unit, source)):
+                for offset, data in _encoded(unit, shard, source, buffers):
+                    file.write(offset, data)
+                    progress(len(data))
+
+        file = directory.open(shard.file, shard.size)
+        try:
+            file.write(0, memoryview(shard.header))
+            progress(len(shard.header))
+            work.each(pool, one, shard.units)
+        except BaseException:
+            file.discard()
+            raise
+        directory.finish(file)
+
+    with (
+        concurrent.futures.ThreadPoolExecutor(work.THREADS) as pool,
+        concurrent.futures.ThreadPoolExecutor(work.SHARDS_AT_ONCE) as shards,
+    ):
+        work.each(shards, write_shard, made.shards)
 
 
-def _write_shard(
-    file: File,
-    shard: Shard,
-    source: Source,
-    buffers: Buffers,
-    pool: concurrent.futures.ThreadPoolExecutor,
-    progress: Progress,
-) -> None:
-    def one(unit: Unit) -> None:
-        for offset, data in _encoded(unit, shard, source, buffers):
-            file.write(offset, data)
-            progress(len(data))
-
-    file.write(0, memoryview(shard.header))
-    progress(len(shard.header))
-    futures = [pool.submit(one, unit) for unit in shard.units]
-    try:
-        for future in concurrent.futures.as_completed(futures):
-            future.result()
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        concurrent.futures.wait(futures)
-        raise
+def _memory(unit: Unit, source: Source) -> int:
+    """What a unit takes while it is read and converted, at most."""
+    return 2 * source.dtypes[unit.path].itemsize * sum(t.size for t in unit.tensors)
 
 
 def _encoded(
