@@ -114,8 +114,7 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
     if host.device == "cpu":
         _refuse_on_cpus(exported, cfg, host)
         special = _cpu_arguments(cfg)
-        bind = {"VLLM_CPU_OMP_THREADS_BIND": _core_lists(cfg, host)}
-        environment = ENVIRONMENT | bind
+        environment = ENVIRONMENT | _threads(serving, host)
     else:
         special = _cuda_arguments(cfg)
         environment = ENVIRONMENT
@@ -177,13 +176,17 @@ def _bytes(gib: float) -> int:
     return int(gib * 2**30)
 
 
-def _core_lists(cfg: EngineConfig, host: Host) -> str:
-    """The cores of each rank, as in "0,1|2,3": left alone, vLLM wants a NUMA node."""
-    share = len(host.cores) // cfg.num_devices
-    ranks = [
-        host.cores[rank * share : (rank + 1) * share] for rank in range(cfg.num_devices)
-    ]
-    return "|".join(",".join(map(str, cores)) for cores in ranks)
+def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
+    """Which cores each rank computes on, as in "0,1|2,3"; by itself vLLM wants a NUMA
+    node for each. Replicas that share a machine share its cores out in number only.
+    """
+    ranks = serving.engine.num_devices * serving.max_replicas
+    share = max(len(host.cores) // ranks, 1)
+    if serving.max_replicas > 1:
+        return {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(share)}
+    lists = (host.cores[rank * share : (rank + 1) * share] for rank in range(ranks))
+    joined = "|".join(",".join(map(str, cores)) for cores in lists)
+    return {"VLLM_CPU_OMP_THREADS_BIND": joined}
 
 
 def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:

@@ -53,6 +53,12 @@ def test_each_rank_on_cpus_has_cores_of_its_own():
     assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "0,1|2,3"
 
 
+def test_replicas_that_share_a_machine_share_its_cores():
+    environment = asked(CPU, "max_replicas=2").environment
+    assert environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
 def test_sixteen_gpus_on_two_machines_with_experts_placed_by_load():
     arguments, environment = asked(
         CUDA,
