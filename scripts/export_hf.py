@@ -2,6 +2,11 @@
 
 python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_hf
 python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_fp8 --dtype=fp8
+python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny.pt --format=pt
+python scripts/export_hf.py --dry_run --model=v3
+
+A dry run lists what would be written, and of DeepSeek-V3 in FP8 compares it with what
+was published.
 """
 
 import pathlib
@@ -13,7 +18,7 @@ from jmoe.train import runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
 _OUT = flags.DEFINE_string(
-    "out", None, "Directory to write; must not exist.", required=True
+    "out", None, "What to write; must not exist. By default <workdir>_hf."
 )
 _STEP = flags.DEFINE_integer(
     "step", None, "Of which checkpoint; by default the newest."
@@ -26,26 +31,63 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
+_FORMAT = flags.DEFINE_enum(
+    "format",
+    "safetensors",
+    ["safetensors", "pt"],
+    "A directory with safetensors files, or a file for torch.load.",
+)
+_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "About how large a file may be.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what a model would have.")
+_MODEL = flags.DEFINE_string("model", "v3", "Preset of the dry run.")
+
+
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     runtime.keep_freed_memory()
     runtime.log_warnings_only()
-    from jmoe.export.export_run import export_run
-    from jmoe.export.progress import Progress
-
     try:
-        with Progress(f"to {_OUT.value}") as progress:
-            export_run(
-                pathlib.Path(_WORKDIR.value),
-                pathlib.Path(_OUT.value),
-                step=_STEP.value,
-                dtype=_DTYPE.value,
-                started=progress.start,
-            )
+        if _DRY_RUN.value:
+            dry_run(_MODEL.value, _DTYPE.value or "fp8")
+        else:
+            suffix = ".pt" if _FORMAT.value == "pt" else "_hf"
+            export(pathlib.Path(_OUT.value or f"{_WORKDIR.value}{suffix}"))
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     return 0
+
+
+def export(out: pathlib.Path) -> None:
+    """Writes `out` as the flags say."""
+    from jmoe.export.export_run import export_run
+    from jmoe.export.progress import Progress
+    from jmoe.export.torch_file import export_torch
+
+    writer = {"safetensors": export_run, "pt": export_torch}[_FORMAT.value]
+    with Progress(f"to {out}") as progress:
+        writer(
+            pathlib.Path(_WORKDIR.value),
+            out,
+            step=_STEP.value,
+            dtype=_DTYPE.value,
+            shard_bytes=int(_SHARD_GB.value * 1e9),
+            started=progress.start,
+        )
+
+
+def dry_run(model: str, dtype: str) -> None:
+    """Prints the plan of a preset's export."""
+    import rich.console
+
+    from jmoe.export import dry_run as dry
+
+    made = dry.plan_preset(model, dtype)
+    console = rich.console.Console(highlight=False)
+    console.print(dry.table(made))
+    console.print(dry.summary(made))
+    if (model, dtype) == dry.PUBLISHED:
+        console.print("All names, shapes and types are those of the published files.")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,16 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 FLAGS = {
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
-    "scripts/export_hf.py": ["workdir", "out", "step", "dtype"],
+    "scripts/export_hf.py": [
+        "workdir",
+        "out",
+        "step",
+        "dtype",
+        "format",
+        "shard_gb",
+        "dry_run",
+        "model",
+    ],
     "scripts/generate.py": [
         "workdir",
         "step",

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import traverse_util
 
+from jmoe.checkpoint import manifest
+from jmoe.export import names
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer
 from jmoe.nn.router import Router
@@ -71,50 +72,26 @@ class Measured(NamedTuple):
     routing: list[tuple[Any, Any]]  # of each MoE layer, experts and gates [N, K]
 
 
-HF_NAMES = {
-    "embedding": "model.embed_tokens.weight",
-    "final_norm": "model.norm",
-    "head": "lm_head.weight",
-    "attention": "self_attn",
-    "attention_norm": "input_layernorm",
-    "mlp_norm": "post_attention_layernorm",
-    "query": "q_proj",
-    "query_down": "q_a_proj",
-    "query_norm": "q_a_layernorm",
-    "query_up": "q_b_proj",
-    "kv_down": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm",
-    "kv_up": "kv_b_proj",
-    "out": "o_proj",
-    "moe": "mlp",
-    "router": "gate",
-    "shared": "shared_experts",
-    "gate_up": "gate_up_proj",
-    "down": "down_proj",
-    "kernel": "weight",
-    "scale": "weight",
-    "bias": "e_score_correction_bias",
-}
-
-
-def hf_tensors(tree, num_dense):
-    """An unstacked collection under Hugging Face's names and in torch's layouts."""
-    tensors = {}
-    for (block, *path), x in traverse_util.flatten_dict(tree).items():
-        kind, _, index = block.partition("_")
-        if index.isdigit():
-            block = f"model.layers.{int(index) + num_dense * (kind == 'moe')}"
-        name = ".".join(HF_NAMES.get(part, part) for part in (block, *path))
-        if "experts" in path:
-            tensors[name] = x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
-        elif "gate_up" in path:
-            for half, x_DF in zip(("gate", "up"), x.swapaxes(0, 1), strict=True):
-                tensors[name.replace("gate_up", half)] = x_DF.T
-        elif x.ndim > 1 and block != "embedding":
-            tensors[name] = x.reshape(len(x), -1).T
-        else:
-            tensors[name] = x
-    return {name: np.array(x) for name, x in tensors.items()}
+def hf_tensors(variables, cfg):
+    """Variables, or some collections, as transformers has them: experts stacked."""
+    leaves = {name: np.array(x) for name, x in manifest.flatten(variables).items()}
+    tensors, parts = {}, {}
+    for tensor in names.expand(cfg):
+        if tensor.path not in leaves:
+            continue
+        x = leaves[tensor.path][tensor.index]
+        if tensor.transposed:
+            x = np.ascontiguousarray(x.reshape(len(x), -1).T)
+        if tensor.expert is None:
+            tensors[tensor.name] = x
+            continue
+        before, _, kind = tensor.name.rpartition(f".{tensor.expert}.")
+        stack = "down_proj" if "down" in kind else "gate_up_proj"
+        parts.setdefault(f"{before}.{stack}", []).append(x)
+    for name, own in parts.items():
+        stack = np.concatenate(own)
+        tensors[name] = stack.reshape(cfg.moe.router.num_experts, -1, stack.shape[-1])
+    return tensors
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,9 +114,9 @@ def loss_and_more(cfg, variables, tokens_BT):
     return loss, (features.hidden_BTD @ features.head_DV, captured)
 
 
-def run_jmoe(cfg, variables, tokens_BT, unstack):
+def run_jmoe(cfg, variables, tokens_BT):
     (loss, (logits, captured)), gradients = loss_and_more(cfg, variables, tokens_BT)
-    gradients = hf_tensors(unstack(gradients["params"]), cfg.num_dense_layers)
+    gradients = hf_tensors({"params": gradients["params"]}, cfg)
     if cfg.layer_loop == "scan":  # which captures nothing inside
         return Measured(logits, loss, gradients, [], [])
     layers = captured["intermediates"]
@@ -183,16 +160,13 @@ def run_transformers(cfg, state, tokens_BT):
 
 
 @pytest.fixture(scope="module", params=CASES)
-def measured(request, small_config, random_variables, unstack):
+def measured(request, small_config, random_variables):
     """The same model on both sides: (jmoe's, transformers')."""
     cfg = small_config(*CASES[request.param])
     variables = random_variables(cfg)
     tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (B, T))
-    state = {}
-    for collection in variables.values():
-        state |= hf_tensors(unstack(collection), cfg.num_dense_layers)
-    theirs = run_transformers(cfg, state, tokens_BT)
-    return run_jmoe(cfg, variables, tokens_BT, unstack), theirs
+    theirs = run_transformers(cfg, hf_tensors(variables, cfg), tokens_BT)
+    return run_jmoe(cfg, variables, tokens_BT), theirs
 
 
 UNROLLED = pytest.mark.parametrize("measured", set(CASES) - {"scan"}, indirect=True)

@@ -1,0 +1,61 @@
+"""A run's weights as one file for `torch.load`: a plain state dict of tensors.
+
+Its names are those of `DeepseekV3ForCausalLM`'s checkpoints. The weights are written as
+safetensors first, and torch gets them mapped from there: what the system has no room
+for, it drops and reads again.
+"""
+
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import numpy as np
+
+from jmoe.export import safetensors
+from jmoe.export.export_run import export_run
+
+_TYPES = {"F32": "float32", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
+
+
+def export_torch(workdir: pathlib.Path, out: pathlib.Path, **options: Any) -> None:
+    """Writes the file `out`; `options` and errors are those of `export_run`.
+
+    Raises:
+      ValueError: `out` exists, or torch isn't installed.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise ValueError("format='pt' needs torch, not installed here.") from None
+    if out.exists():
+        raise ValueError(f"out={str(out)!r} exists already; choose another.")
+    directory = out.with_name(out.name + ".safetensors")
+    unfinished = out.with_name(out.name + ".partial")
+    export_run(workdir, directory, **options)
+    try:
+        torch.save(_mapped(directory), unfinished)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.rename(out)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        shutil.rmtree(directory)
+
+
+def _mapped(directory: pathlib.Path) -> dict[str, Any]:
+    """The directory's tensors, read when they are touched."""
+    import torch
+
+    maps: dict[pathlib.Path, np.ndarray] = {}
+    tensors = {}
+    for name, found in safetensors.read_headers(directory).items():
+        if found.file not in maps:  # writable for torch's sake, never on the disk
+            maps[found.file] = np.memmap(found.file, np.uint8, mode="c")
+        tensors[name] = torch.frombuffer(
+            maps[found.file],
+            dtype=getattr(torch, _TYPES[found.code]),
+            count=int(np.prod(found.shape)),
+            offset=found.offset,
+        ).reshape(found.shape)
+    return tensors
