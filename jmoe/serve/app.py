@@ -133,12 +133,20 @@ def serve_until_stopped(cfg: ServeConfig, engine: Engine, device: str) -> None:
     """Starts Ray unless it runs already, serves, and drains at SIGTERM or Ctrl-C.
 
     Raises:
-      ValueError: the port is taken, or Ray has too few devices.
+      ValueError: the port is taken, Ray serves already, or it has too few devices.
       RuntimeError: the engine didn't start.
     """
     _refuse_taken_port(cfg)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level="error")
+    try:
+        _refuse_unfit_cluster(cfg, device)
+        _serve(cfg, engine, device)
+    finally:
+        ray.shutdown()
+
+
+def _serve(cfg: ServeConfig, engine: Engine, device: str) -> None:
     try:
         with _stop_signals():
             _start(cfg, engine, device)
@@ -146,19 +154,11 @@ def serve_until_stopped(cfg: ServeConfig, engine: Engine, device: str) -> None:
     except _Stopped:
         pass
     finally:
-        with contextlib.suppress(_Stopped), _stop_signals():  # the second is in earnest
+        with contextlib.suppress(_Stopped), _stop_signals():  # a second doesn't wait
             _stop(cfg)
-        ray.shutdown()
 
 
 def _start(cfg: ServeConfig, engine: Engine, device: str) -> None:
-    kind, count = replicas.needed(cfg, device)
-    found = ray.cluster_resources().get(kind, 0)
-    if found < count:
-        raise ValueError(
-            f"min_replicas={cfg.min_replicas} of {cfg.engine.num_devices} {kind}s each "
-            f"need {count}; Ray has {found:g}."
-        )
     began = time.monotonic()
     serve.start(
         http_options={"host": cfg.host, "port": cfg.port},
@@ -200,6 +200,22 @@ def _refuse_taken_port(cfg: ServeConfig) -> None:
             raise ValueError(
                 f"host={cfg.host!r}, port={cfg.port}: {error.strerror}."
             ) from error
+
+
+def _refuse_unfit_cluster(cfg: ServeConfig, device: str) -> None:
+    running = list(serve.status().applications)
+    if running:
+        raise ValueError(
+            f"This Ray serves {', '.join(running)} already. RAY_ADDRESS=local starts "
+            "another."
+        )
+    kind, count = replicas.needed(cfg, device)
+    found = ray.cluster_resources().get(kind, 0)
+    if found < count:
+        raise ValueError(
+            f"min_replicas={cfg.min_replicas} of {cfg.engine.num_devices} {kind}s each "
+            f"need {count}; Ray has {found:g}."
+        )
 
 
 class _Stopped(BaseException):
