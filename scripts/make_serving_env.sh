@@ -6,7 +6,7 @@
 # Extras of pyproject.toml can't express it: vLLM's CPU build must be installed without
 # the GPU packages that it lists. It takes 3.5 GB and 2 to 5 minutes. A second call in the
 # same DIR does nothing unless this file or pyproject.toml has changed. On machines with
-# GPUs, install `vllm` and `ray[serve]` in an environment of your own instead.
+# GPUs, `pip install -e ".[serve]"` instead.
 set -euo pipefail
 
 torch="torch==2.13.0" # the last version with a CPU build that plain pip finds
