@@ -260,6 +260,12 @@ def check(
             problems.append(
                 f"  unreadable: {name} {x.code}, not {' or '.join(allowed)}"
             )
+    mtp = [t.name for t in tensors if "/mtp_" in t.path]
+    if mtp and not any(name in found for name in mtp):
+        problems.append(
+            "All MTP layers that the config promises are missing: if they were dropped "
+            "on purpose, set num_nextn_predict_layers to 0 in it."
+        )
     if problems:
         title = f"{where} is not the checkpoint that its config.json describes:"
         raise ValueError("\n".join([title, *problems]))
