@@ -51,6 +51,8 @@ def main(argv: list[str]) -> int:
         if _DRY_RUN.value:
             dry_run(_MODEL.value, _DTYPE.value or "fp8")
         else:
+            if _SHARD_GB.value <= 0:
+                raise ValueError(f"shard_gb={_SHARD_GB.value} must be above 0.")
             suffix = ".pt" if _FORMAT.value == "pt" else "_hf"
             export(pathlib.Path(_OUT.value or f"{_WORKDIR.value}{suffix}"))
     except (ValueError, OSError) as error:

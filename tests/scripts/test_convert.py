@@ -1,0 +1,108 @@
+"""scripts/export_hf.py and scripts/import_hf.py: a run goes out, comes in, goes on."""
+
+import json
+import pathlib
+
+import pytest
+
+from jmoe.export import safetensors
+
+GREEDY = ("--prompt=The square of ", "--temperature=0", "--max_new_tokens=20")
+
+
+@pytest.fixture(scope="module")
+def exported(script, trained, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    outcome = script("export_hf", f"--workdir={trained}", f"--out={out}")
+    assert outcome.code == 0 and outcome.err == ""
+    assert f"to {out}: 0.00 GB in 0:00:00" in outcome.out
+    return out
+
+
+@pytest.fixture(scope="module")
+def imported(script, exported, smallest_arguments) -> pathlib.Path:
+    """A run of the exported model, to be trained on the same text."""
+    workdir = exported.with_name("imported")
+    data = [argument for argument in smallest_arguments if "--set=" in argument]
+    outcome = script(
+        "import_hf",
+        f"--model={exported}",
+        f"--workdir={workdir}",
+        *data,
+        "--set=data.sequence_length=32",
+        "--set=data.validation_fraction=0.2",
+        "--set=train.batch_size=8",
+        "--set=train.microbatch_size=4",
+        "--set=train.eval_batches=2",
+        "--set=train.steps=2",
+    )
+    assert outcome.code == 0 and outcome.err == ""
+    return workdir
+
+
+def test_the_imported_model_writes_the_same_text(script, trained, imported):
+    texts = [
+        script("generate", f"--workdir={workdir}", *GREEDY).out
+        for workdir in (trained, imported)
+    ]
+    assert texts[0] == texts[1] != ""
+
+
+def test_training_goes_on_from_imported_weights(script, trained, imported):
+    def losses(workdir):
+        rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return [row["val_loss"] for row in rows if "val_loss" in row]
+
+    record = f"--experiment={imported / 'config.json'}"
+    outcome = script("train", record, f"--workdir={imported}")
+    assert outcome.code == 0, outcome.err
+    assert losses(imported)[0] == pytest.approx(losses(trained)[-1], abs=0.05)
+    outcome = script("train", record, f"--workdir={imported}", "--set=train.steps=3")
+    assert "Goes on from the checkpoint of step 2" in outcome.out
+
+
+def test_types_formats_and_sizes_of_files_can_be_chosen(script, trained, tmp_path):
+    options = ("--dtype=fp8", "--shard_gb=0.00005")
+    outcome = script(
+        "export_hf", f"--workdir={trained}", f"--out={tmp_path / 'hf'}", *options
+    )
+    assert outcome.code == 0, outcome.err
+    found = safetensors.read_headers(tmp_path / "hf")
+    assert {x.code for x in found.values()} == {"F8_E4M3", "F32", "BF16"}
+    assert len({x.file for x in found.values()}) > 1
+    torch = pytest.importorskip("torch")
+    out = tmp_path / "weights.pt"
+    outcome = script("export_hf", f"--workdir={trained}", f"--out={out}", "--format=pt")
+    assert outcome.code == 0, outcome.err
+    assert torch.load(out).keys() == {n for n in found if not n.endswith("_inv")}
+
+
+def test_a_dry_run_writes_nothing(script, tmp_path):
+    outcome = script("export_hf", "--dry_run", "--model=tiny", "--dtype=bfloat16")
+    assert outcome.code == 0, outcome.err
+    assert "tensors of 4.8M parameters, 0.01 GB in 1 files" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "complaint"),
+    [
+        ("export_hf", ["--workdir={0}/no"], "no' holds no run: it has no config.json"),
+        ("export_hf", ["--workdir={0}", "--out={0}"], "exists already"),
+        ("export_hf", ["--workdir={0}", "--step=7"], "No checkpoint of step 7"),
+        ("export_hf", ["--workdir={0}", "--shard_gb=0"], "shard_gb=0.0 must be above"),
+        ("export_hf", ["--dry_run", "--model=v4"], "Unknown model preset 'v4'"),
+        ("import_hf", ["--model={0}/no", "--workdir={0}/x"], "no' is not a directory"),
+        (
+            "import_hf",
+            ["--model={0}", "--workdir={0}/x"],
+            "The config lacks model_type",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(
+    script, trained, name, arguments, complaint
+):
+    outcome = script(name, *(text.format(trained) for text in arguments))
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err.startswith("error: ") and outcome.err.count("\n") == 1
+    assert complaint in outcome.err
