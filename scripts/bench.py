@@ -1,6 +1,7 @@
 """Measures jmoe against the alternatives, in one run on one machine.
 
 python scripts/bench.py --suite=train_cpu
+python scripts/bench.py --suite=convert
 
 Each suite prints what was asked and what was measured, and writes it with the machine,
 the versions and the commit to experiments/results/<suite>.json.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Modules with a `run(rounds, say) -> Report`, imported when they are asked for: each
 # needs other libraries.
 SUITES = {
+    "convert": "experiments.benchmarks.convert",
     "train_cpu": "experiments.benchmarks.train_cpu",
 }
 
