@@ -20,7 +20,22 @@ def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransforma
     optimizer = OPTIMIZERS[cfg.name](cfg, rate)
     if cfg.moment_dtype != "float32":
         optimizer = store_moments(optimizer, jnp.dtype(cfg.moment_dtype))
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), optimizer)
+    return optax.chain(clip_by_global_norm(cfg.clip_norm), optimizer)
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales all gradients so that their norm together is at most `max_norm`.
+
+    optax's own divides every element, and again in each pass over the gradients that
+    it is fused into: a fifth of AdamW's time on CPU.
+    """
+
+    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+        del params
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(gradients))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def adamw(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
