@@ -50,7 +50,8 @@ def config_json(
 ) -> dict[str, Any]:
     """`config.json` of weights in `dtype`, those of products in FP8 if `is_fp8`."""
     extras = json.loads(cfg.hf_extras)
-    extras.pop("quantization_config", None)
+    for key in ("auto_map", "quantization_config"):  # of code and weights elsewhere
+        extras.pop(key, None)
     plain = dataclasses.replace(cfg, dtype=dtype, hf_extras=json.dumps(extras))
     written = plain.to_hf()
     if is_fp8:
@@ -74,12 +75,18 @@ def generation_json(eos_id: int) -> dict[str, Any]:
 def tokenizer_files(path: pathlib.Path, max_positions: int) -> dict[str, Any]:
     """tokenizer.json and tokenizer_config.json, from a run's tokenizer.json.
 
+    A run that was imported has both, and they stay as they are.
+
     Raises:
       FileNotFoundError, ValueError: it is missing, or no tokenizer.
     """
     tokenizer = Tokenizer.from_file(path)
     opening = tokenizer.decode([tokenizer.eos_id])
     described = json.loads(path.read_text(encoding="utf-8"))
+    imported = path.with_name(TOKENIZER_CONFIG)
+    if imported.is_file():
+        config = json.loads(imported.read_text(encoding="utf-8"))
+        return {TOKENIZER: described, TOKENIZER_CONFIG: config}
     if not described.get("post_processor"):
         described["post_processor"] = _opens_with(opening, tokenizer.eos_id)
     config = {

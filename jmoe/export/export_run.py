@@ -113,24 +113,18 @@ def write_directory(
         directory.publish()
 
 
-def _check_leaves(expected: Mapping[str, Any], source: Source) -> None:
+def _check_leaves(abstract: Mapping[str, Any], source: Source) -> None:
+    expected = {path: tuple(leaf.shape) for path, leaf in abstract.items()}
     found = {
         path: shape
         for path, shape in source.shapes.items()
         if not path.startswith(sources.SCALES)
     }
     wrong = [
-        f"  {path}: expected {_shape(expected, path)}, found {_shape(source, path)}"
+        f"  {path}: expected {expected.get(path, 'nothing')}, "
+        f"found {found.get(path, 'nothing')}"
         for path in sorted({*expected, *found})
-        if path not in expected
-        or path not in found
-        or tuple(expected[path].shape) != found[path]
+        if expected.get(path) != found.get(path)
     ]
     if wrong:
         raise ValueError("\n".join(["The variables are not the model's:", *wrong]))
-
-
-def _shape(leaves: Any, path: str) -> str:
-    if isinstance(leaves, Mapping):
-        return str(tuple(leaves[path].shape)) if path in leaves else "nothing"
-    return str(leaves.shapes.get(path, "nothing"))

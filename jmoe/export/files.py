@@ -215,7 +215,10 @@ class Directory:
     def write_text(self, name: str, text: str) -> None:
         """A small file, written anew in every attempt."""
         path = self.partial / name
-        with _explained(self.partial, len(text)), path.open("w") as file:
+        with (
+            _explained(self.partial, len(text)),
+            path.open("w", encoding="utf-8") as file,
+        ):
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -22,6 +22,7 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import DataConfig, RunConfig, TrainConfig, override, to_dict
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import layout, work
+from jmoe.export.card import TOKENIZER_CONFIG
 from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
 from jmoe.export.work import Budget
@@ -86,6 +87,9 @@ def import_run(
             adopt.adopt(checkpoints, 0, arrays, position={})
             shutil.rmtree(directory.partial / ARRAYS)
             tokenizer.save(directory.partial / TOKENIZER)
+            if (model / TOKENIZER_CONFIG).is_file():
+                text = (model / TOKENIZER_CONFIG).read_text(encoding="utf-8")
+                directory.write_text(TOKENIZER_CONFIG, text)
             record = json.dumps(to_dict(run), indent=2)
             directory.write_text(workdirs.CONFIG, record)
             directory.publish()

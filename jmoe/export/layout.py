@@ -32,7 +32,7 @@ CODES = {FLOAT32: "F32", BFLOAT16: "BF16", FLOAT8: "F8_E4M3"}  # in the header
 class Unit:
     """Pieces of one leaf that are handled together.
 
-    index: selects them in the leaf, leading dimensions only. shape: of what it selects.
+    index: selects them in the leaf, by its leading dimensions.
     """
 
     path: str

@@ -41,11 +41,11 @@ class Leaf:
 
     @property
     def is_stacked(self) -> bool:
-        return (next(iter(self.tensors)))[0] is not None
+        return next(iter(self.tensors))[0] is not None
 
     @property
     def has_experts(self) -> bool:
-        return (next(iter(self.tensors)))[1] is not None
+        return next(iter(self.tensors))[1] is not None
 
 
 class Reader:
@@ -73,8 +73,7 @@ class Reader:
         if dtype is not None:
             _one_of("dtype", dtype, DTYPES)
         self.directory = pathlib.Path(directory)
-        self.config = safetensors.read_config(self.directory)
-        self.cfg = ModelConfig.from_hf(self.config)
+        self.cfg = ModelConfig.from_hf(safetensors.read_config(self.directory))
         self.found = safetensors.read_headers(self.directory)
         tensors = names.expand(self.cfg)
         check(tensors, self.found, self.directory)
@@ -96,11 +95,6 @@ class Reader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def nbytes(self) -> int:
-        """Of all tensors in the files."""
-        return sum(found.nbytes for found in self.found.values())
 
     def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
         """`out[:] = leaf[index]`; may be called from several threads.

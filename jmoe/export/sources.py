@@ -10,13 +10,12 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (names like "bfloat16" for numpy)
+import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
 import numpy as np
 
 from jmoe.checkpoint import manifest
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.export.names import COLLECTIONS
-from jmoe.export.numerics import FLOAT8
 
 SCALES = "fp8_scales"
 
@@ -40,7 +39,7 @@ class Source(abc.ABC):
 
 
 class InMemory(Source):
-    """Variables as `Transformer.init` makes them, on any devices."""
+    """Variables as `Transformer.init` makes them, on any devices of this process."""
 
     def __init__(self, variables: Any):
         self._leaves = manifest.flatten(variables)
@@ -76,8 +75,3 @@ class Stored(Source):
 def scales_path(path: str) -> str:
     """Where the block scales of the FP8 leaf at `path` are."""
     return f"{SCALES}/{path.partition('/')[2]}"
-
-
-def is_kept(source: Source) -> bool:
-    """Whether the weights are FP8 already."""
-    return FLOAT8 in source.dtypes.values()

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -94,9 +95,15 @@ def contents():
 
 
 @pytest.fixture
-def workdir(tmp_path, draw) -> pathlib.Path:
+def workdir(small_run, tmp_path) -> pathlib.Path:
     """The directory of a run, with a checkpoint of step 7."""
-    directory = tmp_path / "run"
+    return shutil.copytree(small_run, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory, draw) -> pathlib.Path:
+    """The same, not to be changed."""
+    directory = tmp_path_factory.mktemp("small") / "run"
     run = RunConfig(
         name="small",
         model=SMALL,

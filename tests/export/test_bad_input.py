@@ -20,11 +20,17 @@ def quiet(_total):
     return lambda nbytes: None
 
 
+@pytest.fixture(scope="module")
+def whole_model(small_run, tmp_path_factory) -> pathlib.Path:
+    out = tmp_path_factory.mktemp("exported") / "hf"
+    export_run(small_run, out, started=quiet, shard_bytes=300_000)
+    return out
+
+
 @pytest.fixture
-def model(workdir, tmp_path) -> pathlib.Path:
+def model(whole_model, tmp_path) -> pathlib.Path:
     """A directory of several files, all well."""
-    export_run(workdir, tmp_path / "hf", started=quiet, shard_bytes=300_000)
-    return tmp_path / "hf"
+    return shutil.copytree(whole_model, tmp_path / "hf")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 
 from jmoe.export import hf
 from jmoe.export.export_run import export_run
+from jmoe.export.import_run import import_run
 from jmoe.nn.model import Transformer
 
 torch = pytest.importorskip("torch", reason="compares with torch")
@@ -59,6 +60,19 @@ def test_what_transformers_saved_comes_in_with_the_same_logits(small_config, tmp
     assert np.abs(np.asarray(ours) - theirs).max() < 1e-5
 
 
+def test_a_chat_template_survives_the_way_in_and_out(workdir, tmp_path):
+    export_run(workdir, tmp_path / "a", started=lambda _: lambda _: None)
+    path = tmp_path / "a" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"chat_template": "{{ messages[0]['role'] }}"}))
+    import_run(tmp_path / "a", tmp_path / "run2", started=lambda _: lambda _: None)
+    export_run(tmp_path / "run2", tmp_path / "b", started=lambda _: lambda _: None)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "b")
+    turns = [{"role": "someone", "content": "hello"}]
+    assert theirs.apply_chat_template(turns, tokenize=False) == "someone"
+    assert theirs("text")["input_ids"][0] == theirs.bos_token_id
+
+
 def test_the_tokenizer_opens_a_text_as_training_does(workdir, tmp_path):
     export_run(workdir, tmp_path / "hf", started=lambda _: lambda _: None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
@@ -72,4 +86,3 @@ def test_the_tokenizer_opens_a_text_as_training_does(workdir, tmp_path):
     assert chat == "user: hello\nassistant:"
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "hf")
     assert generation.eos_token_id == ours.eos_id and generation.do_sample
-    assert json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
