@@ -131,7 +131,7 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
         return _add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    h_NX = jnp.zeros((rows.token_N.size, 2 * mlp_dim), x_TD.dtype)
+    h_NX = _zeros_after(x_TD, (rows.token_N.size, 2 * mlp_dim))
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
@@ -187,8 +187,8 @@ def _backward(saved, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        jnp.zeros_like(gate_up_EDX),
-        jnp.zeros_like(down_EFD),
+        _zeros_after(dy_TD, gate_up_EDX.shape),
+        _zeros_after(dy_TD, down_EFD.shape),
     )
     carry = lax.fori_loop(0, num_experts, run_first, carry)
     carry = lax.fori_loop(0, later.count, run_later, carry)
@@ -208,6 +208,16 @@ routed_mlp_blocks.defvjp(_forward, _backward)
 def _swiglu(h_SX: jax.Array) -> jax.Array:
     gate_SF, up_SF = jnp.split(h_SX, 2, axis=-1)
     return jax.nn.silu(gate_SF) * up_SF
+
+
+def _zeros_after(x_TD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros of x's dtype that cannot be made before x is.
+
+    XLA makes constant zeros of one shape once, copies them for each layer, and all of
+    that at the start of a step, where they stay: as much memory again as the gradients.
+    """
+    zero = jnp.minimum(jnp.abs(x_TD[0, 0]), 0)
+    return jnp.broadcast_to(zero, shape)
 
 
 def _in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
