@@ -30,12 +30,12 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     it is fused into: a fifth of AdamW's time on CPU.
     """
 
-    def update(gradients: Any, state: Any, params: Any = None) -> Any:
+    def clip(updates: Any, params: Any) -> Any:
         del params
-        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(gradients))
-        return jax.tree.map(lambda g: g * scale.astype(g.dtype), gradients), state
+        scale = jnp.minimum(1.0, max_norm / optax.tree.norm(updates))
+        return jax.tree.map(lambda g: g * scale.astype(g.dtype), updates)
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.stateless(clip)
 
 
 def adamw(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
