@@ -107,6 +107,31 @@ def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     assert not any(got[name].any() for name in ("y", "x", "gate_up", "down"))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def gradient_norms(routed_mlp, weights, x_TD, expert_TK, gate_TK):
+    def last_output(weights):
+        y_TD = x_TD
+        for gate_up, down in weights:
+            y_TD += routed_mlp(y_TD, expert_TK, gate_TK, gate_up, down)
+        return (y_TD**2).sum()
+
+    return jax.tree.map(jnp.linalg.norm, jax.grad(last_output)(weights))
+
+
+@ALL_BACKENDS
+def test_a_layers_gradients_take_no_memory_before_their_turn(backend):
+    def temporary_bytes(layers):
+        shape = functools.partial(jax.ShapeDtypeStruct, dtype=np.float32)
+        layer = shape((8, 256, 2, 128)), shape((8, 128, 256))
+        choices = jax.ShapeDtypeStruct((16, 2), np.int32)
+        arrays = [layer] * layers, shape((16, 256)), choices, shape((16, 2))
+        lowered = gradient_norms.lower(grouped.BACKENDS[backend], *arrays)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    gradient_bytes = 4 * 8 * 256 * 3 * 128
+    assert temporary_bytes(3) - temporary_bytes(1) < gradient_bytes
+
+
 MOST = 3 * grouped.BLOCK  # rows of one expert
 plan_tasks = jax.jit(grouped.plan_tasks, static_argnums=1)
 
