@@ -55,6 +55,7 @@ def get_config(variant: str = "sign rule") -> RunConfig:
 
 def main(_) -> None:
     runtime.keep_freed_memory()
+    runtime.step_after_step()
     runtime.log_warnings_only()
     runs = {}
     for variant in VARIANTS:

@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
         workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")
         from jmoe.train.loop import train  # JAX's start-up waits for a valid record
 
+        runtime.step_after_step()
         runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
         signal = train(run, workdir, sample=sample)
     except (ValueError, OSError) as error:

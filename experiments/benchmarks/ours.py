@@ -24,6 +24,7 @@ from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
 from jmoe.train.optimizer import make_optimizer
+from jmoe.train.runtime import step_after_step
 from jmoe.train.state import count_parameters, make_state
 from jmoe.train.step import make_train_step
 
@@ -53,6 +54,7 @@ def train_step(workload: Workload) -> Tasks:
             steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
         ),
     )
+    step_after_step()  # as scripts/train.py does
     model = Transformer(run.model)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     advance = jax.jit(make_train_step(model, optimizer, run), donate_argnums=0)

@@ -1,7 +1,6 @@
 """What scripts share: how their process is set up, and how a mistake ends it."""
 
 import ctypes
-import os
 import pathlib
 import platform
 import sys
@@ -21,18 +20,25 @@ def keep_freed_memory() -> bool:
     A step's buffers are so large that glibc would return them to the system after each
     step and get them back page by page, zeroed, in the next: 10 to 20% of a training
     step on CPU. Call it first thing in a program, before any thread has an arena of
-    its own, and before JAX is imported. Elsewhere than on glibc it does nothing.
-
-    On CPU, JAX frees a step's temporaries a moment after it reports its results as
-    ready. A step that starts within that moment allocates as much again, for good: 1.6
-    GB at 200M parameters. So one step has to return before the next one starts.
+    its own. Elsewhere than on glibc it does nothing.
     """
-    os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
     return all(mallopt(name, value) for name, value in settings.items())
+
+
+def step_after_step() -> None:
+    """On CPU, makes a step return before the next one starts; call it before JAX runs.
+
+    JAX frees a step's temporaries a moment after it reports its results as ready. A
+    step that starts within that moment allocates as much again, for good: 1.6 GB at
+    200M parameters.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
 def keep_compiled(directory: pathlib.Path) -> None:

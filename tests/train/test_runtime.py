@@ -6,8 +6,9 @@ import platform
 import jax
 import pytest
 
-from jmoe.train.runtime import keep_compiled, keep_freed_memory
+from jmoe.train.runtime import keep_compiled, keep_freed_memory, step_after_step
 
+ASYNC = "jax_cpu_enable_async_dispatch"
 CACHE = "jax_compilation_cache_dir"
 
 
@@ -21,6 +22,13 @@ def set_cache():
 
 def test_glibc_and_no_other_library_keeps_freed_memory():
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_steps_on_a_cpu_follow_one_another():
+    before = jax.config.values[ASYNC]
+    step_after_step()
+    assert jax.config.values[ASYNC] is False
+    jax.config.update(ASYNC, before)
 
 
 def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(set_cache):
