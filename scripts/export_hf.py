@@ -29,8 +29,6 @@ _DTYPE = flags.DEFINE_enum(
     ["float32", "bfloat16", "fp8"],
     "Of the weights; by default the checkpoint's. fp8 is DeepSeek's block FP8.",
 )
-
-
 _FORMAT = flags.DEFINE_enum(
     "format",
     "safetensors",
@@ -43,10 +41,7 @@ _MODEL = flags.DEFINE_string("model", "v3", "Preset of the dry run.")
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    runtime.keep_freed_memory()
-    runtime.log_warnings_only()
+    runtime.set_up(argv)
     try:
         if _DRY_RUN.value:
             dry_run(_MODEL.value, _DTYPE.value or "fp8")

@@ -34,10 +34,7 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.")
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    runtime.keep_freed_memory()
-    runtime.log_warnings_only()
+    runtime.set_up(argv)
     from jmoe.decode.generate import generate
     from jmoe.train.trained import load_trained
 

@@ -41,10 +41,7 @@ _SET = flags.DEFINE_multi_string(
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    runtime.keep_freed_memory()
-    runtime.log_warnings_only()
+    runtime.set_up(argv)
     from jmoe.export.import_run import import_run
     from jmoe.export.progress import Progress
 

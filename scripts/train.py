@@ -35,10 +35,7 @@ SAMPLE_TOKENS = 64
 
 
 def main(argv: list[str]) -> int:
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
-    runtime.keep_freed_memory()
-    runtime.log_warnings_only()
+    runtime.set_up(argv)
     try:
         run = read_experiment(_EXPERIMENT.value, _SET.value)
         workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")

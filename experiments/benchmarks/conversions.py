@@ -4,7 +4,6 @@ All of them work in one directory: `run` is exported to `hf`, `hf` is imported a
 `imported` and copied as `copied`. What a side writes, it removes before its next turn.
 """
 
-import math
 import mmap
 import os
 import pathlib
@@ -168,5 +167,5 @@ def _layer(cfg: ModelConfig) -> int:
     for tensor in names.expand(cfg):
         layer = ".".join(tensor.name.split(".")[:3])
         if layer.startswith("model.layers") and not tensor.is_copy:
-            sizes[layer] = sizes.get(layer, 0) + 4 * math.prod(tensor.shape)
+            sizes[layer] = sizes.get(layer, 0) + 4 * tensor.size
     return max(sizes.values())

@@ -55,6 +55,12 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
+def parse(described: str) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of what `describe` says of an array."""
+    dtype, _, dims = described.rstrip("]").partition("[")
+    return dtype, tuple(int(size) for size in dims.split(",") if size)
+
+
 def write(
     directory: pathlib.Path,
     manifest: Mapping[str, Any],

@@ -21,17 +21,16 @@ class Pieces:
     """The arrays of one checkpoint; `read` may be called from several threads.
 
     Args:
-      directory: of the checkpoint, as `Store.whole_checkpoint` gives it.
+      directory: of the checkpoint, as `Store.locate` gives it.
     """
 
     def __init__(self, directory: pathlib.Path):
         self._directory = pathlib.Path(directory).absolute()
         self._manifest = manifest.read(self._directory)
         described = self._manifest["arrays"]
-        self.shapes = {name: _shape(text) for name, text in described.items()}
-        self.dtypes = {
-            name: np.dtype(text.partition("[")[0]) for name, text in described.items()
-        }
+        parsed = {name: manifest.parse(text) for name, text in described.items()}
+        self.shapes = {name: shape for name, (_, shape) in parsed.items()}
+        self.dtypes = {name: np.dtype(dtype) for name, (dtype, _) in parsed.items()}
         self._opened: dict[str, Any] = {}
 
     @property
@@ -62,8 +61,3 @@ class Pieces:
             "recheck_cached_metadata": False,
             "fill_missing_data_reads": False,
         }
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    inside = text.partition("[")[2].rstrip("]")
-    return tuple(int(size) for size in inside.split(",") if size)

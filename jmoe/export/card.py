@@ -16,10 +16,9 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.export.numerics import BLOCK
 from jmoe.train.formatting import count
 from jmoe.train.run_files import Run
+from jmoe.train.trained import TOKENIZER
 
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
-TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
 
@@ -61,21 +60,13 @@ def config_json(
     return written
 
 
-def generation_json(eos_id: int) -> dict[str, Any]:
-    """How to sample, unless a request says otherwise: as scripts/generate.py does."""
-    return {
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_p": 0.95,
-    }
+def tokenizer_files(
+    path: pathlib.Path, max_positions: int
+) -> tuple[dict[str, Any], int]:
+    """What follows from a run's tokenizer.json: files by name, and the end's token.
 
-
-def tokenizer_files(path: pathlib.Path, max_positions: int) -> dict[str, Any]:
-    """tokenizer.json and tokenizer_config.json, from a run's tokenizer.json.
-
-    A run that was imported has both, and they stay as they are.
+    The files are tokenizer.json, tokenizer_config.json and generation_config.json. A
+    run that was imported has the first two, and they stay as they are.
 
     Raises:
       FileNotFoundError, ValueError: it is missing, or no tokenizer.
@@ -86,18 +77,34 @@ def tokenizer_files(path: pathlib.Path, max_positions: int) -> dict[str, Any]:
     imported = path.with_name(TOKENIZER_CONFIG)
     if imported.is_file():
         config = json.loads(imported.read_text(encoding="utf-8"))
-        return {TOKENIZER: described, TOKENIZER_CONFIG: config}
-    if not described.get("post_processor"):
-        described["post_processor"] = _opens_with(opening, tokenizer.eos_id)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": opening,
-        "eos_token": opening,
-        "model_max_length": max_positions,
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
+    else:
+        if not described.get("post_processor"):
+            described["post_processor"] = _opens_with(opening, tokenizer.eos_id)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": opening,
+            "eos_token": opening,
+            "model_max_length": max_positions,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": CHAT_TEMPLATE,
+        }
+    files = {
+        TOKENIZER: described,
+        TOKENIZER_CONFIG: config,
+        GENERATION: _generation_json(tokenizer.eos_id),
     }
-    return {TOKENIZER: described, TOKENIZER_CONFIG: config}
+    return files, tokenizer.eos_id
+
+
+def _generation_json(eos_id: int) -> dict[str, Any]:
+    """How to sample, unless a request says otherwise: as scripts/generate.py does."""
+    return {
+        "bos_token_id": eos_id,
+        "eos_token_id": eos_id,
+        "do_sample": True,
+        "temperature": 0.7,
+        "top_p": 0.95,
+    }
 
 
 def _opens_with(token: str, token_id: int) -> dict[str, Any]:

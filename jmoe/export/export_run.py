@@ -10,8 +10,7 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.store import Store
 from jmoe.config import ModelConfig
-from jmoe.data.tokenizer import Tokenizer
-from jmoe.export import card, layout, names, sources, write
+from jmoe.export import card, layout, names, safetensors, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
@@ -48,10 +47,7 @@ def export_run(
             f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
         )
     cfg = workdirs.read_run(workdir).model
-    tokenizer_path = workdir / TOKENIZER
-    texts = card.tokenizer_files(tokenizer_path, cfg.max_positions)
-    eos_id = Tokenizer.from_file(tokenizer_path).eos_id
-    texts[card.GENERATION] = card.generation_json(eos_id)
+    texts, eos_id = card.tokenizer_files(workdir / TOKENIZER, cfg.max_positions)
     with Store(workdir / CHECKPOINTS) as store:
         checkpoint = store.locate(step)
     source = sources.Stored(Pieces(checkpoint))
@@ -106,7 +102,7 @@ def write_directory(
             is_fp8=FLOAT8 in made.dtypes.values(),
             eos_id=eos_id,
         )
-        for name, content in {card.CONFIG: config, **texts}.items():
+        for name, content in {safetensors.CONFIG: config, **texts}.items():
             if not isinstance(content, str):
                 content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
             directory.write_text(name, content)

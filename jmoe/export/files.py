@@ -194,23 +194,28 @@ class Directory:
             return False
         return path.stat().st_size == size and _sums_hold(path, row["sums"])
 
-    def open(self, name: str, size: int) -> File:
-        """A new file of the directory."""
+    @contextlib.contextmanager
+    def writing(self, name: str, size: int) -> Iterator[File]:
+        """A new file of the directory, whole when the context ends; else there is none.
+
+        Data is on the disk before the journal says so: a note is always true.
+        """
         with _explained(self.partial, size):
-            return File(self.partial / name, size)
+            file = File(self.partial / name, size)
+        try:
+            yield file
+        except BaseException:
+            file.discard()
+            raise
+        with _explained(self.partial, size):
+            file.close()
+            row = {"file": name, "size": size, "sums": file.sums}
+            self._add_row(row)
+            self._whole[name] = row
 
     def sums(self, name: str) -> list[list[int]]:
         """Of a whole file, each piece's offset, length and CRC-32."""
         return self._whole[name]["sums"]
-
-    def finish(self, file: File) -> None:
-        """Closes it and notes that it is whole: data first, so that a note is true."""
-        with _explained(self.partial, file.size):
-            file.close()
-            name = file.path.relative_to(self.partial).as_posix()
-            row = {"file": name, "size": file.size, "sums": file.sums}
-            self._add_row(row)
-            self._whole[name] = row
 
     def write_text(self, name: str, text: str) -> None:
         """A small file, written anew in every attempt."""

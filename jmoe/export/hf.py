@@ -45,10 +45,8 @@ def save(
     texts: dict[str, Any] = {}
     eos_id = None
     if tokenizer is not None:
-        source_file = pathlib.Path(tokenizer)
-        texts = card.tokenizer_files(source_file, cfg.max_positions)
-        eos_id = card.Tokenizer.from_file(source_file).eos_id
-        texts[card.GENERATION] = card.generation_json(eos_id)
+        path_of_it = pathlib.Path(tokenizer)
+        texts, eos_id = card.tokenizer_files(path_of_it, cfg.max_positions)
     source = sources.InMemory(variables)
     dtype = "fp8" if fp8 else None
     made = export_run.make_plan(cfg, source, dtype=dtype, shard_bytes=shard_bytes)
@@ -141,7 +139,7 @@ def _read(
 
 def _leads(leaf: Leaf, whole: Slices) -> Iterator[Slices]:
     """The part's layers and experts one by one."""
-    lead = whole[: leaf.is_stacked + leaf.has_experts]
+    lead = whole[: leaf.num_lead]
     ranges = (range(part.start, part.stop) for part in lead)
     for place in itertools.product(*ranges):
         yield tuple(slice(at, at + 1) for at in place)

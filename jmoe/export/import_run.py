@@ -129,7 +129,7 @@ def chunks(path: str, leaf: Leaf) -> Iterator[Chunk]:
 def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
     """Divides the leaf's shape by layers, then by experts, to `layout.UNIT_BYTES`."""
     shape = list(leaf.shape)
-    for axis in range(leaf.is_stacked + leaf.has_experts):
+    for axis in range(leaf.num_lead):
         rest = math.prod(shape) * leaf.dtype.itemsize // shape[axis]
         fitting = [
             n
@@ -183,13 +183,8 @@ def _write_chunk(
     dtype = reader.leaves[chunk.path].dtype
     out = np.frombuffer(data, dtype).reshape(chunk.shape)
     reader.fill(out, chunk.path, chunk.index)
-    file = directory.open(chunk.file, chunk.nbytes)
-    try:
+    with directory.writing(chunk.file, chunk.nbytes) as file:
         file.write(0, data)
-    except BaseException:
-        file.discard()
-        raise
-    directory.finish(file)
 
 
 def _describe(

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jmoe.export import numerics
+from jmoe.export.files import PAGE
 from jmoe.export.names import Tensor
 from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
 
-PAGE = 4096
 UNIT_BYTES = 32 << 20
 SCALE = "_scale_inv"  # what Hugging Face appends to the name of an FP8 weight
 SINGLE = "model.safetensors"

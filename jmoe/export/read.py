@@ -47,6 +47,11 @@ class Leaf:
     def has_experts(self) -> bool:
         return next(iter(self.tensors))[1] is not None
 
+    @property
+    def num_lead(self) -> int:
+        """How many dimensions, of layers and of experts, come first."""
+        return self.is_stacked + self.has_experts
+
 
 class Reader:
     """A checked directory; `leaves` by path, `fill` copies parts of them.
@@ -279,7 +284,7 @@ def _scale_leaf(leaf: Leaf) -> Leaf:
         for place, own in leaf.tensors.items()
     }
     first = next(iter(tensors.values()))
-    lead = leaf.shape[: leaf.is_stacked + leaf.has_experts]
+    lead = leaf.shape[: leaf.num_lead]
     pair = (2,) if first[0].half is not None else ()
     out_blocks, in_blocks = first[0].shape
     return Leaf((*lead, in_blocks, *pair, out_blocks), FLOAT32, tensors)

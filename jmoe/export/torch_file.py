@@ -15,8 +15,6 @@ import numpy as np
 from jmoe.export import safetensors
 from jmoe.export.export_run import export_run
 
-_TYPES = {"F32": "float32", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
-
 
 def export_torch(workdir: pathlib.Path, out: pathlib.Path, **options: Any) -> None:
     """Writes the file `out`; `options` and errors are those of `export_run`.
@@ -52,9 +50,10 @@ def _mapped(directory: pathlib.Path) -> dict[str, Any]:
     for name, found in safetensors.read_headers(directory).items():
         if found.file not in maps:  # writable for torch's sake, never on the disk
             maps[found.file] = np.memmap(found.file, np.uint8, mode="c")
+        assert found.dtype is not None  # it was just written
         tensors[name] = torch.frombuffer(
             maps[found.file],
-            dtype=getattr(torch, _TYPES[found.code]),
+            dtype=getattr(torch, found.dtype.name),
             count=int(np.prod(found.shape)),
             offset=found.offset,
         ).reshape(found.shape)

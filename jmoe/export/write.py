@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from jmoe.export import layout, numerics, sources, work
-from jmoe.export.files import Buffers, Directory
+from jmoe.export.files import PAGE, Buffers, Directory
 from jmoe.export.layout import SCALE, Entry, Shard, Unit
 from jmoe.export.names import Tensor
 from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
@@ -99,15 +99,10 @@ def write(directory: Directory, made: Plan, source: Source, progress: Progress) 
                     file.write(offset, data)
                     progress(len(data))
 
-        file = directory.open(shard.file, shard.size)
-        try:
+        with directory.writing(shard.file, shard.size) as file:
             file.write(0, memoryview(shard.header))
             progress(len(shard.header))
             work.each(pool, one, shard.units)
-        except BaseException:
-            file.discard()
-            raise
-        directory.finish(file)
 
     with (
         concurrent.futures.ThreadPoolExecutor(work.THREADS) as pool,
@@ -126,18 +121,18 @@ def _encoded(
 ) -> Iterator[tuple[int, memoryview]]:
     """The unit's bytes, a contiguous run of the file at a time."""
     runs = _runs(unit, shard)
-    size = sum(-(-length // layout.PAGE) + 1 for _, length, _ in runs) * layout.PAGE
+    size = sum(-(-length // PAGE) + 1 for _, length, _ in runs) * PAGE
     buffer, at = buffers.get(size, 0), 0
     arrays, data = {}, []
     for offset, length, own in runs:
-        start = at + offset % layout.PAGE
+        start = at + offset % PAGE
         data.append((offset, buffer[start : start + length]))
         for entry in own:
             place = start + shard.offsets[entry.name] - offset
             count = entry.nbytes // entry.dtype.itemsize
             flat = np.frombuffer(buffer, entry.dtype, count, place)
             arrays[entry.name] = flat.reshape(entry.shape)
-        at = start + length + -(start + length) % layout.PAGE
+        at = start + length + -(start + length) % PAGE
     _encode(unit, source, arrays)
     yield from data
 

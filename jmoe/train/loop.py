@@ -226,10 +226,7 @@ def _restore_or_make(
     make: Callable[[], TrainState], store: Store, loader: Loader
 ) -> tuple[TrainState, int]:
     if store.latest_step() is None:
-        # Placed as a restored state is, or a run that goes on would compile anew.
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        # Done before the step compiles, or its memory would lie in the step's way.
-        return jax.block_until_ready(jax.jit(make, out_shardings=device)()), 0
+        return _made(make), 0
     abstract = jax.eval_shape(make)
     if _holds_weights_only(store):
         return _restore_weights(make, abstract, store), 0
@@ -258,9 +255,16 @@ def _restore_weights(
         state = make()
         return state.step, state.opt_state
 
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    step, opt_state = jax.block_until_ready(jax.jit(rest, out_shardings=device)())
+    step, opt_state = _made(rest)
     return TrainState(step=step, opt_state=opt_state, **weights)
+
+
+def _made(make: Callable[[], Any]) -> Any:
+    """What `make` returns, compiled."""
+    # Placed as a restored state is, or a run that goes on would compile anew.
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    # Done before the step compiles, or its memory would lie in the step's way.
+    return jax.block_until_ready(jax.jit(make, out_shardings=device)())
 
 
 def _write_info(

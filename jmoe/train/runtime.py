@@ -5,13 +5,25 @@ import pathlib
 import platform
 import sys
 
-from absl import flags, logging
+from absl import app, flags, logging
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 COMPILED = "compiled"  # JAX's cache, in the directory where prepared data is cached
 MISTAKE = 2  # exit code
+
+
+def set_up(argv: list[str]) -> None:
+    """What a script does first: refuses what is no flag, sets up memory and messages.
+
+    Raises:
+      app.UsageError: there are arguments besides flags; absl shows it with the flags.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    keep_freed_memory()
+    log_warnings_only()
 
 
 def keep_freed_memory() -> bool:

@@ -18,6 +18,12 @@ class Outcome(NamedTuple):
     out: str
     err: str
 
+    def mistake(self) -> str:
+        """The one line that says what was wrong, and all that was said."""
+        assert (self.code, self.out) == (2, "")
+        assert self.err.startswith("error: ") and self.err.count("\n") == 1
+        return self.err
+
 
 def run_script(name: str, *arguments: str) -> Outcome:
     """Runs scripts/<name>.py to its exit, in this process: JAX takes long to start."""
