@@ -11,7 +11,8 @@ call goes on where it stopped.
 Hardware: 2 CPU cores, about 4 minutes a run.
 Expected: global MaxVio below 0.1 with the rule and above 0.5 without, at a validation
 loss that is no worse.
-Observed: see results/loss_free_vs_frozen.json.
+Observed: 0.092 with the rule, 3.385 without, 0.341 with the auxiliary loss, at
+validation losses of 3.807, 3.828 and 3.831.
 """
 
 import json
