@@ -29,6 +29,7 @@ FIXED = (
 FREE = (
     "model.remat",
     "model.moe.backend",
+    "model.moe.exchange",
     "model.attention.block_size",
     "data.cache_dir",
 )

@@ -2,7 +2,9 @@
 
 from jmoe.config.data import DataConfig as DataConfig
 from jmoe.config.data import SourceConfig as SourceConfig
+from jmoe.config.mesh import MeshConfig as MeshConfig
 from jmoe.config.model import AttentionConfig as AttentionConfig
+from jmoe.config.model import ExchangeConfig as ExchangeConfig
 from jmoe.config.model import ModelConfig as ModelConfig
 from jmoe.config.model import MoEConfig as MoEConfig
 from jmoe.config.model import RouterConfig as RouterConfig

@@ -19,6 +19,9 @@ GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
 EXPERT_BACKENDS = ("blocks",)
+EXCHANGES = ("padded", "ragged", "gather")
+DROP_ORDERS = ("score", "position")
+WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
 AUXILIARY_LOSSES = ("none", "switch", "sequence")
 
@@ -156,6 +159,34 @@ class RouterConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ExchangeConfig:
+    """How tokens reach the devices that host their experts; see parallel/exchange.py.
+
+    `capacity_factor` multiplies the room that perfectly balanced tokens would need on
+    each peer; tokens beyond it are dropped, and counted. None: there is always room.
+    """
+
+    backend: str = "padded"
+    capacity_factor: float | None = None
+    drop_order: str = "score"  # which tokens go last: the lowest scores, or positions
+    chunks: int = 1  # parts of the tokens, of which one travels while another computes
+    dispatch_dtype: str = "activations"  # on the way to the experts
+
+    def __post_init__(self):
+        checks.one_of(
+            self,
+            backend=EXCHANGES,
+            drop_order=DROP_ORDERS,
+            dispatch_dtype=WIRE_DTYPES,
+        )
+        checks.at_least(self, chunks=1)
+        if self.capacity_factor is not None and not self.capacity_factor > 0:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be above 0, or none."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Fine-grained routed experts beside shared ones that every token visits."""
 
@@ -163,6 +194,7 @@ class MoEConfig:
     expert_mlp_dim: int
     num_shared_experts: int = 1
     backend: str = "blocks"  # of the grouped matmul; see ops/grouped.py
+    exchange: ExchangeConfig = ExchangeConfig()
 
     def __post_init__(self):
         checks.at_least(self, expert_mlp_dim=1, num_shared_experts=0)

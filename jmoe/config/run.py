@@ -9,6 +9,7 @@ import dataclasses
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
+from jmoe.config.mesh import MeshConfig
 from jmoe.config.model import ModelConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
@@ -136,6 +137,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
         length, limit = self.data.sequence_length, self.model.max_positions
