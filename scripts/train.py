@@ -64,11 +64,10 @@ def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
     return override(run, assignments)
 
 
-def sample(run, state, tokenizer) -> list[tuple[str, str]]:
+def sample(run, variables, tokenizer) -> list[tuple[str, str]]:
     """Short completions, as far as the model has positions for them."""
     from jmoe.decode.generate import generate
 
-    variables = {"params": state.params, "router_state": state.router_state}
     prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))
     if room < 1:

@@ -23,6 +23,7 @@ from jmoe.config import DataConfig, RunConfig, TrainConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
+from jmoe.train.layout import born, make_layout, put_batch, run_mesh
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.runtime import step_after_step
 from jmoe.train.state import count_parameters, make_state
@@ -57,16 +58,16 @@ def train_step(workload: Workload) -> Tasks:
     step_after_step()  # as scripts/train.py does
     model = Transformer(run.model)
     optimizer = make_optimizer(run.optimizer, run.train.steps)
-    advance = jax.jit(make_train_step(model, optimizer, run), donate_argnums=0)
-    make = jax.jit(functools.partial(make_state, model, optimizer, 0))
-    state = jax.block_until_ready(make())  # as the loop does
+    layout = make_layout(model, run_mesh(run.mesh))
+    advance = jax.jit(make_train_step(model, optimizer, run, layout), donate_argnums=0)
+    state = born(layout, functools.partial(make_state, model, optimizer, 0))
     tokens_BT = workload.token_ids()
     microbatches = Batch(tokens_BT[None], np.zeros_like(tokens_BT)[None])
     parameters = count_parameters(state.params, run.model.moe.router)[0]
 
     def step() -> float:
         nonlocal state
-        state, metrics = advance(state, jax.device_put(microbatches))
+        state, metrics = advance(state, put_batch(layout, microbatches))
         jax.block_until_ready(state)
         return float(metrics["loss"])
 

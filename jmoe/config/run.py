@@ -145,6 +145,18 @@ class RunConfig:
             raise ValueError(
                 f"data.sequence_length={length} exceeds model.max_positions={limit}."
             )
+        parts = self.mesh.batch_parts
+        if self.train.microbatch_size % parts:
+            raise ValueError(
+                f"train.microbatch_size={self.train.microbatch_size} must divide over "
+                f"mesh.data={self.mesh.data} x mesh.expert={self.mesh.expert} = {parts}"
+                " devices."
+            )
+        if length % self.mesh.tensor:
+            raise ValueError(
+                f"data.sequence_length={length} must divide over "
+                f"mesh.tensor={self.mesh.tensor} devices."
+            )
         if self.model.mtp_depth >= length:
             raise ValueError(
                 f"model.mtp_depth={self.model.mtp_depth} leaves nothing to predict in "

@@ -1,8 +1,12 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
-Shapes: B batch, T position, D hidden, H head, Q = nope + rope query/key dimension,
-V value dimension. Keys and values of all heads come from one small latent, which is all
-that a decoder has to cache; one rotated key part is shared by the heads.
+Shapes: B batch, T position, S this device's positions, D hidden, H head (this
+device's), Q = nope + rope query/key dimension, V value dimension.
+
+Keys and values of all heads come from one small latent, which is all that a decoder has
+to cache; one rotated key part is shared by the heads. On a mesh, `tensor` divides the
+heads, which need all positions. What is gathered for them are the latents, a third of
+the hidden state or less.
 """
 
 import jax
@@ -12,10 +16,11 @@ from flax import linen as nn
 from jmoe.config import AttentionConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.ops import attention, rope
+from jmoe.parallel import collectives
 
 
 class LatentAttention(nn.Module):
-    """MLA on a full sequence: [B, T, D] -> [B, T, D]."""
+    """MLA on a full sequence: [B, S, D] -> [B, S, D], by rotations for T positions."""
 
     cfg: AttentionConfig
     init_std: float
@@ -24,22 +29,22 @@ class LatentAttention(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BTD: jax.Array,
+        x_BSD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_BT: jax.Array | None,
     ) -> jax.Array:
         cfg = self.cfg
-        q_BTHQ = self._queries(x_BTD)
+        q_BTHQ = self._queries(x_BSD)
         q_nope, q_rope = jnp.split(q_BTHQ, [cfg.nope_dim], axis=-1)
 
-        latent = self._linear("kv_down", cfg.kv_latent_dim + cfg.rope_dim)(x_BTD)
+        latent = self._linear("kv_down", cfg.kv_latent_dim + cfg.rope_dim)(x_BSD)
         latent, k_rope = jnp.split(latent, [cfg.kv_latent_dim], axis=-1)
         latent = RMSNorm(cfg.latent_norm_eps, dim="latent", name="kv_norm")(latent)
-        kv_BTHX = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)(latent)
+        kv_BTHX = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)(_all(latent))
         k_nope, v_BTHV = jnp.split(kv_BTHX, [cfg.nope_dim], axis=-1)
 
         q_rope = rope.rotate(q_rope, *rotation)
-        k_rope = rope.rotate(k_rope[:, :, None], *rotation)
+        k_rope = rope.rotate(_all(k_rope)[:, :, None], *rotation)
         k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
         out_BTHV = attention.attention(
             jnp.concatenate([q_nope, q_rope], axis=-1),
@@ -49,28 +54,34 @@ class LatentAttention(nn.Module):
             scale=cfg.softmax_scale,
             block_size=cfg.block_size,
         )
-        out = out_BTHV.reshape(*x_BTD.shape[:2], cfg.num_heads * cfg.value_dim)
-        return Linear(
-            (x_BTD.shape[-1],),
+        out_BTD = Linear(
+            (x_BSD.shape[-1],),
             ("heads", "embed"),
             self.init_std,
             self.dot_general,
             name="out",
-        )(out)
+        )(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
+        return collectives.scatter_sum(out_BTD, "tensor", 1)
 
-    def _queries(self, x_BTD: jax.Array) -> jax.Array:
+    def _queries(self, x_BSD: jax.Array) -> jax.Array:
         cfg = self.cfg
         if cfg.query_latent_dim is None:
-            return self._heads("query", cfg.qk_dim, source="embed")(x_BTD)
-        latent = self._linear("query_down", cfg.query_latent_dim)(x_BTD)
+            return self._heads("query", cfg.qk_dim, source="embed")(_all(x_BSD))
+        latent = self._linear("query_down", cfg.query_latent_dim)(x_BSD)
         latent = RMSNorm(cfg.latent_norm_eps, dim="latent", name="query_norm")(latent)
-        return self._heads("query_up", cfg.qk_dim)(latent)
+        return self._heads("query_up", cfg.qk_dim)(_all(latent))
 
     def _linear(self, name: str, features: int) -> Linear:
         dims = ("embed", "latent")
         return Linear((features,), dims, self.init_std, self.dot_general, name=name)
 
     def _heads(self, name: str, per_head: int, source: str = "latent") -> Linear:
-        features = (self.cfg.num_heads, per_head)
+        heads = collectives.share(self.cfg.num_heads, "tensor", "num_heads")
+        features = (heads, per_head)
         dims = (source, "heads", None)
         return Linear(features, dims, self.init_std, self.dot_general, name=name)
+
+
+def _all(x_BSX: jax.Array) -> jax.Array:
+    """All positions, for this device's heads."""
+    return collectives.gather(x_BSX, "tensor", 1)

@@ -1,7 +1,9 @@
 """Pre-norm transformer blocks: one with a dense MLP, one with a mixture of experts.
 
-Both map the residual stream [B, T, D] to itself and return what they measured, so that
-either can be the body of a scan over layers.
+Both map the residual stream to itself and return what they measured, so that either can
+be the body of a scan over layers.
+
+Shapes: B batch, T position, S this device's positions, D hidden.
 """
 
 import jax
@@ -24,13 +26,13 @@ class DenseBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
+        self, x_BSD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
     ) -> tuple[jax.Array, None]:
         cfg = self.cfg
-        x_BTD = _attend(cfg, self.dot_general, x_BTD, rotation, segment_BT)
-        normed_BTD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BTD)
+        x_BSD = _attend(cfg, self.dot_general, x_BSD, rotation, segment_BT)
+        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         mlp = SwiGLU(cfg.dense_mlp_dim, cfg.init_std, self.dot_general, name="mlp")
-        return x_BTD + mlp(normed_BTD), None
+        return x_BSD + mlp(normed_BSD), None
 
 
 class MoEBlock(nn.Module):
@@ -41,20 +43,20 @@ class MoEBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
+        self, x_BSD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
     ) -> tuple[jax.Array, Stats]:
         cfg = self.cfg
-        x_BTD = _attend(cfg, self.dot_general, x_BTD, rotation, segment_BT)
-        normed_BTD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BTD)
+        x_BSD = _attend(cfg, self.dot_general, x_BSD, rotation, segment_BT)
+        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         moe = MoE(cfg.moe, cfg.init_std, self.dot_general, name="moe")
-        out_BTD, stats = moe(normed_BTD)
-        return x_BTD + out_BTD, stats
+        out_BSD, stats = moe(normed_BSD)
+        return x_BSD + out_BSD, stats
 
 
-def _attend(cfg, dot_general, x_BTD, rotation, segment_BT):
+def _attend(cfg, dot_general, x_BSD, rotation, segment_BT):
     """The half that both blocks share; its modules belong to the calling block."""
-    normed_BTD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BTD)
+    normed_BSD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BSD)
     attention = LatentAttention(
         cfg.attention, cfg.init_std, dot_general, name="attention"
     )
-    return x_BTD + attention(normed_BTD, rotation, segment_BT)
+    return x_BSD + attention(normed_BSD, rotation, segment_BT)

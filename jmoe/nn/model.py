@@ -1,7 +1,11 @@
 """The whole decoder: embedding, dense blocks, MoE blocks, norm, head, MTP modules.
 
-Shapes: B batch, T position, D hidden, V vocabulary, L MoE layer (the model's, then one
-for each MTP module), E expert.
+Shapes: B batch, T position, S this device's positions, D hidden, V vocabulary, L MoE
+layer (the model's, then one for each MTP module), E expert.
+
+The same code is the whole model on one device and, inside of `jax.shard_map` over a
+mesh, one device's part of it. There, tokens are of all positions T, what is computed of
+them is of S = T / tensor positions, and parameters are this device's parts.
 
 Variables are `params` and `router_state`; the latter holds each MoE layer's selection
 bias, is float32, and sees neither gradients nor the optimizer.
@@ -19,6 +23,8 @@ from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
 from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
 from jmoe.nn.router import Stats
 from jmoe.ops import rope
+from jmoe.parallel import collectives
+from jmoe.parallel.vocabulary import embed
 
 # What the backward pass finds stored of a block; the rest it computes again.
 REMAT_POLICIES = {
@@ -31,13 +37,13 @@ REMAT_POLICIES = {
 class Features(NamedTuple):
     """What the losses need, short of the logits, which may be too large to hold.
 
-    hidden_BTD: after the final norm. mtp_BTD: the same of each MTP module; its last
-    `depth` positions have no token to embed and mean nothing. head_DV: the output
-    kernel. stats: of every MoE layer, stacked [L, ...].
+    hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; its last
+    `depth` of all positions have no token to embed and mean nothing. head_DV: the
+    output kernel. stats: of every MoE layer, stacked [L, ...].
     """
 
-    hidden_BTD: jax.Array
-    mtp_BTD: tuple[jax.Array, ...]
+    hidden_BSD: jax.Array
+    mtp_BSD: tuple[jax.Array, ...]
     head_DV: jax.Array
     stats: Stats
 
@@ -59,7 +65,7 @@ class Transformer(nn.Module):
     def __call__(
         self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
     ) -> Output:
-        """All logits, for short sequences and small vocabularies."""
+        """All logits on one device, for short sequences and small vocabularies."""
         features = self.features(tokens_BT, segment_BT)
 
         def logits(hidden_BTD):
@@ -67,8 +73,8 @@ class Transformer(nn.Module):
                 hidden_BTD, features.head_DV, preferred_element_type=jnp.float32
             )
 
-        mtp_logits = tuple(map(logits, features.mtp_BTD))
-        return Output(logits(features.hidden_BTD), mtp_logits, features.stats)
+        mtp_logits = tuple(map(logits, features.mtp_BSD))
+        return Output(logits(features.hidden_BSD), mtp_logits, features.stats)
 
     @nn.compact
     def features(
@@ -76,7 +82,8 @@ class Transformer(nn.Module):
     ) -> Features:
         """Final hidden states; `segment_BT` (int32) confines attention to documents."""
         cfg = self.cfg
-        vocab_shape = (cfg.vocab_size, cfg.hidden_dim)
+        vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
+        vocab_shape = (vocab, cfg.hidden_dim)
         table_VD = named_param(
             self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
         ).astype(cfg.dtype)
@@ -86,22 +93,22 @@ class Transformer(nn.Module):
             cfg.attention.rope_theta,
             cfg.attention.yarn,
         )
-        x_BTD = table_VD[tokens_BT]
-        x_BTD, _ = self._layers(
-            DenseBlock, "dense", cfg.num_dense_layers, x_BTD, rotation, segment_BT
+        x_BSD = embed(table_VD, tokens_BT)
+        x_BSD, _ = self._layers(
+            DenseBlock, "dense", cfg.num_dense_layers, x_BSD, rotation, segment_BT
         )
-        x_BTD, stats = self._layers(
-            MoEBlock, "moe", cfg.num_moe_layers, x_BTD, rotation, segment_BT
+        x_BSD, stats = self._layers(
+            MoEBlock, "moe", cfg.num_moe_layers, x_BSD, rotation, segment_BT
         )
-        hidden_BTD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BTD)
+        hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
 
-        previous, mtp_BTD, measured = hidden_BTD, [], [stats]
+        previous, mtp_BSD, measured = hidden_BSD, [], [stats]
         for depth in range(1, cfg.mtp_depth + 1):
             block = self._remat(mtp.MTPModule, scanned=False)
             module = block(cfg, self.dot_general, name=f"mtp_{depth - 1}")
-            embedded = table_VD[mtp.shift_left(tokens_BT, depth)]
+            embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth))
             previous, normed, stats = module(previous, embedded, rotation, segment_BT)
-            mtp_BTD.append(normed)
+            mtp_BSD.append(normed)
             measured.append(jax.tree.map(lambda x: x[None], stats))
         if cfg.tie_embeddings:
             head_DV = table_VD.T
@@ -111,20 +118,20 @@ class Transformer(nn.Module):
             ).astype(cfg.dtype)
         measured = [stats for stats in measured if stats is not None]
         stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *measured)
-        return Features(hidden_BTD, tuple(mtp_BTD), head_DV, stacked)
+        return Features(hidden_BSD, tuple(mtp_BSD), head_DV, stacked)
 
     def _layers(
         self,
         block: type[nn.Module],
         name: str,
         count: int,
-        x_BTD: jax.Array,
+        x_BSD: jax.Array,
         rotation: Rotation,
         segment_BT: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
         """`count` blocks in a row; their stats stacked along a new first dimension."""
         if not count:
-            return x_BTD, None
+            return x_BSD, None
         scanned = self.cfg.layer_loop == "scan"
         block = self._remat(block, scanned)
         if scanned:
@@ -137,13 +144,13 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             layers = stack(self.cfg, self.dot_general, name=name)
-            return layers(x_BTD, rotation, segment_BT)
+            return layers(x_BSD, rotation, segment_BT)
         measured = []
         for i in range(count):
             layer = block(self.cfg, self.dot_general, name=f"{name}_{i}")
-            x_BTD, stats = layer(x_BTD, rotation, segment_BT)
+            x_BSD, stats = layer(x_BSD, rotation, segment_BT)
             measured.append(stats)
-        return x_BTD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
+        return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
 
     def _remat(self, block: type[nn.Module], scanned: bool) -> type[nn.Module]:
         if self.cfg.remat == "none":
@@ -151,6 +158,15 @@ class Transformer(nn.Module):
         # A scan already keeps the compiler from merging the two passes.
         policy = REMAT_POLICIES[self.cfg.remat]
         return nn.remat(block, policy=policy, prevent_cse=not scanned)
+
+
+def computed_as(path: Any, cfg: ModelConfig) -> Any:
+    """The dtype that modules convert the parameter at this path of a pytree to.
+
+    Norms and the router compute in float32; the rest in the activations' dtype.
+    """
+    names = {getattr(key, "key", None) for key in path}
+    return jnp.float32 if names & {"scale", "router"} else jnp.dtype(cfg.dtype)
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:

@@ -1,7 +1,12 @@
 """Feed-forward layers: the dense SwiGLU, the routed experts, and their sum.
 
-Shapes: B batch, T position, D hidden, F MLP dimension, E expert, N = B * T, K = top_k;
-a leading 2 holds SwiGLU's gate and up halves side by side.
+Shapes: B batch, T position, S this device's positions, D hidden, F MLP dimension (this
+device's part), E expert (this device's), N = B * S tokens, R tokens that an exchange
+brings, K = top_k; a leading 2 holds SwiGLU's gate and up halves side by side.
+
+On a mesh, an MLP is divided over `tensor`: all positions of the group go through each
+device's part of it, and the parts' results are summed as they go back to the positions'
+devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
 import jax
@@ -11,6 +16,8 @@ from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, named_param
 from jmoe.nn.router import Router, Stats
 from jmoe.ops import grouped
+from jmoe.parallel import collectives
+from jmoe.parallel.exchange import Exchanged, exchange
 
 
 class SwiGLU(nn.Module):
@@ -21,26 +28,27 @@ class SwiGLU(nn.Module):
     dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
         gate_up = Linear(
-            (2, self.mlp_dim),
+            (2, collectives.share(self.mlp_dim, "tensor", "mlp_dim")),
             ("embed", None, "mlp"),
             self.init_std,
             self.dot_general,
             name="gate_up",
-        )(x_BTD)
+        )(collectives.gather(x_BSD, "tensor", 1))
         hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
-        return Linear(
-            (x_BTD.shape[-1],),
+        out_BTD = Linear(
+            (x_BSD.shape[-1],),
             ("mlp", "embed"),
             self.init_std,
             self.dot_general,
             name="down",
         )(hidden)
+        return collectives.scatter_sum(out_BTD, "tensor", 1)
 
 
 class RoutedExperts(nn.Module):
-    """All routed experts' weights, applied to each token's chosen ones."""
+    """The routed experts' weights, applied to each token's chosen ones."""
 
     cfg: MoEConfig
     init_std: float
@@ -48,8 +56,10 @@ class RoutedExperts(nn.Module):
     @nn.compact
     def __call__(
         self, x_ND: jax.Array, expert_NK: jax.Array, gate_NK: jax.Array
-    ) -> jax.Array:
-        experts, mlp = self.cfg.router.num_experts, self.cfg.expert_mlp_dim
+    ) -> Exchanged:
+        cfg = self.cfg
+        experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
+        mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
         hidden = x_ND.shape[-1]
         gate_up_ED2F = named_param(
             self,
@@ -65,30 +75,39 @@ class RoutedExperts(nn.Module):
             ("expert", "mlp", "embed"),
             self.init_std,
         )
-        routed_mlp = grouped.BACKENDS[self.cfg.backend]
-        dtype = x_ND.dtype
-        return routed_mlp(
-            x_ND, expert_NK, gate_NK, gate_up_ED2F.astype(dtype), down_EFD.astype(dtype)
-        )
+        weights = gate_up_ED2F.astype(x_ND.dtype), down_EFD.astype(x_ND.dtype)
+
+        def apply(*tokens_R: jax.Array) -> jax.Array:
+            """The experts that are here, on the tokens of all the tensor group."""
+            of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
+            y = grouped.BACKENDS[cfg.backend](*of_group, *weights)
+            return collectives.scatter_sum(y, "tensor", 0)
+
+        return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus `top_k` routed ones, [B, T, D] each way."""
+    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way."""
 
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, Stats]:
+    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Stats]:
         cfg = self.cfg
-        routing, stats = Router(cfg.router, self.init_std, name="router")(x_BTD)
+        routing, stats = Router(cfg.router, self.init_std, name="router")(x_BSD)
         experts = RoutedExperts(cfg, self.init_std, name="experts")
-        x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-        out_BTD = experts(x_ND, *routing).reshape(x_BTD.shape)
+        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+        routed = experts(x_ND, *routing)
+        out_BSD = routed.y_ND.reshape(x_BSD.shape)
+        stats = stats._replace(
+            dropped_sending=routed.dropped_sending,
+            dropped_receiving=routed.dropped_receiving,
+        )
         if cfg.num_shared_experts:
             # n experts that every token visits are one expert n times as wide.
             mlp_dim = cfg.num_shared_experts * cfg.expert_mlp_dim
             shared = SwiGLU(mlp_dim, self.init_std, self.dot_general, name="shared")
-            out_BTD += shared(x_BTD)
-        return out_BTD, stats
+            out_BSD += shared(x_BSD)
+        return out_BSD, stats

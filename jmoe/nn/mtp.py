@@ -6,7 +6,7 @@ head with the model. Depth 0 is the model's hidden state *after* its final norm,
 the two halves are concatenated embedding first: the published checkpoint's conventions,
 where the paper leaves the first open and writes the second the other way round.
 
-Shapes: B batch, T position, D hidden.
+Shapes: B batch, T position, S this device's positions, D hidden.
 """
 
 import jax
@@ -28,8 +28,8 @@ class MTPModule(nn.Module):
     @nn.compact
     def __call__(
         self,
-        previous_BTD: jax.Array,
-        embedded_BTD: jax.Array,
+        previous_BSD: jax.Array,
+        embedded_BSD: jax.Array,
         rotation: Rotation,
         segment_BT: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, Stats]:
@@ -37,8 +37,8 @@ class MTPModule(nn.Module):
         cfg = self.cfg
         joined = jnp.concatenate(
             [
-                RMSNorm(cfg.norm_eps, name="embedding_norm")(embedded_BTD),
-                RMSNorm(cfg.norm_eps, name="hidden_norm")(previous_BTD),
+                RMSNorm(cfg.norm_eps, name="embedding_norm")(embedded_BSD),
+                RMSNorm(cfg.norm_eps, name="hidden_norm")(previous_BSD),
             ],
             axis=-1,
         )
@@ -47,8 +47,8 @@ class MTPModule(nn.Module):
             (cfg.hidden_dim,), dims, cfg.init_std, self.dot_general, name="project"
         )
         block = MoEBlock(cfg, self.dot_general, name="block")
-        hidden_BTD, stats = block(project(joined), rotation, segment_BT)
-        return hidden_BTD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BTD), stats
+        hidden_BSD, stats = block(project(joined), rotation, segment_BT)
+        return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), stats
 
 
 def shift_left(x_BT: jax.Array, by: int) -> jax.Array:

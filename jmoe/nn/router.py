@@ -1,7 +1,7 @@
 """Which experts a token visits, and with what weight.
 
-Shapes: B batch, T position, D hidden, E expert, G group, S = E / G experts a group,
-K = top_k chosen experts, N = B * T.
+Shapes: B batch, T position (this device's), D hidden, E expert, G group, S = E / G
+experts a group, K = top_k chosen experts, N = B * T.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): the choice is by `score + bias`, within
 the best groups; the weight is by `score` alone. The bias lives in the
@@ -17,7 +17,9 @@ from flax import linen as nn
 
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
+from jmoe.config.mesh import MESH_AXES
 from jmoe.nn.linear import named_param
+from jmoe.parallel import collectives
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 GROUP_BEST = {"top2_sum": 2, "max": 1}  # how many scores make a group's
@@ -27,13 +29,16 @@ GATE_EPSILON = 1e-20  # DeepSeek's, in the division by the gates' sum
 class Stats(NamedTuple):
     """What one MoE layer measured; `Transformer` stacks them along a layer dimension.
 
-    load_E: int32, choices of each expert. dropped: int32, choices not computed.
-    margin_EM: int32 histogram for the quantile rule, with M = 0 for the other rules.
-    auxiliary_loss: float32, unweighted.
+    load_E: int32, choices of each expert. dropped_sending, dropped_receiving: int32,
+    choices not computed, by where there was no room. margin_EM: int32 histogram for the
+    quantile rule, with M = 0 for the other rules. auxiliary_loss: float32, unweighted.
+
+    On a mesh, all are of this device's tokens, and the step sums them over all devices.
     """
 
     load_E: jax.Array
-    dropped: jax.Array
+    dropped_sending: jax.Array
+    dropped_receiving: jax.Array
     margin_EM: jax.Array
     auxiliary_loss: jax.Array
 
@@ -108,6 +113,16 @@ def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
     return chosen.sum(0, dtype=jnp.int32)
 
 
+def _spread() -> losses.Spread:
+    """A batch's tokens lie on all devices; a sequence's on those of `tensor`."""
+    return losses.Spread(
+        over_batch=lambda count: collectives.total(count, MESH_AXES),
+        over_sequence=lambda count: collectives.total(count, "tensor"),
+        batch_parts=collectives.axis_size(MESH_AXES),
+        sequence_parts=collectives.axis_size("tensor"),
+    )
+
+
 class Router(nn.Module):
     """Owns the gate kernel (`params`) and the bias (`router_state`)."""
 
@@ -135,7 +150,8 @@ class Router(nn.Module):
         if cfg.auxiliary_loss != "none":
             expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
             auxiliary = losses.AUXILIARY_LOSSES[cfg.auxiliary_loss](
-                score_BTE, expert_BTK
+                score_BTE, expert_BTK, _spread()
             )
         load_E = count(routing.expert_NK, cfg.num_experts)
-        return routing, Stats(load_E, jnp.int32(0), margin_EM, auxiliary)
+        none = jnp.int32(0)
+        return routing, Stats(load_E, none, none, margin_EM, auxiliary)

@@ -56,6 +56,14 @@ def scatter_sum(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
     return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
+def part(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """This device's part, along `dim`, of an array that all devices of `axis` have."""
+    if not _present(axis):
+        return x
+    size = share(x.shape[dim], axis, f"dimension {dim}")
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
+
+
 def total(x: Any, axes: Axes) -> Any:
     """The sum over devices of each leaf, which takes no gradient. An all-reduce."""
     axes = _present(axes)

@@ -1,6 +1,7 @@
 """Meshes of named axes over the devices of one or many processes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,7 +30,7 @@ def parse(spec: str) -> MeshConfig:
     return MeshConfig(**sizes)
 
 
-def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of all processes, or `devices`, in the shape of `cfg`.
 
     Devices are taken node by node, so that the innermost axes, which talk most, lie
@@ -50,7 +51,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[jax.Device] | None = None) -> M
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def _place(device: jax.Device) -> tuple[int, int, int]:
+def _place(device: Any) -> tuple[int, int, int]:
     """Puts the devices of a node, and those of a process, next to each other."""
     node = getattr(device, "slice_index", None) or 0
     return node, device.process_index, device.id

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -37,6 +37,7 @@ from jmoe.data.loader import Loader, make_loader, validation_batches
 from jmoe.data.packing import Batch
 from jmoe.data.tokenizer import Tokenizer, load_tokenizer
 from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
 from jmoe.train import report, run_files, schedules
 from jmoe.train.console import Console
 from jmoe.train.metrics_log import MetricsLog
@@ -47,7 +48,7 @@ from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 # Pairs of prompt and continuation, from a trained model.
-Sampler = Callable[[RunConfig, TrainState, Tokenizer], Sequence[tuple[str, str]]]
+Sampler = Callable[[RunConfig, Any, Tokenizer], Sequence[tuple[str, str]]]
 
 
 def train(
@@ -67,6 +68,8 @@ def train(
         before anything is compiled or overwritten.
     """
     cfg = run.train
+    model = Transformer(run.model)
+    layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     resumes = workdirs.check_run(workdir, run)
     tokenizer = _load_tokenizer(run, workdir if resumes else None)
     loader = make_loader(run.data, tokenizer, batch_size=cfg.microbatch_size)
@@ -77,10 +80,12 @@ def train(
         num_batches=cfg.eval_batches,
     )
     entropy = unigram_entropy(held_out)
-    model = Transformer(run.model)
     optimizer = make_optimizer(run.optimizer, cfg.steps)
-    train_step = jax.jit(steps.make_train_step(model, optimizer, run), donate_argnums=0)
-    eval_step = jax.jit(steps.make_eval_step(model, run))
+    train_step = jax.jit(
+        steps.make_train_step(model, optimizer, run, layout), donate_argnums=0
+    )
+    eval_step = jax.jit(steps.make_eval_step(model, run, layout))
+    put = functools.partial(layouts.put_batch, layout)
 
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
@@ -88,7 +93,7 @@ def train(
             Store(workdir / CHECKPOINTS, keep=cfg.keep_checkpoints)
         )
         make = functools.partial(make_state, model, optimizer, cfg.seed)
-        state, step = _restore_or_make(make, store, loader)
+        state, step = _restore_or_make(make, layout, store, loader)
         workdirs.open_run(workdir, run)
         _keep_tokenizer(workdir, tokenizer)
         parameters = count_parameters(state.params, run.model.moe.router)
@@ -103,7 +108,7 @@ def train(
         meter = _Meter(step, sequences * run.data.sequence_length)
         while step < cfg.steps and not stopped:
             batch = _next_batch(loader, schedules.microbatches(cfg, step))
-            state, measured = train_step(state, jax.device_put(batch))
+            state, measured = train_step(state, put(batch))
             step += 1
             meter.add(batch.tokens_BT[..., 1:].size)
             if _is_due(cfg.log_every, step, cfg.steps):
@@ -115,7 +120,7 @@ def train(
                 console.update(step, metrics)
             if _is_due(cfg.eval_every, step, cfg.steps):
                 with meter.paused(state):
-                    metrics = evaluate(eval_step, state, held_out)
+                    metrics = evaluate(eval_step, state, map(put, held_out))
                 log.log(step, metrics)
                 console.update(step, metrics)
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
@@ -132,20 +137,18 @@ def train(
             return stopped[0]
         if sample is not None:
             with jax.transfer_guard("allow"):
-                _write_samples(workdir, step, sample(run, state, tokenizer))
+                variables = layouts.whole(layout, state.variables)
+                _write_samples(workdir, step, sample(run, variables, tokenizer))
         report.write_report(workdir)
         console.finish(workdir, unigram_entropy=entropy)
         return 0
 
 
 def evaluate(
-    eval_step: steps.EvalStep, state: TrainState, batches: Sequence[Batch]
+    eval_step: steps.EvalStep, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, Any]:
     """Validation loss, perplexity and global MaxVio, on the host."""
-    parts = [
-        eval_step(state.params, state.router_state, jax.device_put(batch))
-        for batch in batches
-    ]
+    parts = [eval_step(state.params, state.router_state, batch) for batch in batches]
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(parts))
     loss = float(total.loss / total.tokens)
     with jax.transfer_guard("allow"):
@@ -223,13 +226,16 @@ def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
 
 
 def _restore_or_make(
-    make: Callable[[], TrainState], store: Store, loader: Loader
+    make: Callable[[], TrainState],
+    layout: layouts.Layout,
+    store: Store,
+    loader: Loader,
 ) -> tuple[TrainState, int]:
     if store.latest_step() is None:
-        return _made(make), 0
-    abstract = jax.eval_shape(make)
+        return layouts.born(layout, make), 0
+    abstract = layouts.abstract(layout, make)
     if _holds_weights_only(store):
-        return _restore_weights(make, abstract, store), 0
+        return _restore_weights(make, layout, abstract, store), 0
     state, position, step = store.restore(abstract)
     loader.set_state(position)
     return state, step
@@ -242,7 +248,10 @@ def _holds_weights_only(store: Store) -> bool:
 
 
 def _restore_weights(
-    make: Callable[[], TrainState], abstract: TrainState, store: Store
+    make: Callable[[], TrainState],
+    layout: layouts.Layout,
+    abstract: TrainState,
+    store: Store,
 ) -> TrainState:
     """Imported weights, with the rest of a new run's state."""
     abstract_weights = {
@@ -255,16 +264,8 @@ def _restore_weights(
         state = make()
         return state.step, state.opt_state
 
-    step, opt_state = _made(rest)
+    step, opt_state = layouts.born(layout, rest)
     return TrainState(step=step, opt_state=opt_state, **weights)
-
-
-def _made(make: Callable[[], Any]) -> Any:
-    """What `make` returns, compiled."""
-    # Placed as a restored state is, or a run that goes on would compile anew.
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    # Done before the step compiles, or its memory would lie in the step's way.
-    return jax.block_until_ready(jax.jit(make, out_shardings=device)())
 
 
 def _write_info(

@@ -24,11 +24,20 @@ class TrainState:
     router_state: Any
     opt_state: Any
 
+    @property
+    def variables(self) -> dict[str, Any]:
+        """The model's collections, as `Transformer.apply` takes them."""
+        return {"params": self.params, "router_state": self.router_state}
+
+
+def init_variables(model: Transformer, seed: int) -> Any:
+    """A new model's collections, in Linen's boxes that name their dimensions."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+
 
 def make_variables(model: Transformer, seed: int) -> dict[str, Any]:
     """A new model's `params` and `router_state`; jit or `eval_shape` it."""
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    return meta.unbox(model.init(jax.random.key(seed), tokens_BT))
+    return meta.unbox(init_variables(model, seed))
 
 
 def make_state(

@@ -3,9 +3,14 @@
 Shapes: A microbatch, B sequence, T position, N = B * T, L MoE layer, E expert, D MTP
 depth. A batch's rows have T + 1 tokens: inputs are the first T, targets the last T.
 
+On a mesh, gradients are taken inside of one `jax.shard_map` over all its axes: a device
+differentiates its own share of the loss, with weights gathered once, and sums over its
+microbatches. Then each gradient is summed over the devices, once, of which each keeps
+its part (`parallel.zero`), and the optimizer works on the parts.
+
 The bias moves once an optimizer step, after it, from the whole batch's counts. Those
-are integers and are summed as such, so neither accumulation nor recomputation can
-change the bias's path by a bit.
+are integers and are summed as such, so neither accumulation nor recomputation nor the
+mesh can change the bias's path by a bit.
 """
 
 from collections.abc import Callable
@@ -14,15 +19,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
 from jmoe.balance import load
 from jmoe.balance.bias import update_rule
-from jmoe.config import RunConfig
+from jmoe.config import ModelConfig, RunConfig
+from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer, read_biases, write_biases
+from jmoe.nn.model import Transformer, computed_as, read_biases, write_biases
 from jmoe.nn.router import Stats
-from jmoe.ops.loss import linear_cross_entropy
+from jmoe.parallel import collectives, zero
+from jmoe.parallel.mesh import BATCH_AXES
+from jmoe.parallel.vocabulary import linear_cross_entropy
 from jmoe.train import schedules
+from jmoe.train.layout import WHOLE, Layout
 from jmoe.train.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -46,9 +56,12 @@ class Evaluation(NamedTuple):
 
 
 def make_train_step(
-    model: Transformer, optimizer: optax.GradientTransformation, run: RunConfig
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    run: RunConfig,
+    layout: Layout,
 ) -> TrainStep:
-    """A function of the state and a batch of [A, B, T + 1] tokens."""
+    """A function of the state and a batch of [A, B, T + 1] tokens, laid out so."""
     cfg, steps = run.model, run.train.steps
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
@@ -62,12 +75,28 @@ def make_train_step(
             total += mtp_weight(step) * losses.mtp_D.mean()
         return total, (losses, stats)
 
-    def train_step(state: TrainState, batch: Batch):
+    def measure(params, router_state, step, batch):
+        """Gradients, losses and stats of the batch, from this device's part of it."""
+        weights = gather_weights(params, layout, cfg)
         gradients, losses, stats = accumulate(
             lambda part: jax.grad(objective, has_aux=True)(
-                state.params, state.router_state, state.step, part
+                weights, router_state, step, part
             ),
             batch,
+        )
+        gradients = jax.tree.map(zero.reduce, gradients, layout.placements)
+        return gradients, sum_losses(losses), collectives.total(stats, MESH_AXES)
+
+    measure = on_mesh(
+        measure,
+        layout,
+        (layout.stored, WHOLE, WHOLE, PartitionSpec(None, BATCH_AXES)),
+        (layout.stored, WHOLE, WHOLE),
+    )
+
+    def train_step(state: TrainState, batch: Batch):
+        gradients, losses, stats = measure(
+            state.params, state.router_state, state.step, batch
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         rate = bias_rate(state.step)
@@ -92,7 +121,8 @@ def make_train_step(
             "bias_LE": bias_LE,
             "max_vio": load.max_violation(stats.load_E),
         }
-        per_layer = load.load_metrics(stats.load_E, stats.dropped)
+        dropped_L = stats.dropped_sending + stats.dropped_receiving
+        per_layer = load.load_metrics(stats.load_E, dropped_L)
         metrics |= {f"{name}_L": value_L for name, value_L in per_layer.items()}
         if cfg.mtp_depth:
             metrics["mtp_loss"] = losses.mtp_D
@@ -103,19 +133,59 @@ def make_train_step(
     return train_step
 
 
+def on_mesh(
+    function: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A function of whole arrays, from one of a device's parts of them."""
+    if layout.mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )
+
+
+def gather_weights(params: Any, layout: Layout, cfg: ModelConfig) -> Any:
+    """The weights that this device computes with, in the dtype it computes in."""
+
+    def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
+        if placement.axes:
+            x = x.astype(computed_as(path, cfg))
+        return zero.gather(x, placement)
+
+    return jax.tree.map_with_path(gather, params, layout.placements)
+
+
+def sum_losses(losses: Losses) -> Losses:
+    """Of all devices' shares. Those of `tensor` have the loss of the same tokens."""
+    return Losses(
+        main=collectives.total(losses.main, BATCH_AXES),
+        mtp_D=collectives.total(losses.mtp_D, BATCH_AXES),
+        auxiliary=collectives.total(losses.auxiliary, MESH_AXES),
+    )
+
+
 def accumulate(
     grad: Callable[[Batch], tuple[Any, tuple[Losses, Stats]]], batch: Batch
 ) -> tuple[Any, Losses, Stats]:
-    """Mean gradients and losses, and summed integer stats, over the microbatches."""
+    """Mean gradients (float32), losses, and summed stats, over the microbatches."""
+
+    def grad_float32(part):
+        gradients, measured = grad(part)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), measured
+
     count = batch.tokens_BT.shape[0]
     if count == 1:
-        gradients, (losses, stats) = grad(jax.tree.map(lambda x: x[0], batch))
+        gradients, (losses, stats) = grad_float32(jax.tree.map(lambda x: x[0], batch))
         return gradients, losses, stats
 
     def add(total, part):
-        return jax.tree.map(jnp.add, total, grad(part)), None
+        return jax.tree.map(jnp.add, total, grad_float32(part)), None
 
-    first = jax.eval_shape(grad, jax.tree.map(lambda x: x[0], batch))
+    first = jax.eval_shape(grad_float32, jax.tree.map(lambda x: x[0], batch))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     (gradients, (losses, stats)), _ = jax.lax.scan(add, zeros, batch)
     gradients, losses = jax.tree.map(lambda x: x / count, (gradients, losses))
@@ -125,7 +195,11 @@ def accumulate(
 def microbatch_losses(
     model: Transformer, params: Any, router_state: Any, batch: Batch, run: RunConfig
 ) -> tuple[Losses, Stats]:
-    """Losses and stats of one microbatch of [B, T + 1] tokens."""
+    """This device's share of a microbatch's losses, and its stats.
+
+    Args:
+      batch: this device's sequences, [B, T + 1] tokens.
+    """
     tokens_BT, segment_BT = batch
     features: Any = model.apply(
         {"params": params, "router_state": router_state},
@@ -134,36 +208,41 @@ def microbatch_losses(
         method="features",
     )
 
-    def loss(hidden_BTD, depth):
+    def loss(hidden_BSD, depth):
         """Of predicting, at position t, token t + 1 + depth."""
         target_BT = jnp.roll(tokens_BT, -1 - depth, axis=1)[:, :-1]
         length = target_BT.shape[1]
         weight_T = (jnp.arange(length) < length - depth).astype(jnp.float32)
         weight_BT = jnp.broadcast_to(weight_T, target_BT.shape)
+        weight_BT /= weight_BT.sum() * collectives.axis_size(BATCH_AXES)
         total: jax.Array = linear_cross_entropy(
-            hidden_BTD.reshape(-1, hidden_BTD.shape[-1]),
+            hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
             features.head_DV,
-            target_BT.reshape(-1),
-            weight_BT.reshape(-1) / weight_BT.sum(),
+            collectives.part(target_BT, "tensor", 1).reshape(-1),
+            collectives.part(weight_BT, "tensor", 1).reshape(-1),
             run.train.loss_chunk,
         )
         return total
 
-    mtp = [loss(hidden_BTD, k) for k, hidden_BTD in enumerate(features.mtp_BTD, 1)]
+    mtp = [loss(hidden_BSD, k) for k, hidden_BSD in enumerate(features.mtp_BSD, 1)]
     losses = Losses(
-        main=loss(features.hidden_BTD, 0),
+        main=loss(features.hidden_BSD, 0),
         mtp_D=jnp.stack(mtp) if mtp else jnp.zeros(0),
         auxiliary=features.stats.auxiliary_loss.sum(),
     )
     return losses, features.stats
 
 
-def make_eval_step(model: Transformer, run: RunConfig) -> EvalStep:
+def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalStep:
     """A function of params, router_state and a batch of [B, T + 1] tokens."""
 
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:
-        losses, stats = microbatch_losses(model, params, router_state, batch, run)
-        tokens = jnp.float32(batch.tokens_BT[:, 1:].size)
-        return Evaluation(losses.main * tokens, tokens, stats.load_E)
+        weights = gather_weights(params, layout, run.model)
+        losses, stats = microbatch_losses(model, weights, router_state, batch, run)
+        devices = collectives.axis_size(BATCH_AXES)
+        tokens = jnp.float32(batch.tokens_BT[:, 1:].size * devices)
+        load_LE = collectives.total(stats.load_E, MESH_AXES)
+        return Evaluation(sum_losses(losses).main * tokens, tokens, load_LE)
 
-    return eval_step
+    in_specs = (layout.stored, WHOLE, PartitionSpec(BATCH_AXES))
+    return on_mesh(eval_step, layout, in_specs, WHOLE)

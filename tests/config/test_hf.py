@@ -183,6 +183,11 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.router.auxiliary_weight": 0.01,
     "moe.expert_mlp_dim": 32,
     "moe.num_shared_experts": 0,
+    "moe.exchange.backend": "gather",
+    "moe.exchange.capacity_factor": 1.5,
+    "moe.exchange.drop_order": "position",
+    "moe.exchange.chunks": 2,
+    "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
 UNCHANGEABLE = {"moe.backend"}  # there is only one
 

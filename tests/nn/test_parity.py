@@ -16,7 +16,7 @@ from jmoe.export import names
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer
 from jmoe.nn.router import Router
-from jmoe.ops.loss import linear_cross_entropy
+from jmoe.parallel.vocabulary import linear_cross_entropy
 
 TOLERANCE = 1e-5
 B, T = 2, 19
@@ -107,11 +107,11 @@ def loss_and_more(cfg, variables, tokens_BT):
         ),
         mutable=["intermediates"],
     )
-    predicting_ND = features.hidden_BTD[:, :-1].reshape(-1, cfg.hidden_dim)
+    predicting_ND = features.hidden_BSD[:, :-1].reshape(-1, cfg.hidden_dim)
     target_N = tokens_BT[:, 1:].reshape(-1)
     weight_N = jnp.full(target_N.shape, 1 / target_N.size)
     loss = linear_cross_entropy(predicting_ND, features.head_DV, target_N, weight_N, 16)
-    return loss, (features.hidden_BTD @ features.head_DV, captured)
+    return loss, (features.hidden_BSD @ features.head_DV, captured)
 
 
 def run_jmoe(cfg, variables, tokens_BT):

@@ -77,6 +77,6 @@ def drafts(trained, tokens: list[int]) -> Any:
     )
     module = {name: tree["mtp_0"] for name, tree in trained.variables.items()}
     outputs: Any = MTPModule(cfg).apply(
-        module, features.hidden_BTD, embedded_BTD, rotation, None
+        module, features.hidden_BSD, embedded_BTD, rotation, None
     )
     return jnp.argmax(outputs[1][0] @ features.head_DV, axis=-1)

@@ -18,6 +18,7 @@ from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer, read_biases
 from jmoe.nn.router import Stats
 from jmoe.train import step as steps
+from jmoe.train.layout import make_layout, run_mesh
 from jmoe.train.state import TrainState
 
 SEQUENCES, T = 8, 32
@@ -93,8 +94,9 @@ def take_steps(run, variables, batch):
     @functools.cache
     def program(count, loop, remat):
         cfg = override(run, [f"model.layer_loop={loop}", f"model.remat={remat}"])
-        step = steps.make_train_step(Transformer(cfg.model), DESCENT, cfg)
-        return jax.jit(step), jax.tree.map(lambda x: x.reshape(count, -1, T + 1), batch)
+        return jax.jit(train_step(cfg)), jax.tree.map(
+            lambda x: x.reshape(count, -1, T + 1), batch
+        )
 
     @functools.cache
     def take(variant=WHOLE, *, start=0, num_steps=1) -> list[Step]:
@@ -109,6 +111,12 @@ def take_steps(run, variables, batch):
         return taken
 
     return take
+
+
+def train_step(cfg: RunConfig) -> steps.TrainStep:
+    model = Transformer(cfg.model)
+    layout = make_layout(model, run_mesh(cfg.mesh))
+    return steps.make_train_step(model, DESCENT, cfg, layout)
 
 
 def unstack(tree):
@@ -239,7 +247,7 @@ def test_a_step_counts_itself(take_steps):
 
 def test_a_rule_that_needs_histograms_gets_them(run, variables, batch):
     cfg = override(run, ["model.moe.router.update_rule=quantile"])
-    step = steps.make_train_step(Transformer(cfg.model), DESCENT, cfg)
+    step = train_step(cfg)
     state = TrainState(jnp.int32(0), **variables, opt_state=variables["params"])
     parts = jax.tree.map(lambda x: x.reshape(2, -1, T + 1), batch)
     after, _ = jax.eval_shape(step, state, parts)  # the rule raises without
@@ -251,7 +259,10 @@ def test_accumulation_averages_floats_and_adds_integers():
         value = jnp.float32(part.tokens_BT.sum())
         losses = steps.Losses(value, value[None], value)
         counts = part.tokens_BT.sum(0)
-        return {"w": 2 * value}, (losses, Stats(counts, counts[0], counts, value))
+        return {"w": 2 * value}, (
+            losses,
+            Stats(counts, counts[0], counts[0], counts, value),
+        )
 
     tokens_ABT = 2**24 + np.arange(12, dtype=np.int32).reshape(3, 2, 2)
     gradients, losses, stats = steps.accumulate(grad, Batch(tokens_ABT, tokens_ABT))
@@ -266,7 +277,12 @@ def test_accumulation_averages_floats_and_adds_integers():
 def test_an_evaluation_sums_the_losses_within_documents(run, variables, batch):
     cfg = override(run, ["data.segment_masks=True", "model.mtp_depth=0"])
     transformer = Transformer(cfg.model)
-    eval_step = steps.make_eval_step(transformer, cfg)
+    variables = {
+        name: {key: x for key, x in tree.items() if key != "mtp_0"}
+        for name, tree in variables.items()
+    }
+    layout = make_layout(transformer, run_mesh(cfg.mesh))
+    eval_step = steps.make_eval_step(transformer, cfg, layout)
 
     @jax.jit
     def measure(variables, batch):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.ops.loss import linear_cross_entropy
+from jmoe.parallel.vocabulary import linear_cross_entropy
 
 N, D, V = 13, 8, 40
 

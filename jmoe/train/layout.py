@@ -1,0 +1,115 @@
+"""How a run's state and batches lie on its mesh.
+
+Parameters are float32 at rest, divided by the rules of their dimensions and by ZeRO;
+what an optimizer keeps of a parameter lies as the parameter does; the rest is small,
+and whole on every device. Batches are divided by sequence.
+
+Shapes: A microbatch, B sequence, T position.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jmoe.config import MeshConfig
+from jmoe.data.packing import Batch
+from jmoe.nn.model import Transformer
+from jmoe.parallel import rules, zero
+from jmoe.parallel.mesh import BATCH_AXES, make_mesh
+from jmoe.train.state import init_variables
+
+WHOLE = PartitionSpec()
+
+
+class Layout(NamedTuple):
+    """A mesh, and a tree of `zero.Placement` like the model's parameters."""
+
+    mesh: Mesh
+    placements: Any
+
+    @property
+    def stored(self) -> Any:
+        """The parameters' specs at rest."""
+        return jax.tree.map(lambda placement: placement.stored, self.placements)
+
+
+def make_layout(model: Transformer, mesh: Mesh) -> Layout:
+    """Where each parameter of `model` lies on `mesh`.
+
+    Raises:
+      ValueError: a dimension doesn't divide over its axis; names the parameter.
+    """
+    boxed = jax.eval_shape(functools.partial(init_variables, model, 0))["params"]
+    specs = rules.specs(boxed, mesh.shape)
+    return Layout(mesh, zero.place(meta.unbox(boxed), specs, mesh.shape))
+
+
+def run_mesh(cfg: MeshConfig) -> Mesh:
+    """A run's mesh: of all devices, or of this process's first, if it is for one."""
+    alone = cfg.num_devices == 1 and jax.process_count() == 1
+    return make_mesh(cfg, jax.devices()[:1] if alone else None)
+
+
+def shardings(layout: Layout, tree: Any) -> Any:
+    """A `NamedSharding` for each array of a state, or of a part of one.
+
+    An array whose path ends in a parameter's lies as the parameter does.
+    """
+    of_path = {
+        _names(path): placement
+        for path, placement in jax.tree.leaves_with_path(layout.placements)
+    }
+
+    def choose(path: Any, _: Any) -> NamedSharding:
+        names = _names(path)
+        ends = (of_path.get(names[start:]) for start in range(len(names)))
+        placement = next(filter(None, ends), None)
+        spec = WHOLE if placement is None else placement.stored
+        return NamedSharding(layout.mesh, spec)
+
+    return jax.tree.map_with_path(choose, tree)
+
+
+def abstract(layout: Layout, make: Callable[[], Any]) -> Any:
+    """The arrays that `make` returns, as shapes that know where they lie."""
+    shapes = jax.eval_shape(make)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings(layout, shapes),
+    )
+
+
+def born(layout: Layout, make: Callable[[], Any]) -> Any:
+    """What `make` returns, each array made where it lies; waits for it."""
+    where = shardings(layout, jax.eval_shape(make))
+    # Done before the step compiles, or its memory would lie in the step's way.
+    return jax.block_until_ready(jax.jit(make, out_shardings=where)())
+
+
+def put_batch(layout: Layout, batch: Batch) -> Batch:
+    """This process's rows, [..., B, T], as its part of a global batch on the mesh."""
+
+    def put(x: Any) -> jax.Array:
+        spec = PartitionSpec(*(None,) * (x.ndim - 2), BATCH_AXES)
+        sharding = NamedSharding(layout.mesh, spec)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return jax.tree.map(put, batch)
+
+
+def whole(layout: Layout, tree: Any) -> Any:
+    """All of each array, on the first device of this process. All-gathers."""
+    everywhere = NamedSharding(layout.mesh, WHOLE)
+    copy = jax.jit(lambda tree: tree, out_shardings=everywhere)
+    return jax.tree.map(lambda x: x.addressable_data(0), copy(tree))
+
+
+def _names(path: Any) -> tuple[Any, ...]:
+    """The keys of a path, whatever kind of node each is of."""
+    simple = functools.partial(jax.tree_util.keystr, simple=True)
+    return tuple(simple((key,)) for key in path)
