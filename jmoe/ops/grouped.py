@@ -20,6 +20,8 @@ products, activation) runs in the smallest compiled size that holds them. So pad
 small, a task's intermediate arrays stay in the cache, and an expert's weights are read
 once. Results are added to their tokens' rows. The loop is sequential: sums have one
 order, and results repeat to the bit.
+
+The `ragged` backend is for GPUs; see `jmoe.ops.grouped_ragged`.
 """
 
 import functools
@@ -30,20 +32,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmoe.ops.grouped_ragged import routed_mlp_ragged
+from jmoe.ops.rows import sort_rows
+
 BLOCK = 256
 STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
-
-
-class Rows(NamedTuple):
-    """Choices sorted by expert; "nobody" comes last. BLOCK spare rows at the end.
-
-    choice_N: the row's choice, an index into a flattened TK. token_N: its token.
-    size_E: rows of each expert.
-    """
-
-    choice_N: jax.Array
-    token_N: jax.Array
-    size_E: jax.Array
 
 
 class Tasks(NamedTuple):
@@ -53,15 +46,6 @@ class Tasks(NamedTuple):
     start_M: jax.Array  # first row
     rows_M: jax.Array  # how many, at most BLOCK
     count: jax.Array
-
-
-def sort_rows(expert_TK: jax.Array, num_experts: int) -> Rows:
-    """An expert's rows keep the order of their tokens."""
-    expert_N = expert_TK.reshape(-1).astype(jnp.int32)
-    choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
-    choice_N = jnp.pad(choice_N, (0, BLOCK))
-    size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
-    return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
 
 
 def plan_tasks(size_E: jax.Array, num_rows: int, *, skip: int = 0) -> Tasks:
@@ -108,7 +92,7 @@ def routed_mlp_blocks(
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
     num_experts, mlp_dim = down_EFD.shape[:2]
-    rows = sort_rows(expert_TK, num_experts)
+    rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
     tasks = plan_tasks(rows.size_E, expert_TK.size)
     gate_N = _take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = gate_up_ED2F.reshape(num_experts, -1, 2 * mlp_dim)
@@ -267,4 +251,4 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
 
 
-BACKENDS = {"blocks": routed_mlp_blocks}
+BACKENDS = {"blocks": routed_mlp_blocks, "ragged": routed_mlp_ragged}

@@ -1,0 +1,75 @@
+"""What kernels may do that the reference on CPU doesn't, and what segments cost."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmoe.ops import grouped, grouped_ragged
+
+T, K, D, E, F = 300, 3, 16, 5, 8
+NOBODY = E
+SEGMENT = 3 * grouped_ragged.TILE_M  # holds T
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def gradients(routed_mlp, expert_TK, x_TD, gate_TK, gate_up_ED2F, down_EFD):
+    def total(*floats):
+        x_TD, *rest = floats
+        return (routed_mlp(x_TD, expert_TK, *rest) ** 2).sum()
+
+    floats = x_TD, gate_TK, gate_up_ED2F, down_EFD
+    return jax.value_and_grad(total, argnums=(0, 1, 2, 3))(*floats)
+
+
+def arrays(of_nobody):
+    """Choices, of which this share is nobody's, and floats."""
+    rng = np.random.default_rng(0)
+    expert_TK = np.stack([rng.choice(E, K, replace=False) for _ in range(T)])
+    expert_TK[rng.random((T, K)) < of_nobody] = NOBODY
+    shapes = (T, D), (T, K), (E, D, 2, F), (E, F, D)
+    return expert_TK, *(rng.normal(size=s).astype(np.float32) for s in shapes)
+
+
+@pytest.mark.parametrize("of_nobody", [0.0, 0.3, 0.8])
+def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
+    of_nobody, monkeypatch
+):
+    product = grouped_ragged._product
+
+    def leaves_memory_as_it_was(kernel, dimensions, left, right, size_E):
+        out = product(kernel, dimensions, left, right, size_E)
+        if dimensions is grouped_ragged.OUTER:
+            assert left.shape[0] == right.shape[0] == SEGMENT
+            # A kernel multiplies whole tiles, in which nobody's rows count as zero.
+            return out + 0 * (left.sum() + right.sum())
+        rows_M = jnp.arange(out.shape[0])[:, None]
+        return jnp.where(rows_M < size_E.sum(), out, jnp.nan)
+
+    given_arrays = arrays(of_nobody)
+    want = gradients(grouped.routed_mlp_blocks, *given_arrays)
+    monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
+    got = gradients(lambda *x: grouped_ragged.routed_mlp_ragged(*x), *given_arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def segments_computed(expert_TK, length):
+    plan = grouped_ragged._plan(expert_TK, E, length)
+    return grouped_ragged._over_segments(
+        plan, length, lambda s: (jnp.int32(1), s.size_E)
+    )
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(0, E), min_size=60, max_size=60), st.sampled_from([8, 60]))
+def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, length):
+    expert_TK = np.array(choices, np.int32).reshape(20, 3)
+    count, size_E = segments_computed(expert_TK, length)
+    np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
+    assert count == max(1, -(-int(size_E.sum()) // length))
