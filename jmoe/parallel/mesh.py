@@ -51,6 +51,38 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(array, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """Which part of a batch's sequences a process has, and of how many parts.
+
+    The devices of a process have neighbouring sequences. Processes along whose devices
+    only other axes are divided have the same ones, so that there may be fewer parts
+    than processes.
+
+    Args:
+      process: by default this one.
+
+    Raises:
+      ValueError: the mesh doesn't give each process as many sequences.
+    """
+    process = jax.process_index() if process is None else process
+    shape = [size if axis in BATCH_AXES else 1 for axis, size in mesh.shape.items()]
+    block = np.arange(np.prod(shape)).reshape(shape)
+    block, owner = np.broadcast_arrays(
+        block, np.vectorize(lambda device: device.process_index)(mesh.devices)
+    )
+    parts = {int(p): np.unique(block[owner == p]) for p in np.unique(owner)}
+    size = len(parts[process])
+    for blocks in parts.values():
+        starts_a_part = blocks[0] % size == 0 and blocks[-1] == blocks[0] + size - 1
+        if len(blocks) != size or not starts_a_part:
+            axes = " x ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+            raise ValueError(
+                f"mesh {axes} gives its {len(parts)} processes different shares of a "
+                "batch; choose sizes that divide their number, or are multiples of it."
+            )
+    return int(parts[process][0]) // size, int(block.max()) // size + 1
+
+
 def _place(device: Any) -> tuple[int, int, int]:
     """Puts the devices of a node, and those of a process, next to each other."""
     node = getattr(device, "slice_index", None) or 0

@@ -1,0 +1,292 @@
+"""A run as several processes: how they start, agree, and stop at the same step.
+
+    with processes.join(coordinator, num_processes, process_id):
+        processes.agree({"train": ...})
+        ...
+
+A program that was started alone needs none of it: all functions here then do nothing,
+as if over a group of one. In a group they are calls that all processes make in the same
+order; they go over the host's network (`jmoe.parallel.meeting`), not over devices. A
+process that leaves `join` by an error ends the others with that error, where they wait
+for it the next time.
+"""
+
+import contextlib
+import contextvars
+import hashlib
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from typing import Any, NamedTuple
+
+from jmoe.parallel import meeting
+
+JOIN_TIMEOUT_S = 300.0
+# How long JAX waits at its end for a process that failed elsewhere.
+_SHUTDOWN_TIMEOUT_S = 10
+_VERSIONS = ("jmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
+_LISTED_DIFFERENCES = 8
+
+_ALONE = meeting.Group()
+_group = contextvars.ContextVar("group", default=_ALONE)
+
+
+class Launcher(NamedTuple):
+    """Environment variables by which a launcher tells a process who it is."""
+
+    name: str
+    process_id: str
+    num_processes: str | None  # None: it doesn't tell
+    required: str | None = None  # without which the others mean something else
+
+
+# The first that is there counts: MPI's processes may run inside a Slurm job. Slurm sets
+# the last one only for what srun starts. A Kubernetes job may as well be independent
+# programs, so it counts only where the other values are given.
+LAUNCHERS = (
+    Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    Launcher("MPICH", "PMI_RANK", "PMI_SIZE"),
+    Launcher("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"),
+    Launcher("Kubernetes", "JOB_COMPLETION_INDEX", None),
+)
+
+
+class Place(NamedTuple):
+    """Where processes meet, how many they are, and which of them this one is."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+
+
+def index() -> int:
+    """Which process this is; 0 prints and writes for all."""
+    return _group.get().index
+
+
+def exchange(what: str, value: Any) -> list[Any]:
+    """The JSON values that all processes give, by process. Waits for all of them.
+
+    Args:
+      what: names the exchange in errors; the same on all processes.
+
+    Raises:
+      ElsewhereError: another process failed; says which, and how.
+      ConnectionError: another process has ended.
+    """
+    return _group.get().exchange(what, value)
+
+
+def from_first(what: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns on process 0, the only one to call it; a JSON value."""
+    return exchange(what, make() if index() == 0 else None)[0]
+
+
+@contextlib.contextmanager
+def first_before_others(what: str) -> Iterator[None]:
+    """Process 0 goes through the block, then the others, who find what it made."""
+    if index() > 0:
+        exchange(what, None)
+    yield
+    if index() == 0:
+        exchange(what, None)
+
+
+def any_signal(mine: int) -> int:
+    """The signal that stops the run: that of any process, or 0 if none has any."""
+    return max(exchange("signals", mine))
+
+
+@contextlib.contextmanager
+def join(
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    timeout_s: float = JOIN_TIMEOUT_S,
+) -> Iterator[None]:
+    """Makes this process one of a group while the block runs; call it before JAX runs.
+
+    What isn't given is taken from the launcher that started the process. Started alone,
+    it does nothing.
+
+    Args:
+      coordinator: host:port of process 0. Processes meet there, then JAX uses it.
+
+    Raises:
+      TimeoutError: not all processes came; names those that didn't.
+      ValueError: the values are incomplete or impossible, or the processes differ in
+        jmoe's code or in versions of libraries; names the difference.
+    """
+    place = find_place(coordinator, num_processes, process_id)
+    if place is None:
+        yield
+        return
+    with membership(meeting.meet(*place, timeout_s)):
+        agree({"versions": _versions(), "code": code_fingerprint()})
+        stop_jax = _start_jax(place, timeout_s)
+        yield
+        exchange("the end", None)
+        stop_jax()
+
+
+@contextlib.contextmanager
+def membership(group: meeting.Group) -> Iterator[None]:
+    """Makes `group` that of this thread; tells it of an error that ends the block."""
+    token = _group.set(group)
+    try:
+        yield
+    except meeting.ElsewhereError:
+        raise
+    except BaseException as error:
+        plain = isinstance(error, ValueError | OSError)
+        group.fail(str(error) if plain else f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        _group.reset(token)
+        group.close()
+
+
+def agree(what: Mapping[str, Any]) -> None:
+    """Refuses to go on where processes differ in `what`, nested JSON values.
+
+    Raises:
+      ValueError: on every process; names each value that differs, and who has which.
+    """
+    flat = _flatten(what)
+    text = json.dumps(flat, sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if len(set(exchange("digests", digest))) == 1:
+        return
+    views = exchange("values", flat)
+    names = sorted({name for view in views for name in view})
+    lines = []
+    for name in names:
+        values = [view.get(name, "nothing") for view in views]
+        if len(set(values)) > 1:
+            lines.append(f"{name}: {_by_value(values)}")
+    more = len(lines) - _LISTED_DIFFERENCES
+    if more > 0:
+        lines[_LISTED_DIFFERENCES:] = [f"and {more} more"]
+    raise ValueError("\n  ".join(["The processes must agree, but differ in", *lines]))
+
+
+def code_fingerprint(
+    package: pathlib.Path = pathlib.Path(__file__).parents[1],
+) -> dict[str, str]:
+    """A short hash of each source file of a package, by default of jmoe."""
+    return {
+        path.relative_to(package.parent).as_posix(): hashlib.sha256(
+            path.read_bytes()
+        ).hexdigest()[:8]
+        for path in sorted(package.rglob("*.py"))
+    }
+
+
+def find_place(
+    coordinator: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+    environ: Mapping[str, str] = os.environ,
+) -> Place | None:
+    """Completes what is given by what a launcher says; None for a lone process.
+
+    Raises:
+      ValueError: something is missing or out of range; names it.
+    """
+    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
+    given = coordinator is not None or (num_processes, process_id) != (None, None)
+    launcher = _launcher(environ)
+    if launcher is not None and (given or launcher.num_processes is not None):
+        if process_id is None:
+            process_id = int(environ[launcher.process_id])
+        if num_processes is None and launcher.num_processes is not None:
+            num_processes = int(environ[launcher.num_processes])
+    elif not given:
+        return None
+    if num_processes == 1 and process_id in (None, 0):
+        return None
+    if coordinator is None and None not in (num_processes, process_id):
+        coordinator = _coordinator(num_processes, process_id)
+    values = Place(coordinator, num_processes, process_id)  # pyright: ignore
+    missing = [name for name, value in values._asdict().items() if value is None]
+    if missing:
+        known = ", ".join(launcher.name for launcher in LAUNCHERS)
+        raise ValueError(
+            f"Several processes need {', '.join(Place._fields)}. Not given, nor known "
+            f"from a launcher ({known}): {', '.join(missing)}."
+        )
+    if values.num_processes < 1:
+        raise ValueError(f"num_processes={num_processes} must be at least 1.")
+    if not 0 <= values.process_id < values.num_processes:
+        raise ValueError(f"process_id={process_id} must lie in [0, {num_processes}).")
+    meeting.split_address(values.coordinator)
+    return values
+
+
+def _launcher(environ: Mapping[str, str]) -> Launcher | None:
+    for launcher in LAUNCHERS:
+        _, *needed = launcher
+        if all(name is None or name in environ for name in needed):
+            return launcher
+    return None
+
+
+def _coordinator(num_processes: int | None, process_id: int | None) -> str | None:
+    """Process 0's address, as far as JAX knows the launcher.
+
+    JAX has no public function that tells it without connecting.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+        None, num_processes, process_id, [], None, None
+    )
+    return found[0]
+
+
+def _start_jax(place: Place, timeout_s: float) -> Callable[[], None]:
+    """Makes all processes' devices one set; returns what ends it, in good order."""
+    import jax
+
+    # It would take SIGTERM from us, and from the system.
+    jax.config.update("jax_enable_preemption_service", False)
+    # JAX lets a process of some launchers see one GPU only, its own. But one that has
+    # the host for itself has all of the host's GPUs.
+    hosts = exchange("hosts", socket.gethostname())
+    alone = hosts.count(hosts[place.process_id]) == 1
+    jax.distributed.initialize(
+        *place,
+        cluster_detection_method="deactivate" if alone else None,
+        initialization_timeout=int(timeout_s),
+        shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
+    )
+    return jax.distributed.shutdown
+
+
+def _versions() -> dict[str, str]:
+    return {package: metadata.version(package) for package in _VERSIONS}
+
+
+def _flatten(value: Any, name: str = "") -> dict[str, str]:
+    """{"train": {"seed": 0}} as {"train.seed": "0"}; lists by index."""
+    if not isinstance(value, Mapping | list | tuple) or not value:
+        return {name: json.dumps(value)}
+    items = value.items() if isinstance(value, Mapping) else enumerate(value)
+    flat = {}
+    for key, below in items:
+        flat |= _flatten(below, f"{name}.{key}" if name else str(key))
+    return flat
+
+
+def _by_value(values: Sequence[str]) -> str:
+    """ "0 on processes 0-2, 1 on process 3"."""
+    indices: dict[str, list[int]] = {}
+    for process, value in enumerate(values):
+        indices.setdefault(value, []).append(process)
+    return ", ".join(
+        f"{value} on process{'es' * (len(group) > 1)} {meeting.ranges(group)}"
+        for value, group in indices.items()
+    )

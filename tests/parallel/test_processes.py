@@ -1,0 +1,190 @@
+"""A run as several processes: who is one, and what they must agree on."""
+
+import pathlib
+import shutil
+
+import pytest
+
+from jmoe.parallel import meeting, processes
+
+OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
+SLURM = {
+    "SLURM_JOB_ID": "8193",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NODELIST": "node[07-10],other",
+}
+
+
+@pytest.fixture
+def together(parallel, address):
+    """Calls a function once as each process of a group, each with its own value."""
+
+    def call(function, *values):
+        def live(index: int):
+            with processes.membership(meeting.meet(address, len(values), index, 20.0)):
+                return function(values[index])
+
+        return parallel(live, *((index,) for index in range(len(values))))
+
+    return call
+
+
+def disagreement(together, *views) -> str:
+    errors = together(processes.agree, *views)
+    assert {type(error) for error in errors} == {ValueError}
+    (text,) = {str(error) for error in errors}
+    return text
+
+
+def test_processes_that_agree_go_on(together):
+    record = {"train": {"seed": 0, "rates": [0.1, 0.2]}, "name": "tiny"}
+    assert together(processes.agree, record, record, record) == [None] * 3
+
+
+def test_a_difference_is_named_with_who_has_what_on_every_process(together):
+    views = [{"train": {"seed": s, "steps": 9}} for s in (0, 1, 0, 0)]
+    assert disagreement(together, *views) == (
+        "The processes must agree, but differ in\n"
+        "  train.seed: 0 on processes 0, 2-3, 1 on process 1"
+    )
+
+
+@pytest.mark.parametrize(
+    ("views", "line"),
+    [
+        (
+            ({"a": [{"path": "x"}]}, {"a": [{"path": "y"}]}),
+            'a.0.path: "x" on process 0',
+        ),
+        (({"a": 1}, {"a": None}), "a: 1 on process 0, null on process 1"),
+        (({"a": 1}, {}), "a: 1 on process 0, nothing on process 1"),
+        (({"a": []}, {"a": [3]}), "a: [] on process 0, nothing on process 1"),
+        (({"a": 1}, {"a": 1.0}), "a: 1 on process 0, 1.0 on process 1"),
+        (({"a": 1}, {"a": True}), "a: 1 on process 0, true on process 1"),
+    ],
+)
+def test_whatever_differs_is_shown_as_json(together, views, line):
+    assert f"\n  {line}" in disagreement(together, *views)
+
+
+def test_many_differences_are_counted(together):
+    views = [{f"x{i:02}": process for i in range(20)} for process in (0, 1)]
+    lines = disagreement(together, *views).splitlines()
+    assert len(lines) == 10 and lines[-1] == "  and 12 more"
+
+
+def test_code_that_differs_is_named_by_file(together, tmp_path):
+    package = shutil.copytree(
+        pathlib.Path(processes.__file__).parent, tmp_path / "jmoe"
+    )
+    with (package / "zero.py").open("a") as file:
+        file.write("# a change\n")
+    changed = processes.code_fingerprint(package)
+    (package / "zero.py").write_text("")
+    text = disagreement(
+        together, {"code": processes.code_fingerprint(package)}, {"code": changed}
+    )
+    assert text.count("\n") == 1 and "\n  code.jmoe/zero.py: " in text
+
+
+def test_the_fingerprint_covers_the_package_and_is_the_same_from_anywhere(tmp_path):
+    package = pathlib.Path(processes.__file__).parents[1]
+    found = processes.code_fingerprint()
+    assert {"jmoe/__init__.py", "jmoe/train/step.py"} <= set(found)
+    assert found == processes.code_fingerprint(
+        shutil.copytree(package, tmp_path / "jmoe")
+    )
+
+
+def test_an_error_ends_all_processes_with_its_text(together):
+    def work(index: int):
+        if index == 1:
+            raise FileNotFoundError("No file matches 'x'.")
+        processes.exchange("data", index)
+
+    errors = together(work, 0, 1, 2)
+    assert str(errors[1]) == "No file matches 'x'."
+    assert [str(errors[i]) for i in (0, 2)] == ["process 1: No file matches 'x'."] * 2
+
+
+def test_process_0_goes_first_and_its_value_counts(together):
+    order = []
+
+    def work(index: int):
+        with processes.first_before_others("data"):
+            order.append(index)
+        return processes.from_first("step", lambda: 10 * processes.index())
+
+    assert together(work, 0, 1, 2) == [0, 0, 0]
+    assert order[0] == 0 and sorted(order) == [0, 1, 2]
+
+
+def test_a_signal_of_one_process_is_known_to_all(together):
+    assert together(processes.any_signal, 0, 15, 0) == [15] * 3
+    assert together(processes.any_signal, 0, 0, 0) == [0] * 3
+
+
+def test_a_lone_process_agrees_with_itself_and_waits_for_nobody():
+    with processes.join():
+        processes.agree({"seed": 0})
+        with processes.first_before_others("data"):
+            pass
+        assert processes.from_first("step", lambda: 7) == 7
+        assert processes.any_signal(15) == 15
+        assert processes.index() == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        ((None, None, None), {}, None),
+        ((None, 1, None), {}, None),
+        (("a:1", 2, 1), {}, ("a:1", 2, 1)),
+        (("a:1", 2, 1), SLURM, ("a:1", 2, 1)),
+        ((None, 2, 0), {"JAX_COORDINATOR_ADDRESS": "b:2"}, ("b:2", 2, 0)),
+        (("a:1", None, None), OPEN_MPI, ("a:1", 4, 1)),
+        (("a:1", None, None), {"PMI_RANK": "0", "PMI_SIZE": "2"}, ("a:1", 2, 0)),
+        ((None, None, None), {"PMI_RANK": "0", "PMI_SIZE": "1"}, None),
+        # MPI's processes in a Slurm job have the variables of both
+        (("a:1", None, None), SLURM | OPEN_MPI, ("a:1", 4, 1)),
+        ((None, None, None), SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # within an allocation, but not started by srun
+        ((None, None, None), {"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, None),
+        # one of many jobs of an array, each on its own
+        ((None, None, None), {"JOB_COMPLETION_INDEX": "3"}, None),
+        (("a:1", 4, None), {"JOB_COMPLETION_INDEX": "3"}, ("a:1", 4, 3)),
+    ],
+)
+def test_what_is_not_given_comes_from_the_launcher(flags, environ, expected):
+    assert processes.find_place(*flags, environ=environ) == expected
+
+
+def test_slurm_tells_where_process_0_is(monkeypatch):
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    place = processes.find_place(None, None, None)
+    assert place == ("node07:61441", 8, 3)  # JAX derives the port from the job's number
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "complaint"),
+    [
+        (("a:1", None, None), {}, "launcher .*: num_processes, process_id.$"),
+        (("a:1", 2, None), {}, "launcher .*: process_id.$"),
+        ((None, 2, 0), {}, "launcher .*: coordinator.$"),
+        ((None, None, 1), {}, "launcher .*: coordinator, num_processes.$"),
+        ((None, None, None), OPEN_MPI, "launcher .*: coordinator.$"),
+        (("a:1", None, None), {"JOB_COMPLETION_INDEX": "3"}, ": num_processes.$"),
+        (("a:1", 2, 2), {}, r"process_id=2 must lie in \[0, 2\)"),
+        (("a:1", 2, -1), {}, r"process_id=-1 must lie in \[0, 2\)"),
+        (("a:1", 1, 1), {}, r"process_id=1 must lie in \[0, 1\)"),
+        (("a:1", 0, 0), {}, "num_processes=0 must be at least 1"),
+        (("a", 2, 0), {}, "coordinator='a' must read host:port"),
+        (("a:1", None, None), OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "4"}, "process_id=4"),
+    ],
+)
+def test_incomplete_or_impossible_places_are_refused(flags, environ, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        processes.find_place(*flags, environ=environ)
