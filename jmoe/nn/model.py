@@ -11,6 +11,8 @@ Variables are `params` and `router_state`; the latter holds each MoE layer's sel
 bias, is float32, and sees neither gradients nor the optimizer.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +34,10 @@ REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
     "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+
+
+# Of a layer's name and its parameters as they are stored, those it computes with.
+GatherLayer = Callable[[str, Any], Any]
 
 
 class Features(NamedTuple):
@@ -57,10 +63,16 @@ class Output(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """`init(key, tokens_BT) -> variables`; `apply(variables, tokens_BT) -> Output`."""
+    """`init(key, tokens_BT) -> variables`; `apply(variables, tokens_BT) -> Output`.
+
+    `gather_layer` is for parameters that are divided further than the layers compute
+    with them: it is called for one layer at a time, and again in its backward pass if
+    that recomputes.
+    """
 
     cfg: ModelConfig
     dot_general: DotGeneral = jax.lax.dot_general
+    gather_layer: GatherLayer | None = None
 
     def __call__(
         self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
@@ -104,8 +116,9 @@ class Transformer(nn.Module):
 
         previous, mtp_BSD, measured = hidden_BSD, [], [stats]
         for depth in range(1, cfg.mtp_depth + 1):
-            block = self._remat(mtp.MTPModule, scanned=False)
-            module = block(cfg, self.dot_general, name=f"mtp_{depth - 1}")
+            name = f"mtp_{depth - 1}"
+            block = self._prepare(mtp.MTPModule, name, scanned=False)
+            module = block(cfg, self.dot_general, name=name)
             embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth))
             previous, normed, stats = module(previous, embedded, rotation, segment_BT)
             mtp_BSD.append(normed)
@@ -132,11 +145,9 @@ class Transformer(nn.Module):
         """`count` blocks in a row; their stats stacked along a new first dimension."""
         if not count:
             return x_BSD, None
-        scanned = self.cfg.layer_loop == "scan"
-        block = self._remat(block, scanned)
-        if scanned:
+        if self.cfg.layer_loop == "scan":
             stack = nn.scan(
-                block,
+                self._prepare(block, name, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
@@ -147,12 +158,23 @@ class Transformer(nn.Module):
             return layers(x_BSD, rotation, segment_BT)
         measured = []
         for i in range(count):
-            layer = block(self.cfg, self.dot_general, name=f"{name}_{i}")
-            x_BSD, stats = layer(x_BSD, rotation, segment_BT)
+            own_name = f"{name}_{i}"
+            layer = self._prepare(block, own_name, scanned=False)
+            x_BSD, stats = layer(self.cfg, self.dot_general, name=own_name)(
+                x_BSD, rotation, segment_BT
+            )
             measured.append(stats)
         return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
 
-    def _remat(self, block: type[nn.Module], scanned: bool) -> type[nn.Module]:
+    def _prepare(
+        self, block: type[nn.Module], name: str, scanned: bool
+    ) -> type[nn.Module]:
+        """`block`, which gathers its parameters and recomputes what it should."""
+        if self.gather_layer is not None and not self.is_initializing():
+            gather = functools.partial(self.gather_layer, name)
+            block = nn.map_variables(
+                block, "params", lambda tree: {"params": gather(tree["params"])}
+            )
         if self.cfg.remat == "none":
             return block
         # A scan already keeps the compiler from merging the two passes.
@@ -167,6 +189,11 @@ def computed_as(path: Any, cfg: ModelConfig) -> Any:
     """
     names = {getattr(key, "key", None) for key in path}
     return jnp.float32 if names & {"scale", "router"} else jnp.dtype(cfg.dtype)
+
+
+def is_of_layer(path: Any) -> bool:
+    """Whether the parameter at this path of a pytree belongs to a block."""
+    return path[0].key.partition("_")[0] in ("dense", "moe", "mtp")
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:

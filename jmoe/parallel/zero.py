@@ -39,6 +39,11 @@ class Placement:
     axes: tuple[str, ...]
     summed: tuple[str, ...]
 
+    def of_layer(self) -> "Placement":
+        """That of one layer's parameter, where this is of a stack of layers."""
+        whole, stored = (PartitionSpec(*s[1:]) for s in (self.whole, self.stored))
+        return Placement(whole, stored, self.dim - 1, self.axes, self.summed)
+
 
 def place(shapes: Any, specs: Any, shape: Mapping[str, int]) -> Any:
     """A `Placement` for every parameter.

@@ -8,14 +8,17 @@ Shapes: A microbatch, B sequence, T position.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.config import MeshConfig
+from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.parallel import rules, zero
@@ -52,6 +55,19 @@ def run_mesh(cfg: MeshConfig) -> Mesh:
     """A run's mesh: of all devices, or of this process's first, if it is for one."""
     alone = cfg.num_devices == 1 and jax.process_count() == 1
     return make_mesh(cfg, jax.devices()[:1] if alone else None)
+
+
+def reader(mesh: Mesh) -> tuple[int, int]:
+    """The part of a batch's rows that this process feeds, and how many parts there are.
+
+    Processes whose devices share a tensor group feed the same rows.
+    """
+    ours = np.array([d.process_index == jax.process_index() for d in mesh.devices.flat])
+    axes = [MESH_AXES.index(axis) for axis in BATCH_AXES]
+    others = tuple(i for i in range(len(MESH_AXES)) if i not in axes)
+    parts = np.flatnonzero(ours.reshape(mesh.devices.shape).any(others))
+    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES) // len(parts)
+    return int(parts[0]) // len(parts), count
 
 
 def shardings(layout: Layout, tree: Any) -> Any:

@@ -72,12 +72,21 @@ def train(
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     resumes = workdirs.check_run(workdir, run)
     tokenizer = _load_tokenizer(run, workdir if resumes else None)
-    loader = make_loader(run.data, tokenizer, batch_size=cfg.microbatch_size)
+    process_index, process_count = layouts.reader(layout.mesh)
+    loader = make_loader(
+        run.data,
+        tokenizer,
+        batch_size=cfg.microbatch_size,
+        process_index=process_index,
+        process_count=process_count,
+    )
     held_out = validation_batches(
         run.data,
         tokenizer,
         batch_size=cfg.microbatch_size,
         num_batches=cfg.eval_batches,
+        process_index=process_index,
+        process_count=process_count,
     )
     entropy = unigram_entropy(held_out)
     optimizer = make_optimizer(run.optimizer, cfg.steps)

@@ -23,17 +23,18 @@ from jax.sharding import PartitionSpec
 
 from jmoe.balance import load
 from jmoe.balance.bias import update_rule
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer, computed_as, read_biases, write_biases
+from jmoe.nn.model import Transformer, read_biases, write_biases
 from jmoe.nn.router import Stats
-from jmoe.parallel import collectives, zero
+from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.vocabulary import linear_cross_entropy
 from jmoe.train import schedules
 from jmoe.train.layout import WHOLE, Layout
 from jmoe.train.state import TrainState
+from jmoe.train.weights import gather_weights, reduce_gradients, with_gathers
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[Any, Any, Batch], "Evaluation"]
@@ -62,6 +63,7 @@ def make_train_step(
     layout: Layout,
 ) -> TrainStep:
     """A function of the state and a batch of [A, B, T + 1] tokens, laid out so."""
+    model = with_gathers(model, run, layout)
     cfg, steps = run.model, run.train.steps
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
@@ -77,14 +79,14 @@ def make_train_step(
 
     def measure(params, router_state, step, batch):
         """Gradients, losses and stats of the batch, from this device's part of it."""
-        weights = gather_weights(params, layout, cfg)
+        weights = gather_weights(params, layout, run)
         gradients, losses, stats = accumulate(
             lambda part: jax.grad(objective, has_aux=True)(
                 weights, router_state, step, part
             ),
             batch,
         )
-        gradients = jax.tree.map(zero.reduce, gradients, layout.placements)
+        gradients = reduce_gradients(gradients, layout, run)
         return gradients, sum_losses(losses), collectives.total(stats, MESH_AXES)
 
     measure = on_mesh(
@@ -146,17 +148,6 @@ def on_mesh(
         out_specs=out_specs,
         check_vma=False,
     )
-
-
-def gather_weights(params: Any, layout: Layout, cfg: ModelConfig) -> Any:
-    """The weights that this device computes with, in the dtype it computes in."""
-
-    def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-        if placement.axes:
-            x = x.astype(computed_as(path, cfg))
-        return zero.gather(x, placement)
-
-    return jax.tree.map_with_path(gather, params, layout.placements)
 
 
 def sum_losses(losses: Losses) -> Losses:
@@ -235,9 +226,10 @@ def microbatch_losses(
 
 def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalStep:
     """A function of params, router_state and a batch of [B, T + 1] tokens."""
+    model = with_gathers(model, run, layout)
 
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:
-        weights = gather_weights(params, layout, run.model)
+        weights = gather_weights(params, layout, run)
         losses, stats = microbatch_losses(model, weights, router_state, batch, run)
         devices = collectives.axis_size(BATCH_AXES)
         tokens = jnp.float32(batch.tokens_BT[:, 1:].size * devices)

@@ -1,0 +1,236 @@
+"""Training on sixteen devices against training on one.
+
+Shapes: A microbatch, B sequence, T position, L MoE layer, E expert.
+"""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jmoe.config import RunConfig, override
+from jmoe.data.packing import Batch
+from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
+from jmoe.train import step as steps
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import TrainState, make_variables
+
+STEPS, A, B, T = 20, 2, 16, 32
+ONE = ""
+MESHES = [
+    "data=16",
+    "expert=16",
+    "tensor=16",
+    "data=4,expert=4",
+    "data=4,tensor=4",
+    "expert=4,tensor=4",
+    "data=2,expert=4,tensor=2",
+    "data=2,expert=2,tensor=4,zero_stage=3",
+]
+EXCHANGES = ["gather", "padded"]
+
+each_mesh = pytest.mark.parametrize("mesh", MESHES)
+
+# Leaves the gradients as they are, and keeps them.
+KEEP = optax.GradientTransformation(
+    init=lambda params: params, update=lambda gradients, *_: (gradients, gradients)
+)
+
+
+class Step(NamedTuple):
+    """What one step measured, and its gradients, on the host."""
+
+    metrics: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def run(smallest) -> RunConfig:
+    """Sixteen of what sixteen devices divide."""
+    return override(
+        smallest,
+        [
+            "model.vocab_size=304",
+            "model.attention.num_heads=16",
+            "model.moe.router.num_experts=16",
+            "model.moe.router.auxiliary_loss=switch",
+            "model.moe.router.auxiliary_weight=0.5",
+            "train.steps=1000",
+            f"train.batch_size={A * B}",
+            f"train.microbatch_size={B}",
+            "train.ramp_start=none",
+            "train.bias_rate={'first': 1e-3, 'last': 0.0}",
+            "train.loss_chunk=24",
+            "optimizer.schedule={'name': 'constant', 'peak': 1e-3}",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def variables(run):
+    """Random, and large enough for every part, biases too, to decide what is chosen."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        scale, mean = {"scale": (0.1, 1), "bias": (0.05, 0)}.get(path[-1].key, (0.2, 0))
+        return np.float32(mean + scale * rng.normal(size=shape.shape))
+
+    make = functools.partial(make_variables, Transformer(run.model), 0)
+    return jax.tree.map_with_path(draw, jax.eval_shape(make))
+
+
+def batch(run, seed) -> Batch:
+    """Two documents in every sequence, [A, B, T + 1]."""
+    shape = (A, B, T + 1)
+    tokens = np.random.default_rng(seed).integers(0, run.model.vocab_size, shape)
+    segment = np.broadcast_to(np.arange(T + 1) >= 10, shape)
+    return Batch(tokens.astype(np.int32), segment.astype(np.int32))
+
+
+class Trainer(NamedTuple):
+    """A run on its mesh: the compiled step, and the state that it begins with."""
+
+    run: RunConfig
+    layout: layouts.Layout
+    step: steps.TrainStep
+    state: TrainState
+
+    @classmethod
+    def of(cls, run, variables):
+        model = Transformer(run.model)
+        optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.train.steps))
+        layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+        params = variables["params"]
+        opt_state = optimizer.init(params)
+        state = TrainState(jnp.int32(0), params, variables["router_state"], opt_state)
+        step = jax.jit(steps.make_train_step(model, optimizer, run, layout))
+        where = layouts.shardings(layout, state)
+        return cls(run, layout, step, jax.device_put(state, where))
+
+    def train(self, num_steps) -> list[Step]:
+        taken, state = [], self.state
+        for i in range(num_steps):
+            rows = layouts.put_batch(self.layout, batch(self.run, seed=i))
+            state, metrics = self.step(state, rows)
+            taken.append(Step(*jax.device_get((metrics, state.opt_state[0]))))
+        return taken
+
+
+def on(run, mesh, *settings) -> RunConfig:
+    return override(run, [*(f"mesh.{axis}" for axis in mesh.split(",")), *settings])
+
+
+@pytest.fixture(scope="module")
+def trained(run, variables):
+    """The steps of a training on a mesh, once for all tests."""
+
+    @functools.cache
+    def train(mesh):
+        changed = on(run, mesh) if mesh else run
+        return Trainer.of(changed, variables).train(STEPS)
+
+    return train
+
+
+def assert_same(got: Step, want: Step) -> None:
+    for name in ("loss", "mtp_loss", "aux_loss"):
+        np.testing.assert_allclose(
+            got.metrics[name], want.metrics[name], rtol=1e-5, err_msg=name
+        )
+    for name in ("load_LE", "bias_LE"):
+        assert got.metrics[name].tobytes() == want.metrics[name].tobytes(), name
+    jax.tree.map_with_path(
+        lambda path, g, w: np.testing.assert_allclose(
+            g, w, rtol=0, atol=1e-4 * np.abs(w).max(), err_msg=str(path)
+        ),
+        got.gradients,
+        want.gradients,
+    )
+
+
+@each_mesh
+def test_a_mesh_trains_as_one_device_does_with_the_same_bits_in_counts_and_biases(
+    trained, mesh
+):
+    for got, want in zip(trained(mesh), trained(ONE), strict=True):
+        assert_same(got, want)
+        assert not got.metrics["drop_rate_L"].any()
+
+
+def test_the_steps_compared_differ_from_each_other(trained):
+    steps_taken = trained(ONE)
+    assert len({step.metrics["bias_LE"].tobytes() for step in steps_taken}) == STEPS
+    assert np.std([step.metrics["loss"] for step in steps_taken]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("model.moe.router.auxiliary_loss=sequence",),
+        ("model.moe.router.update_rule=quantile", "data.segment_masks=true"),
+        ("model.tie_embeddings=true", "model.attention.query_latent_dim=none"),
+        ("model.moe.exchange.chunks=2", "model.layer_loop=unroll"),
+    ],
+    ids=" ".join,
+)
+def test_other_models_train_on_a_mesh_as_on_one_device(run, settings):
+    changed = override(run, settings)
+    make = functools.partial(make_variables, Transformer(changed.model), 0)
+    variables = jax.device_get(jax.jit(make)())
+    (want,) = Trainer.of(changed, variables).train(1)
+    mesh = "data=2,expert=4,tensor=2"
+    (got,) = Trainer.of(on(changed, mesh), variables).train(1)
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("mesh", ["data=16", "data=2,expert=4,tensor=2"])
+def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
+    found = []
+    for changed in (run, on(run, mesh)):
+        trainer = Trainer.of(changed, variables)
+        model = Transformer(run.model)
+        evaluate = jax.jit(steps.make_eval_step(model, changed, trainer.layout))
+        rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
+        placed = layouts.put_batch(trainer.layout, rows)
+        state = trainer.state
+        found.append(evaluate(state.params, state.router_state, placed))
+    want, got = jax.device_get(found)
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    assert got.tokens == want.tokens
+    np.testing.assert_array_equal(got.load_LE, want.load_LE)
+
+
+def bytes_on_a_device(tree) -> int:
+    return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("data", [2, 4, 8])
+def test_zero_divides_weights_and_moments_by_the_data_axis(run, variables, data):
+    def stored(spec):
+        mesh = layouts.make_mesh(on(run, spec).mesh, jax.devices()[: 2 * data])
+        layout = layouts.make_layout(Transformer(run.model), mesh)
+        params = variables["params"]
+        opt_state = make_optimizer(run.optimizer, 10).init(params)
+        where = layouts.shardings(layout, (params, opt_state))
+        return bytes_on_a_device(jax.device_put((params, opt_state), where))
+
+    alone = stored(f"tensor={2 * data}") * 2 * data  # about all there is
+    assert stored(f"data={data},tensor=2") == pytest.approx(alone / data / 2, rel=0.05)
+
+
+def test_gradients_are_reduced_once_a_step_whatever_the_microbatches(run, variables):
+    def reductions(count):
+        changed = on(run, "data=16", "model.layer_loop=unroll")
+        trainer = Trainer.of(changed, variables)
+        rows = jax.tree.map(lambda x: x[:count], batch(run, seed=0))
+        placed = layouts.put_batch(trainer.layout, rows)
+        text = trainer.step.lower(trainer.state, placed).compile().as_text()
+        return len(re.findall(r" reduce-scatter(?:-start)?\(", text))
+
+    assert reductions(1) == reductions(2) > 0
