@@ -27,6 +27,8 @@ KINDS = (
     "reduce-scatter",
 )
 
+PHASES = ("step", "forward", "backward")
+
 # Custom calls that are matrix products: the libraries' and this project's kernels.
 _GEMM_CALLS = ("__cublas$", "__cudnn$", "mosaic_gpu", "__triton")
 
@@ -47,6 +49,12 @@ _LISTED_GROUPS = re.compile(
 _IOTA_GROUPS = re.compile(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]:]*)\]"  # its axes
+    r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
+    r" \{([^}:]*)\}"  # those along which a group lies
+)
+_MESH_AXIS = re.compile(r"'(\w+)'(?:=(\d+))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,8 +63,8 @@ class Collective:
 
     shapes: what a device puts in, each time, `operand_bytes` in all. axes: of the mesh,
     along which its devices talk, `devices` in a group. times: it runs in a step, where
-    a loop of unknown length counts once. phase: "forward", "backward" (which includes
-    what is computed again there) or "step", for what isn't differentiated. gemms: the
+    a loop of unknown length counts once. phase: one of `PHASES`; "backward" includes what
+    is computed again there, and "step" is what isn't differentiated. gemms: the
     matrix products between its start and its end; None if it isn't asynchronous.
     """
 
@@ -297,14 +305,35 @@ def _groups(attributes: str, devices: int) -> np.ndarray:
     iota = _IOTA_GROUPS.search(attributes)
     if iota:
         shape, sizes, order = (_ints(part or "") for part in iota.groups())
-        numbers = np.arange(math.prod(sizes)).reshape(sizes)
-        return numbers.transpose(order or None).reshape(shape)
+        return _transposed(sizes, order).reshape(shape)
+    named = _MESH_GROUPS.search(attributes)
+    if named:
+        return _groups_of_mesh(*named.groups(default=""))
     listed = _LISTED_GROUPS.search(attributes)
     if listed is None:
         raise ValueError(f"HLO with groups of unknown form: {attributes[:200]!r}")
     if not listed[1]:
         return np.arange(devices)[None]
     return np.array([_ints(group) for group in re.findall(r"\{([\d,]+)\}", listed[1])])
+
+
+def _groups_of_mesh(mesh: str, sizes: str, order: str, along: str) -> np.ndarray:
+    """Groups along axes of a mesh of XLA's own making."""
+    shape = {axis: int(size) for axis, size in _MESH_AXIS.findall(mesh)}
+    used = [list(shape).index(axis) for axis, _ in _MESH_AXIS.findall(along)]
+    flat = (math.prod(shape.values()),)
+    numbers = _transposed(_ints(sizes) or flat, _ints(order))
+    last = range(-len(used), 0)
+    members = math.prod(list(shape.values())[axis] for axis in used)
+    return np.moveaxis(numbers.reshape(tuple(shape.values())), used, last).reshape(
+        -1, members
+    )
+
+
+def _transposed(sizes: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
+    """Devices, numbered in an array of `sizes`, with its dimensions in this order."""
+    numbers = np.arange(math.prod(sizes)).reshape(sizes)
+    return numbers.transpose(order) if order else numbers
 
 
 def _ints(text: str) -> tuple[int, ...]:

@@ -1,0 +1,138 @@
+"""Compiles a run's training step for a mesh of GPUs that aren't there.
+
+XLA needs a description of the GPU and the shapes of the arrays, and nothing else: no
+GPU, no driver, no weights. Out comes the program that would run, with its kernels, its
+schedule and its memory. What needs a GPU to be found out is missing: the choice between
+kernels by trying them, and time.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmoe.config import RunConfig
+from jmoe.data.packing import Batch
+from jmoe.nn.model import Transformer
+from jmoe.parallel.mesh import BATCH_AXES, make_mesh
+from jmoe.plan.device import Device
+from jmoe.train import layout as layouts
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import TrainState, make_state
+from jmoe.train.step import make_train_step
+
+NODE = 8  # GPUs that share a node
+
+# How XLA is asked to compile for GPUs.
+OPTIONS: Mapping[str, Any] = {
+    # Collectives start early and end late, with work between.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # Merging the products of two chunks would make each wait for both.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device while a step runs."""
+
+    parameters: int
+    optimizer: int
+    arguments: int  # those two and whatever else goes in
+    outputs: int
+    aliased: int  # outputs that take the place of arguments
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled step: its optimised HLO, and what compiling it took."""
+
+    text: str
+    memory: Memory
+    seconds: float  # to trace, lower and compile
+    host_bytes: int  # this process's most, ever
+
+
+def absent_devices(device: Device, count: int) -> Sequence[Any]:
+    """`count` devices in nodes of `NODE`, to make a mesh of and compile for.
+
+    Raises:
+      ValueError: JAX's CUDA plugin, which compiles for GPUs, isn't installed.
+    """
+    per_node = min(count, NODE)
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda",
+            target_config=device.target_config,
+            topology=f"1x{count // per_node}x{per_node}",
+        )
+    except NotImplementedError as error:
+        raise ValueError("Compiling for GPUs needs pip install 'jmoe[gpu]'.") from error
+    return topology.devices
+
+
+def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
+    """The training step of `run` for `run.mesh` made of `devices`."""
+    start = time.perf_counter()
+    lowered, state = lower_step(run, devices)
+    compiled = lowered.compile(compiler_options=dict(OPTIONS))
+    seconds = time.perf_counter() - start
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    memory = Memory(
+        parameters=device_bytes(state.params),
+        optimizer=device_bytes(state.opt_state),
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes,
+        aliased=stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+    )
+    return Program(
+        text=text, memory=memory, seconds=seconds, host_bytes=_peak_host_bytes()
+    )
+
+
+def lower_step(
+    run: RunConfig, devices: Sequence[Any]
+) -> tuple[jax.stages.Lowered, TrainState]:
+    """The step before it is compiled, and the shapes of its state."""
+    model = Transformer(run.model)
+    layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
+    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
+    step = make_train_step(model, optimizer, run, layout)
+    batch = abstract_batch(run, layout)
+    return jax.jit(step, donate_argnums=0).lower(state, batch), state
+
+
+def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
+    """One optimizer step's tokens and segments, [A, B, T + 1]."""
+    count = run.train.batch_size // run.train.microbatch_size
+    shape = (count, run.train.microbatch_size, run.data.sequence_length + 1)
+    sharding = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
+    rows = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    return Batch(rows, rows)
+
+
+def device_bytes(tree: Any) -> int:
+    """What one device holds of a tree of abstract arrays."""
+    parts = (
+        jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+        for x in jax.tree.leaves(tree)
+    )
+    return sum(part.size * part.dtype.itemsize for part in parts)
+
+
+def _peak_host_bytes() -> int:
+    status = pathlib.Path("/proc/self/status").read_text()
+    (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,150 @@
+"""What a compiled step says about itself: does it fit, what does it move, what hides it.
+
+Compiling takes memory, some of which a process keeps; so that one program's peak isn't
+another's, each is compiled in a process of its own.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import math
+import multiprocessing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jmoe.config import RunConfig
+from jmoe.plan import aot, hlo
+from jmoe.plan.aot import Memory
+from jmoe.plan.device import H20, Device
+from jmoe.plan.hlo import Collective
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """The collectives of one phase, kind and axes; numbers are of one step."""
+
+    phase: str
+    kind: str
+    axes: tuple[str, ...]
+    times: int
+    sent_bytes: int  # by one device
+    hidden: float  # the share of `times` that spans a matrix product
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """One program, for one device."""
+
+    run: RunConfig
+    device: Device
+    memory: Memory
+    collectives: Sequence[Collective]
+    seconds: float
+    host_bytes: int
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.total <= self.device.memory_bytes
+
+    def traffic(self) -> list[Traffic]:
+        """All collectives, the heaviest first within a phase."""
+        groups: dict[Any, list[Collective]] = collections.defaultdict(list)
+        for collective in self.collectives:
+            key = collective.phase, collective.kind, collective.axes
+            groups[key].append(collective)
+        rows = [
+            Traffic(
+                phase=phase,
+                kind=kind,
+                axes=axes,
+                times=sum(c.times for c in group),
+                sent_bytes=sum(c.times * c.moved_bytes for c in group),
+                hidden=hidden(group),
+            )
+            for (phase, kind, axes), group in groups.items()
+        ]
+        order = {phase: place for place, phase in enumerate(hlo.PHASES)}
+        return sorted(rows, key=lambda row: (order[row.phase], -row.sent_bytes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it, without the single collectives."""
+        return {
+            "mesh": dict(self.run.mesh.shape),
+            "sequences": self.run.train.batch_size,
+            "sequence_length": self.run.data.sequence_length,
+            "device": self.device.name,
+            "device_bytes": self.device.memory_bytes,
+            "memory": dataclasses.asdict(self.memory) | {"total": self.memory.total},
+            "fits": self.fits,
+            "traffic": [dataclasses.asdict(row) for row in self.traffic()],
+            "compile_seconds": self.seconds,
+            "host_bytes": self.host_bytes,
+        }
+
+
+def hidden(collectives: Sequence[Collective]) -> float:
+    """The share of them, counted as often as they run, that spans a matrix product."""
+    times = sum(c.times for c in collectives)
+    return sum(c.times for c in collectives if c.gemms) / times if times else math.nan
+
+
+def compile_run(run: RunConfig, device: Device = H20) -> Summary:
+    """The training step of `run`, compiled here for as many of `device` as it needs."""
+    devices = aot.absent_devices(device, run.mesh.num_devices)
+    program = aot.compile_step(run, devices)
+    return Summary(
+        run=run,
+        device=device,
+        memory=program.memory,
+        collectives=hlo.collectives(program.text, run.mesh.shape),
+        seconds=program.seconds,
+        host_bytes=program.host_bytes,
+    )
+
+
+def compile_apart(run: RunConfig) -> Summary:
+    """`compile_run` in a process of its own."""
+    with concurrent.futures.ProcessPoolExecutor(
+        max_workers=1, mp_context=multiprocessing.get_context("spawn")
+    ) as pool:
+        return pool.submit(compile_run, run).result()
+
+
+def devices_visited(run: RunConfig) -> float:
+    """How many other devices than its own a token visits, if all experts are equal.
+
+    The experts' groups are as likely to be chosen as each other, and the experts within
+    those chosen. A device hosts whole groups, or a part of one.
+    """
+    router, peers = run.model.moe.router, run.mesh.expert
+    hosted = router.num_experts // peers
+    reachable = router.groups_per_token * router.group_size
+    groups_here = max(1, hosted // router.group_size)
+    here = min(hosted, router.group_size)  # of each of these groups
+    missed = 0.0
+    for chosen in range(groups_here + 1):
+        ways = math.comb(groups_here, chosen) * math.comb(
+            router.num_groups - groups_here, router.groups_per_token - chosen
+        )
+        likely = ways / math.comb(router.num_groups, router.groups_per_token)
+        others = reachable - chosen * here
+        missed += (
+            likely
+            * math.comb(others, router.top_k)
+            / math.comb(reachable, router.top_k)
+        )
+    return (peers - 1) * (1 - missed)
+
+
+def once_a_device_bytes(run: RunConfig) -> float:
+    """What a device must send in a step's forward pass, to the experts, at least.
+
+    Each token's hidden state, in the activations' dtype, once to each of the other
+    devices that `devices_visited` says, in every MoE layer.
+    """
+    cfg, mesh = run.model, run.mesh
+    tokens = run.train.batch_size * run.data.sequence_length
+    own = tokens / (mesh.batch_parts * mesh.tensor)
+    bytes_each = cfg.hidden_dim * {"float32": 4, "bfloat16": 2}[cfg.dtype]
+    layers = cfg.num_moe_layers + cfg.mtp_depth
+    return own * devices_visited(run) * bytes_each * layers
