@@ -7,6 +7,10 @@ Orbax renames the directory. A run killed meanwhile leaves only the temporary na
 
 The state is any pytree of arrays. It is stored flat, by name ("params/embed/kernel"),
 so that a checkpoint stays readable when a container's class changes, and in part.
+
+Several processes (`jmoe.parallel.processes`) call the same methods, on one directory
+that all of them see. Each writes and reads what its devices hold; process 0 decides
+which checkpoint is read, writes the manifest once all have written, and removes.
 """
 
 import concurrent.futures
@@ -23,6 +27,7 @@ from absl import logging
 
 from jmoe.checkpoint import manifest
 from jmoe.checkpoint.manifest import DamagedCheckpointError
+from jmoe.parallel import processes
 
 PyTree = Any
 
@@ -60,6 +65,9 @@ class Store:
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint; warns of newer ones that are damaged."""
+        return processes.from_first("newest checkpoint", self._newest)
+
+    def _newest(self) -> int | None:
         for step in self._steps():
             try:
                 manifest.read(self._path(step))
@@ -97,7 +105,7 @@ class Store:
                 f"step={step} must come after {self._current}, the step saved or "
                 "restored last."
             )
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             self._tidy(step)
         arrays = manifest.flatten(state)
         self._handler.manifest = {
@@ -138,7 +146,9 @@ class Store:
         """
         self.wait()
         wanted = manifest.flatten(abstract_state)
-        step, position = self._choose(step, wanted, ignore)
+        step, position = processes.from_first(
+            "checkpoint to restore", lambda: self._choose(step, wanted, ignore)
+        )
         targets = {name: _placed(array) for name, array in wanted.items()}
         arguments = _Restore(
             targets,
@@ -177,7 +187,7 @@ class Store:
         except BaseException:
             self._current = None  # so that its step can be saved again
             raise
-        if jax.process_index() == 0:
+        if processes.index() == 0:
             self._drop_surplus()
 
     def close(self) -> None:
