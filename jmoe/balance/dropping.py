@@ -1,0 +1,164 @@
+"""How much room visiting tokens find, and which of them go without.
+
+Experts are divided over P peers. A token *visits* each peer that hosts one of its
+chosen experts, once, however many of them are there. A peer has room for a fixed number
+of visits; those beyond it are dropped, with all the choices that they stand for. What
+is left of the token keeps its gates: they are not scaled up again.
+
+The room is enough for everything, or a capacity factor times what balanced visits need
+(GShard, arXiv 2006.16668, section 2.2, has it for each expert). If a token may choose
+from few groups of experts (DeepSeek-V3's node-limited routing), it visits few peers,
+and they need little room.
+
+Shapes: N token, K choice of a token, P peer, V most visits of a token.
+"""
+
+import fractions
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.config import RouterConfig
+
+
+class Visits(NamedTuple):
+    """The peers of each token, and what it looks for there; each [N, V].
+
+    peer_NV: int32, ascending; P where the token has fewer visits, which are left empty.
+    gate_NV: float32 sum of the gates of the choices that lie there; takes no gradient.
+    choices_NV: int32, how many those are.
+    """
+
+    peer_NV: jax.Array
+    gate_NV: jax.Array
+    choices_NV: jax.Array
+
+
+def most_visits(router: RouterConfig, peers: int) -> int:
+    """V: how many of `peers`, which divide the experts evenly, one token can need."""
+    per_peer = router.num_experts // peers
+    starts = range(0, router.num_experts, router.group_size)
+    ends = (start + router.group_size - 1 for start in starts)
+    span = max(
+        end // per_peer - start // per_peer
+        for start, end in zip(starts, ends, strict=True)
+    )
+    return min(router.top_k, peers, router.groups_per_token * (span + 1))
+
+
+def send_room(
+    factor: float | None, num_tokens: int, router: RouterConfig, peers: int
+) -> int:
+    """C: visits of its `num_tokens` that a device can pay to one peer.
+
+    All of them fit if `factor`, the capacity factor, is None.
+    """
+    balanced = fractions.Fraction(num_tokens * most_visits(router, peers), peers)
+    return min(num_tokens, _scaled(factor, balanced, num_tokens))
+
+
+def receive_room(
+    factor: float | None, num_tokens: int, router: RouterConfig, peers: int
+) -> int:
+    """R: visits that a peer can receive from all devices, of `num_tokens` each."""
+    balanced = fractions.Fraction(num_tokens * most_visits(router, peers))
+    everything = peers * num_tokens
+    return min(everything, _scaled(factor, balanced, everything))
+
+
+def _scaled(factor: float | None, amount: fractions.Fraction, everything: int) -> int:
+    if factor is None:
+        return everything
+    # Exactly: in floating point, 1.1 x 10 needs 12 slots.
+    return math.ceil(fractions.Fraction(str(factor)) * amount)
+
+
+def find_visits(
+    expert_NK: jax.Array, gate_NK: jax.Array, router: RouterConfig, peers: int
+) -> Visits:
+    """The visits that tokens need for their choices.
+
+    Args:
+      expert_NK: int32 in [0, E]; E is nobody, whom no peer hosts.
+    """
+    top_k = expert_NK.shape[1]
+    peer_NK = expert_NK // (router.num_experts // peers)
+    same_NKK = peer_NK[:, :, None] == peer_NK[:, None, :]
+    is_repeated_NK = (same_NKK & jnp.tri(top_k, k=-1, dtype=bool)).any(-1)
+    visit_NK = jnp.sort(jnp.where(is_repeated_NK, peers, peer_NK), axis=1)
+    peer_NV = jnp.minimum(visit_NK[:, : most_visits(router, peers)], peers)
+    here_NVK = (peer_NV[:, :, None] == peer_NK[:, None, :]) & (peer_NK < peers)[:, None]
+    gate_N1K = lax.stop_gradient(gate_NK)[:, None]
+    return Visits(
+        peer_NV.astype(jnp.int32),
+        jnp.where(here_NVK, gate_N1K, 0).sum(-1),
+        here_NVK.sum(-1, dtype=jnp.int32),
+    )
+
+
+def count_visits(visits: Visits, peers: int) -> jax.Array:
+    """How many visits each peer gets, int32 [P]."""
+    return _is_visited(visits, peers).sum(0, dtype=jnp.int32)
+
+
+def _is_visited(visits: Visits, peers: int) -> jax.Array:
+    return (visits.peer_NV[:, :, None] == jnp.arange(peers)).any(1)
+
+
+DropOrder = Callable[[Visits, int], jax.Array]
+"""`order(visits, peers)`: int32 [N, V], each visit's rank among those to its peer.
+
+Ranks count from 0. Where there is room for n visits, those of rank n and more go. Empty
+visits have any rank.
+"""
+
+
+def by_position(visits: Visits, peers: int) -> jax.Array:
+    """Later tokens go first."""
+    rank_NP = jnp.cumsum(_is_visited(visits, peers), axis=0, dtype=jnp.int32) - 1
+    peer_NV = jnp.minimum(visits.peer_NV, peers - 1)
+    return jnp.take_along_axis(rank_NP, peer_NV, axis=1)
+
+
+def by_score(visits: Visits, peers: int) -> jax.Array:
+    """Visits whose gates have the lowest sum go first; of equals, later tokens."""
+    peer_X, gate_X = visits.peer_NV.ravel(), visits.gate_NV.ravel()
+    index_X = jnp.arange(peer_X.size, dtype=jnp.int32)
+    sorted_X, _, from_X = lax.sort((peer_X, -gate_X, index_X), num_keys=2)
+    count_P = count_visits(visits, peers)
+    first_P = jnp.append(jnp.cumsum(count_P) - count_P, count_P.sum())
+    rank_X = index_X - first_P[sorted_X]
+    rank_X = jnp.zeros_like(rank_X).at[from_X].set(rank_X, unique_indices=True)
+    return rank_X.reshape(visits.peer_NV.shape)
+
+
+DROP_ORDERS: dict[str, DropOrder] = {"score": by_score, "position": by_position}
+
+
+def dropped_choices(visits: Visits, is_kept_NV: jax.Array) -> jax.Array:
+    """How many (token, expert) choices are lost with the other visits. int32."""
+    return jnp.where(is_kept_NV, 0, visits.choices_NV).sum(dtype=jnp.int32)
+
+
+def share_room(count_S: jax.Array, room: int) -> jax.Array:
+    """How many visits each of S senders may pay to a peer with `room`, int32 [S].
+
+    All of them where there is room. Otherwise none may pay more than one above another
+    who wanted as many: the room is divided evenly between those that want more than an
+    even share, and of what is left over, the first senders get one each.
+    """
+    senders = count_S.shape[0]
+    sorted_S = jnp.sort(count_S)
+    before_S = jnp.cumsum(sorted_S) - sorted_S
+    # Were the i least wanting served in full, this is what each of the others gets. No
+    # i gives too much, and one of them gives all there is.
+    level = ((room - before_S) // (senders - jnp.arange(senders))).max()
+    allowed_S = jnp.minimum(count_S, level)
+    wants_more_S = count_S > level
+    left_over = room - allowed_S.sum()
+    gets_one_S = wants_more_S & (jnp.cumsum(wants_more_S) <= left_over)
+    return (allowed_S + gets_one_S).astype(jnp.int32)

@@ -1,0 +1,55 @@
+"""Where rows lie when devices send each other as many as they have, and no more.
+
+Shapes: P peer; a PP array is of what its row's device sends to its column's.
+
+A *ragged* all-to-all has no slots: the rows for a peer follow those for the one before
+it, in the sender's buffer, and those from a peer those from the one before it, in the
+receiver's. Every device knows how many rows every other has for whom, and so computes
+the same layout of all buffers.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.balance import dropping
+
+
+class Sizes(NamedTuple):
+    """One device's part in one direction, as `lax.ragged_all_to_all` wants it.
+
+    from_P, send_P: first row and number of rows for each peer, in this buffer.
+    to_P: in the peer's buffer, the row from which they are written there.
+    receive_P: how many come from each peer.
+    """
+
+    from_P: jax.Array
+    send_P: jax.Array
+    to_P: jax.Array
+    receive_P: jax.Array
+
+
+class Layout(NamedTuple):
+    """The way to the experts' devices, and the way back."""
+
+    there: Sizes
+    back: Sizes
+
+
+def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> Layout:
+    """What `device` sends and receives, if each can receive `rows` and has counts.
+
+    Senders whose rows a peer has no room for share the room (`share_room`).
+    """
+    share = jax.vmap(dropping.share_room, in_axes=(1, None), out_axes=1)
+    size_PP = share(count_PP, rows)
+    sent_from_PP = jnp.cumsum(size_PP, axis=1) - size_PP
+    received_at_PP = jnp.cumsum(size_PP, axis=0) - size_PP
+    to_others, from_others = size_PP[device], size_PP[:, device]
+    return Layout(
+        Sizes(sent_from_PP[device], to_others, received_at_PP[device], from_others),
+        Sizes(
+            received_at_PP[:, device], from_others, sent_from_PP[:, device], to_others
+        ),
+    )

@@ -1,0 +1,147 @@
+"""Visits, room and drops against counting one by one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jmoe.balance import dropping
+from jmoe.config import RouterConfig
+
+PLAIN = RouterConfig(num_experts=16, top_k=4)
+V3 = RouterConfig(num_experts=256, top_k=8, num_groups=8, groups_per_token=4)
+
+
+def random_choices(router, tokens, seed=0):
+    """Distinct choices, within `groups_per_token` groups, as a router makes them."""
+    rng = np.random.default_rng(seed)
+    expert_NK = np.empty((tokens, router.top_k), np.int32)
+    for choices_K in expert_NK:
+        groups = rng.choice(router.num_groups, router.groups_per_token, replace=False)
+        reachable = groups[:, None] * router.group_size + np.arange(router.group_size)
+        choices_K[:] = rng.choice(reachable.ravel(), router.top_k, replace=False)
+    return expert_NK, rng.random(expert_NK.shape, np.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def visits_of(expert_NK, gate_NK, router, peers):
+    return dropping.find_visits(expert_NK, gate_NK, router, peers)
+
+
+@pytest.mark.parametrize(
+    ("router", "peers", "most"),
+    [
+        (PLAIN, 2, 2),  # no more than there are devices
+        (PLAIN, 16, 4),  # nor than choices
+        (V3, 8, 4),  # a group is a device
+        (V3, 4, 4),  # a device has two groups, but they may be on different ones
+        (V3, 16, 8),  # a group lies on two devices
+        (V3, 256, 8),
+        (RouterConfig(num_experts=8, top_k=4, num_groups=4, groups_per_token=2), 4, 2),
+        # Groups of 3 beside devices of 4: the second group lies on two devices.
+        (RouterConfig(num_experts=12, top_k=3, num_groups=4), 3, 2),
+    ],
+)
+def test_the_most_visits_are_bounded_by_choices_devices_and_groups(router, peers, most):
+    assert dropping.most_visits(router, peers) == most
+    expert_NK, _ = random_choices(router, 2000)
+    peer_NK = expert_NK // (router.num_experts // peers)
+    assert max(len(set(peers_K)) for peers_K in peer_NK.tolist()) == most
+
+
+def test_room_is_a_factor_of_what_balanced_visits_need():
+    limited = RouterConfig(num_experts=16, top_k=4, num_groups=8, groups_per_token=2)
+    assert dropping.send_room(1.0, 128, PLAIN, 8) == 64
+    assert dropping.send_room(1.0, 128, limited, 8) == 32
+    assert dropping.send_room(1.1, 20, PLAIN, 8) == 11  # in floating point, 12
+    assert dropping.send_room(1.25, 10, PLAIN, 16) == 4  # of 3.125
+    assert dropping.send_room(3.0, 128, PLAIN, 8) == 128  # more can't be sent
+    assert dropping.receive_room(1.0, 128, PLAIN, 8) == 512
+    assert dropping.receive_room(9.0, 128, PLAIN, 8) == 1024
+    for room, most in ((dropping.send_room, 128), (dropping.receive_room, 1024)):
+        assert room(None, 128, PLAIN, 8) == most
+
+
+@pytest.mark.parametrize("peers", [1, 4, 16])
+def test_a_token_visits_each_peer_of_its_choices_once(peers):
+    expert_NK, gate_NK = random_choices(PLAIN, 50)
+    expert_NK[7, 1:3] = PLAIN.num_experts  # nobody
+    expert_NK[8] = PLAIN.num_experts
+    visits = visits_of(expert_NK, gate_NK, PLAIN, peers)
+    for token, peer_K in enumerate((expert_NK // (16 // peers)).tolist()):
+        want = sorted(set(peer_K) - {peers})
+        got = [list(np.asarray(of[token])) for of in visits]
+        assert got[0] == want + [peers] * (len(got[0]) - len(want))
+        assert got[2][: len(want)] == [peer_K.count(p) for p in want]
+        gates = [gate_NK[token][np.equal(peer_K, p)].sum() for p in want]
+        np.testing.assert_allclose(got[1][: len(want)], gates, rtol=1e-6)
+    count_P = dropping.count_visits(visits, peers)
+    assert count_P.tolist() == [(visits.peer_NV == p).sum() for p in range(peers)]
+    nowhere_NV = visits.peer_NV == peers
+    assert not visits.choices_NV[nowhere_NV].any()
+
+
+RANK = {
+    name: jax.jit(order, static_argnums=1)
+    for name, order in dropping.DROP_ORDERS.items()
+}
+SORT_KEYS = {
+    "score": lambda visit: (-visit["gate"], visit["token"]),
+    "position": lambda visit: visit["token"],
+}
+
+
+@pytest.mark.parametrize("order", dropping.DROP_ORDERS)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_each_peers_visits_are_ranked_by_the_order(order, data):
+    peers = data.draw(st.sampled_from([2, 8]))
+    expert_NK, gate_NK = random_choices(PLAIN, 12, data.draw(st.integers(0, 999)))
+    expert_NK[data.draw(st.integers(0, 12)) :] = PLAIN.num_experts  # nobody
+    coarse = data.draw(st.sampled_from([1, 2, 256]))  # few values: many ties
+    gate_NK = np.ceil(gate_NK * coarse) / coarse
+    visits = visits_of(expert_NK, gate_NK, PLAIN, peers)
+    rank_NV = np.asarray(RANK[order](visits, peers))
+    assert rank_NV.dtype == np.int32
+    for peer in range(peers):
+        found = [
+            {"token": t, "gate": visits.gate_NV[t, v], "rank": rank_NV[t, v]}
+            for t, v in np.argwhere(np.asarray(visits.peer_NV) == peer)
+        ]
+        found.sort(key=SORT_KEYS[order])
+        assert [visit["rank"] for visit in found] == list(range(len(found)))
+
+
+def test_dropped_choices_are_those_of_visits_that_exist_and_are_not_kept():
+    expert_NK, gate_NK = random_choices(PLAIN, 30)
+    expert_NK[3] = PLAIN.num_experts
+    visits = visits_of(expert_NK, gate_NK, PLAIN, 4)
+    is_kept_NV = np.random.default_rng(0).random(visits.peer_NV.shape) < 0.5
+    want = 0
+    for token, peer_K in enumerate((expert_NK // 4).tolist()):
+        kept = np.asarray(visits.peer_NV)[token][is_kept_NV[token]]
+        want += sum(peer < 4 and peer not in kept for peer in peer_K)
+    got = dropping.dropped_choices(visits, jnp.asarray(is_kept_NV))
+    assert got == want > 0 and got.dtype == jnp.int32
+
+
+SHARE = jax.jit(dropping.share_room)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 20), min_size=4, max_size=4), st.integers(0, 90))
+def test_room_is_shared_evenly_and_used_up(counts, room):
+    allowed = np.asarray(SHARE(np.array(counts, np.int32), room))
+    assert allowed.sum() == min(room, sum(counts))
+    assert (0 <= allowed).all() and (allowed <= counts).all()
+    unserved = allowed < counts
+    if unserved.any():
+        # Who is refused something has as much as anyone, but for what is left over,
+        # which the first of them get.
+        assert allowed.max() - allowed[unserved].min() <= 1
+        wants_more = allowed[np.asarray(counts) > allowed[unserved].min()]
+        assert (np.diff(wants_more) <= 0).all()
