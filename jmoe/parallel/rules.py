@@ -19,8 +19,10 @@ from jmoe.config.mesh import MESH_AXES
 
 Rules = Sequence[tuple[str, str | None]]
 
+LAYERS = "layers"  # the dimension of a stack, as nn.scan makes it
+
 RULES: Rules = (
-    ("layers", None),
+    (LAYERS, None),
     ("vocab", "tensor"),
     ("embed", None),
     ("latent", None),  # MLA's down-projections are small, and work on positions

@@ -14,14 +14,17 @@ computed with, and whole trees are mapped.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from flax import linen as nn
+from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from jmoe.config.mesh import MESH_AXES
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, rules
+from jmoe.parallel.rules import LAYERS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,42 +48,42 @@ class Placement:
         return Placement(whole, stored, self.dim - 1, self.axes, self.summed)
 
 
-def place(shapes: Any, specs: Any, shape: Mapping[str, int]) -> Any:
+def place(boxed: Any, shape: Mapping[str, int]) -> Any:
     """A `Placement` for every parameter.
 
     Args:
-      shapes, specs: trees of arrays (or their shapes) and of `rules.specs`.
+      boxed: Linen's boxed parameters, or their shapes.
       shape: of the mesh, devices by axis.
+
+    Raises:
+      ValueError: the rules don't fit (`rules.specs`).
     """
-    return jax.tree.map(lambda x, s: _place(x.shape, s, shape), shapes, specs)
+    return jax.tree.map(
+        lambda x, dims, spec: _place(x.shape, dims, spec, shape),
+        meta.unbox(boxed),
+        nn.get_partition_spec(boxed),
+        rules.specs(boxed, shape),
+    )
 
 
 def _place(
-    size: tuple[int, ...], spec: PartitionSpec, shape: Mapping[str, int]
+    size: tuple[int, ...],
+    dims: Sequence[str | None],
+    axes: PartitionSpec,
+    shape: Mapping[str, int],
 ) -> Placement:
-    axes = (*spec, *(None,) * (len(size) - len(spec)))
+    # Layers of a stack stay together, so that one can be gathered alone.
+    open_dims = [d for d, axis in enumerate(axes) if axis is None and dims[d] != LAYERS]
     free = tuple(a for a in MESH_AXES if a not in axes and shape[a] > 1)
     for count in range(len(free), 0, -1):
         over = free[:count]
         devices = math.prod(shape[axis] for axis in over)
-        dim = _divisible_dim(size, axes, devices)
-        if dim is not None:
+        fitting = [d for d in open_dims if size[d] % devices == 0]
+        if fitting:
+            dim = max(fitting, key=lambda d: size[d])
             stored = PartitionSpec(*axes[:dim], over, *axes[dim + 1 :])
-            return Placement(spec, stored, dim, over, free[count:])
-    return Placement(spec, spec, 0, (), free)
-
-
-def _divisible_dim(
-    size: tuple[int, ...], axes: tuple[Any, ...], devices: int
-) -> int | None:
-    """The largest undivided dimension that `devices` divide.
-
-    The layers of a stack, its first dimension, stay together, so that one can be
-    gathered alone.
-    """
-    dims = range(1 if len(size) > 1 else 0, len(size))
-    fitting = [d for d in dims if axes[d] is None and size[d] % devices == 0]
-    return max(fitting, key=lambda d: size[d], default=None)
+            return Placement(axes, stored, dim, over, free[count:])
+    return Placement(axes, axes, 0, (), free)
 
 
 def gather(x: jax.Array, placement: Placement) -> jax.Array:

@@ -8,20 +8,16 @@ Shapes: A microbatch, B sequence, T position.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.config import MeshConfig
-from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
-from jmoe.parallel import rules, zero
+from jmoe.parallel import zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
 from jmoe.train.state import init_variables
 
@@ -47,27 +43,13 @@ def make_layout(model: Transformer, mesh: Mesh) -> Layout:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
     """
     boxed = jax.eval_shape(functools.partial(init_variables, model, 0))["params"]
-    specs = rules.specs(boxed, mesh.shape)
-    return Layout(mesh, zero.place(meta.unbox(boxed), specs, mesh.shape))
+    return Layout(mesh, zero.place(boxed, mesh.shape))
 
 
 def run_mesh(cfg: MeshConfig) -> Mesh:
     """A run's mesh: of all devices, or of this process's first, if it is for one."""
     alone = cfg.num_devices == 1 and jax.process_count() == 1
     return make_mesh(cfg, jax.devices()[:1] if alone else None)
-
-
-def reader(mesh: Mesh) -> tuple[int, int]:
-    """The part of a batch's rows that this process feeds, and how many parts there are.
-
-    Processes whose devices share a tensor group feed the same rows.
-    """
-    ours = np.array([d.process_index == jax.process_index() for d in mesh.devices.flat])
-    axes = [MESH_AXES.index(axis) for axis in BATCH_AXES]
-    others = tuple(i for i in range(len(MESH_AXES)) if i not in axes)
-    parts = np.flatnonzero(ours.reshape(mesh.devices.shape).any(others))
-    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES) // len(parts)
-    return int(parts[0]) // len(parts), count
 
 
 def shardings(layout: Layout, tree: Any) -> Any:
@@ -113,7 +95,9 @@ def put_batch(layout: Layout, batch: Batch) -> Batch:
     def put(x: Any) -> jax.Array:
         spec = PartitionSpec(*(None,) * (x.ndim - 2), BATCH_AXES)
         sharding = NamedSharding(layout.mesh, spec)
-        return jax.make_array_from_process_local_data(sharding, x)
+        # Where there are several processes, JAX counts it as implicit.
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_process_local_data(sharding, x)
 
     return jax.tree.map(put, batch)
 
