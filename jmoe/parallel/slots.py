@@ -24,7 +24,8 @@ class Slots(NamedTuple):
 
 def keep(visits: Visits, rank_NV: jax.Array, room_P: jax.Array) -> jax.Array:
     """Which visits exist and rank before the room of their peer ends, bool [N, V]."""
-    return rank_NV < jnp.append(room_P, 0)[visits.peer_NV]
+    room_NV = jnp.append(room_P, 0)[visits.peer_NV]
+    return (visits.peer_NV < len(room_P)) & (rank_NV < room_NV)
 
 
 def assign(
