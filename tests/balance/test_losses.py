@@ -120,5 +120,39 @@ def test_no_loss_costs_nothing():
     assert float(value) == 0 and not gradient_BTE.any()
 
 
+@pytest.mark.parametrize("name", ["switch", "sequence"])
+def test_the_shares_of_divided_tokens_sum_to_the_loss_and_its_gradient(name):
+    """Four sequences of eight tokens on 2 x 2 parts, counted together."""
+    loss = losses.AUXILIARY_LOSSES[name]
+    score_BTE = scores((4, 8, 6))
+    expert_BTK = top_k(score_BTE, 2)
+
+    def part(x, batch, position):
+        return x[2 * batch : 2 * batch + 2, 4 * position : 4 * position + 4]
+
+    def count(expert_BTK):
+        return jax.vmap(lambda e: jnp.bincount(e.ravel(), length=6))(expert_BTK)
+
+    def summed(score_BTE):
+        total = 0.0
+        for batch, position in np.ndindex(2, 2):
+            rows = slice(2 * batch, 2 * batch + 2)
+            spread = losses.Spread(
+                over_batch=lambda _: count(expert_BTK).sum(0),
+                over_sequence=lambda _, rows=rows: count(expert_BTK[rows]),
+                batch_parts=4,
+                sequence_parts=2,
+            )
+            parts = (part(x, batch, position) for x in (score_BTE, expert_BTK))
+            total += loss(*parts, spread)
+        return total
+
+    got = jax.value_and_grad(summed)(score_BTE)
+    want = jax.value_and_grad(loss)(score_BTE, expert_BTK)
+    jax.tree.map(
+        lambda g, w: np.testing.assert_allclose(g, w, rtol=1e-5, atol=1e-7), got, want
+    )
+
+
 def test_the_config_knows_the_same_losses():
     assert tuple(losses.AUXILIARY_LOSSES) == model.AUXILIARY_LOSSES

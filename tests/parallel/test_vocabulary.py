@@ -1,4 +1,7 @@
-"""Chunked cross-entropy against the one that holds all logits."""
+"""Embedding and cross-entropy, whole or divided, against what holds all logits.
+
+Shapes: N token, D hidden, V vocabulary, B sequence, T position.
+"""
 
 import functools
 
@@ -6,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from jmoe.parallel.vocabulary import linear_cross_entropy
+from jmoe.parallel.mesh import make_mesh, parse
+from jmoe.parallel.vocabulary import embed, linear_cross_entropy
+from jmoe.plan import hlo
 
 N, D, V = 13, 8, 40
 
@@ -94,3 +100,89 @@ def test_the_gradient_never_holds_all_logits():
     compiled = value_and_gradients.lower(linear_cross_entropy, *arrays, 16).compile()
     logit_bytes = 512 * 1024 * 4
     assert compiled.memory_analysis().temp_size_in_bytes < logit_bytes / 4
+
+
+def divided(function, devices, in_specs, out_specs):
+    """`function` of the parts that `devices` of the tensor axis have."""
+    mesh = make_mesh(parse(f"tensor={devices}"), jax.devices()[:devices])
+    mapped = jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+    return jax.jit(mapped)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("chunk", [3, 100])
+def test_a_divided_vocabulary_gives_the_same_loss_and_gradients(devices, chunk):
+    arrays = inputs(n=16)
+
+    def share(x_ND, head_DV, target_N, weight_N):
+        def loss(x_ND, head_DV):
+            return 0.5 * linear_cross_entropy(x_ND, head_DV, target_N, weight_N, chunk)
+
+        plain_value = loss(x_ND, head_DV)
+        return plain_value, *jax.value_and_grad(loss, (0, 1))(x_ND, head_DV)
+
+    rows, columns = P("tensor"), P(None, "tensor")
+    in_specs = (rows, columns, rows, rows)
+    share = divided(share, devices, in_specs, (P(), P(), (rows, columns)))
+    without_gradients, got, gots = share(*arrays)
+    want, wants = value_and_gradients(plain, *arrays)
+    np.testing.assert_allclose([got, without_gradients], want, rtol=1e-6)
+    for x, y in zip(gots, wants, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_divided_logits_in_the_thousands_overflow_nothing():
+    x_ND, *rest = inputs(n=16)
+
+    def share(*arrays):
+        return linear_cross_entropy(*arrays, 4)
+
+    rows = P("tensor")
+    share = divided(share, 4, (rows, P(None, "tensor"), rows, rows), P())
+    want, _ = value_and_gradients(plain, 1e3 * x_ND, *rest)
+    np.testing.assert_allclose(0.5 * share(1e3 * x_ND, *rest), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_a_divided_table_embeds_each_position_where_it_belongs(devices):
+    rng = np.random.default_rng(0)
+    table_VD = rng.normal(size=(V, D)).astype(np.float32)
+    weight_BTD = rng.normal(size=(3, 16, D)).astype(np.float32)
+    tokens_BT = rng.integers(0, V, (3, 16)).astype(np.int32)
+
+    def share(table_VD, tokens_BT, weight_BTD):
+        def weighed(table_VD):
+            rows_BSD = embed(table_VD, tokens_BT)
+            return (rows_BSD * weight_BTD).sum(), rows_BSD
+
+        return jax.grad(weighed, has_aux=True)(table_VD)
+
+    rows, positions = P("tensor"), P(None, "tensor")
+    share = divided(share, devices, (rows, P(), positions), (rows, positions))
+    gradient_VD, rows_BTD = share(table_VD, tokens_BT, weight_BTD)
+    np.testing.assert_array_equal(rows_BTD, table_VD[tokens_BT])
+    want_VD = np.zeros_like(table_VD)
+    np.add.at(want_VD, tokens_BT, weight_BTD)
+    np.testing.assert_allclose(gradient_VD, want_VD, rtol=1e-5, atol=1e-6)
+
+
+def test_a_divided_loss_gathers_neither_logits_nor_the_head():
+    n, v, devices, chunk = 256, 1024, 4, 16
+    mesh = make_mesh(parse(f"tensor={devices}"), jax.devices()[:devices])
+
+    def share(x_ND, head_DV, target_N):
+        def loss(x_ND, head_DV):
+            weight_N = jnp.ones(x_ND.shape[0])
+            return linear_cross_entropy(x_ND, head_DV, target_N, weight_N, chunk)
+
+        return jax.grad(loss, (0, 1))(x_ND, head_DV)
+
+    rows, columns = P("tensor"), P(None, "tensor")
+    share = divided(share, devices, (rows, columns, rows), (rows, columns))
+    x_ND, head_DV, target_N, _ = inputs(n=n, v=v)
+    text = share.lower(x_ND, head_DV, target_N).compile().as_text()
+    moved = {c.kind: c.operand_bytes for c in hlo.collectives(text, mesh.shape)}
+    assert moved  # a chunk's rows, at most, of hidden state or of two numbers
+    assert max(moved.values()) <= devices * chunk * D * 4

@@ -1,0 +1,84 @@
+"""What ZeRO divides, and that gathering and reducing are each other's transposes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+from jmoe.parallel import zero
+from jmoe.parallel.mesh import make_mesh, parse
+
+SHAPE = {"data": 2, "pipe": 1, "expert": 4, "tensor": 2}
+
+
+def placement(size, dims, shape=SHAPE) -> zero.Placement:
+    box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(size, jnp.float32), dims)
+    return zero.place({"w": box}, shape)["w"]
+
+
+@pytest.mark.parametrize(
+    ("size", "dims", "stored"),
+    [
+        # Experts are copied over data alone, what is dense over expert too, ...
+        ((8, 64, 2, 16), ("expert", "embed", None, "mlp"), "expert,data,-,tensor"),
+        ((64, 32), ("embed", "mlp"), "data+expert,tensor"),
+        ((32, 64), ("embed", "latent"), "-,data+expert+tensor"),
+        # ... but what has no dimension for all of them is divided by the first.
+        ((4, 6), ("embed", None), "-,data"),
+        ((3, 5), ("embed", None), "-,-"),
+        # A stack of layers stays together.
+        ((64, 16), ("layers", "embed"), "-,data+expert+tensor"),
+    ],
+)
+def test_free_axes_divide_the_largest_dimension_that_they_fit(size, dims, stored):
+    spec = [tuple(x.split("+")) if "+" in x else x for x in stored.split(",")]
+    want = P(*(None if x == "-" else x for x in spec))
+    got = placement(size, dims).stored
+    as_tuples = [x if isinstance(x, tuple) or x is None else (x,) for x in got]
+    wanted = [x if isinstance(x, tuple) or x is None else (x,) for x in want]
+    assert as_tuples == wanted
+
+
+def test_every_axis_divides_or_sums_each_parameter():
+    for size, dims in [
+        ((8, 64, 16), ("expert", "embed", "mlp")),
+        ((6, 4), (None,) * 2),
+    ]:
+        found = placement(size, dims)
+        used = {axis for axis in found.whole if axis is not None}
+        assert used | {*found.axes} | {*found.summed} == {"data", "expert", "tensor"}
+
+
+def test_a_layer_of_a_stack_is_placed_as_the_stack_is():
+    stack = placement((3, 64, 16), ("layers", "embed", "mlp"))
+    layer = placement((64, 16), ("embed", "mlp"))
+    assert stack.of_layer() == layer
+
+
+@pytest.mark.parametrize("size", [(32, 48), (32, 6), (7, 5)], ids=str)
+def test_gathering_and_reducing_are_transposes(size):
+    """<gather(x), y> summed over devices is <x, reduce(y)> summed over devices."""
+    mesh = make_mesh(parse("data=2,expert=4,tensor=2"))
+    placed = placement(size, ("embed", None), mesh.shape)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=size).astype(np.float32)
+    y_P = rng.normal(size=(16, *size)).astype(np.float32)
+
+    def both(x, y_P):
+        whole = zero.gather(x, placed)
+        return whole[None], zero.reduce(y_P[0], placed)
+
+    every = P(("data", "pipe", "expert", "tensor"))
+    whole_P, reduced = jax.jit(
+        jax.shard_map(
+            both,
+            mesh=mesh,
+            in_specs=(placed.stored, every),
+            out_specs=(every, placed.stored),
+            check_vma=False,
+        )
+    )(x, y_P)
+    np.testing.assert_array_equal(whole_P, np.broadcast_to(x, whole_P.shape))
+    np.testing.assert_allclose(reduced, y_P.sum(0), rtol=1e-5, atol=1e-5)
