@@ -3,6 +3,12 @@
 python scripts/train.py
 python scripts/train.py --experiment=experiments/my_run.py --workdir=runs/my_run
 python scripts/train.py --set train.steps=2000 --set model.num_layers=6
+
+As several processes, of which each sees some of the devices: the same command for each,
+with the address of process 0, such as
+--coordinator=10.0.0.1:4321 --num_processes=2 --process_id=0
+Slurm (srun) and MPI's launchers tell a process the last two, Slurm the first as well;
+Kubernetes' indexed jobs tell the last.
 """
 
 import pathlib
@@ -15,6 +21,7 @@ from absl import app, flags
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, checks, override, presets
 from jmoe.data import cache
+from jmoe.parallel import processes
 from jmoe.train import runtime
 
 _EXPERIMENT = flags.DEFINE_string(
@@ -28,6 +35,16 @@ _WORKDIR = flags.DEFINE_string(
 _SET = flags.DEFINE_multi_string(
     "set", [], "path.to.field=value, over the experiment's; repeatable."
 )
+# Flags, as they differ between machines and between the processes of one run.
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, which must be free there."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes train together."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0."
+)
 
 # One of each domain of the embedded corpus.
 PROMPTS = ("def mean(values):\n", "The module defines", "12 + 30 = ")
@@ -36,14 +53,16 @@ SAMPLE_TOKENS = 64
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        run = read_experiment(_EXPERIMENT.value, _SET.value)
-        workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")
-        from jmoe.train.loop import train  # JAX's start-up waits for a valid record
+        with processes.join(*place):
+            run = read_experiment(_EXPERIMENT.value, _SET.value)
+            workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")
+            from jmoe.train.loop import train  # JAX's start-up waits for a valid record
 
-        runtime.step_after_step()
-        runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
-        signal = train(run, workdir, sample=sample)
+            runtime.step_after_step()
+            runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
+            signal = train(run, workdir, sample=sample)
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     return 128 + signal if signal else 0

@@ -65,7 +65,15 @@ FLAGS = {
     ],
     "scripts/serve.py": ["model", "engine", "mtp", "set"],
     "scripts/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
-    "scripts/train.py": ["experiment", "workdir", "set"],
+    "scripts/train.py": [
+        "experiment",
+        "workdir",
+        "set",
+        # who a process is, which differs between the processes of one run
+        "coordinator",
+        "num_processes",
+        "process_id",
+    ],
 }
 
 FILES = sorted(

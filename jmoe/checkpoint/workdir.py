@@ -7,11 +7,13 @@ runs/tiny/checkpoints/   see `jmoe.checkpoint.store`
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 from absl import logging
 
 from jmoe.config import RunConfig, from_dict, to_dict
+from jmoe.parallel import processes
 
 CONFIG = "config.json"
 _UNFINISHED = ".config.json.tmp"
@@ -78,6 +80,27 @@ def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
             logging.info("%s goes on with %s=%r (was %r).", workdir, name, new, old)
         _write(workdir, run)
     return True
+
+
+def check_shared(path: pathlib.Path, timeout_s: float = 60.0) -> None:
+    """Refuses to go on where a file that process 0 wrote isn't the same for all.
+
+    Args:
+      timeout_s: for file systems that take a while to show it.
+
+    Raises:
+      ValueError: on every process; names the directory.
+    """
+    written = processes.from_first("shared file", path.read_text)
+    deadline = time.monotonic() + timeout_s
+    while not path.exists() or path.read_text() != written:
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"workdir={str(path.parent)!r} must be one directory for all "
+                f"processes, but here it lacks what process 0 wrote to {path.name}."
+            )
+        time.sleep(0.1)
+    processes.exchange("shared file seen", None)
 
 
 def read_run(workdir: pathlib.Path) -> RunConfig:

@@ -4,6 +4,9 @@ The device computes, the host feeds it: batches are read ahead and steps are dis
 without waiting. The host waits where it must show or store something: at a log, an
 evaluation, a checkpoint. Nothing moves between the two unasked (`jax.transfer_guard`).
 
+Of several processes (`jmoe.parallel.processes`) each feeds its devices and writes its
+part of a checkpoint; process 0 alone writes the rest, and shows it.
+
 Shapes: A microbatch, B sequence, T position, L MoE layer, E expert.
 """
 
@@ -32,14 +35,16 @@ from jmoe.balance import load
 from jmoe.checkpoint import pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
-from jmoe.config import RunConfig
-from jmoe.data.loader import Loader, make_loader, validation_batches
+from jmoe.config import RunConfig, to_dict
+from jmoe.data.loader import Loader
 from jmoe.data.packing import Batch
-from jmoe.data.tokenizer import Tokenizer, load_tokenizer
+from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
+from jmoe.parallel import processes
 from jmoe.train import layout as layouts
 from jmoe.train import report, run_files, schedules
 from jmoe.train.console import Console
+from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
@@ -64,31 +69,17 @@ def train(
       stopped it after a last checkpoint.
 
     Raises:
-      ValueError, FileNotFoundError: a mistake in the record, the data or the workdir;
-        before anything is compiled or overwritten.
+      ValueError, FileNotFoundError: a mistake in the record, the data or the workdir,
+        or a difference in these between processes; before anything is compiled or
+        overwritten.
     """
     cfg = run.train
+    _agree_on_run(run, workdir)
     model = Transformer(run.model)
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     resumes = workdirs.check_run(workdir, run)
-    tokenizer = _load_tokenizer(run, workdir if resumes else None)
-    process_index, process_count = layouts.reader(layout.mesh)
-    loader = make_loader(
-        run.data,
-        tokenizer,
-        batch_size=cfg.microbatch_size,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    held_out = validation_batches(
-        run.data,
-        tokenizer,
-        batch_size=cfg.microbatch_size,
-        num_batches=cfg.eval_batches,
-        process_index=process_index,
-        process_count=process_count,
-    )
-    entropy = unigram_entropy(held_out)
+    inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
+    loader, tokenizer = inputs.loader, inputs.tokenizer
     optimizer = make_optimizer(run.optimizer, cfg.steps)
     train_step = jax.jit(
         steps.make_train_step(model, optimizer, run, layout), donate_argnums=0
@@ -103,23 +94,29 @@ def train(
         )
         make = functools.partial(make_state, model, optimizer, cfg.seed)
         state, step = _restore_or_make(make, layout, store, loader)
-        workdirs.open_run(workdir, run)
-        _keep_tokenizer(workdir, tokenizer)
         parameters = count_parameters(state.params, run.model.moe.router)
-        _write_info(workdir, parameters, entropy)
-        log = stack.enter_context(MetricsLog(workdir, start_step=step))
-        console = stack.enter_context(Console(cfg.steps, start_step=step))
+        shows = processes.index() == 0
+        if shows:
+            workdirs.open_run(workdir, run)
+            _keep_tokenizer(workdir, tokenizer)
+            _write_info(workdir, parameters, inputs.entropy)
+        workdirs.check_shared(workdir / run_files.INFO)
+        log, console = _Silent(), _Silent()
+        if shows:
+            log = stack.enter_context(MetricsLog(workdir, start_step=step))
+            console = stack.enter_context(Console(cfg.steps, start_step=step))
         _show_header(console, run, workdir, parameters, step)
         stopped = stack.enter_context(_stop_signals())
         stack.enter_context(jax.transfer_guard("disallow"))
 
         sequences = int(loader.get_state()["sequences"])
         meter = _Meter(step, sequences * run.data.sequence_length)
-        while step < cfg.steps and not stopped:
-            batch = _next_batch(loader, schedules.microbatches(cfg, step))
+        stop = 0  # or the signal that any process got
+        while step < cfg.steps and not stop:
+            batch = next_batch(loader, schedules.microbatches(cfg, step))
             state, measured = train_step(state, put(batch))
             step += 1
-            meter.add(batch.tokens_BT[..., 1:].size)
+            meter.add(batch.tokens_BT[..., 1:].size * inputs.num_parts)
             if _is_due(cfg.log_every, step, cfg.steps):
                 metrics = jax.device_get(measured)
                 load_LE, bias_LE = metrics.pop("load_LE"), metrics.pop("bias_LE")
@@ -129,27 +126,30 @@ def train(
                 console.update(step, metrics)
             if _is_due(cfg.eval_every, step, cfg.steps):
                 with meter.paused(state):
-                    metrics = evaluate(eval_step, state, map(put, held_out))
+                    metrics = evaluate(eval_step, state, map(put, inputs.held_out))
                 log.log(step, metrics)
                 console.update(step, metrics)
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
                     store.save(step, state, loader.get_state())
+            stop = processes.any_signal(max(stopped, default=0))
 
         store.save(step, state, loader.get_state())
         store.wait()
-        if stopped:
-            name = signal.Signals(stopped[0]).name
+        if stop:
+            name = signal.Signals(stop).name
             console.note(
                 f"{name}: saved step {step}; the same command goes on from it."
             )
-            return stopped[0]
+            return stop
         if sample is not None:
             with jax.transfer_guard("allow"):
                 variables = layouts.whole(layout, state.variables)
-                _write_samples(workdir, step, sample(run, variables, tokenizer))
-        report.write_report(workdir)
-        console.finish(workdir, unigram_entropy=entropy)
+                if shows:
+                    _write_samples(workdir, step, sample(run, variables, tokenizer))
+        if shows:
+            report.write_report(workdir)
+        console.finish(workdir, unigram_entropy=inputs.entropy)
         return 0
 
 
@@ -170,11 +170,13 @@ def evaluate(
     }
 
 
-def unigram_entropy(batches: Sequence[Batch]) -> float:
-    """Nats a token of the best predictor of these targets that ignores context."""
-    count_V = np.bincount(np.concatenate([b.tokens_BT[:, 1:].ravel() for b in batches]))
-    share_V = count_V[count_V > 0] / count_V.sum()
-    return float(-(share_V * np.log(share_V)).sum())
+class _Silent:
+    """Log and console of a process that neither writes nor shows anything."""
+
+    def ignore(self, *_: Any, **__: Any) -> None:
+        pass
+
+    log = header = update = note = finish = ignore
 
 
 class _Meter:
@@ -215,16 +217,10 @@ def _is_due(every: int, step: int, last: int) -> bool:
     return step % every == 0 or step == last
 
 
-def _next_batch(loader: Loader, count: int) -> Batch:
-    """`count` microbatches, [A, B, T + 1]."""
-    return jax.tree.map(lambda *x: np.stack(x), *(next(loader) for _ in range(count)))
-
-
-def _load_tokenizer(run: RunConfig, workdir: pathlib.Path | None) -> Tokenizer:
-    """The run's own copy where it goes on, whatever has become of the original."""
-    if workdir is not None and (workdir / TOKENIZER).exists():
-        return Tokenizer.from_file(workdir / TOKENIZER)
-    return load_tokenizer(run.data, run.model.vocab_size)
+def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
+    record = to_dict(run)
+    record["data"].pop("cache_dir")  # each host may have its own
+    processes.agree({**record, "workdir": str(workdir.absolute())})
 
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
@@ -304,7 +300,7 @@ def _write_samples(
 
 
 def _show_header(
-    console: Console,
+    console: "Console | _Silent",
     run: RunConfig,
     workdir: pathlib.Path,
     parameters: tuple[int, int],

@@ -11,10 +11,9 @@ import pytest
 
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
-from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.train import loop, run_files
-from jmoe.train.loop import evaluate, train, unigram_entropy
+from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
@@ -210,12 +209,6 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
     # Global: the first layer's two imbalances cancel, the second's don't.
     np.testing.assert_allclose(got["global_max_vio_L"], [0.0, 0.5])
     assert got["global_max_vio"] == pytest.approx(0.25)
-
-
-def test_the_unigram_entropy_is_that_of_the_predicted_tokens():
-    tokens_BT = np.array([[9, 1, 1, 2, 3]])  # 9 is never predicted
-    got = unigram_entropy([Batch(tokens_BT, tokens_BT)])
-    assert got == pytest.approx(1.5 * np.log(2))
 
 
 def test_the_record_of_a_run_says_how_it_was_made(whole_run):
