@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -25,14 +27,32 @@ def free_address() -> str:
 
 
 def start(
-    arguments: Sequence[str | os.PathLike], *, devices: int = 2, **environment: str
+    arguments: Sequence[str | os.PathLike],
+    *,
+    devices: int = 2,
+    root: pathlib.Path = ROOT,
+    cwd: pathlib.Path | None = None,
 ) -> subprocess.Popen:
-    """Python with these arguments, and so many virtual devices."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)}
+    """Python with these arguments, so many virtual devices, and jmoe from `root`.
+
+    It finds compiled what an earlier test has compiled.
+    """
+    cache = {
+        name.upper(): str(jax.config.values[name])
+        for name in (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+        )
+    }
+    variables = {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": str(root),
+    }
     return subprocess.Popen(
         [sys.executable, *arguments],
-        env=os.environ | variables | environment,
+        env=os.environ | cache | variables,
+        cwd=cwd,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

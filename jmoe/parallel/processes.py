@@ -105,7 +105,7 @@ def join(
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    timeout_s: float = JOIN_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Iterator[None]:
     """Makes this process one of a group while the block runs; call it before JAX runs.
 
@@ -114,6 +114,7 @@ def join(
 
     Args:
       coordinator: host:port of process 0. Processes meet there, then JAX uses it.
+      timeout_s: how long to wait for all; by default JOIN_TIMEOUT_S.
 
     Raises:
       TimeoutError: not all processes came; names those that didn't.
@@ -124,6 +125,7 @@ def join(
     if place is None:
         yield
         return
+    timeout_s = JOIN_TIMEOUT_S if timeout_s is None else timeout_s
     with membership(meeting.meet(*place, timeout_s)):
         agree({"versions": _versions(), "code": code_fingerprint()})
         stop_jax = _start_jax(place, timeout_s)

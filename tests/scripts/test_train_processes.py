@@ -1,0 +1,194 @@
+"""scripts/train.py as two processes on one machine, of two devices each."""
+
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+
+from jmoe.parallel import processes
+from tests import several_processes
+
+ROOT = pathlib.Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "train.py"
+STEPS = 8
+MESH = ["--set=mesh.data=2", "--set=mesh.expert=2"]
+
+
+@pytest.fixture(scope="module")
+def arguments(smallest_arguments) -> list[str]:
+    """A run that is quick to compile, and saves every step."""
+    values = {
+        "model.mtp_depth": 0,
+        "train.steps": STEPS,
+        "train.batch_size": 4,
+        "train.ramp_start": "none",
+        "train.eval_every": STEPS,
+        "train.checkpoint_every": 1,
+    }
+    return [*smallest_arguments, *(f"--set={k}={v}" for k, v in values.items())]
+
+
+def start_two(
+    arguments, *, own=((), ()), cwd=(None, None), root=(ROOT, ROOT)
+) -> list[subprocess.Popen]:
+    """Both processes; each with arguments, a directory and a jmoe of its own."""
+    address = several_processes.free_address()
+    places = (
+        [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
+        for index in (0, 1)
+    )
+    return [
+        several_processes.start([SCRIPT, *arguments, *place, *mine], cwd=at, root=code)
+        for place, mine, at, code in zip(places, own, cwd, root, strict=True)
+    ]
+
+
+def measured(workdir: pathlib.Path) -> list[tuple[int, float, int]]:
+    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["loss"], row["tokens"]) for row in rows if "loss" in row]
+
+
+def assert_same_run(got: pathlib.Path, want: pathlib.Path) -> None:
+    """The same losses, and to the bit the same experts' loads and biases."""
+    np.testing.assert_allclose(measured(got), measured(want), rtol=1e-5)
+    assert (got / "balance.jsonl").read_text() == (want / "balance.jsonl").read_text()
+    entropies = [
+        json.loads((workdir / "run.json").read_text())["unigram_entropy"]
+        for workdir in (got, want)
+    ]
+    assert entropies[0] == entropies[1]
+
+
+@pytest.fixture(scope="module")
+def alone(script, arguments, tmp_path_factory) -> pathlib.Path:
+    """The run as one process with one device."""
+    workdir = tmp_path_factory.mktemp("runs") / "alone"
+    outcome = script("train", f"--workdir={workdir}", *arguments)
+    assert outcome.code == 0, outcome.err
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def stopped(arguments, tmp_path_factory) -> tuple[pathlib.Path, list]:
+    """The run as two processes, one of which was asked to stop; and how they ended."""
+    workdir = tmp_path_factory.mktemp("runs") / "stopped"
+    running = start_two([f"--workdir={workdir}", *arguments, *MESH])
+    metrics = workdir / "metrics.jsonl"
+    while running[0].poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+    return workdir, several_processes.ended(running, timeout_s=150)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(stopped):
+    workdir, ended = stopped
+    assert [process.code for process in ended] == [128 + signal.SIGTERM] * 2
+    assert [process.err for process in ended] == ["", ""]
+    step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+    assert 0 < step < STEPS
+    assert f"SIGTERM: saved step {step}; the same command goes on" in ended[0].out
+
+
+def test_only_process_0_shows_anything(stopped):
+    _, ended = stopped
+    assert "jmoe smallest" in ended[0].out and ended[1].out == ""
+
+
+def test_one_process_goes_on_where_two_stopped(script, arguments, stopped, alone):
+    workdir, _ = stopped
+    outcome = script("train", f"--workdir={workdir}", *arguments)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Goes on from the checkpoint of step" in outcome.out
+    assert_same_run(workdir, alone)
+
+
+def test_two_processes_go_on_where_one_stopped(arguments, alone, tmp_path):
+    workdir = shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    ended = several_processes.ended(
+        start_two([f"--workdir={workdir}", *arguments, *MESH]), timeout_s=150
+    )
+    assert [(process.code, process.err) for process in ended] == [(0, "")] * 2
+    assert f"Goes on from the checkpoint of step {STEPS - 1}" in ended[0].out
+    assert_same_run(workdir, alone)
+
+
+def complaints(running: list[subprocess.Popen]) -> list[str]:
+    """What both processes end with: one message each, and the exit code for it."""
+    ended = several_processes.ended(running, timeout_s=60)
+    assert [(process.code, process.out) for process in ended] == [(2, "")] * 2
+    for process in ended:
+        assert process.err.startswith("error: ") and process.err.count("error") == 1
+    return [process.err.removeprefix("error: ") for process in ended]
+
+
+def test_different_records_are_refused_by_field_on_both(arguments, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    differing = (["--set=train.seed=3"], ["--set=train.log_every=7"])
+    said = complaints(start_two([*arguments, *MESH, workdir], own=differing))
+    assert (
+        said
+        == [
+            "The processes must agree, but differ in\n"
+            "  train.log_every: 1 on process 0, 7 on process 1\n"
+            "  train.seed: 3 on process 0, 0 on process 1\n"
+        ]
+        * 2
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_of_one_process_ends_both(arguments, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    own = ([], ["--set=train.stepz=1"])
+    said = complaints(start_two([*arguments, *MESH, workdir], own=own))
+    assert said[0] == f"process 1: {said[1]}" and "'train.stepz'" in said[1]
+
+
+def test_data_that_one_process_lacks_ends_both(arguments, tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "text.txt").write_text("Some text. " * 4000)
+    source = "--set=data.sources=[{'path': 'text.txt'}]"
+    given = [*arguments, *MESH, source, f"--workdir={tmp_path / 'run'}"]
+    said = complaints(start_two(given, cwd=(tmp_path / "here", tmp_path / "there")))
+    assert said[1] == "No file matches the source path 'text.txt'.\n"
+    assert said[0] == f"process 1: {said[1]}"
+    assert not (tmp_path / "run").exists()
+
+
+def test_different_code_is_refused_by_file_on_both(arguments, tmp_path):
+    shutil.copytree(ROOT / "jmoe", tmp_path / "jmoe")
+    with (tmp_path / "jmoe" / "train" / "step.py").open("a") as file:
+        file.write("# another version\n")
+    given = [*arguments, *MESH, f"--workdir={tmp_path / 'run'}"]
+    said = complaints(start_two(given, root=(ROOT, tmp_path)))
+    assert said[0] == said[1] and said[0].count("\n") == 2
+    assert "\n  code.jmoe/train/step.py: " in said[0]
+
+
+def test_a_process_that_never_joins_is_named(script, monkeypatch):
+    monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 0.5)
+    address = several_processes.free_address()
+    place = [f"--coordinator={address}", "--num_processes=3", "--process_id=0"]
+    error = script("train", *place).mistake()
+    assert error == "error: Of 3 processes, number 1-2 didn't come within 0.5 s.\n"
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--num_processes=2"], "nor known .*: coordinator, process_id"),
+        (["--coordinator=a:1", "--process_id=0"], "nor known .*: num_processes"),
+        (["--coordinator=a:1", "--num_processes=2", "--process_id=2"], "process_id=2"),
+        (["--coordinator=a", "--num_processes=2", "--process_id=0"], "host:port"),
+    ],
+)
+def test_flags_that_are_incomplete_or_impossible_are_refused(script, flags, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        raise ValueError(script("train", *flags).mistake())
