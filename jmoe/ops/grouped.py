@@ -19,7 +19,9 @@ after another: up to BLOCK rows of one expert, whose whole chain (gather, three
 products, activation) runs in the smallest compiled size that holds them. So padding is
 small, a task's intermediate arrays stay in the cache, and an expert's weights are read
 once. Results are added to their tokens' rows. The loop is sequential: sums have one
-order, and results repeat to the bit.
+order, and results repeat to the bit. `blocks` stores the gate and up activations for
+the backward pass, in room for all N rows, nobody's too; `blocks_remat` computes them
+again, which is two ninths more work and no room.
 
 The `ragged` backend is for GPUs; see `jmoe.ops.grouped_ragged`.
 """
@@ -70,27 +72,28 @@ def _first_rows(size_E: jax.Array) -> jax.Array:
     return jnp.cumsum(size_E) - size_E
 
 
-@jax.custom_vjp
-def routed_mlp_blocks(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _routed_mlp(
+    stores: bool,
     x_TD: jax.Array,
     expert_TK: jax.Array,
     gate_TK: jax.Array,
     gate_up_ED2F: jax.Array,
     down_EFD: jax.Array,
 ) -> jax.Array:
-    """The `blocks` backend of this module's contract; see the module's docstring.
+    """The `blocks` backends of this module's contract; see the module's docstring.
 
     Args:
+      stores: whether the 2 N F gate and up activations are kept for the backward pass,
+        which gathers the rest.
       x_TD: tokens; y_TD has their dtype and is summed in float32.
       expert_TK: int32 in [0, E]; E is nobody.
       gate_TK: float32 combine weights.
-
-    The backward pass stores the 2 N F gate and up activations and gathers the rest.
     """
-    return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+    return _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
     num_experts, mlp_dim = down_EFD.shape[:2]
     rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
     tasks = plan_tasks(rows.size_E, expert_TK.size)
@@ -107,21 +110,24 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
             h_SX = _dot(_take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
             act_SF = jax.nn.silu(h_SX[:, :mlp_dim]) * h_SX[:, mlp_dim:]
             gate_S1 = _cut(gate_N, start, size)[:, None]
-            return _pad(h_SX), _pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
+            kept_BX = _pad(h_SX) if stores else None
+            return kept_BX, _pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
 
         h_BX, y_BD = _in_smallest_size(tasks.rows_M[i], chain)
-        # What h_BX has beyond the task's own rows, the next task writes over.
-        h_NX = lax.dynamic_update_slice_in_dim(h_NX, h_BX, start, 0)
+        if stores:
+            # What h_BX has beyond the task's own rows, the next task writes over.
+            h_NX = lax.dynamic_update_slice_in_dim(h_NX, h_BX, start, 0)
         return _add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    h_NX = _zeros_after(x_TD, (rows.token_N.size, 2 * mlp_dim))
+    room = (rows.token_N.size, 2 * mlp_dim)
+    h_NX = _zeros_after(x_TD, room) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(saved, dy_TD):
+def _backward(stores, saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
     num_experts, mlp_dim, hidden_dim = down_EFD.shape
 
@@ -134,7 +140,10 @@ def _backward(saved, dy_TD):
             x_SD = _take(x_TD, token_B[:size])
             own_S1 = (jnp.arange(size) < own)[:, None]
             dy_SD = jnp.where(own_S1, _take(dy_TD, token_B[:size]), 0)
-            h_SX = _cut(h_NX, start, size)
+            if stores:
+                h_SX = _cut(h_NX, start, size)
+            else:
+                h_SX = _dot(x_SD, gate_up_DX, 1, 0)
             gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
             act_SF, backward = jax.vjp(_swiglu, h_SX)
             d_act_SF = _dot(dy_SD, down_FD, 1, 1)
@@ -186,7 +195,9 @@ def _backward(saved, dy_TD):
     )
 
 
-routed_mlp_blocks.defvjp(_forward, _backward)
+_routed_mlp.defvjp(_forward, _backward)
+routed_mlp_blocks = functools.partial(_routed_mlp, True)
+routed_mlp_blocks_remat = functools.partial(_routed_mlp, False)
 
 
 def _swiglu(h_SX: jax.Array) -> jax.Array:
@@ -251,4 +262,8 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
 
 
-BACKENDS = {"blocks": routed_mlp_blocks, "ragged": routed_mlp_ragged}
+BACKENDS = {
+    "blocks": routed_mlp_blocks,
+    "blocks_remat": routed_mlp_blocks_remat,
+    "ragged": routed_mlp_ragged,
+}
