@@ -9,7 +9,7 @@ kernels by trying them, and time.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
+from jmoe.parallel import compiler
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
 from jmoe.plan.device import Device
 from jmoe.train import layout as layouts
@@ -27,14 +28,6 @@ from jmoe.train.state import TrainState, make_state
 from jmoe.train.step import make_train_step
 
 NODE = 8  # GPUs that share a node
-
-# How XLA is asked to compile for GPUs.
-OPTIONS: Mapping[str, Any] = {
-    # Collectives start early and end late, with work between.
-    "xla_gpu_enable_latency_hiding_scheduler": True,
-    # Merging the products of two chunks would make each wait for both.
-    "xla_gpu_dot_merger_threshold_mb": 0,
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +78,8 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     """The training step of `run` for `run.mesh` made of `devices`."""
     start = time.perf_counter()
     lowered, state = lower_step(run, devices)
-    compiled = lowered.compile(compiler_options=dict(OPTIONS))
+    options = compiler.options(devices[0].platform)
+    compiled: Any = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
     text, stats = compiled.as_text(), compiled.memory_analysis()
     memory = Memory(
@@ -119,7 +113,7 @@ def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
     count = run.train.batch_size // run.train.microbatch_size
     shape = (count, run.train.microbatch_size, run.data.sequence_length + 1)
     sharding = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
-    rows = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
+    rows: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return Batch(rows, rows)
 
 

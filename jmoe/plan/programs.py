@@ -17,8 +17,10 @@ SEQUENCE = 4096
 MICROBATCHES = 2
 
 
-def run_on(model: ModelConfig, mesh: MeshConfig, name: str) -> RunConfig:
-    """A run of `model` on `mesh` as GPUs want it."""
+def run_on(
+    model: ModelConfig, mesh: MeshConfig, name: str, *, length: int = SEQUENCE
+) -> RunConfig:
+    """A run of `model` on `mesh` as GPUs want it, on sequences of `length`."""
     attention = dataclasses.replace(model.attention, block_size=512)
     # Of two chunks of tokens, one travels while the other computes.
     exchange = ExchangeConfig(chunks=2, capacity_factor=1.1)
@@ -27,7 +29,7 @@ def run_on(model: ModelConfig, mesh: MeshConfig, name: str) -> RunConfig:
     return RunConfig(
         name=name,
         model=dataclasses.replace(model, attention=attention, moe=moe),
-        data=DataConfig(sequence_length=SEQUENCE),
+        data=DataConfig(sequence_length=length),
         train=TrainConfig(
             steps=10_000,
             batch_size=MICROBATCHES * sequences,

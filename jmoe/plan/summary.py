@@ -1,4 +1,4 @@
-"""What a compiled step says about itself: does it fit, what does it move, what hides it.
+"""What a compiled step says of itself: does it fit, what does it move, what hides it.
 
 Compiling takes memory, some of which a process keeps; so that one program's peak isn't
 another's, each is compiled in a process of its own.
@@ -9,14 +9,14 @@ import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from jmoe.config import RunConfig
-from jmoe.plan import aot, hlo
+from jmoe.config import RouterConfig, RunConfig
+from jmoe.plan import aot, traffic
 from jmoe.plan.aot import Memory
 from jmoe.plan.device import H20, Device
-from jmoe.plan.hlo import Collective
+from jmoe.plan.traffic import Collective
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Summary:
             )
             for (phase, kind, axes), group in groups.items()
         ]
-        order = {phase: place for place, phase in enumerate(hlo.PHASES)}
+        order = {phase: place for place, phase in enumerate(traffic.PHASES)}
         return sorted(rows, key=lambda row: (order[row.phase], -row.sent_bytes))
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
         run=run,
         device=device,
         memory=program.memory,
-        collectives=hlo.collectives(program.text, run.mesh.shape),
+        collectives=traffic.collectives(program.text, run.mesh.shape),
         seconds=program.seconds,
         host_bytes=program.host_bytes,
     )
@@ -110,30 +110,24 @@ def compile_apart(run: RunConfig) -> Summary:
         return pool.submit(compile_run, run).result()
 
 
-def devices_visited(run: RunConfig) -> float:
-    """How many other devices than its own a token visits, if all experts are equal.
+def devices_visited(router: RouterConfig, peers: int) -> float:
+    """How many of `peers` devices but its own a token visits, if all experts are alike.
 
-    The experts' groups are as likely to be chosen as each other, and the experts within
-    those chosen. A device hosts whole groups, or a part of one.
+    Groups of experts are then as likely to be chosen as each other, and so are the
+    experts within those chosen. A device hosts whole groups, or a part of one.
     """
-    router, peers = run.model.moe.router, run.mesh.expert
     hosted = router.num_experts // peers
-    reachable = router.groups_per_token * router.group_size
     groups_here = max(1, hosted // router.group_size)
     here = min(hosted, router.group_size)  # of each of these groups
+    reachable = router.groups_per_token * router.group_size
     missed = 0.0
     for chosen in range(groups_here + 1):
-        ways = math.comb(groups_here, chosen) * math.comb(
-            router.num_groups - groups_here, router.groups_per_token - chosen
-        )
-        likely = ways / math.comb(router.num_groups, router.groups_per_token)
-        others = reachable - chosen * here
-        missed += (
-            likely
-            * math.comb(others, router.top_k)
-            / math.comb(reachable, router.top_k)
-        )
-    return (peers - 1) * (1 - missed)
+        others = router.num_groups - groups_here, router.groups_per_token - chosen
+        likely = math.comb(groups_here, chosen) * math.comb(*others)
+        elsewhere = math.comb(reachable - chosen * here, router.top_k)
+        missed += likely * elsewhere
+    missed /= math.comb(router.num_groups, router.groups_per_token)
+    return (peers - 1) * (1 - missed / math.comb(reachable, router.top_k))
 
 
 def once_a_device_bytes(run: RunConfig) -> float:
@@ -145,6 +139,7 @@ def once_a_device_bytes(run: RunConfig) -> float:
     cfg, mesh = run.model, run.mesh
     tokens = run.train.batch_size * run.data.sequence_length
     own = tokens / (mesh.batch_parts * mesh.tensor)
+    visits = devices_visited(cfg.moe.router, mesh.expert)
     bytes_each = cfg.hidden_dim * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     layers = cfg.num_moe_layers + cfg.mtp_depth
-    return own * devices_visited(run) * bytes_each * layers
+    return own * visits * bytes_each * layers

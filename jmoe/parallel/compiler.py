@@ -1,0 +1,17 @@
+"""How XLA is asked to compile a step."""
+
+from typing import Any
+
+GPU_OPTIONS: dict[str, Any] = {
+    # Collectives start early and end late, with work between.
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+    # With one under way at a time, a token exchange ends when the next one starts.
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
+    # Merging the products of two chunks would make each wait for both.
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+
+
+def options(platform: str) -> dict[str, Any]:
+    """`compiler_options` of `jax.jit` for devices of this platform."""
+    return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}

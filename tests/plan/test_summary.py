@@ -1,0 +1,132 @@
+"""Summaries of a step that is compiled for CPUs, and of one that is made up."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from jmoe.config import MeshConfig, ModelConfig, RouterConfig
+from jmoe.config.presets import tiny_model
+from jmoe.plan import aot, programs, summary
+from jmoe.plan.device import H20
+from jmoe.plan.traffic import Collective
+
+
+def small_run(**mesh):
+    model = dataclasses.replace(tiny_model(), num_layers=2, mtp_depth=0)
+    return programs.run_on(model, MeshConfig(**mesh), "small", length=64)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    run = small_run(data=2, expert=4)
+    return run, aot.compile_step(run, jax.devices()[:8])
+
+
+def test_arguments_are_parameters_the_optimizers_and_a_batch(compiled):
+    run, program = compiled
+    memory = program.memory
+    # Adam's two moments and step; then biases, tokens, and the step.
+    assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-4)
+    rest = memory.arguments - memory.parameters - memory.optimizer
+    batch = 4 * programs.MICROBATCHES * (run.data.sequence_length + 1)
+    biases = 4 * run.model.num_moe_layers * run.model.moe.router.num_experts
+    assert batch + biases <= rest <= batch + biases + 64
+    assert memory.total == memory.arguments + memory.temporaries + (
+        memory.outputs - memory.aliased
+    )
+
+
+def test_the_state_is_donated_and_compiling_is_measured(compiled):
+    _, program = compiled
+    assert program.memory.aliased >= 0.99 * (
+        program.memory.parameters + program.memory.optimizer
+    )
+    assert program.seconds > 0
+    assert program.host_bytes > program.memory.total
+
+
+def test_a_device_holds_its_part_of_an_array():
+    run = small_run(data=2, expert=4)
+    _, alone = aot.lower_step(small_run(), jax.devices()[:1])
+    _, state = aot.lower_step(run, jax.devices()[:8])
+    whole, part = (aot.device_bytes(s.params) for s in (alone, state))
+    assert part == pytest.approx(whole / 8, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("router", "peers"),
+    [
+        (RouterConfig(num_experts=16, top_k=3), 4),
+        (RouterConfig(num_experts=16, top_k=4, num_groups=4, groups_per_token=2), 2),
+        (RouterConfig(num_experts=16, top_k=4, num_groups=4, groups_per_token=2), 4),
+        (RouterConfig(num_experts=16, top_k=4, num_groups=4, groups_per_token=2), 8),
+    ],
+)
+def test_visits_are_those_of_tokens_that_like_all_experts_alike(router, peers):
+    rng = np.random.default_rng(0)
+    group_E = np.arange(router.num_experts) // router.group_size
+    visited = np.zeros(peers)
+    tokens = 4_000
+    for _ in range(tokens):
+        groups = rng.choice(router.num_groups, router.groups_per_token, replace=False)
+        reachable = np.flatnonzero(np.isin(group_E, groups))
+        chosen = rng.choice(reachable, router.top_k, replace=False)
+        visited[np.unique(chosen // (router.num_experts // peers))] += 1
+    others = visited[1:].sum() / tokens
+    assert summary.devices_visited(router, peers) == pytest.approx(others, rel=0.03)
+
+
+def collective(**given):
+    defaults = {
+        "kind": "all-to-all",
+        "shapes": ("bf16[4,8]",),
+        "operand_bytes": 64,
+        "axes": ("expert",),
+        "devices": 4,
+        "times": 1,
+        "phase": "forward",
+        "gemms": None,
+        "op_name": "",
+    }
+    return Collective(**(defaults | given))
+
+
+def test_hidden_counts_runs_and_not_instructions():
+    often, once = collective(times=3, gemms=2), collective(gemms=0)
+    assert summary.hidden([often, once]) == 3 / 4
+    assert math.isnan(summary.hidden([]))
+
+
+def test_traffic_adds_up_what_is_of_one_phase_kind_and_axes(compiled):
+    run, program = compiled
+    made_up = summary.Summary(
+        run=run,
+        device=H20,
+        memory=program.memory,
+        collectives=[
+            collective(times=3, gemms=1),
+            collective(operand_bytes=640),
+            collective(phase="backward"),
+            collective(axes=("data",), devices=2),
+        ],
+        seconds=1.0,
+        host_bytes=1,
+    )
+    rows = [(t.phase, t.axes, t.times, t.sent_bytes) for t in made_up.traffic()]
+    assert rows == [
+        ("forward", ("expert",), 4, 3 * 48 + 480),
+        ("forward", ("data",), 1, 32),
+        ("backward", ("expert",), 1, 48),
+    ]
+
+
+def test_every_program_is_of_as_many_devices_as_its_name_says():
+    for name, make in programs.PROGRAMS.items():
+        run = make()
+        assert run.name == name
+        assert run.mesh.num_devices == int(name.rpartition("_")[2])
+        preset = ModelConfig.preset(name.rpartition("_")[0])
+        assert run.model.num_layers == preset.num_layers
