@@ -12,18 +12,22 @@ from jmoe.config import MeshConfig, ModelConfig, RunConfig
 from jmoe.config.data import DataConfig
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.run import TrainConfig
+from jmoe.plan import visits
 
-SEQUENCE = 4096
+LENGTH = 4096
 MICROBATCHES = 2
 
 
 def run_on(
-    model: ModelConfig, mesh: MeshConfig, name: str, *, length: int = SEQUENCE
+    model: ModelConfig,
+    mesh: MeshConfig,
+    name: str,
+    *,
+    exchange: ExchangeConfig,
+    length: int = LENGTH,
 ) -> RunConfig:
-    """A run of `model` on `mesh` as GPUs want it, on sequences of `length`."""
+    """A run of `model` on `mesh`, with attention and experts as GPUs want them."""
     attention = dataclasses.replace(model.attention, block_size=512)
-    # Of two chunks of tokens, one travels while the other computes.
-    exchange = ExchangeConfig(chunks=2, capacity_factor=1.1)
     moe = dataclasses.replace(model.moe, backend="ragged", exchange=exchange)
     sequences = mesh.batch_parts
     return RunConfig(
@@ -39,22 +43,40 @@ def run_on(
     )
 
 
+def exchange_for(
+    model: ModelConfig, mesh: MeshConfig, *, margin: float
+) -> ExchangeConfig:
+    """Room for `margin` times the visits to be expected; two chunks of tokens.
+
+    Of these, one travels while the other computes.
+    """
+    factor = visits.capacity_factor(model.moe.router, mesh.expert, margin)
+    return ExchangeConfig(chunks=2, capacity_factor=factor)
+
+
 def v2_lite_16() -> RunConfig:
-    """Two nodes: experts within a node, data over both."""
-    mesh = MeshConfig(data=2, expert=8)
-    return run_on(ModelConfig.preset("v2_lite"), mesh, "v2_lite_16")
+    """Two nodes: experts within a node, data over both.
+
+    A chunk has 2,048 tokens, so that chance hardly ever brings a device 1.05 times as
+    many visits as the next.
+    """
+    model, mesh = ModelConfig.preset("v2_lite"), MeshConfig(data=2, expert=8)
+    exchange = exchange_for(model, mesh, margin=1.05)
+    return run_on(model, mesh, "v2_lite_16", exchange=exchange)
 
 
 def v3_16() -> RunConfig:
     """Too large for two nodes; how far, the program says."""
-    mesh = MeshConfig(expert=16)
-    return run_on(ModelConfig.preset("v3"), mesh, "v3_16")
+    model, mesh = ModelConfig.preset("v3"), MeshConfig(expert=16)
+    exchange = exchange_for(model, mesh, margin=1.5)
+    return run_on(model, mesh, "v3_16", exchange=exchange)
 
 
 def v3_2048() -> RunConfig:
     """As many GPUs as V3 was trained on, with no pipeline."""
-    mesh = MeshConfig(data=4, expert=64, tensor=8)
-    return run_on(ModelConfig.preset("v3"), mesh, "v3_2048")
+    model, mesh = ModelConfig.preset("v3"), MeshConfig(data=4, expert=64, tensor=8)
+    exchange = exchange_for(model, mesh, margin=1.5)
+    return run_on(model, mesh, "v3_2048", exchange=exchange)
 
 
 PROGRAMS: Mapping[str, Callable[[], RunConfig]] = {

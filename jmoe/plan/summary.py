@@ -12,11 +12,13 @@ import multiprocessing
 from collections.abc import Sequence
 from typing import Any
 
-from jmoe.config import RouterConfig, RunConfig
+from jmoe.config import RunConfig
+from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.plan import aot, traffic
 from jmoe.plan.aot import Memory
 from jmoe.plan.device import H20, Device
 from jmoe.plan.traffic import Collective
+from jmoe.plan.visits import devices_visited
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,26 +112,6 @@ def compile_apart(run: RunConfig) -> Summary:
         return pool.submit(compile_run, run).result()
 
 
-def devices_visited(router: RouterConfig, peers: int) -> float:
-    """How many of `peers` devices but its own a token visits, if all experts are alike.
-
-    Groups of experts are then as likely to be chosen as each other, and so are the
-    experts within those chosen. A device hosts whole groups, or a part of one.
-    """
-    hosted = router.num_experts // peers
-    groups_here = max(1, hosted // router.group_size)
-    here = min(hosted, router.group_size)  # of each of these groups
-    reachable = router.groups_per_token * router.group_size
-    missed = 0.0
-    for chosen in range(groups_here + 1):
-        others = router.num_groups - groups_here, router.groups_per_token - chosen
-        likely = math.comb(groups_here, chosen) * math.comb(*others)
-        elsewhere = math.comb(reachable - chosen * here, router.top_k)
-        missed += likely * elsewhere
-    missed /= math.comb(router.num_groups, router.groups_per_token)
-    return (peers - 1) * (1 - missed / math.comb(reachable, router.top_k))
-
-
 def once_a_device_bytes(run: RunConfig) -> float:
     """What a device must send in a step's forward pass, to the experts, at least.
 
@@ -143,3 +125,28 @@ def once_a_device_bytes(run: RunConfig) -> float:
     bytes_each = cfg.hidden_dim * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     layers = cfg.num_moe_layers + cfg.mtp_depth
     return own * visits * bytes_each * layers
+
+
+def dispatch_ratio(summary: Summary) -> float:
+    """What goes to the experts, as a share of `once_a_device_bytes`.
+
+    With a capacity, buffers' empty slots travel too.
+    """
+    sent = sum(
+        c.times * c.moved_bytes
+        for c in summary.collectives
+        if c.phase == "forward" and "/dispatch/" in c.op_name
+    )
+    return sent / once_a_device_bytes(summary.run)
+
+
+def batch_gathers(summary: Summary) -> list[Collective]:
+    """All-gathers in the passes over axes that divide a batch.
+
+    They would bring weights for every microbatch, or other devices' tokens.
+    """
+    return [
+        c
+        for c in summary.collectives
+        if c.kind == "all-gather" and c.phase != "step" and {*c.axes} & {*BATCH_AXES}
+    ]
