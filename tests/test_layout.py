@@ -10,7 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from jmoe.config import run
+from jmoe.balance import dropping
+from jmoe.config import model, run
+from jmoe.parallel import exchange
 from jmoe.train import optimizer, schedules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,8 +121,11 @@ def test_a_new_flag_is_a_decision():
     [
         (run.SCHEDULES, schedules.SCHEDULES),
         (run.OPTIMIZERS, optimizer.OPTIMIZERS),
+        (model.EXCHANGES, exchange.BACKENDS),
+        (model.WIRE_DTYPES, exchange.WIRES),
+        (model.DROP_ORDERS, dropping.DROP_ORDERS),
     ],
-    ids=["schedules", "optimizers"],
+    ids=["schedules", "optimizers", "exchanges", "wire_dtypes", "drop_orders"],
 )
 def test_the_names_a_record_allows_are_those_of_its_table(names, table):
     assert names == tuple(table)

@@ -184,6 +184,11 @@ class ExchangeConfig:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor} must be above 0, or none."
             )
+        if self.backend == "gather" and self.capacity_factor is not None:
+            raise ValueError(
+                f"capacity_factor={self.capacity_factor} must be none with "
+                "backend='gather', which brings all tokens to every device."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

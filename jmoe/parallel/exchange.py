@@ -106,10 +106,26 @@ def _exchange_chunk(
     choices_NX = jnp.concatenate([number_NK.astype(jnp.float32), gate_NK], axis=1)
     number_RK, gate_RK = jnp.split(path.carry(choices_NX, AS_IT_IS), 2, axis=1)
     local_RK = number_RK.astype(jnp.int32) - 1 - collectives.axis_index(AXIS) * own
-    is_own_RK = (local_RK >= 0) & (local_RK < own)
-    y_RD = experts(x_RD, jnp.where(is_own_RK, local_RK, own), gate_RK)
+    y_RD = experts(x_RD, *_of_own_experts(local_RK, gate_RK, own))
     y_ND = path.carry_back(y_RD)
     return Exchanged(y_ND, path.dropped_sending, path.dropped_receiving)
+
+
+def _of_own_experts(
+    local_RK: jax.Array, gate_RK: jax.Array, own: int
+) -> tuple[jax.Array, jax.Array]:
+    """Choices of this device's experts, from 0 to `own`; all others are of nobody.
+
+    Where a device has fewer experts than a token has choices, a column for each of them
+    holds as much, and the grouped matmul has fewer rows to sort and to make room for.
+    """
+    if own >= local_RK.shape[1]:
+        is_own_RK = (local_RK >= 0) & (local_RK < own)
+        return jnp.where(is_own_RK, local_RK, own), gate_RK
+    expert_E = jnp.arange(own, dtype=jnp.int32)
+    is_chosen_REK = local_RK[:, None] == expert_E[:, None]
+    expert_RE = jnp.where(is_chosen_REK.any(-1), expert_E, own)
+    return expert_RE, jnp.where(is_chosen_REK, gate_RK[:, None], 0).sum(-1)
 
 
 class Wire(NamedTuple):
@@ -163,10 +179,12 @@ class Path(NamedTuple):
     dropped_receiving: jax.Array
 
     def carry(self, x_NX: jax.Array, wire: Wire) -> jax.Array:
-        return _carry(self.there, self.back, wire, x_NX, self.route)
+        with jax.named_scope("dispatch"):
+            return _carry(self.there, self.back, wire, x_NX, self.route)
 
     def carry_back(self, y_RX: jax.Array) -> jax.Array:
-        return _carry(self.back, self.there, AS_IT_IS, y_RX, self.route)
+        with jax.named_scope("combine"):
+            return _carry(self.back, self.there, AS_IT_IS, y_RX, self.route)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

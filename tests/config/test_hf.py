@@ -183,7 +183,7 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.router.auxiliary_weight": 0.01,
     "moe.expert_mlp_dim": 32,
     "moe.num_shared_experts": 0,
-    "moe.exchange.backend": "gather",
+    "moe.exchange.backend": "ragged",
     "moe.exchange.capacity_factor": 1.5,
     "moe.exchange.drop_order": "position",
     "moe.exchange.chunks": 2,

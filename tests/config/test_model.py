@@ -6,7 +6,13 @@ import math
 import pytest
 
 from jmoe.config import records
-from jmoe.config.model import AttentionConfig, ModelConfig, RouterConfig, YarnConfig
+from jmoe.config.model import (
+    AttentionConfig,
+    ExchangeConfig,
+    ModelConfig,
+    RouterConfig,
+    YarnConfig,
+)
 
 YARN = "attention.yarn={'factor': 4, 'original_positions': 256}"
 
@@ -121,6 +127,11 @@ def test_an_impossible_shape_is_refused_by_name(assignment, said):
     with pytest.raises(ValueError) as error:
         records.override(ModelConfig.preset("tiny"), [YARN, assignment])
     assert str(error.value) == said
+
+
+def test_an_exchange_that_never_drops_takes_no_capacity_factor():
+    with pytest.raises(ValueError, match="capacity_factor=1.5 must be none with back"):
+        ExchangeConfig(backend="gather", capacity_factor=1.5)
 
 
 def test_groups_of_one_expert_have_no_top_two():

@@ -253,6 +253,20 @@ def test_node_limited_routing_finds_room_in_smaller_buffers(backend):
     assert halves == [48, 24]
 
 
+@pytest.mark.parametrize("dtype", ["activations", "float8_e4m3fn"])
+def test_the_real_ragged_all_to_all_and_its_gradient_compile_for_gpus(
+    monkeypatch, dtype
+):
+    """As far as this can be seen without a GPU's compiler: there and back, twice."""
+    monkeypatch.setitem(subject.BACKENDS, "ragged", subject.ragged_rows)
+    cfg = ExchangeConfig(backend="ragged", capacity_factor=1.5, dispatch_dtype=dtype)
+    run = on_mesh.__wrapped__(MESHES["expert=4"], cfg, ROUTER)
+    traced = run.trace(random_choices(), *arrays())
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Forward: tokens, their choices, and back. Backward: the same.
+    assert text.count("@ragged_all_to_all(") == 6
+
+
 @pytest.mark.parametrize("chunks", [2, 3])
 @pytest.mark.parametrize("backend", ["padded", "ragged"])
 def test_chunks_change_nothing(backend, chunks):
