@@ -1,0 +1,96 @@
+"""Which choices an exchange drops when room is limited, counted one by one."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.balance import dropping
+from jmoe.config import ExchangeConfig
+from tests.parallel import exchanging
+from tests.parallel.exchanging import (
+    MESHES,
+    ROUTER,
+    TOKENS,
+    arrays,
+    compare,
+    drops,
+    on_mesh,
+    oracle,
+    random_choices,
+)
+
+ragged_on_cpu = exchanging.ragged_on_cpu
+
+
+def kept_choices(expert_NK, gate_NK, peers, order, room_of):
+    """Choices that keep their place, bool [N, K], visit by visit.
+
+    room_of: from the visits of one device to one peer, how many keep it.
+    """
+    kept_NK = np.zeros(expert_NK.shape, bool)
+    peer_NK = expert_NK // (ROUTER.num_experts // peers)
+    per_device = len(expert_NK) // peers
+    for device in range(peers):
+        for peer in range(peers):
+            tokens = device * per_device + np.arange(per_device)
+            tokens = tokens[(peer_NK[tokens] == peer).any(1)]
+            if order == "score":
+                sums = (gate_NK * (peer_NK == peer))[tokens].sum(1)
+                tokens = tokens[np.argsort(-sums)]
+            for token in tokens[: room_of(device, peer)]:
+                kept_NK[token] |= peer_NK[token] == peer
+    return kept_NK
+
+
+@pytest.mark.parametrize("order", dropping.DROP_ORDERS)
+def test_beyond_their_capacity_senders_drop_the_last_of_the_order_and_no_more(order):
+    cfg = ExchangeConfig(capacity_factor=0.6, drop_order=order)
+    expert_NK, (dy, x, gate_NK, *weights) = random_choices(), arrays()
+    got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
+    room = dropping.send_room(0.6, TOKENS // 4, ROUTER, 4)
+    assert room == 29  # 0.6 * 48 tokens * 4 visits / 4 peers, rounded up
+    kept_NK = kept_choices(expert_NK, gate_NK, 4, order, lambda device, peer: room)
+    want = oracle(np.where(kept_NK, expert_NK, 16), dy, x, gate_NK, *weights)
+    compare(got, want)
+    lost = (~kept_NK).reshape(4, -1).sum(1)
+    np.testing.assert_array_equal(got[-2], lost)
+    assert lost.sum() > 0 and not got[-1].any()
+
+
+@pytest.mark.parametrize("order", dropping.DROP_ORDERS)
+def test_ragged_receivers_drop_what_is_beyond_their_share_and_no_more(order):
+    cfg = ExchangeConfig(backend="ragged", capacity_factor=0.6, drop_order=order)
+    expert_NK, (dy, x, gate_NK, *weights) = random_choices(), arrays()
+    expert_NK[:60] = [0, 1, 2, 4]  # of two devices; more than the first two can take
+    got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
+    room = dropping.receive_room(0.6, TOKENS // 4, ROUTER, 4)
+    assert room == 116
+    is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
+    count_SP = is_visit_SNP.any(2).sum(1).astype(np.int32)
+    share_SP = [dropping.share_room(count_S, room) for count_S in jnp.array(count_SP.T)]
+    kept_NK = kept_choices(
+        expert_NK, gate_NK, 4, order, lambda device, peer: share_SP[peer][device]
+    )
+    want = oracle(np.where(kept_NK, expert_NK, 16), dy, x, gate_NK, *weights)
+    compare(got, want)
+    np.testing.assert_array_equal(got[-1], (~kept_NK).reshape(4, -1).sum(1))
+    assert got[-1].any() and not got[-2].any()
+
+
+def test_a_capacity_that_suffices_drops_nothing_and_one_less_does():
+    expert_NK = random_choices()
+    is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
+    fullest = is_visit_SNP.any(2).sum(1).max()
+    for room, dropped in ((fullest, False), (fullest - 1, True)):
+        cfg = ExchangeConfig(capacity_factor=float(room / 48))
+        assert dropping.send_room(cfg.capacity_factor, 48, ROUTER, 4) == room
+        got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
+        assert (sum(drops(got)) > 0) == dropped
+
+
+def test_the_capacity_of_a_chunk_is_that_of_its_tokens():
+    cfg = ExchangeConfig(capacity_factor=0.5, chunks=2)
+    expert_NK = np.tile([0, 1, 2, 3], (TOKENS, 1)).astype(np.int32)
+    got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
+    room = dropping.send_room(0.5, TOKENS // 4 // 2, ROUTER, 4)
+    np.testing.assert_array_equal(got[-2], [2 * 4 * (24 - room)] * 4)
