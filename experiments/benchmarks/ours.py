@@ -19,7 +19,7 @@ from jax import lax
 from experiments.benchmarks import gshard
 from experiments.benchmarks.workers import Tasks, warm_up
 from experiments.benchmarks.workload import Linear, Workload
-from jmoe.config import DataConfig, RunConfig, TrainConfig
+from jmoe.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
@@ -28,6 +28,8 @@ from jmoe.train.optimizer import make_optimizer
 from jmoe.train.runtime import step_after_step
 from jmoe.train.state import count_parameters, make_state
 from jmoe.train.step import make_train_step
+
+ONE_DEVICE = MeshConfig()
 
 Layer = Callable[[Any, jax.Array], jax.Array]  # of parameters and [B, T, D]
 
@@ -42,7 +44,7 @@ _MATMULS = {
 }
 
 
-def train_step(workload: Workload) -> Tasks:
+def train_step(workload: Workload, mesh: MeshConfig = ONE_DEVICE) -> Tasks:
     """`step`, as scripts/train.py takes it, returns the loss; `parameters`, how many.
 
     AdamW after a clip by global norm, and the update of the selection bias.
@@ -54,6 +56,7 @@ def train_step(workload: Workload) -> Tasks:
         train=TrainConfig(
             steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
         ),
+        mesh=mesh,
     )
     step_after_step()  # as scripts/train.py does
     model = Transformer(run.model)

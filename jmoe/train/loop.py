@@ -99,7 +99,7 @@ def train(
         if shows:
             workdirs.open_run(workdir, run)
             _keep_tokenizer(workdir, tokenizer)
-            _write_info(workdir, parameters, inputs.entropy)
+            _write_info(workdir, run, parameters, inputs.entropy)
         workdirs.check_shared(workdir / run_files.INFO)
         log, console = _Silent(), _Silent()
         if shows:
@@ -274,12 +274,12 @@ def _restore_weights(
 
 
 def _write_info(
-    workdir: pathlib.Path, parameters: tuple[int, int], entropy: float
+    workdir: pathlib.Path, run: RunConfig, parameters: tuple[int, int], entropy: float
 ) -> None:
     info = {
         "command": shlex.join(sys.argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _device(),
+        "device": _devices(run),
         "parameters": parameters[0],
         "active_parameters": parameters[1],
         "unigram_entropy": entropy,
@@ -311,7 +311,7 @@ def _show_header(
         parameters=parameters[0],
         active_parameters=parameters[1],
         tokens_per_step=run.train.batch_size * run.data.sequence_length,
-        device=_device(),
+        device=_devices(run),
         run_dir=workdir,
     )
     if step >= run.train.steps:
@@ -320,11 +320,16 @@ def _show_header(
         console.note(f"Goes on from the checkpoint of step {step}.")
 
 
-def _device() -> str:
+def _devices(run: RunConfig) -> str:
+    """What the run is on, and the axes of its mesh that have several devices."""
     device = jax.devices()[0]
+    kind = device.device_kind
     if device.platform == "cpu":
-        return f"CPU, {os.cpu_count()} cores"
-    return f"{jax.device_count()} x {device.device_kind}"
+        kind = f"CPU, {os.cpu_count()} cores"
+    if run.mesh.num_devices == 1:
+        return kind
+    axes = [f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1]
+    return f"{run.mesh.num_devices} x {kind}: {', '.join(axes)}"
 
 
 @contextlib.contextmanager
