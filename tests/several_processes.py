@@ -1,15 +1,21 @@
-"""Starts a program as several processes on this machine, and ends them all in time."""
+"""Several processes: real ones, which are ended in time, and threads in their place.
 
+Threads will do where nothing but sockets joins the processes.
+"""
+
+import concurrent.futures
 import os
 import pathlib
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
+
+from jmoe.parallel import meeting, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -74,3 +80,21 @@ def ended(running: Sequence[subprocess.Popen], timeout_s: float = 60) -> list[En
         results.append(Ended(process.wait(), "".join(ours), err))
     assert not late, f"not done within {timeout_s} s: {results}"
     return results
+
+
+def in_parallel(function: Callable[..., Any], *arguments: tuple) -> list[Any]:
+    """What `function` returns or raises for each of the arguments, all at once."""
+    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
+        futures = [pool.submit(function, *given) for given in arguments]
+    return [future.exception() or future.result() for future in futures]
+
+
+def together(function: Callable[[Any], Any], *values: Any) -> list[Any]:
+    """As `in_parallel`; each thread is one process of a group, with its own value."""
+    address = free_address()
+
+    def live(index: int) -> Any:
+        with processes.membership(meeting.meet(address, len(values), index, 20.0)):
+            return function(values[index])
+
+    return in_parallel(live, *((index,) for index in range(len(values))))

@@ -1,6 +1,7 @@
 """A run's directory: what may change when a run goes on, and what is refused."""
 
 import json
+import threading
 
 import pytest
 
@@ -8,7 +9,9 @@ from jmoe.checkpoint import workdir
 from jmoe.checkpoint.workdir import open_run, read_run
 from jmoe.config import override
 from jmoe.config.presets import small_run
+from jmoe.parallel import meeting
 from tests.plain_run import plain_run
+from tests.several_processes import together
 
 TINY = plain_run()
 
@@ -134,3 +137,31 @@ def test_a_run_killed_while_its_record_was_written_can_begin_again(tmp_path):
 def test_a_workdir_without_a_record_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="config.json"):
         read_run(tmp_path)
+
+
+def test_a_workdir_that_is_not_one_for_all_processes_is_refused_on_all(tmp_path):
+    own = [tmp_path / name for name in ("a", "b")]
+    for index, directory in enumerate(own):
+        directory.mkdir()
+        (directory / "run.json").write_text(f"written by {index}")
+
+    def check(directory):
+        workdir.check_shared(directory / "run.json", timeout_s=0.3)
+
+    errors = together(check, *own)
+    complaint = "must be one directory for all processes"
+    assert [type(error) for error in errors] == [meeting.ElsewhereError, ValueError]
+    assert all(complaint in str(error) for error in errors)
+    assert together(check, own[0], own[0]) == [None, None]
+
+
+def test_what_process_0_wrote_may_take_a_while_to_be_seen(tmp_path):
+    def check(late):
+        path = tmp_path / ("late.json" if late else "run.json")
+        if late:
+            threading.Timer(0.3, path.write_text, ["{}"]).start()
+        else:
+            path.write_text("{}")
+        workdir.check_shared(path, timeout_s=20)
+
+    assert together(check, False, True) == [None, None]

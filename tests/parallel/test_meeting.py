@@ -7,21 +7,27 @@ import time
 import pytest
 
 from jmoe.parallel import meeting
+from tests.several_processes import free_address, in_parallel
 
 
 @pytest.fixture
-def groups(parallel, address):
+def address() -> str:
+    return free_address()
+
+
+@pytest.fixture
+def groups(address):
     """Three processes that have met."""
-    met = parallel(meeting.meet, *((address, 3, index, 20.0) for index in (2, 0, 1)))
+    met = in_parallel(meeting.meet, *((address, 3, index, 20.0) for index in (2, 0, 1)))
     yield sorted(met, key=lambda group: group.index)
     for group in met:
         group.close()
 
 
-def test_all_that_meet_get_everybodys_values_in_order(groups, parallel):
+def test_all_that_meet_get_everybodys_values_in_order(groups):
     for turn in ("first", "second"):
-        values = [[group, turn, {"index": group.index}] for group in reversed(groups)]
-        got = parallel(meeting.Group.exchange, *values)
+        values = [(group, turn, {"index": group.index}] for group in reversed(groups)]
+        got = in_parallel(meeting.Group.exchange, *values)
         assert got == [[{"index": 0}, {"index": 1}, {"index": 2}]] * 3
 
 
@@ -30,22 +36,20 @@ def test_a_lone_process_exchanges_with_itself():
 
 
 @pytest.mark.parametrize("failing", [0, 1])
-def test_a_failure_reaches_the_others_where_they_next_exchange(
-    groups, parallel, failing
-):
+def test_a_failure_reaches_the_others_where_they_next_exchange(groups, failing):
     failed = groups.pop(failing)
     failed.fail("the disk is full")
-    got = parallel(meeting.Group.exchange, *((group, "x", 1) for group in groups))
+    got = in_parallel(meeting.Group.exchange, *((group, "x", 1) for group in groups))
     assert [type(error) for error in got] == [meeting.ElsewhereError] * 2
     assert {str(error) for error in got} == {f"process {failing}: the disk is full"}
 
 
 @pytest.mark.parametrize("ended", [0, 1])
-def test_a_process_that_ends_is_named_to_those_that_wait_for_it(
-    groups, parallel, ended
-):
+def test_a_process_that_ends_is_named_to_those_that_wait_for_it(groups, ended):
     groups.pop(ended).close()
-    got = parallel(meeting.Group.exchange, *((group, "step 3", 1) for group in groups))
+    got = in_parallel(
+        meeting.Group.exchange, *((group, "step 3", 1) for group in groups)
+    )
     assert [type(error) for error in got] == [ConnectionError] * 2
     for error in got:
         assert (
@@ -53,24 +57,24 @@ def test_a_process_that_ends_is_named_to_those_that_wait_for_it(
         )
 
 
-def test_those_that_come_learn_who_did_not(parallel, address):
+def test_those_that_come_learn_who_did_not(address):
     start = time.monotonic()
-    got = parallel(meeting.meet, *((address, 6, index, 1.0) for index in (0, 2, 5)))
+    got = in_parallel(meeting.meet, *((address, 6, index, 1.0) for index in (0, 2, 5)))
     assert time.monotonic() - start < 5
     assert [type(error) for error in got] == [TimeoutError] * 3
     expected = "Of 6 processes, number 1, 3-4 didn't come within 1 s."
     assert [str(error) for error in got] == [expected] * 3
 
 
-def test_without_process_0_the_others_name_it(parallel, address):
-    got = parallel(meeting.meet, *((address, 3, index, 0.5) for index in (1, 2)))
+def test_without_process_0_the_others_name_it(address):
+    got = in_parallel(meeting.meet, *((address, 3, index, 0.5) for index in (1, 2)))
     for error in got:
         assert isinstance(error, TimeoutError)
         assert "Of 3 processes, number 0 didn't come within 0.5 s." in str(error)
         assert address in str(error)
 
 
-def test_one_that_came_and_died_is_missing_and_may_come_again(parallel, address):
+def test_one_that_came_and_died_is_missing_and_may_come_again(address):
     def die_then_meet(index: int) -> meeting.Group:
         if index == 1:
             time.sleep(0.3)  # process 0 listens
@@ -82,31 +86,31 @@ def test_one_that_came_and_died_is_missing_and_may_come_again(parallel, address)
             time.sleep(1.0)
         return meeting.meet(address, 3, index, 20.0)
 
-    groups = parallel(die_then_meet, (0,), (1,), (2,))
-    got = parallel(meeting.Group.exchange, *((g, "x", g.index) for g in groups))
+    groups = in_parallel(die_then_meet, (0,), (1,), (2,))
+    got = in_parallel(meeting.Group.exchange, *((g, "x", g.index) for g in groups))
     assert got == [[0, 1, 2]] * 3
     for group in groups:
         group.close()
 
 
-def test_different_numbers_of_processes_are_told_to_all(parallel, address, monkeypatch):
+def test_different_numbers_of_processes_are_told_to_all(address, monkeypatch):
     monkeypatch.setattr(meeting, "_LATE_S", 0.5)
     calls = ((address, count, index, 5.0) for count, index in ((3, 0), (3, 1), (4, 2)))
-    got = parallel(meeting.meet, *calls)
+    got = in_parallel(meeting.meet, *calls)
     assert [type(error) for error in got] == [ValueError] * 3
     (text,) = {str(error) for error in got}
     assert text == "num_processes=3 on process 0, but 4 on process 2."
 
 
-def test_two_processes_of_one_index_are_refused_on_all(parallel, address, monkeypatch):
+def test_two_processes_of_one_index_are_refused_on_all(address, monkeypatch):
     monkeypatch.setattr(meeting, "_LATE_S", 0.5)
     calls = ((address, 4, index, 5.0) for index in (0, 2, 2))
-    got = parallel(meeting.meet, *calls)
+    got = in_parallel(meeting.meet, *calls)
     assert [type(error) for error in got] == [ValueError] * 3
     assert {str(error) for error in got} == {"Two processes have process_id=2."}
 
 
-def test_strangers_are_passed_over(parallel, address):
+def test_strangers_are_passed_over(address):
     def knock(index: int):
         if index >= 0:
             return meeting.meet(address, 2, index, 20.0)
@@ -118,13 +122,13 @@ def test_strangers_are_passed_over(parallel, address):
 
     late = threading.Timer(0.6, lambda: None)
     late.start()
-    zero, one, _ = parallel(knock, (0,), (1,), (-1,))
+    zero, one, _ = in_parallel(knock, (0,), (1,), (-1,))
     assert (zero.index, one.index) == (0, 1)
     zero.close()
     one.close()
 
 
-def test_an_address_where_something_else_listens_is_named(parallel, address):
+def test_an_address_where_something_else_listens_is_named(address):
     host, port = meeting.split_address(address)
     with socket.create_server((host, port)) as server:
 

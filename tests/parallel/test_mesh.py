@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from jmoe.config import MeshConfig
-from jmoe.parallel.mesh import make_mesh, parse
+from jmoe.parallel.mesh import batch_part, make_mesh, parse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,3 +57,32 @@ def test_the_innermost_axis_lies_within_a_node():
 def test_a_mesh_over_some_devices_takes_those():
     mesh = make_mesh(parse("data=2"), jax.devices()[4:6])
     assert [d.id for d in mesh.devices.flat] == [4, 5]
+
+
+def mesh_of(spec: str, num_processes: int):
+    """A mesh of processes that have equally many devices."""
+    cfg = parse(spec)
+    each = cfg.num_devices // num_processes
+    return make_mesh(cfg, [Device(i, i // each, 0) for i in range(cfg.num_devices)])
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_processes", "parts"),
+    [
+        ("data=2,expert=4", 1, [(0, 1)]),
+        ("data=2,expert=4", 2, [(0, 2), (1, 2)]),
+        ("data=2,expert=2,tensor=4", 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        # a tensor group over two processes, which read the same sequences
+        ("expert=2,tensor=4", 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),
+        ("tensor=4", 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_a_process_reads_the_sequences_of_its_devices(spec, num_processes, parts):
+    mesh = mesh_of(spec, num_processes)
+    assert [batch_part(mesh, i) for i in range(num_processes)] == parts
+
+
+@pytest.mark.parametrize("spec", ["expert=3,tensor=4", "data=3,tensor=2"])
+def test_processes_with_different_shares_of_a_batch_are_refused(spec):
+    with pytest.raises(ValueError, match="its 2 processes different shares of a batch"):
+        batch_part(mesh_of(spec, 2), 0)

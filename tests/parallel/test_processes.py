@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 
-from jmoe.parallel import meeting, processes
+from jmoe.parallel import processes
+from tests.several_processes import together
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 SLURM = {
@@ -17,35 +18,21 @@ SLURM = {
 }
 
 
-@pytest.fixture
-def together(parallel, address):
-    """Calls a function once as each process of a group, each with its own value."""
-
-    def call(function, *values):
-        def live(index: int):
-            with processes.membership(meeting.meet(address, len(values), index, 20.0)):
-                return function(values[index])
-
-        return parallel(live, *((index,) for index in range(len(values))))
-
-    return call
-
-
-def disagreement(together, *views) -> str:
+def disagreement(*views) -> str:
     errors = together(processes.agree, *views)
     assert {type(error) for error in errors} == {ValueError}
     (text,) = {str(error) for error in errors}
     return text
 
 
-def test_processes_that_agree_go_on(together):
+def test_processes_that_agree_go_on():
     record = {"train": {"seed": 0, "rates": [0.1, 0.2]}, "name": "tiny"}
     assert together(processes.agree, record, record, record) == [None] * 3
 
 
-def test_a_difference_is_named_with_who_has_what_on_every_process(together):
+def test_a_difference_is_named_with_who_has_what_on_every_process():
     views = [{"train": {"seed": s, "steps": 9}} for s in (0, 1, 0, 0)]
-    assert disagreement(together, *views) == (
+    assert disagreement(*views) == (
         "The processes must agree, but differ in\n"
         "  train.seed: 0 on processes 0, 2-3, 1 on process 1"
     )
@@ -65,17 +52,17 @@ def test_a_difference_is_named_with_who_has_what_on_every_process(together):
         (({"a": 1}, {"a": True}), "a: 1 on process 0, true on process 1"),
     ],
 )
-def test_whatever_differs_is_shown_as_json(together, views, line):
-    assert f"\n  {line}" in disagreement(together, *views)
+def test_whatever_differs_is_shown_as_json(views, line):
+    assert f"\n  {line}" in disagreement(*views)
 
 
-def test_many_differences_are_counted(together):
+def test_many_differences_are_counted():
     views = [{f"x{i:02}": process for i in range(20)} for process in (0, 1)]
-    lines = disagreement(together, *views).splitlines()
+    lines = disagreement(*views).splitlines()
     assert len(lines) == 10 and lines[-1] == "  and 12 more"
 
 
-def test_code_that_differs_is_named_by_file(together, tmp_path):
+def test_code_that_differs_is_named_by_file(tmp_path):
     package = shutil.copytree(
         pathlib.Path(processes.__file__).parent, tmp_path / "jmoe"
     )
@@ -84,7 +71,7 @@ def test_code_that_differs_is_named_by_file(together, tmp_path):
     changed = processes.code_fingerprint(package)
     (package / "zero.py").write_text("")
     text = disagreement(
-        together, {"code": processes.code_fingerprint(package)}, {"code": changed}
+        {"code": processes.code_fingerprint(package)}, {"code": changed}
     )
     assert text.count("\n") == 1 and "\n  code.jmoe/zero.py: " in text
 
@@ -98,7 +85,7 @@ def test_the_fingerprint_covers_the_package_and_is_the_same_from_anywhere(tmp_pa
     )
 
 
-def test_an_error_ends_all_processes_with_its_text(together):
+def test_an_error_ends_all_processes_with_its_text():
     def work(index: int):
         if index == 1:
             raise FileNotFoundError("No file matches 'x'.")
@@ -109,7 +96,7 @@ def test_an_error_ends_all_processes_with_its_text(together):
     assert [str(errors[i]) for i in (0, 2)] == ["process 1: No file matches 'x'."] * 2
 
 
-def test_process_0_goes_first_and_its_value_counts(together):
+def test_process_0_goes_first_and_its_value_counts():
     order = []
 
     def work(index: int):
@@ -121,7 +108,7 @@ def test_process_0_goes_first_and_its_value_counts(together):
     assert order[0] == 0 and sorted(order) == [0, 1, 2]
 
 
-def test_a_signal_of_one_process_is_known_to_all(together):
+def test_a_signal_of_one_process_is_known_to_all():
     assert together(processes.any_signal, 0, 15, 0) == [15] * 3
     assert together(processes.any_signal, 0, 0, 0) == [0] * 3
 

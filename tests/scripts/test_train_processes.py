@@ -23,6 +23,8 @@ MESH = ["--set=mesh.data=2", "--set=mesh.expert=2"]
 def arguments(smallest_arguments) -> list[str]:
     """A run that is quick to compile, and saves every step."""
     values = {
+        "model.num_layers": 1,
+        "model.num_dense_layers": 0,
         "model.mtp_depth": 0,
         "train.steps": STEPS,
         "train.batch_size": 4,
