@@ -26,7 +26,7 @@ def groups(address):
 
 def test_all_that_meet_get_everybodys_values_in_order(groups):
     for turn in ("first", "second"):
-        values = [(group, turn, {"index": group.index}] for group in reversed(groups)]
+        values = [(group, turn, {"index": group.index}) for group in reversed(groups)]
         got = in_parallel(meeting.Group.exchange, *values)
         assert got == [[{"index": 0}, {"index": 1}, {"index": 2}]] * 3
 
