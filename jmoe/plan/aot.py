@@ -25,7 +25,7 @@ from jmoe.plan.device import Device
 from jmoe.train import layout as layouts
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, make_state
-from jmoe.train.step import make_train_step
+from jmoe.train.step import TrainStep, make_train_step
 
 NODE = 8  # GPUs that share a node
 
@@ -77,7 +77,8 @@ def absent_devices(device: Device, count: int) -> Sequence[Any]:
 def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     """The training step of `run` for `run.mesh` made of `devices`."""
     start = time.perf_counter()
-    lowered, state = lower_step(run, devices)
+    step, state, batch = abstract_step(run, devices)
+    lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     options = compiler.options(devices[0].platform)
     compiled: Any = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
@@ -95,17 +96,16 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     )
 
 
-def lower_step(
+def abstract_step(
     run: RunConfig, devices: Sequence[Any]
-) -> tuple[jax.stages.Lowered, TrainState]:
-    """The step before it is compiled, and the shapes of its state."""
+) -> tuple[TrainStep, TrainState, Any]:
+    """The step, and the shapes of its state and batch, which know where they lie."""
     model = Transformer(run.model)
     layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
     step = make_train_step(model, optimizer, run, layout)
-    batch = abstract_batch(run, layout)
-    return jax.jit(step, donate_argnums=0).lower(state, batch), state
+    return step, state, abstract_batch(run, layout)
 
 
 def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:

@@ -20,6 +20,8 @@ from jmoe.plan.device import H20, Device
 from jmoe.plan.traffic import Collective
 from jmoe.plan.visits import devices_visited
 
+SMALL = 2**16
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Traffic:
@@ -90,10 +92,8 @@ def hidden(collectives: Sequence[Collective]) -> float:
     return sum(c.times for c in collectives if c.gemms) / times if times else math.nan
 
 
-def compile_run(run: RunConfig, device: Device = H20) -> Summary:
-    """The training step of `run`, compiled here for as many of `device` as it needs."""
-    devices = aot.absent_devices(device, run.mesh.num_devices)
-    program = aot.compile_step(run, devices)
+def summarise(run: RunConfig, device: Device, program: aot.Program) -> Summary:
+    """What the compiled step of `run` says."""
     return Summary(
         run=run,
         device=device,
@@ -102,6 +102,12 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
         seconds=program.seconds,
         host_bytes=program.host_bytes,
     )
+
+
+def compile_run(run: RunConfig, device: Device = H20) -> Summary:
+    """The training step of `run`, compiled here for as many of `device` as it needs."""
+    devices = aot.absent_devices(device, run.mesh.num_devices)
+    return summarise(run, device, aot.compile_step(run, devices))
 
 
 def compile_apart(run: RunConfig) -> Summary:
@@ -141,12 +147,16 @@ def dispatch_ratio(summary: Summary) -> float:
 
 
 def batch_gathers(summary: Summary) -> list[Collective]:
-    """All-gathers in the passes over axes that divide a batch.
+    """All-gathers in the passes over axes that divide a batch, but for small ones.
 
-    They would bring weights for every microbatch, or other devices' tokens.
+    They would bring weights for every microbatch, or other devices' tokens. What is
+    small is counts.
     """
     return [
         c
         for c in summary.collectives
-        if c.kind == "all-gather" and c.phase != "step" and {*c.axes} & {*BATCH_AXES}
+        if c.kind == "all-gather"
+        and c.phase != "step"
+        and c.moved_bytes > SMALL
+        and {*c.axes} & {*BATCH_AXES}
     ]

@@ -93,7 +93,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     program = hlo.parse(text)
     found = []
     for instructions, times, op_name in program.executed():
-        shapes = {instruction.name: instruction.shape for instruction in instructions}
+        by_name = {instruction.name: instruction for instruction in instructions}
         ends = {
             instruction.operands[0]: place
             for place, instruction in enumerate(instructions)
@@ -106,12 +106,14 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
             between = instructions[place + 1 : ends.get(instruction.name, 0)]
             is_pair = instruction.name in ends
             gemms = sum(map(program.count_gemms, between)) if is_pair else None
-            given = tuple(shapes[name] for name in instruction.operands)
-            names = instruction.op_name, collective.op_name, op_name
+            operands = [by_name[name] for name in instruction.operands]
+            # Some say nothing of where they come from, but what they send does.
+            known = (instruction, collective, *operands[:1])
+            names = (*(x.op_name for x in known), op_name)
             found.append(
                 _record(
                     collective,
-                    given,
+                    [operand.shape for operand in operands],
                     mesh_shape,
                     times=times,
                     gemms=gemms,

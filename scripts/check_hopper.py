@@ -1,0 +1,110 @@
+"""Compiles training steps for GPUs that aren't here, and shows what they would take.
+
+python scripts/check_hopper.py
+python scripts/check_hopper.py --program=v2_lite_16
+
+It needs no GPU. Where JAX can't compile for GPUs, it makes an environment that can,
+once (scripts/make_hopper_env.sh, 5 GB), and goes on in that. What it shows, it also
+writes to experiments/results/hopper.json.
+"""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import rich.console
+from absl import app, flags
+
+from jmoe.config import DataConfig
+from jmoe.data import cache
+from jmoe.plan import programs
+from jmoe.train import runtime
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for experiments, which are not installed
+
+_PROGRAM = flags.DEFINE_multi_enum(
+    "program",
+    list(programs.PROGRAMS),
+    list(programs.PROGRAMS),
+    "Which to compile; repeatable. By default all.",
+)
+_ENVIRONMENT = flags.DEFINE_string(
+    "environment", None, "Where to make it; by default in the user's cache directory."
+)
+
+# Of JAX's CUDA plugin, which compiles for GPUs, and of the kernels.
+NEEDED = ("jax_plugins.xla_cuda13", "tokamax")
+
+
+def main(argv: list[str]) -> int:
+    runtime.set_up(argv)
+    # GPUs that are here are not asked, and XLA's remarks are not for the user.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["JAX_ENABLE_COMPILATION_CACHE"] = (
+        "false"  # can't be read for absent ones
+    )
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        if not all(map(_is_installed, NEEDED)):
+            go_on_in(_environment())
+        return check()
+    except ValueError as error:
+        return runtime.report_mistake(error)
+
+
+def check() -> int:
+    """Compiles all programs that were asked for; 0 if what is asked of them is met."""
+    from experiments.benchmarks.hopper import make_report
+    from jmoe.plan import tables
+    from jmoe.plan.summary import compile_apart
+
+    console = rich.console.Console(highlight=False)
+    summaries = []
+    for name in _PROGRAM.value:
+        console.print(f"Compiling {name} ...")
+        summary = compile_apart(programs.PROGRAMS[name]())
+        tables.show(summary, console)
+        summaries.append(summary)
+    report = make_report(summaries)
+    console.print(report.table())
+    console.print(f"Written to {report.write()}")
+    return 0 if all(figure.met is not False for figure in report.figures) else 1
+
+
+def go_on_in(environment: pathlib.Path) -> None:
+    """Makes the environment, if it isn't there, and replaces this process by it.
+
+    Raises:
+      ValueError: it can't be made; why, has been printed.
+    """
+    make = ROOT / "scripts" / "make_hopper_env.sh"
+    made = subprocess.run(
+        [str(make), str(environment)], env=os.environ | {"PYTHON": sys.executable}
+    )
+    if made.returncode:
+        raise ValueError(
+            "JAX can't compile for GPUs here, and an environment where it can wasn't "
+            "made; see above. pip install 'jmoe[gpu]' makes any Python one."
+        )
+    python = str(environment / "bin" / "python")
+    os.execv(python, [python, *sys.argv])
+
+
+def _environment() -> pathlib.Path:
+    if _ENVIRONMENT.value:
+        return pathlib.Path(_ENVIRONMENT.value)
+    return cache.directory(DataConfig()) / "hopper"
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))

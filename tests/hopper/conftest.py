@@ -1,0 +1,54 @@
+"""Programs for 16 H20s, each compiled once.
+
+Two layers of V2-Lite at full width stand for its 27: the layers of a loop are compiled
+once, however many there are.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig, RunConfig
+from jmoe.plan import aot, programs, summary
+from jmoe.plan.device import H20
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_compilation_cache():
+    """JAX can't read back what it has compiled for devices that aren't here."""
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def shallow_run(mesh: MeshConfig, **exchange) -> RunConfig:
+    model = dataclasses.replace(ModelConfig.preset("v2_lite"), num_layers=3)
+    settings = dataclasses.asdict(programs.exchange_for(model, mesh, margin=1.05))
+    exchanged = ExchangeConfig(**(settings | exchange))
+    return programs.run_on(model, mesh, "shallow", exchange=exchanged)
+
+
+class Shallow(NamedTuple):
+    """A compiled program's summary and its text."""
+
+    summary: summary.Summary
+    text: str
+
+
+def compile_shallow(run: RunConfig) -> Shallow:
+    devices = aot.absent_devices(H20, run.mesh.num_devices)
+    program = aot.compile_step(run, devices)
+    return Shallow(summary.summarise(run, H20, program), program.text)
+
+
+@pytest.fixture(scope="session")
+def by_data_and_expert() -> Shallow:
+    return compile_shallow(shallow_run(MeshConfig(data=2, expert=8)))
+
+
+@pytest.fixture(scope="session")
+def by_tensor_too() -> Shallow:
+    mesh = MeshConfig(data=2, expert=4, tensor=2)
+    return compile_shallow(
+        shallow_run(mesh, backend="ragged", dispatch_dtype="float8_e4m3fn")
+    )

@@ -1,0 +1,51 @@
+"""Whole models: do they fit, and does compiling them stay within what is allowed."""
+
+import pytest
+
+from jmoe.plan import programs, summary
+
+pytestmark = pytest.mark.hopper
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def v2_lite():
+    return summary.compile_apart(programs.v2_lite_16())
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return summary.compile_apart(programs.v3_2048())
+
+
+def test_v2_lite_fits_on_16_h20s(v2_lite):
+    assert v2_lite.fits
+    assert v2_lite.memory.temporaries > 0
+
+
+def test_v2_lites_tokens_go_once_to_each_device_that_they_need(v2_lite):
+    assert 1 <= summary.dispatch_ratio(v2_lite) <= 1.1
+
+
+def test_v2_lites_backward_exchanges_have_products_meanwhile(v2_lite):
+    exchanges = [
+        c
+        for c in v2_lite.collectives
+        if (c.phase, c.kind) == ("backward", "all-to-all")
+    ]
+    layers = v2_lite.run.model.num_moe_layers * programs.MICROBATCHES
+    assert {c.times for c in exchanges} == {layers}
+    assert summary.hidden(exchanges) >= 0.5
+
+
+def test_v3_compiles_for_2048_h20s_in_3_minutes_and_4_gib_and_fits(v3):
+    assert v3.run.mesh.num_devices == 2048
+    assert v3.seconds < 180
+    assert v3.host_bytes < 4 * GIB
+    assert v3.fits
+
+
+@pytest.mark.parametrize("model", ["v2_lite", "v3"])
+def test_no_pass_gathers_weights_or_other_devices_tokens(model, request):
+    assert summary.batch_gathers(request.getfixturevalue(model)) == []
