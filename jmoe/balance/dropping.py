@@ -73,7 +73,7 @@ def receive_room(
 def _scaled(factor: float | None, amount: fractions.Fraction, everything: int) -> int:
     if factor is None:
         return everything
-    # Exactly: in floating point, 1.1 x 10 needs 12 slots.
+    # Exactly: in floating point, 1.1 x 50 is above 55, and would need 56.
     return math.ceil(fractions.Fraction(str(factor)) * amount)
 
 

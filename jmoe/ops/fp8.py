@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
-LARGEST = 448.0  # casting anything larger gives NaN: e4m3fn doesn't saturate
+LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
 
 
 class Quantized(NamedTuple):
@@ -36,11 +36,11 @@ def quantize(x: jax.Array) -> Quantized:
     """Blocks of 1x128 along the last dimension. NaN and infinity make a block NaN."""
     blocks = _blocks(x.astype(jnp.float32))
     # The smallest normal number keeps the scale of a block of zeros from being zero.
-    largest = jnp.maximum(
-        jnp.abs(blocks).max(-1) / LARGEST, jnp.finfo(jnp.float32).tiny
-    )
-    quotient = jnp.clip(blocks / largest[..., None], -LARGEST, LARGEST)
-    return Quantized(_rows(quotient, x.shape).astype(DTYPE), largest)
+    tiny = jnp.finfo(jnp.float32).tiny
+    scale = jnp.maximum(jnp.abs(blocks).max(-1) / LARGEST, tiny)
+    # Above 448 by a rounding at most, which the conversion rounds away.
+    quotient = blocks / scale[..., None]
+    return Quantized(_rows(quotient, x.shape).astype(DTYPE), scale)
 
 
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:

@@ -90,6 +90,7 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
         arrived = []
 
         def experts(x_RD, expert_RK, gate_RK):
+            assert expert_RK.shape[1] == 2  # no more than this device has experts
             is_own_RK = expert_RK < 2
             arrived.append((is_own_RK.any(1).sum()[None], is_own_RK.sum()[None]))
             return x_RD
