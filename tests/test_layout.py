@@ -66,6 +66,14 @@ FLAGS = {
         "top_p",
         "seed",
     ],
+    "scripts/plan.py": [
+        "pp",
+        "microbatches",
+        "schedule",
+        "chunks",
+        "costs",
+        "out",
+    ],
     "scripts/serve.py": ["model", "engine", "mtp", "set"],
     "scripts/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
     "scripts/train.py": [
