@@ -9,8 +9,10 @@ import concurrent.futures
 import dataclasses
 import math
 import multiprocessing
-from collections.abc import Sequence
-from typing import Any
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from jmoe.config import RunConfig
 from jmoe.parallel.mesh import BATCH_AXES
@@ -21,6 +23,8 @@ from jmoe.plan.traffic import Collective
 from jmoe.plan.visits import devices_visited
 
 SMALL = 2**16
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,12 +114,26 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
     return summarise(run, device, aot.compile_step(run, devices))
 
 
-def compile_apart(run: RunConfig) -> Summary:
-    """`compile_run` in a process of its own."""
+def optimizer_bytes(run: RunConfig, device: Device = H20) -> int:
+    """What the optimizer keeps on one device; nothing is compiled."""
+    devices = aot.absent_devices(device, run.mesh.num_devices)
+    _, state, _ = aot.abstract_step(run, devices)
+    return aot.device_bytes(state.opt_state)
+
+
+def apart(function: Callable[[RunConfig], T], run: RunConfig) -> T:
+    """`function(run)` in a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(
-        max_workers=1, mp_context=multiprocessing.get_context("spawn")
+        max_workers=1,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_mute,
     ) as pool:
-        return pool.submit(compile_run, run).result()
+        return pool.submit(function, run).result()
+
+
+def _mute() -> None:
+    """Hides what XLA remarks; errors come back as exceptions."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def once_a_device_bytes(run: RunConfig) -> float:

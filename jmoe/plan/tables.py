@@ -52,17 +52,19 @@ def _memory_rows(summary: Summary) -> Iterator[tuple[str, int]]:
 
 def _traffic_table(summary: Summary) -> rich.table.Table:
     table = rich.table.Table(
-        title="Collectives of a step, and what a device sends", title_justify="left"
+        title="A step's collectives: GiB that a device sends, and the share of them "
+        "with GEMMs meanwhile",
+        title_justify="left",
     )
     for name in ("phase", "kind", "axes"):
-        table.add_column(name)
-    for name in ("times", "GiB", "with GEMMs meanwhile"):
+        table.add_column(name, no_wrap=True)
+    for name in ("times", "GiB", "hidden"):
         table.add_column(name, justify="right")
     for row in summary.traffic():
         table.add_row(
             row.phase,
             row.kind,
-            " ".join(row.axes),
+            ",".join(row.axes),
             f"{row.times:,}",
             f"{row.sent_bytes / GIB:.3f}",
             f"{row.hidden:.0%}",

@@ -79,7 +79,8 @@ def _blocks(found: list[Part], width: int) -> Text:
     text = Text()
     for part, columns in zip(found, widths, strict=True):
         label = str(part.microbatch)
-        label = f"{label:<{columns}}" if len(label) <= columns else " " * columns
+        # A space must be left between it and the next one.
+        label = f"{label:<{columns}}" if len(label) < columns else " " * columns
         text.append(label, style=_style(part, underline=len(found) == 2))
     return text
 

@@ -1,7 +1,10 @@
 """Whole models: do they fit, and does compiling them stay within what is allowed."""
 
+import json
+
 import pytest
 
+from experiments.benchmarks import hopper
 from jmoe.plan import programs, summary
 
 pytestmark = pytest.mark.hopper
@@ -11,12 +14,12 @@ GIB = 2**30
 
 @pytest.fixture(scope="module")
 def v2_lite():
-    return summary.compile_apart(programs.v2_lite_16())
+    return summary.apart(summary.compile_run, programs.v2_lite(nodes=2))
 
 
 @pytest.fixture(scope="module")
 def v3():
-    return summary.compile_apart(programs.v3_2048())
+    return summary.apart(summary.compile_run, programs.v3_2048())
 
 
 def test_v2_lite_fits_on_16_h20s(v2_lite):
@@ -49,3 +52,11 @@ def test_v3_compiles_for_2048_h20s_in_3_minutes_and_4_gib_and_fits(v3):
 @pytest.mark.parametrize("model", ["v2_lite", "v3"])
 def test_no_pass_gathers_weights_or_other_devices_tokens(model, request):
     assert summary.batch_gathers(request.getfixturevalue(model)) == []
+
+
+def test_the_report_has_what_is_asked_of_both_and_says_that_it_is_met(v2_lite, v3):
+    report = hopper.make_report([v2_lite, v3], {1: 400, 2: 200, 4: 100})
+    asked = [figure for figure in report.figures if figure.asked]
+    assert len(asked) == 9
+    assert all(figure.met for figure in asked)
+    json.dumps(report.to_dict())
