@@ -57,6 +57,14 @@ def test_colours_say_which_kind_and_which_stage_it_is():
     assert colours == {colour for pair in pairs for colour in pair}
 
 
+@pytest.mark.parametrize("width", range(20, 100, 9))
+def test_numbers_on_colours_never_touch(width):
+    made = timeline.make("zb_h1", 4, 12, Costs())
+    lines = list(timeline_text.lines([made], console(width, "truecolor")))
+    shown = "".join(line.plain[1:] for line in lines[1:5]).split()
+    assert set(shown) <= set(map(str, range(12)))
+
+
 def test_stages_of_a_rank_have_shades_between_the_two():
     schedule = build("interleaved_1f1b", 2, 2, chunks=3)
     parts = [timeline.parts(schedule, 1, task)[0] for task in schedule.tasks[1]]
