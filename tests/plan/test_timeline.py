@@ -74,15 +74,23 @@ def test_stages_of_a_rank_have_shades_between_the_two():
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_pass_is_drawn_with_its_microbatch(name, tmp_path):
-    made = timeline.make(name, 2, 4, Costs())
+    made = timeline.make(name, 2, 24, Costs())
     path = timeline_picture.draw([made], tmp_path / "picture.svg")
     tree = ElementTree.parse(path)
     texts = [element.text.strip() for element in tree.iter(f"{SVG}text")]
     assert name in texts
-    for microbatch in range(4):
+    for microbatch in range(24):
         drawn = [part for part in all_parts(made) if part.microbatch == microbatch]
         # Ranks and times have numbers, too.
         assert texts.count(str(microbatch)) >= len(drawn) > 0
+
+
+def test_numbers_too_small_to_read_are_left_out(tmp_path):
+    costs = Costs(forward=100, backward=100, weight=Fraction(1, 5))
+    made = timeline.make("zb_h1", 2, 4, costs)
+    path = timeline_picture.draw([made], tmp_path / "picture.svg")
+    texts = [element.text for element in ElementTree.parse(path).iter(f"{SVG}text")]
+    assert texts.count("3") == 2 * 2  # F and B, but not W, of both ranks
 
 
 def all_parts(made):

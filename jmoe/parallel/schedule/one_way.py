@@ -39,17 +39,16 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
     """
 
     def order(rank: int) -> list[Task]:
-        tasks = []
-        for task in one_f_one_b(num_ranks, num_microbatches).tasks[rank]:
-            if task.kind == "F":
-                tasks.append(task)
-                continue
-            done = task.passes[0].microbatch
-            tasks.append(one("B", rank, done))
-            if done >= rank:
-                tasks.append(one("W", rank, done - rank))
-        late = range(max(num_microbatches - rank, 0), num_microbatches)
-        return tasks + [one("W", rank, i) for i in late]
+        forward = [one("F", rank, i) for i in range(num_microbatches)]
+        backward = [one("B", rank, i) for i in range(num_microbatches)]
+        weight = [one("W", rank, i) for i in range(num_microbatches)]
+        tasks, done = [], 0
+        for task in alternate(forward, backward, ahead=num_ranks - rank - 1):
+            tasks.append(task)
+            done += task.kind == "B"
+            if task.kind == "B" and done > rank:
+                tasks.append(weight[done - rank - 1])
+        return tasks + weight[max(done - rank, 0) :]
 
     most = min(num_ranks, num_microbatches)
     return _schedule("zb_h1", num_ranks, num_microbatches, order, most)
