@@ -36,7 +36,7 @@ _OUT = flags.DEFINE_string("out", None, "Picture to write, .svg or .png.")
 def main(argv: list[str]) -> int:
     runtime.set_up([argv[0], *argv[2:]])
     if len(argv) < 2 or argv[1] not in COMMANDS:
-        raise app.UsageError(f"Say which, of {', '.join(COMMANDS)}, first.")
+        raise app.UsageError(f"What to show comes first: {', '.join(COMMANDS)}.")
     try:
         COMMANDS[argv[1]]()
     except (ValueError, OSError) as error:

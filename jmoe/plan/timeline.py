@@ -143,7 +143,7 @@ def table(timelines: Sequence[Timeline]) -> rich.table.Table:
 def share(timeline: Timeline) -> Fraction:
     """Of the ranks' time in which they idle, all ranks together."""
     whole = timeline.makespan * timeline.schedule.num_ranks
-    return Fraction(sum(timeline.idle)) / Fraction(whole) if whole else Fraction(0)
+    return Fraction(sum(timeline.idle)) / Fraction(whole)
 
 
 def number(value: Fraction | float) -> str:

@@ -290,7 +290,8 @@ def test_a_single_chunk_does_not_interleave():
 @pytest.mark.parametrize(
     ("costs", "complaint"),
     [
-        ({"forward": -1}, "forward=-1 must be at least 0"),
+        ({"forward": 0}, "forward=0 must be above 0"),
+        ({"latency": -1}, "latency=-1 must be at least 0"),
         ({"weight": 3}, "weight=3 must be at most backward=2"),
         ({"pair": 1}, "pair=1 must be at least forward=1 and backward=2"),
     ],

@@ -22,7 +22,7 @@ class Costs:
     part of it that can be deferred: B takes their difference.
 
     Raises:
-      ValueError: a cost is negative, or a part takes longer than the whole.
+      ValueError: a cost is out of its range, or a part takes longer than the whole.
     """
 
     forward: Time = 1
@@ -32,7 +32,10 @@ class Costs:
     latency: Time = 0  # from the end of a task to where another rank has its result
 
     def __post_init__(self):
-        for field in ("forward", "backward", "weight", "latency"):
+        for field in ("forward", "backward"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
+        for field in ("weight", "latency"):
             if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be at least 0.")
         if not self.weight <= self.backward:
