@@ -84,6 +84,7 @@ def _token_losses(x_RD, head_DV, target_R):
 
 def _chunks(chunk, *arrays):
     """Each array as [chunks, chunk, ...], the last one filled with zeros."""
+    chunk = min(chunk, arrays[0].shape[0])
     count = -(-arrays[0].shape[0] // chunk)
 
     def cut(x):
