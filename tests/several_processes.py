@@ -3,12 +3,12 @@
 Threads will do where nothing but sockets joins the processes.
 """
 
-import concurrent.futures
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -82,11 +82,30 @@ def ended(running: Sequence[subprocess.Popen], timeout_s: float = 60) -> list[En
     return results
 
 
-def in_parallel(function: Callable[..., Any], *arguments: tuple) -> list[Any]:
+def in_parallel(
+    function: Callable[..., Any], *arguments: tuple, timeout_s: float = 60
+) -> list[Any]:
     """What `function` returns or raises for each of the arguments, all at once."""
-    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as pool:
-        futures = [pool.submit(function, *given) for given in arguments]
-    return [future.exception() or future.result() for future in futures]
+    results: list[Any] = [None] * len(arguments)
+
+    def call(place: int) -> None:
+        try:
+            results[place] = function(*arguments[place])
+        except BaseException as error:
+            results[place] = error
+
+    # Daemons, so that one which hangs doesn't keep the tests from ending.
+    threads = [
+        threading.Thread(target=call, args=(place,), daemon=True)
+        for place in range(len(arguments))
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(deadline - time.monotonic(), 0))
+        assert not thread.is_alive(), f"not done within {timeout_s} s: {results}"
+    return results
 
 
 def together(function: Callable[[Any], Any], *values: Any) -> list[Any]:
