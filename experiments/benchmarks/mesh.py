@@ -27,7 +27,7 @@ from jmoe.config import MeshConfig, ModelConfig, override
 from jmoe.train.runtime import keep_freed_memory
 
 DEVICES = 16
-MESH = MeshConfig(data=2, expert=4, tensor=2)
+MESH = MeshConfig(expert=8, tensor=2)
 LAYERS = 3
 STEPS_A_TURN = 2
 
@@ -43,7 +43,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     workload = Workload(
         model=override(ModelConfig.preset("bench_s"), [f"num_layers={LAYERS}"]),
         batch=16,
-        length=256,
+        length=512,
     )
     say("training steps: compiling them takes some minutes")
     turns = measure(workload, rounds)

@@ -7,9 +7,12 @@ import pytest
 
 from experiments.benchmarks import mesh, ours
 from experiments.benchmarks.workers import Turn
+from jmoe.config import override
 from tests.scripts.test_bench import SMALL
 
-WORKLOAD = dataclasses.replace(SMALL, batch=8)
+WORKLOAD = dataclasses.replace(
+    SMALL, batch=8, model=override(SMALL.model, ["moe.router.num_experts=16"])
+)
 
 
 def test_both_exchanges_train_as_one_device_does():
