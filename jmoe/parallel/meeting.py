@@ -11,6 +11,7 @@ each, which takes no device and waits for none; so a process that fails can tell
 others, and one that dies is noticed.
 """
 
+import contextlib
 import json
 import select
 import socket
@@ -55,6 +56,8 @@ class _Line:
         return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):  # the other end may have closed it
+            self.connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for a line
         self._file.close()
         self.connection.close()
 
@@ -127,10 +130,9 @@ class Group:
     def tell(self, outcome: Mapping[str, Any]) -> None:
         """Sends it to all that have a line to this process."""
         for line in self._lines:
-            try:
+            # If it has ended, that is noticed where its word is needed.
+            with contextlib.suppress(OSError):
                 line.send(outcome)
-            except OSError:
-                pass  # it has ended, which is noticed where its word is needed
 
 
 def meet(address: str, count: int, index: int, timeout_s: float) -> Group:
