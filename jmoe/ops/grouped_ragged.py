@@ -182,9 +182,8 @@ def _cut(plan: Plan, index: jax.Array | int, length: int) -> Segment:
 
 
 def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
-    """Each row's token; zeros for nobody's rows."""
-    x_MD = x_TD.at[segment.token_M].get(mode="promise_in_bounds")
-    return jnp.where(segment.is_owned_M[:, None], x_MD, 0)
+    """Each row's token; nobody's rows have some token's."""
+    return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
 
 
 def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:

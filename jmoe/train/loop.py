@@ -40,7 +40,7 @@ from jmoe.data.loader import Loader
 from jmoe.data.packing import Batch
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
-from jmoe.parallel import processes
+from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
 from jmoe.train import report, run_files, schedules
 from jmoe.train.console import Console
@@ -82,7 +82,9 @@ def train(
     loader, tokenizer = inputs.loader, inputs.tokenizer
     optimizer = make_optimizer(run.optimizer, cfg.steps)
     train_step = jax.jit(
-        steps.make_train_step(model, optimizer, run, layout), donate_argnums=0
+        steps.make_train_step(model, optimizer, run, layout),
+        donate_argnums=0,
+        compiler_options=compiler.options(layout.mesh.devices.flat[0].platform),
     )
     eval_step = jax.jit(steps.make_eval_step(model, run, layout))
     put = functools.partial(layouts.put_batch, layout)
