@@ -146,7 +146,7 @@ class Store:
         """
         self.wait()
         wanted = manifest.flatten(abstract_state)
-        step, position = processes.from_first(
+        found, position = processes.from_first(
             "checkpoint to restore", lambda: self._choose(step, wanted, ignore)
         )
         targets = {name: _placed(array) for name, array in wanted.items()}
@@ -155,10 +155,10 @@ class Store:
             restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
             partial_restore=True,  # that nothing else is missing has been checked
         )
-        arrays = self._writer.restore(self._path(step), args=arguments)
-        self._current = step
+        arrays = self._writer.restore(self._path(found), args=arguments)
+        self._current = found
         treedef = jax.tree.structure(abstract_state)
-        return treedef.unflatten(arrays[name] for name in wanted), position, step
+        return treedef.unflatten(arrays[name] for name in wanted), position, found
 
     def locate(self, step: int | None = None) -> pathlib.Path:
         """The directory of the newest whole checkpoint, or of `step`'s.

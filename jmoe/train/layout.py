@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jmoe.config import MeshConfig
+from jmoe.config import ExchangeConfig, MeshConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.parallel import zero
@@ -50,6 +50,16 @@ def run_mesh(cfg: MeshConfig) -> Mesh:
     """A run's mesh: of all devices, or of this process's first, if it is for one."""
     alone = cfg.num_devices == 1 and jax.process_count() == 1
     return make_mesh(cfg, jax.devices()[:1] if alone else None)
+
+
+def check_exchange(cfg: ExchangeConfig, mesh: Mesh) -> None:
+    """Refuses an exchange that the mesh's devices don't have; ValueError."""
+    platform = mesh.devices.flat[0].platform
+    if cfg.backend == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+        raise ValueError(
+            "model.moe.exchange.backend='ragged' needs GPUs: on CPU there is no ragged "
+            "all-to-all. 'padded' and 'gather' are for any device."
+        )
 
 
 def shardings(layout: Layout, tree: Any) -> Any:

@@ -77,6 +77,7 @@ def train(
     _agree_on_run(run, workdir)
     model = Transformer(run.model)
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+    layouts.check_exchange(run.model.moe.exchange, layout.mesh)
     resumes = workdirs.check_run(workdir, run)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer

@@ -123,7 +123,8 @@ class Trainer(NamedTuple):
 
 
 def on(run, mesh, *settings) -> RunConfig:
-    return override(run, [*(f"mesh.{axis}" for axis in mesh.split(",")), *settings])
+    axes = [f"mesh.{axis}" for axis in mesh.split(",") if axis]
+    return override(run, [*axes, *settings])
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +133,7 @@ def trained(run, variables):
 
     @functools.cache
     def train(mesh):
-        changed = on(run, mesh) if mesh else run
-        return Trainer.of(changed, variables).train(STEPS)
+        return Trainer.of(on(run, mesh), variables).train(STEPS)
 
     return train
 
@@ -212,6 +212,13 @@ def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert got.tokens == want.tokens
     np.testing.assert_array_equal(got.load_LE, want.load_LE)
+
+
+def test_an_exchange_that_only_gpus_have_is_refused_where_it_would_be_needed(run):
+    exchange = on(run, ONE, "model.moe.exchange.backend=ragged").model.moe.exchange
+    layouts.check_exchange(exchange, layouts.run_mesh(on(run, "data=16").mesh))
+    with pytest.raises(ValueError, match="backend='ragged' needs GPUs"):
+        layouts.check_exchange(exchange, layouts.run_mesh(on(run, "expert=16").mesh))
 
 
 def bytes_on_a_device(tree) -> int:
