@@ -32,6 +32,24 @@ class MeshConfig:
         if self.pipe != 1:
             raise ValueError(f"pipe={self.pipe} must be 1: there is no pipeline yet.")
 
+    @classmethod
+    def parse(cls, spec: str) -> "MeshConfig":
+        """The mesh that "data=2,expert=4,tensor=2" describes; other axes have 1 device.
+
+        Raises:
+          ValueError: an item isn't axis=devices, or an axis is unknown or there twice.
+        """
+        sizes: dict[str, int] = {}
+        for item in filter(None, spec.split(",")):
+            axis, _, size = item.strip().partition("=")
+            if axis not in MESH_AXES or axis in sizes or not size.isdecimal():
+                raise ValueError(
+                    f"mesh={spec!r}: {item.strip()!r} must read axis=devices, with "
+                    f"each axis of {', '.join(MESH_AXES)} at most once."
+                )
+            sizes[axis] = int(size)
+        return cls(**sizes)
+
     @property
     def shape(self) -> Mapping[str, int]:
         """Devices of each axis, in the order of `MESH_AXES`."""

@@ -65,6 +65,9 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 def coerce(hint: Any, value: Any, path: str) -> Any:
     """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
     if dataclasses.is_dataclass(hint):
+        parse = getattr(hint, "parse", None)
+        if parse is not None and isinstance(value, str):
+            return parse(value)  # a record that has a short form
         if not isinstance(value, Mapping):
             raise ValueError(f"{path}={value!r} must be a record of {hint.__name__}.")  # type: ignore[union-attr]
         return from_dict(hint, value, f"{path}.")  # type: ignore[arg-type]

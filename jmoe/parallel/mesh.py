@@ -12,24 +12,6 @@ from jmoe.config.mesh import MESH_AXES, MeshConfig
 BATCH_AXES = ("data", "expert")  # over which a batch's sequences are divided
 
 
-def parse(spec: str) -> MeshConfig:
-    """The mesh that "data=2,expert=4,tensor=2" describes; other axes have 1 device.
-
-    Raises:
-      ValueError: an item isn't axis=devices, or an axis is unknown or there twice.
-    """
-    sizes: dict[str, int] = {}
-    for item in filter(None, spec.split(",")):
-        axis, _, size = item.strip().partition("=")
-        if axis not in MESH_AXES or axis in sizes or not size.isdecimal():
-            raise ValueError(
-                f"mesh={spec!r}: {item.strip()!r} must read axis=devices, with each "
-                f"axis of {', '.join(MESH_AXES)} at most once."
-            )
-        sizes[axis] = int(size)
-    return MeshConfig(**sizes)
-
-
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """All devices of all processes, or `devices`, in the shape of `cfg`.
 

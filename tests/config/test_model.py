@@ -77,7 +77,10 @@ def attention(**changes):
         ),
         ("moe.expert_mlp_dim=0", "expert_mlp_dim=0 must be at least 1."),
         ("moe.num_shared_experts=-1", "num_shared_experts=-1 must be at least 0."),
-        ("moe.backend=dense", "backend='dense' is not one of 'blocks'."),
+        (
+            "moe.backend=dense",
+            "backend='dense' is not one of 'blocks', 'blocks_remat', 'ragged'.",
+        ),
         ("moe.router.num_experts=0", "num_experts=0 must be at least 1."),
         (
             "moe.router.num_experts=30",

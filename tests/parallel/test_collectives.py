@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from jmoe.config import MeshConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.parallel import collectives
-from jmoe.parallel.mesh import make_mesh, parse
+from jmoe.parallel.mesh import make_mesh
 
 MESH = "data=2,expert=4,tensor=2"
 
@@ -22,7 +23,7 @@ def on_every_device(function, *arrays):
 
     mapped = jax.shard_map(
         of_row,
-        mesh=make_mesh(parse(MESH)),
+        mesh=make_mesh(MeshConfig.parse(MESH)),
         in_specs=rows,
         out_specs=rows,
         check_vma=False,
@@ -66,7 +67,7 @@ def test_on_a_mesh_sizes_and_places_are_the_axes():
 
 @pytest.mark.parametrize("axes", ["tensor", "expert", ("data", "expert"), MESH_AXES])
 def test_a_gather_joins_the_parts_in_the_order_of_the_axes(axes):
-    shape = tuple(make_mesh(parse(MESH)).shape.values())
+    shape = tuple(make_mesh(MeshConfig.parse(MESH)).shape.values())
     x = random(16, 2, 3)
     got = on_every_device(lambda x: collectives.gather(x, axes, 0), x)
     inner = [MESH_AXES.index(a) for a in ((axes,) if isinstance(axes, str) else axes)]

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jmoe.parallel.mesh import make_mesh, parse
+from jmoe.config import MeshConfig
+from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.vocabulary import embed, linear_cross_entropy
 from jmoe.plan import hlo
 
@@ -104,7 +105,7 @@ def test_the_gradient_never_holds_all_logits():
 
 def divided(function, devices, in_specs, out_specs):
     """`function` of the parts that `devices` of the tensor axis have."""
-    mesh = make_mesh(parse(f"tensor={devices}"), jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig.parse(f"tensor={devices}"), jax.devices()[:devices])
     mapped = jax.shard_map(
         function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
     )
@@ -170,7 +171,7 @@ def test_a_divided_table_embeds_each_position_where_it_belongs(devices):
 
 def test_a_divided_loss_gathers_neither_logits_nor_the_head():
     n, v, devices, chunk = 256, 1024, 4, 16
-    mesh = make_mesh(parse(f"tensor={devices}"), jax.devices()[:devices])
+    mesh = make_mesh(MeshConfig.parse(f"tensor={devices}"), jax.devices()[:devices])
 
     def share(x_ND, head_DV, target_N):
         def loss(x_ND, head_DV):

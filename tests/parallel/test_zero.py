@@ -7,8 +7,9 @@ import pytest
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from jmoe.config import MeshConfig
 from jmoe.parallel import zero
-from jmoe.parallel.mesh import make_mesh, parse
+from jmoe.parallel.mesh import make_mesh
 
 SHAPE = {"data": 2, "pipe": 1, "expert": 4, "tensor": 2}
 
@@ -60,7 +61,7 @@ def test_a_layer_of_a_stack_is_placed_as_the_stack_is():
 @pytest.mark.parametrize("size", [(32, 48), (32, 6), (7, 5)], ids=str)
 def test_gathering_and_reducing_are_transposes(size):
     """<gather(x), y> summed over devices is <x, reduce(y)> summed over devices."""
-    mesh = make_mesh(parse("data=2,expert=4,tensor=2"))
+    mesh = make_mesh(MeshConfig.parse("data=2,expert=4,tensor=2"))
     placed = placement(size, ("embed", None), mesh.shape)
     rng = np.random.default_rng(0)
     x = rng.normal(size=size).astype(np.float32)
