@@ -43,9 +43,10 @@ class Launcher(NamedTuple):
     required: str | None = None  # without which the others mean something else
 
 
-# The first that is there counts: MPI's processes may run inside a Slurm job. Slurm sets
-# the last one only for what srun starts. A Kubernetes job may as well be independent
-# programs, so it counts only where the other values are given.
+# The first that is there counts: MPI's processes may run inside a Slurm job. Slurm's
+# variables count, as they do for JAX, only with the list of a step's nodes. Kubernetes'
+# jobs may as well be independent programs: its variable counts only where the other
+# values are given.
 LAUNCHERS = (
     Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     Launcher("MPICH", "PMI_RANK", "PMI_SIZE"),
