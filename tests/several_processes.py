@@ -65,7 +65,7 @@ def start(
     )
 
 
-def ended(running: Sequence[subprocess.Popen], timeout_s: float = 60) -> list[Ended]:
+def ended(running: Sequence[subprocess.Popen], timeout_s: float = 180) -> list[Ended]:
     """Waits for all; a hang is an error that shows what they said."""
     deadline = time.monotonic() + timeout_s
     results, late = [], False

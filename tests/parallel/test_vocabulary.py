@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jmoe.config import MeshConfig
 from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.vocabulary import embed, linear_cross_entropy
-from jmoe.plan import hlo
+from jmoe.plan import traffic
 
 N, D, V = 13, 8, 40
 
@@ -184,6 +184,6 @@ def test_a_divided_loss_gathers_neither_logits_nor_the_head():
     share = divided(share, devices, (rows, columns, rows), (rows, columns))
     x_ND, head_DV, target_N, _ = inputs(n=n, v=v)
     text = share.lower(x_ND, head_DV, target_N).compile().as_text()
-    moved = {c.kind: c.operand_bytes for c in hlo.collectives(text, mesh.shape)}
+    moved = {c.kind: c.operand_bytes for c in traffic.collectives(text, mesh.shape)}
     assert moved  # a chunk's rows, at most, of hidden state or of two numbers
     assert max(moved.values()) <= devices * chunk * D * 4

@@ -15,7 +15,7 @@ import pytest
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
-from jmoe.plan import hlo
+from jmoe.plan import traffic
 from jmoe.train import layout as layouts
 from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
@@ -244,7 +244,7 @@ def test_gradients_are_reduced_once_a_step_or_by_layer(run, variables, stage, ti
     trainer = Trainer.of(on(run, f"data=16,zero_stage={stage}"), variables)
     rows = layouts.put_batch(trainer.layout, batch(run, seed=0))
     text = trainer.step.lower(trainer.state, rows).compile().as_text()
-    found = hlo.collectives(text, trainer.layout.mesh.shape)
+    found = traffic.collectives(text, trainer.layout.mesh.shape)
     received = sum(
         x.times * x.operand_bytes // x.devices
         for x in found
