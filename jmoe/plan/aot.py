@@ -14,13 +14,12 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.parallel import compiler
-from jmoe.parallel.mesh import BATCH_AXES, make_mesh
+from jmoe.parallel.mesh import make_mesh
 from jmoe.plan.device import Device
 from jmoe.train import layout as layouts
 from jmoe.train.optimizer import make_optimizer
@@ -112,7 +111,7 @@ def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
     """One optimizer step's tokens and segments, [A, B, T + 1]."""
     count = run.train.batch_size // run.train.microbatch_size
     shape = (count, run.train.microbatch_size, run.data.sequence_length + 1)
-    sharding = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
+    sharding = layouts.batch_sharding(layout, len(shape))
     rows: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return Batch(rows, rows)
 

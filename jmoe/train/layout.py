@@ -99,12 +99,16 @@ def born(layout: Layout, make: Callable[[], Any]) -> Any:
     return jax.block_until_ready(jax.jit(make, out_shardings=where)())
 
 
+def batch_sharding(layout: Layout, ndim: int) -> NamedSharding:
+    """That of an array [..., B, T]: its sequences are divided."""
+    return NamedSharding(layout.mesh, PartitionSpec(*(None,) * (ndim - 2), BATCH_AXES))
+
+
 def put_batch(layout: Layout, batch: Batch) -> Batch:
     """This process's rows, [..., B, T], as its part of a global batch on the mesh."""
 
     def put(x: Any) -> jax.Array:
-        spec = PartitionSpec(*(None,) * (x.ndim - 2), BATCH_AXES)
-        sharding = NamedSharding(layout.mesh, spec)
+        sharding = batch_sharding(layout, x.ndim)
         # Where there are several processes, JAX counts it as implicit.
         with jax.transfer_guard_host_to_device("allow"):
             return jax.make_array_from_process_local_data(sharding, x)

@@ -34,6 +34,19 @@ def scaled(x_RD, expert_RK, gate_RK, own):
     return (x_RD * sum_R1).astype(x_RD.dtype)
 
 
+def on_peers(on_device, peers):
+    """A jitted function of whole arrays, from one of a device's tokens."""
+    mesh = make_mesh(MeshConfig(expert=peers), jax.devices()[:peers])
+    mapped = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=TOKEN_SPEC,
+        out_specs=TOKEN_SPEC,
+        check_vma=False,
+    )
+    return jax.jit(mapped)
+
+
 def weighed(cfg, dtype=np.float32, peers=4, dim=200):
     """Of experts that only weigh: the inputs, outputs and gradients."""
     rng = np.random.default_rng(2)
@@ -48,15 +61,8 @@ def weighed(cfg, dtype=np.float32, peers=4, dim=200):
         y, pull = jax.vjp(run, x, gate_NK)
         return y, *pull(dy)
 
-    mesh = make_mesh(MeshConfig(expert=peers), jax.devices()[:peers])
-    run = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=TOKEN_SPEC,
-        out_specs=TOKEN_SPEC,
-        check_vma=False,
-    )
-    return (dy, x, gate_NK), jax.jit(run)(expert_NK, dy, x, gate_NK)
+    run = on_peers(on_device, peers)
+    return (dy, x, gate_NK), run(expert_NK, dy, x, gate_NK)
 
 
 @BACKENDS
@@ -99,16 +105,9 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
         subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
         return arrived[0]
 
-    mesh = make_mesh(MeshConfig(expert=peers), jax.devices()[:peers])
-    run = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=TOKEN_SPEC,
-        out_specs=TOKEN_SPEC,
-        check_vma=False,
-    )
+    run = on_peers(on_device, peers)
     _, x_ND, gate_NK, *_ = arrays()
-    rows, choices = jax.jit(run)(x_ND, expert_NK, gate_NK)
+    rows, choices = run(x_ND, expert_NK, gate_NK)
     pairs = {(n, e // 2) for n, e_K in enumerate(expert_NK.tolist()) for e in e_K}
     assert rows.sum() == len(pairs) < expert_NK.size
     load_E = np.bincount(expert_NK.ravel(), minlength=16)
