@@ -11,8 +11,6 @@ Variables are `params` and `router_state`; the latter holds each MoE layer's sel
 bias, is float32, and sees neither gradients nor the optimizer.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,38 +18,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
-from jmoe.nn import mtp
 from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
-from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
+from jmoe.nn.linear import DotGeneral, named_param
 from jmoe.nn.router import Stats
+from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
 from jmoe.ops import rope
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
-
-# What the backward pass finds stored of a block; the rest it computes again.
-REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
-    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
-
-
-# Of a layer's name and its parameters as they are stored, those it computes with.
-GatherLayer = Callable[[str, Any], Any]
-
-
-class Features(NamedTuple):
-    """What the losses need, short of the logits, which may be too large to hold.
-
-    hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; its last
-    `depth` of all positions have no token to embed and mean nothing. head_DV: the
-    output kernel. stats: of every MoE layer, stacked [L, ...].
-    """
-
-    hidden_BSD: jax.Array
-    mtp_BSD: tuple[jax.Array, ...]
-    head_DV: jax.Array
-    stats: Stats
 
 
 class Output(NamedTuple):
@@ -112,26 +85,10 @@ class Transformer(nn.Module):
         x_BSD, stats = self._layers(
             MoEBlock, "moe", cfg.num_moe_layers, x_BSD, rotation, segment_BT
         )
-        hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
-
-        previous, mtp_BSD, measured = hidden_BSD, [], [stats]
-        for depth in range(1, cfg.mtp_depth + 1):
-            name = f"mtp_{depth - 1}"
-            block = self._prepare(mtp.MTPModule, name, scanned=False)
-            module = block(cfg, self.dot_general, name=name)
-            embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth))
-            previous, normed, stats = module(previous, embedded, rotation, segment_BT)
-            mtp_BSD.append(normed)
-            measured.append(jax.tree.map(lambda x: x[None], stats))
-        if cfg.tie_embeddings:
-            head_DV = table_VD.T
-        else:
-            head_DV = named_param(
-                self, "head", vocab_shape[::-1], ("embed", "vocab"), cfg.init_std
-            ).astype(cfg.dtype)
-        measured = [stats for stats in measured if stats is not None]
-        stacked = jax.tree.map(lambda *x: jnp.concatenate(x), *measured)
-        return Features(hidden_BSD, tuple(mtp_BSD), head_DV, stacked)
+        tail = Tail(cfg, self.dot_general, self.gather_layer)
+        nn.share_scope(self, tail)
+        features = tail(x_BSD, table_VD, tokens_BT, rotation, segment_BT)
+        return features._replace(stats=join_stats(stats, features.stats))
 
     def _layers(
         self,
@@ -145,9 +102,10 @@ class Transformer(nn.Module):
         """`count` blocks in a row; their stats stacked along a new first dimension."""
         if not count:
             return x_BSD, None
+        gather = None if self.is_initializing() else self.gather_layer
         if self.cfg.layer_loop == "scan":
             stack = nn.scan(
-                self._prepare(block, name, scanned=True),
+                prepare(block, name, self.cfg, gather, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
@@ -159,27 +117,12 @@ class Transformer(nn.Module):
         measured = []
         for i in range(count):
             own_name = f"{name}_{i}"
-            layer = self._prepare(block, own_name, scanned=False)
+            layer = prepare(block, own_name, self.cfg, gather, scanned=False)
             x_BSD, stats = layer(self.cfg, self.dot_general, name=own_name)(
                 x_BSD, rotation, segment_BT
             )
             measured.append(stats)
         return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
-
-    def _prepare(
-        self, block: type[nn.Module], name: str, scanned: bool
-    ) -> type[nn.Module]:
-        """`block`, which gathers its parameters and recomputes what it should."""
-        if self.gather_layer is not None and not self.is_initializing():
-            gather = functools.partial(self.gather_layer, name)
-            block = nn.map_variables(
-                block, "params", lambda tree: {"params": gather(tree["params"])}
-            )
-        if self.cfg.remat == "none":
-            return block
-        # A scan already keeps the compiler from merging the two passes.
-        policy = REMAT_POLICIES[self.cfg.remat]
-        return nn.remat(block, policy=policy, prevent_cse=not scanned)
 
 
 def computed_as(path: Any, cfg: ModelConfig) -> Any:

@@ -1,4 +1,4 @@
-"""A layer's three passes: F forward, B backward to its input, W backward to its weights.
+"""A layer's three passes: F forward, B backward to its input, W to its weights.
 
 Zero bubble schedules (Qi et al., arXiv 2401.10241) need the two halves of a backward
 pass apart. Automatic differentiation gives them as one function, of which either half
@@ -67,9 +67,7 @@ def split(layer: Layer, weights: Any, at_hand: Any, x: Any) -> Passes:
         def of_weights_and_input(weights, x):
             return layer(weights, at_hand, x)
 
-        output, pull, measured = jax.vjp(
-            of_weights_and_input, weights, x, has_aux=True
-        )
+        output, pull, measured = jax.vjp(of_weights_and_input, weights, x, has_aux=True)
         return (output, measured), pull(d_output)
 
     output, measured = jax.eval_shape(layer, weights, at_hand, x)

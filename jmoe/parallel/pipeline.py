@@ -136,7 +136,7 @@ class _Row(NamedTuple):
 
 
 class _Store(NamedTuple):
-    """What a group's loops read and write; kept, owed: [slot, layer of a stage, ...]."""
+    """What a group's loops read and write; kept, owed: [slot, layer in stage, ...]."""
 
     kept: list[jax.Array]
     owed: list[jax.Array]
@@ -206,7 +206,9 @@ class _Stage:
         with jax.named_scope("forward"):
             x = self._enter(buffers.for_f, row.f, batch_f)
             for g in before:
-                stores[g], x = self.groups[g].forward(stores[g], x, 0, g, row.f, batch_f)
+                stores[g], x = self.groups[g].forward(
+                    stores[g], x, 0, g, row.f, batch_f
+                )
         with jax.named_scope("backward"):
             buffers, d = self._lose(buffers, row.b, batch_b)
         layers, store = self.groups[last], stores[last]

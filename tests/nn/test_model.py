@@ -13,7 +13,8 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jmoe.config import model as config
-from jmoe.nn.model import REMAT_POLICIES, Transformer, read_biases, write_biases
+from jmoe.nn.model import Transformer, read_biases, write_biases
+from jmoe.nn.tail import REMAT_POLICIES
 
 B, T = 2, 24
 FIRST = 9  # tokens of each row's first document

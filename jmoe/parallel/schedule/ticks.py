@@ -222,4 +222,3 @@ def _way(rank: int, host: int, num_ranks: int) -> int:
         return UP
     assert (rank - 1) % num_ranks == host, "stages in a row are on neighbours"
     return DOWN
-

@@ -1,0 +1,111 @@
+"""What follows the last layer: the final norm, the MTP modules, the output kernel.
+
+It is part of `jmoe.nn.model.Transformer`, and a module of its own where the layers
+before it are on other devices.
+
+Shapes: B batch, T position, S this device's positions, D hidden, V vocabulary (this
+device's part), L MoE layer.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import ModelConfig
+from jmoe.nn import mtp
+from jmoe.nn.block import Rotation
+from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
+from jmoe.nn.router import Stats
+from jmoe.parallel.vocabulary import embed
+
+# What the backward pass finds stored of a block; the rest it computes again.
+REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "save_dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+# Of a layer's name and its parameters as they are stored, those it computes with.
+GatherLayer = Callable[[str, Any], Any]
+
+
+class Features(NamedTuple):
+    """What the losses need, short of the logits, which may be too large to hold.
+
+    hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; its last
+    `depth` of all positions have no token to embed and mean nothing. head_DV: the
+    output kernel. stats: of MoE layers, stacked [L, ...]; None of no layers.
+    """
+
+    hidden_BSD: jax.Array
+    mtp_BSD: tuple[jax.Array, ...]
+    head_DV: jax.Array
+    stats: Stats | None
+
+
+class Tail(nn.Module):
+    """From the last layer's output to `Features`, with the stats of the MTP modules."""
+
+    cfg: ModelConfig
+    dot_general: DotGeneral = jax.lax.dot_general
+    gather_layer: GatherLayer | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        table_VD: jax.Array,
+        tokens_BT: jax.Array,
+        rotation: Rotation,
+        segment_BT: jax.Array | None,
+    ) -> Features:
+        cfg = self.cfg
+        hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
+        previous, mtp_BSD, measured = hidden_BSD, [], []
+        gather = None if self.is_initializing() else self.gather_layer
+        for depth in range(1, cfg.mtp_depth + 1):
+            name = f"mtp_{depth - 1}"
+            block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
+            module = block(cfg, self.dot_general, name=name)
+            embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth))
+            previous, normed, stats = module(previous, embedded, rotation, segment_BT)
+            mtp_BSD.append(normed)
+            measured.append(jax.tree.map(lambda x: x[None], stats))
+        if cfg.tie_embeddings:
+            head_DV = table_VD.T
+        else:
+            shape, dims = table_VD.shape[::-1], ("embed", "vocab")
+            head_DV = named_param(self, "head", shape, dims, cfg.init_std)
+            head_DV = head_DV.astype(cfg.dtype)
+        return Features(hidden_BSD, tuple(mtp_BSD), head_DV, join_stats(*measured))
+
+
+def join_stats(*parts: Stats | None) -> Stats | None:
+    """Those of all layers, of parts that have been stacked along the layers."""
+    found = [stats for stats in parts if stats is not None]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *found) if found else None
+
+
+def prepare(
+    block: type[nn.Module],
+    name: str,
+    cfg: ModelConfig,
+    gather_layer: GatherLayer | None,
+    *,
+    scanned: bool,
+) -> type[nn.Module]:
+    """`block`, which gathers its parameters and recomputes what it should."""
+    if gather_layer is not None:
+        gather = functools.partial(gather_layer, name)
+        block = nn.map_variables(
+            block, "params", lambda tree: {"params": gather(tree["params"])}
+        )
+    if cfg.remat == "none":
+        return block
+    # A scan already keeps the compiler from merging the two passes.
+    policy = REMAT_POLICIES[cfg.remat]
+    return nn.remat(block, policy=policy, prevent_cse=not scanned)
