@@ -3,6 +3,7 @@
 from jmoe.config.data import DataConfig as DataConfig
 from jmoe.config.data import SourceConfig as SourceConfig
 from jmoe.config.mesh import MeshConfig as MeshConfig
+from jmoe.config.mesh import PipelineConfig as PipelineConfig
 from jmoe.config.model import AttentionConfig as AttentionConfig
 from jmoe.config.model import ExchangeConfig as ExchangeConfig
 from jmoe.config.model import ModelConfig as ModelConfig

@@ -1,4 +1,4 @@
-"""The mesh of devices that a run's steps are spread over."""
+"""The mesh of devices that a run's steps are spread over, and its pipeline."""
 
 import dataclasses
 import math
@@ -8,6 +8,7 @@ from jmoe.config import checks
 
 MESH_AXES = ("data", "pipe", "expert", "tensor")
 ZERO_STAGES = (1, 3)
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class MeshConfig:
     """How many devices each axis has, the outermost first.
 
     A batch is divided over `data` and `expert`, its positions over `tensor`; `expert`
-    divides the routed experts, `tensor` heads, MLPs and vocabulary. What `zero_stage`
+    divides the routed experts, `tensor` heads, MLPs and vocabulary, `pipe` the layers.
+    What `zero_stage`
     divides besides (ZeRO, arXiv 1910.02054): 1, the optimizer's moments and the float32
     master weights; 3, the weights that are computed with too.
     """
@@ -29,8 +31,11 @@ class MeshConfig:
     def __post_init__(self):
         checks.at_least(self, data=1, pipe=1, expert=1, tensor=1)
         checks.one_of(self, zero_stage=ZERO_STAGES)
-        if self.pipe != 1:
-            raise ValueError(f"pipe={self.pipe} must be 1: there is no pipeline yet.")
+        if self.zero_stage == 3 and self.pipe > 1:
+            raise ValueError(
+                f"zero_stage=3 must be 1 with pipe={self.pipe}: a pipeline visits its "
+                "layers once for each microbatch, and would gather them as often."
+            )
 
     @classmethod
     def parse(cls, spec: str) -> "MeshConfig":
@@ -63,3 +68,22 @@ class MeshConfig:
     def batch_parts(self) -> int:
         """Into how many parts a microbatch's sequences are divided."""
         return self.data * self.expert
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How microbatches go through the stages of a mesh with `pipe` above 1.
+
+    See `jmoe.parallel.schedule`. microbatches: into how many a step's sequences are
+    divided; None: as many as gradients are accumulated over.
+    """
+
+    schedule: str = "1f1b"
+    microbatches: int | None = None
+    chunks: int = 2  # stages a rank, of interleaved_1f1b
+
+    def __post_init__(self):
+        checks.one_of(self, schedule=SCHEDULES)
+        checks.at_least(self, chunks=2)
+        if self.microbatches is not None:
+            checks.at_least(self, microbatches=1)

@@ -9,7 +9,7 @@ import dataclasses
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
-from jmoe.config.mesh import MeshConfig
+from jmoe.config.mesh import MeshConfig, PipelineConfig
 from jmoe.config.model import ModelConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
@@ -138,6 +138,7 @@ class RunConfig:
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
 
     def __post_init__(self):
         length, limit = self.data.sequence_length, self.model.max_positions
@@ -161,4 +162,25 @@ class RunConfig:
             raise ValueError(
                 f"model.mtp_depth={self.model.mtp_depth} leaves nothing to predict in "
                 f"data.sequence_length={length}."
+            )
+        if self.mesh.pipe > 1:
+            self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        if self.model.layer_loop != "scan":
+            raise ValueError(
+                f"model.layer_loop={self.model.layer_loop!r} must be 'scan' with "
+                f"mesh.pipe={self.mesh.pipe}: stages are cut from stacks of layers."
+            )
+        train, microbatches = self.train, self.pipeline.microbatches
+        if microbatches is None:
+            return
+        accumulated = train.batch_size // train.microbatch_size
+        parts = microbatches * self.mesh.batch_parts
+        if microbatches % accumulated or train.batch_size % parts:
+            raise ValueError(
+                f"pipeline.microbatches={microbatches} must be a multiple of the "
+                f"{accumulated} that train.microbatch_size={train.microbatch_size} "
+                f"makes, and divide the {train.batch_size // self.mesh.batch_parts} "
+                f"sequences that each part of train.batch_size={train.batch_size} has."
             )

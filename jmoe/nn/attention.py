@@ -82,6 +82,12 @@ class LatentAttention(nn.Module):
         return Linear(features, dims, self.init_std, self.dot_general, name=name)
 
 
+def rotation(cfg: AttentionConfig, length: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of positions 0 to `length`; see `jmoe.ops.rope`."""
+    positions_BT = jnp.arange(length)[None]
+    return rope.rotation(positions_BT, cfg.rope_dim, cfg.rope_theta, cfg.yarn)
+
+
 def _all(x_BSX: jax.Array) -> jax.Array:
     """All positions, for this device's heads."""
     return collectives.gather(x_BSX, "tensor", 1)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
+from jmoe.nn import attention
 from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
 from jmoe.nn.linear import DotGeneral, named_param
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
-from jmoe.ops import rope
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
 
@@ -72,12 +72,7 @@ class Transformer(nn.Module):
         table_VD = named_param(
             self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
         ).astype(cfg.dtype)
-        rotation = rope.rotation(
-            jnp.arange(tokens_BT.shape[1])[None],
-            cfg.attention.rope_dim,
-            cfg.attention.rope_theta,
-            cfg.attention.yarn,
-        )
+        rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
         x_BSD = embed(table_VD, tokens_BT)
         x_BSD, _ = self._layers(
             DenseBlock, "dense", cfg.num_dense_layers, x_BSD, rotation, segment_BT

@@ -17,9 +17,9 @@ from flax import linen as nn
 
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
-from jmoe.config.mesh import MESH_AXES
 from jmoe.nn.linear import named_param
 from jmoe.parallel import collectives
+from jmoe.parallel.mesh import TOKEN_AXES
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 GROUP_BEST = {"top2_sum": 2, "max": 1}  # how many scores make a group's
@@ -114,11 +114,11 @@ def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _spread() -> losses.Spread:
-    """A batch's tokens lie on all devices; a sequence's on those of `tensor`."""
+    """Where a batch's tokens lie; a sequence's are on the devices of `tensor`."""
     return losses.Spread(
-        over_batch=lambda count: collectives.total(count, MESH_AXES),
+        over_batch=lambda count: collectives.total(count, TOKEN_AXES),
         over_sequence=lambda count: collectives.total(count, "tensor"),
-        batch_parts=collectives.axis_size(MESH_AXES),
+        batch_parts=collectives.axis_size(TOKEN_AXES),
         sequence_parts=collectives.axis_size("tensor"),
     )
 

@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 from jmoe.config.mesh import MESH_AXES, MeshConfig
 
 BATCH_AXES = ("data", "expert")  # over which a batch's sequences are divided
+TOKEN_AXES = (*BATCH_AXES, "tensor")  # and over which its tokens are, in a layer
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:

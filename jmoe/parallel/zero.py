@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.core import meta
 from jax.sharding import PartitionSpec
@@ -95,3 +97,58 @@ def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
     """This device's part of the gradient summed over all tokens. Reduce-scatter."""
     part = collectives.scatter_sum(gradient, placement.axes, placement.dim)
     return collectives.total(part, placement.summed)
+
+
+def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax.Array:
+    """The rows of a stack that this rank of `pipe` computes with, [R, ...].
+
+    What `pipe` divides besides, all its ranks have a part of: they swap parts of each
+    other's rows, in an all-to-all. Its transpose is `reduce_rows`. All-gathers too.
+
+    Args:
+      index_PR: each rank's rows; below 0 where it has fewer than R, which get any.
+    """
+    index_PR = np.maximum(index_PR, 0)
+    outer, inner = _around_pipe(placement)
+    x = collectives.gather(x, inner, placement.dim)
+    if "pipe" not in placement.axes:
+        return x[jnp.asarray(index_PR)[collectives.axis_index("pipe")]]
+    rows_PR = x[index_PR]
+    rows = jax.lax.all_to_all(rows_PR, "pipe", 0, placement.dim + 1, tiled=True)[0]
+    return collectives.gather(rows, outer, placement.dim)
+
+
+def reduce_rows(
+    gradient: jax.Array, placement: Placement, index_PR: np.ndarray, size: int
+) -> jax.Array:
+    """This device's part of a stack's gradient, from each rank's rows of it, [R, ...].
+
+    Rows that several ranks have are summed. Reduce-scatters, and an all-to-all.
+
+    Args:
+      size: of the stack.
+    """
+    outer, inner = _around_pipe(placement)
+    # Beyond the end is where rows go that are none.
+    index_PR = np.where(index_PR < 0, size, index_PR)
+    rows = collectives.scatter_sum(gradient, outer, placement.dim)
+    if "pipe" in placement.axes:
+        rows_PR = jax.lax.all_to_all(
+            rows[None], "pipe", placement.dim + 1, 0, tiled=True
+        )
+        index = jnp.asarray(index_PR)
+    else:
+        rows_PR = rows
+        index = jnp.asarray(index_PR)[collectives.axis_index("pipe")]
+    stack = jnp.zeros((size, *rows_PR.shape[index.ndim :]), rows.dtype)
+    stack = stack.at[index].add(rows_PR, mode="drop")
+    part = collectives.scatter_sum(stack, inner, placement.dim)
+    return collectives.total(part, placement.summed)
+
+
+def _around_pipe(placement: Placement) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of a parameter outside of `pipe`, and inside."""
+    if "pipe" not in placement.axes:
+        return (), placement.axes
+    at = placement.axes.index("pipe")
+    return placement.axes[:at], placement.axes[at + 1 :]

@@ -1,0 +1,241 @@
+"""A step's gradients, losses and stats, through a pipeline's stages.
+
+A run's state knows nothing of stages: weights and moments lie as they do without a
+pipeline, whose axis divides them further, as ZeRO does. A step begins by handing each
+rank the layers that its stages have, and ends by handing their gradients back. So a
+checkpoint is of any pipeline's shape, a stage may have any number of layers, and all
+ranks have as much of the optimizer's work.
+
+Embedding, head and MTP modules are handed to all ranks, as all run one program; the
+first stage uses the one, the last stage the others.
+
+Shapes: A accumulated microbatch, M microbatch of the pipeline, B sequence, T position,
+R row (a layer that a rank has), L layer of a stack.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import RunConfig
+from jmoe.data.packing import Batch
+from jmoe.nn.attention import rotation
+from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.model import Transformer, computed_as
+from jmoe.nn.router import Stats
+from jmoe.nn.tail import REMAT_POLICIES, Tail, join_stats
+from jmoe.parallel import collectives, pipeline, zero
+from jmoe.parallel.schedule import Schedule, gpipe
+from jmoe.parallel.schedule.ticks import as_ticks, forward_only
+from jmoe.parallel.vocabulary import embed
+from jmoe.train import stages
+from jmoe.train.accumulated import Gradients, Shares
+from jmoe.train.layout import Layout
+from jmoe.train.losses import (
+    Losses,
+    inputs,
+    make_objective,
+    prediction_losses,
+    segments,
+)
+from jmoe.train.stages import Rows
+from jmoe.train.weights import gather_weights, reduce_gradients
+
+BLOCKS: dict[str, type[nn.Module]] = {"dense": DenseBlock, "moe": MoEBlock}
+
+
+def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
+    """As `accumulated.make_gradients`, by the run's schedule."""
+    objective = make_objective(run)
+
+    def gradients(params, router_state, step, batch):
+        batch = _divided(batch, run)
+        count = batch.tokens_BT.shape[0]
+        schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
+        pieces = _Pieces(model, run, layout, schedule)
+        cut = pieces.model(
+            params, router_state, batch, lambda losses: objective(losses, step)
+        )
+        found = pipeline.train(as_ticks(schedule), cut)
+        mean = functools.partial(jax.tree.map, lambda x: x / count)
+        summed = pieces.reduce(mean(found.shared), mean(found.groups))
+        losses, stats = pieces.measured(found)
+        return summed, mean(losses), stats
+
+    return gradients
+
+
+def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
+    """As `accumulated.make_losses`, with forward passes of parts of the batch."""
+
+    def losses(params, router_state, batch):
+        sequences, length = batch.tokens_BT.shape
+        count = math.gcd(sequences, 2 * run.mesh.pipe)
+        shape = (count, sequences // count, length)
+        batch = jax.tree.map(lambda x: x.reshape(shape), batch)
+        schedule = forward_only(gpipe(run.mesh.pipe, count))
+        pieces = _Pieces(model, run, layout, schedule)
+        cut = pieces.model(params, router_state, batch, lambda losses: losses.main)
+        losses, stats = pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
+        return jax.tree.map(lambda x: x / count, losses), stats
+
+    return losses
+
+
+def _divided(batch: Batch, run: RunConfig) -> Batch:
+    """[A, B, T + 1] as the pipeline's microbatches."""
+    count, sequences, length = batch.tokens_BT.shape
+    wanted = run.pipeline.microbatches or count
+    if wanted % count or sequences % (wanted // count):
+        raise ValueError(
+            f"pipeline.microbatches={wanted} must be a multiple of {count} accumulated "
+            f"ones, and divide their {count * sequences} sequences."
+        )
+    shape = (wanted, count * sequences // wanted, length)
+    return jax.tree.map(lambda x: x.reshape(shape), batch)
+
+
+class _Pieces:
+    """A model's pieces for the ranks of a schedule, and what comes back from them."""
+
+    def __init__(
+        self, model: Transformer, run: RunConfig, layout: Layout, schedule: Schedule
+    ):
+        self.run, self.layout, self.dot_general = run, layout, model.dot_general
+        self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
+
+    def model(
+        self,
+        params: Any,
+        router_state: Any,
+        batch: Batch,
+        objective: Callable[[Losses], jax.Array],
+    ) -> pipeline.Model:
+        """What `pipeline` runs, with the weights that this rank computes with."""
+        run, cfg = self.run, self.run.model
+        shared = {k: x for k, x in params.items() if k not in self.rows}
+        shared = gather_weights(shared, self._layout_of(shared), run)
+
+        def table(shared):
+            return shared["embedding"].astype(cfg.dtype)
+
+        def enter(shared, batch):
+            return embed(table(shared), inputs(batch))
+
+        def leave(shared, batch, x_BSD):
+            tokens_BT = inputs(batch)
+            features: Any = Tail(cfg, self.dot_general).apply(
+                {"params": shared, "router_state": router_state},
+                x_BSD,
+                table(shared),
+                tokens_BT,
+                rotation(cfg.attention, tokens_BT.shape[1]),
+                segments(batch, run),
+            )
+            losses = prediction_losses(features, batch, run)
+            return objective(losses), (losses, features.stats)
+
+        return pipeline.Model(
+            enter=enter,
+            leave=leave,
+            shared=shared,
+            groups=[
+                pipeline.Group(
+                    layer=self._layer(name),
+                    weights=self._gather(name, params[name]),
+                    state=_own(router_state.get(name, {}), rows),
+                    start=rows.start_PH,
+                    count=rows.count_PH,
+                )
+                for name, rows in self.rows.items()
+            ],
+            microbatches=batch,
+        )
+
+    def reduce(self, shared: Any, groups: list[Any]) -> Any:
+        """This device's parts of the gradients, in the parameters' tree."""
+        found = reduce_gradients(shared, self._layout_of(shared), self.run)
+        for (name, rows), gradients in zip(self.rows.items(), groups, strict=True):
+            found[name] = jax.tree.map(
+                functools.partial(
+                    zero.reduce_rows, index_PR=rows.index_PR, size=self._size(name)
+                ),
+                gradients,
+                self.layout.placements[name],
+            )
+        return found
+
+    def measured(self, found: pipeline.Result) -> tuple[Losses, Stats]:
+        """This device's share of losses, and of the stats of all layers."""
+        (losses, tail), stacks = found.left, []
+        for (name, rows), of_rows in zip(
+            self.rows.items(), found.measured, strict=True
+        ):
+            index_R = _own_index(rows, instead=self._size(name))
+            size = self._size(name)
+
+            def to_layers(x_R, index_R=index_R, size=size):
+                zeros = jnp.zeros((size, *x_R.shape[1:]), x_R.dtype)
+                return zeros.at[index_R].add(x_R, mode="drop")
+
+            if of_rows is not None:
+                stacks.append(jax.tree.map(to_layers, of_rows))
+        auxiliary = losses.auxiliary
+        for stats in stacks:
+            auxiliary += stats.auxiliary_loss.sum()
+        joined = join_stats(*stacks, tail)
+        assert joined is not None, "a model has a MoE layer"
+        return losses._replace(auxiliary=auxiliary), joined
+
+    def _layer(self, name: str) -> Callable[..., Any]:
+        run, cfg = self.run, self.run.model
+        block = BLOCKS[name](cfg, self.dot_general)
+        weight = cfg.moe.router.auxiliary_weight
+
+        def layer(weights, state, batch, x_BSD):
+            y_BSD, stats = block.apply(
+                {"params": weights, "router_state": state},
+                x_BSD,
+                rotation(cfg.attention, inputs(batch).shape[1]),
+                segments(batch, run),
+            )
+            auxiliary = 0.0 if stats is None else weight * stats.auxiliary_loss
+            return (y_BSD, jnp.float32(auxiliary)), stats
+
+        if cfg.remat == "none":
+            return layer
+        return jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat])
+
+    def _gather(self, name: str, stack: Any) -> Any:
+        """This rank's rows of a stack's weights, in the dtypes they compute in."""
+        index_PR = self.rows[name].index_PR
+
+        def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
+            x = x.astype(computed_as(path, self.run.model))
+            return zero.gather_rows(x, placement, index_PR)
+
+        return jax.tree.map_with_path(gather, stack, self.layout.placements[name])
+
+    def _layout_of(self, tree: Any) -> Layout:
+        placements = {name: self.layout.placements[name] for name in tree}
+        return self.layout._replace(placements=placements)
+
+    def _size(self, name: str) -> int:
+        cfg = self.run.model
+        return {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}[name]
+
+
+def _own(tree: Any, rows: Rows) -> Any:
+    index_R = _own_index(rows, instead=0)
+    return jax.tree.map(lambda x: x[index_R], tree)
+
+
+def _own_index(rows: Rows, *, instead: int) -> jax.Array:
+    """This rank's layers, and something else where it has fewer than there is room."""
+    index_PR = jnp.where(rows.index_PR < 0, instead, rows.index_PR)
+    return index_PR[collectives.axis_index(pipeline.AXIS)]
