@@ -9,6 +9,7 @@ from jmoe.config import checks
 MESH_AXES = ("data", "pipe", "expert", "tensor")
 ZERO_STAGES = (1, 3)
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "zb_h1", "dualpipe", "dualpipe_v")
+PIPELINE_REMATS = ("none", "stage")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,15 +76,18 @@ class PipelineConfig:
     """How microbatches go through the stages of a mesh with `pipe` above 1.
 
     See `jmoe.parallel.schedule`. microbatches: into how many a step's sequences are
-    divided; None: as many as gradients are accumulated over.
+    divided; None: as many as gradients are accumulated over. remat: what a microbatch
+    leaves behind on its way forward, none: all that the model's own `remat` stores;
+    stage: a stage's input, from which the backward pass begins with a forward one.
     """
 
     schedule: str = "1f1b"
     microbatches: int | None = None
     chunks: int = 2  # stages a rank, of interleaved_1f1b
+    remat: str = "none"
 
     def __post_init__(self):
-        checks.one_of(self, schedule=SCHEDULES)
+        checks.one_of(self, schedule=SCHEDULES, remat=PIPELINE_REMATS)
         checks.at_least(self, chunks=2)
         if self.microbatches is not None:
             checks.at_least(self, microbatches=1)

@@ -59,6 +59,7 @@ class Transformer(nn.Module):
             )
 
         mtp_logits = tuple(map(logits, features.mtp_BSD))
+        assert features.stats is not None, "a model has a MoE layer"
         return Output(logits(features.hidden_BSD), mtp_logits, features.stats)
 
     @nn.compact

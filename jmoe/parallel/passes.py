@@ -300,7 +300,8 @@ def _evaluate(
         equation = op.equation
         variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
         alone = core.Jaxpr((), variables, equation.outvars, [equation])
-        found = jax.core.eval_jaxpr(alone, (), *map(find, op.reads))
+        run = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
+        found = run(*map(find, op.reads))
         values.update(zip(op.writes, found, strict=True))
     return [find(ref) for ref in outputs]
 

@@ -62,12 +62,12 @@ def microbatch_losses(
 
 
 def inputs(batch: Batch) -> jax.Array:
-    return batch.tokens_BT[:, :-1]
+    return jnp.asarray(batch.tokens_BT[:, :-1])
 
 
 def segments(batch: Batch, run: RunConfig) -> jax.Array | None:
     """The inputs' documents, if attention is confined to them."""
-    return batch.segment_BT[:, :-1] if run.data.segment_masks else None
+    return jnp.asarray(batch.segment_BT[:, :-1]) if run.data.segment_masks else None
 
 
 def prediction_losses(features: Features, batch: Batch, run: RunConfig) -> Losses:

@@ -61,7 +61,9 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         cut = pieces.model(
             params, router_state, batch, lambda losses: objective(losses, step)
         )
-        found = pipeline.train(as_ticks(schedule), cut)
+        found = pipeline.train(
+            as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
+        )
         mean = functools.partial(jax.tree.map, lambda x: x / count)
         summed = pieces.reduce(mean(found.shared), mean(found.groups))
         losses, stats = pieces.measured(found)
@@ -198,12 +200,13 @@ class _Pieces:
         weight = cfg.moe.router.auxiliary_weight
 
         def layer(weights, state, batch, x_BSD):
-            y_BSD, stats = block.apply(
+            found: Any = block.apply(
                 {"params": weights, "router_state": state},
                 x_BSD,
                 rotation(cfg.attention, inputs(batch).shape[1]),
                 segments(batch, run),
             )
+            y_BSD, stats = found
             auxiliary = 0.0 if stats is None else weight * stats.auxiliary_loss
             return (y_BSD, jnp.float32(auxiliary)), stats
 

@@ -1,0 +1,203 @@
+"""Loops over a stage's layers: forward, backward, for the weights, and overlapped.
+
+A loop takes the layers of an instruction from the `begin`th on: forward from a stage's
+first layer, backward from its last.
+
+Stages that are computed again (`recompute`) keep nothing of F but its input. What B and
+W read of their layers is then stored by B, in the slot for what B owes.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.parallel.passes import split
+from jmoe.parallel.pipeline import arrays
+from jmoe.parallel.pipeline.model import Group
+from jmoe.parallel.pipeline.table import Instruction
+from jmoe.parallel.schedule.ticks import Ticks
+
+
+class Store(NamedTuple):
+    """What a group's loops read and write; kept, owed: [slot, layer in stage, ...]."""
+
+    kept: list[jax.Array]
+    owed: list[jax.Array]
+    gradients: Any
+    measured: Any
+
+
+class Layers:
+    """A group's loops.
+
+    Args:
+      index: of the group in an instruction.
+      batch, x: a microbatch and a layer's input, or their shapes.
+    """
+
+    def __init__(self, group: Group, index: int, batch: Any, x: Any, *, again: bool):
+        self._group, self._index, self._again = group, index, again
+
+        def layer(weights, at_hand, x):
+            state, batch = at_hand
+            return group.layer(weights, state, batch, x)
+
+        weights, state = (
+            jax.eval_shape(lambda tree=tree: arrays.pick(tree, 0))
+            for tree in (group.weights, group.state)
+        )
+        _, self._measured = jax.eval_shape(layer, weights, (state, batch), x)
+        self._passes = split(layer, weights, (state, batch), x)
+
+    def store(self, ticks: Ticks) -> Store:
+        """All zeros."""
+
+        def stash(slots: int, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+            lead = (slots, int(self._group.count.max()))
+            return [jnp.zeros((*lead, *s.shape), s.dtype) for s in shapes]
+
+        rows = jax.tree.leaves(self._group.weights)[0].shape[0]
+        kept_slots = ticks.owed_slots if self._again else ticks.kept_slots
+        return Store(
+            kept=stash(kept_slots, self._passes.kept),
+            owed=stash(ticks.owed_slots, self._passes.owed),
+            gradients=arrays.zeros(self._group.weights, jnp.float32),
+            measured=jax.tree.map(
+                lambda m: jnp.zeros((rows, *m.shape), m.dtype), self._measured
+            ),
+        )
+
+    def forward(
+        self, store: Store, x: jax.Array, begin: Any, f: Instruction, batch: Any
+    ) -> tuple[Store, jax.Array]:
+        """F: the layers' output, with what is kept and measured stored."""
+
+        def body(i, carry):
+            store, x = carry
+            return self._forward(store, x, i, f, batch)
+
+        return lax.fori_loop(begin, f.count_G[self._index], body, (store, x))
+
+    def recompute(
+        self, store: Store, x: jax.Array, b: Instruction, batch: Any
+    ) -> tuple[Store, jax.Array]:
+        """The forward pass again, ahead of B; it has been measured already."""
+
+        def body(i, carry):
+            kept, x = carry
+            weights, at_hand = self._at(b, i, batch)
+            (y, _), _, keeps = self._passes.forward(weights, at_hand, x)
+            return arrays.write(kept, keeps, b.owed, i), y
+
+        kept, y = lax.fori_loop(0, b.count_G[self._index], body, (store.kept, x))
+        return store._replace(kept=kept), y
+
+    def backward(
+        self, store: Store, d: jax.Array, begin: Any, b: Instruction, batch: Any
+    ) -> tuple[Store, jax.Array]:
+        """B: the gradient of the layers' input, with what is owed stored."""
+
+        def body(i, carry):
+            owed, d = carry
+            d_x, owes, layer, _ = self._backward(store, d, i, b, batch)
+            return arrays.write(owed, owes, b.owed, layer), d_x
+
+        owed, d = lax.fori_loop(begin, b.count_G[self._index], body, (store.owed, d))
+        return store._replace(owed=owed), d
+
+    def weight(self, store: Store, begin: Any, w: Instruction, batch: Any) -> Store:
+        """W: the weights' gradients, added to those of other microbatches."""
+
+        def body(i, gradients):
+            layer = w.count_G[self._index] - 1 - i
+            kept = arrays.read(store.kept, self._kept_slot(w), layer)
+            owed = arrays.read(store.owed, w.owed, layer)
+            d_weights = self._passes.weight(*self._at(w, layer, batch), kept, owed)
+            return arrays.add_at(gradients, d_weights, self._row(w, layer))
+
+        gradients = lax.fori_loop(begin, w.count_G[self._index], body, store.gradients)
+        return store._replace(gradients=gradients)
+
+    def overlap(
+        self,
+        store: Store,
+        x: jax.Array,
+        d: jax.Array,
+        pairs: Any,
+        forward: tuple[Instruction, Any],
+        backward: tuple[Instruction, Any],
+    ) -> tuple[Store, jax.Array, jax.Array]:
+        """F of one microbatch and BW of another, `pairs` layers of each.
+
+        Args:
+          forward, backward: instruction and microbatch.
+        """
+        (f, batch_f), (b, batch_b) = forward, backward
+
+        def body(i, carry):
+            store, x, d = carry
+            with jax.named_scope("backward"):
+                d, owed, layer, kept = self._backward(store, d, i, b, batch_b)
+            with jax.named_scope("weight"):
+                at = self._at(b, layer, batch_b)
+                d_weights = self._passes.weight(*at, kept, owed)
+                row = self._row(b, layer)
+                gradients = arrays.add_at(store.gradients, d_weights, row)
+            # F writes after B has read; else all that is stored would be copied.
+            freed, _ = lax.optimization_barrier((store.kept, kept))
+            store = store._replace(gradients=gradients, kept=freed)
+            with jax.named_scope("forward"):
+                store, x = self._forward(store, x, i, f, batch_f)
+            return store, x, d
+
+        return lax.fori_loop(0, pairs, body, (store, x, d))
+
+    def evaluate(
+        self, store: Store, x: jax.Array, f: Instruction, batch: Any
+    ) -> tuple[Store, jax.Array]:
+        """The layers' output, with what is measured stored."""
+
+        def body(i, carry):
+            store, x = carry
+            return self._measure(store, x, i, f, batch)
+
+        return lax.fori_loop(0, f.count_G[self._index], body, (store, x))
+
+    def _measure(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
+        weights, (state, _) = self._at(f, i, batch)
+        (y, _), found = self._group.layer(weights, state, batch, x)
+        measured = arrays.add_at(store.measured, found, self._row(f, i))
+        return store._replace(measured=measured), y
+
+    def _forward(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
+        if self._again:
+            return self._measure(store, x, i, f, batch)
+        weights, at_hand = self._at(f, i, batch)
+        (y, _), found, keeps = self._passes.forward(weights, at_hand, x)
+        measured = arrays.add_at(store.measured, found, self._row(f, i))
+        kept = arrays.write(store.kept, keeps, f.kept, i)
+        return store._replace(kept=kept, measured=measured), y
+
+    def _backward(self, store, d, i, b, batch):
+        """Gradient of the input, what is owed, the layer's place, and what was kept."""
+        layer = b.count_G[self._index] - 1 - i
+        kept = arrays.read(store.kept, self._kept_slot(b), layer)
+        objective = jnp.float32(1.0)  # the gradient of what the layer adds to it
+        d_x, owed = self._passes.backward(
+            *self._at(b, layer, batch), kept, (d, objective)
+        )
+        return d_x, owed, layer, kept
+
+    def _at(self, step: Instruction, i: Any, batch: Any) -> tuple[Any, Any]:
+        """Weights of the stage's layer i, and what else it finds at hand."""
+        row = self._row(step, i)
+        state = arrays.pick(self._group.state, row)
+        return arrays.pick(self._group.weights, row), (state, batch)
+
+    def _row(self, step: Instruction, i: Any) -> Any:
+        return step.start_G[self._index] + i
+
+    def _kept_slot(self, step: Instruction) -> Any:
+        return step.owed if self._again else step.kept

@@ -1,0 +1,216 @@
+"""The scan over ticks, and what a rank does in one of them."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.parallel import collectives
+from jmoe.parallel.pipeline import arrays
+from jmoe.parallel.pipeline.layers import Layers, Store
+from jmoe.parallel.pipeline.model import Model, Result
+from jmoe.parallel.pipeline.table import Instruction, Row, own_rows
+from jmoe.parallel.schedule.ticks import SELF, Ticks
+
+AXIS = "pipe"
+
+
+def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
+    """All microbatches forward and backward.
+
+    Args:
+      recompute: keep only the stages' inputs from F to B, which computes what it needs
+        again: a third more work, for a fraction of the memory.
+    """
+    rank = _Rank(model, again=recompute)
+
+    def tick(buffers: _Buffers, row: Row):
+        buffers, y, d_x = rank.train(buffers, row)
+        for_f = _hand_over(buffers.for_f, y, row.for_f)
+        for_b = _hand_over(buffers.for_b, d_x, row.for_b)
+        return buffers._replace(for_f=for_f, for_b=for_b), None
+
+    rows = own_rows(ticks, model.groups, AXIS)
+    return lax.scan(tick, rank.buffers(ticks), rows)[0].result
+
+
+def evaluate(ticks: Ticks, model: Model) -> Result:
+    """All microbatches forward, and no gradients. The ticks are of forward passes."""
+    rank = _Rank(model, again=False)
+
+    def tick(buffers: _Buffers, row: Row):
+        buffers, y = rank.evaluate(buffers, row)
+        return buffers._replace(for_f=_hand_over(buffers.for_f, y, row.for_f)), None
+
+    rows = own_rows(ticks, model.groups, AXIS)
+    return lax.scan(tick, rank.buffers(ticks), rows)[0].result
+
+
+def _hand_over(inbox: jax.Array, value: jax.Array, slots: dict[int, Any]) -> jax.Array:
+    """The inbox with what arrives in this tick. One ppermute for each way to others."""
+    ranks = collectives.axis_size(AXIS)
+    for way, slot in slots.items():
+        arrived = value
+        if way != SELF:
+            ring = [(rank, (rank + way) % ranks) for rank in range(ranks)]
+            arrived = lax.ppermute(value, AXIS, ring)
+        inbox = arrays.put(inbox, arrived, slot)
+    return inbox
+
+
+class _Buffers(NamedTuple):
+    """What a rank carries from tick to tick.
+
+    entered: the inputs of stages that are computed again. It and the inboxes have one
+    slot more than the schedule uses, for ticks in which there is nothing to store.
+    """
+
+    for_f: jax.Array
+    for_b: jax.Array
+    entered: jax.Array
+    shared: Any
+    left: Any
+    stores: list[Store]
+
+    @property
+    def result(self) -> Result:
+        return Result(
+            shared=self.shared,
+            groups=[store.gradients for store in self.stores],
+            left=self.left,
+            measured=[store.measured for store in self.stores],
+        )
+
+
+class _Rank:
+    """What one does in a tick."""
+
+    def __init__(self, model: Model, *, again: bool):
+        self._model, self._again = model, again
+        first = jax.eval_shape(lambda: self._microbatch(0))
+        self._x = jax.eval_shape(model.enter, model.shared, first)
+        _, self._left = jax.eval_shape(model.leave, model.shared, first, self._x)
+        self._groups = [
+            Layers(group, g, first, self._x, again=again)
+            for g, group in enumerate(model.groups)
+        ]
+
+    def buffers(self, ticks: Ticks) -> _Buffers:
+        """All zeros."""
+
+        def slots(count: int) -> jax.Array:
+            return jnp.zeros((count, *self._x.shape), self._x.dtype)
+
+        return _Buffers(
+            for_f=slots(ticks.forward_slots + 1),
+            for_b=slots(ticks.backward_slots + 1),
+            entered=slots(ticks.kept_slots + 1 if self._again else 0),
+            shared=arrays.zeros(self._model.shared, jnp.float32),
+            left=arrays.zeros(self._left),
+            stores=[layers.store(ticks) for layers in self._groups],
+        )
+
+    def train(
+        self, buffers: _Buffers, row: Row
+    ) -> tuple[_Buffers, jax.Array, jax.Array]:
+        """Runs the tick's passes; returns F's output and B's gradient too."""
+        f, b, w = row.f, row.b, row.w
+        batch_f, batch_b, batch_w = map(
+            self._microbatch, (f.microbatch, b.microbatch, w.microbatch)
+        )
+        stores = list(buffers.stores)
+        *before, last = range(len(stores))
+        with jax.named_scope("forward"):
+            x = self._enter(buffers, f, batch_f)
+            entered = buffers.entered
+            if self._again:
+                stores = self._recompute(stores, entered, b, batch_b)
+                entered = arrays.put(entered, x, f.kept)
+            for g in before:
+                stores[g], x = self._groups[g].forward(stores[g], x, 0, f, batch_f)
+        with jax.named_scope("backward"):
+            buffers, d = self._lose(buffers, b, batch_b)
+        layers, pairs = self._groups[last], row.pairs
+        store, x, d = layers.overlap(
+            stores[last], x, d, pairs, (f, batch_f), (b, batch_b)
+        )
+        with jax.named_scope("forward"):
+            store, y = layers.forward(store, x, pairs, f, batch_f)
+        with jax.named_scope("backward"):
+            stores[last], d = layers.backward(store, d, pairs, b, batch_b)
+            for g in reversed(before):
+                stores[g], d = self._groups[g].backward(stores[g], d, 0, b, batch_b)
+            shared = self._enter_backward(buffers.shared, d, b, batch_b)
+        with jax.named_scope("weight"):
+            for g, layers in enumerate(self._groups):
+                done = pairs if g == last else 0
+                stores[g] = layers.weight(stores[g], done, w, batch_w)
+        return buffers._replace(shared=shared, entered=entered, stores=stores), y, d
+
+    def evaluate(self, buffers: _Buffers, row: Row) -> tuple[_Buffers, jax.Array]:
+        """Runs the tick's F, and after the last stage the loss; returns F's output."""
+        model, stores = self._model, list(buffers.stores)
+        batch = self._microbatch(row.f.microbatch)
+        x = self._enter(buffers, row.f, batch)
+        for g, layers in enumerate(self._groups):
+            stores[g], x = layers.evaluate(stores[g], x, row.f, batch)
+
+        def leave(_, left):
+            return arrays.add(left, model.leave(model.shared, batch, x)[1])
+
+        left = lax.fori_loop(0, row.f.last, leave, buffers.left)
+        return buffers._replace(left=left, stores=stores), x
+
+    def _microbatch(self, index: Any) -> Any:
+        return arrays.pick(self._model.microbatches, index)
+
+    def _enter(self, buffers: _Buffers, f: Instruction, batch: Any) -> jax.Array:
+        return lax.cond(
+            f.first == 1,
+            lambda: self._model.enter(self._model.shared, batch),
+            lambda: arrays.pick(buffers.for_f, f.source),
+        )
+
+    def _enter_backward(
+        self, gradients: Any, d: jax.Array, b: Instruction, batch: Any
+    ) -> Any:
+        model = self._model
+
+        def add(_, gradients):
+            _, pull = jax.vjp(lambda shared: model.enter(shared, batch), model.shared)
+            return arrays.add(gradients, *pull(d))
+
+        return lax.fori_loop(0, b.first, add, gradients)
+
+    def _recompute(
+        self, stores: list[Store], entered: jax.Array, b: Instruction, batch: Any
+    ) -> list[Store]:
+        x, found = arrays.pick(entered, b.kept), []
+        for store, layers in zip(stores, self._groups, strict=True):
+            store, x = layers.recompute(store, x, b, batch)
+            found.append(store)
+        return found
+
+    def _lose(
+        self, buffers: _Buffers, b: Instruction, batch: Any
+    ) -> tuple[_Buffers, jax.Array]:
+        """The gradient that B begins with: at the last stage, that of the objective."""
+        model = self._model
+
+        def lose(_, carry):
+            _, shared, left = carry
+            y = arrays.pick(buffers.for_f, b.source)
+            total, pull, found = jax.vjp(
+                lambda shared, y: model.leave(shared, batch, y),
+                model.shared,
+                y,
+                has_aux=True,
+            )
+            d_shared, d = pull(jnp.ones_like(total))
+            return d, arrays.add(shared, d_shared), arrays.add(left, found)
+
+        arrived = arrays.pick(buffers.for_b, b.source)
+        carry = (arrived, buffers.shared, buffers.left)
+        d, shared, left = lax.fori_loop(0, b.last, lose, carry)
+        return buffers._replace(shared=shared, left=left), d
