@@ -18,7 +18,14 @@ SCORES = ("sigmoid", "softmax")
 GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
-EXPERT_BACKENDS = ("blocks", "blocks_remat", "ragged")
+EXPERT_BACKENDS = (
+    "blocks",
+    "blocks_remat",
+    "ragged",
+    "blocks_apart",
+    "blocks_remat_apart",
+    "ragged_apart",
+)
 EXCHANGES = ("padded", "ragged", "gather")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")

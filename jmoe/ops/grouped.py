@@ -23,7 +23,13 @@ order, and results repeat to the bit. `blocks` stores the gate and up activation
 the backward pass, in room for all N rows, nobody's too; `blocks_remat` computes them
 again, which is two ninths more work and no room.
 
-The `ragged` backend is for GPUs; see `jmoe.ops.grouped_ragged`.
+A backward pass is one loop, which yields all gradients. With `blocks_apart` and
+`blocks_remat_apart` it is two: the first yields those of x and the gates and stores
+that of h, in room for all N rows; the second yields the weights'. So nothing that x's
+gradient needs waits for the weights', which a pipeline's schedule puts off. No product
+is computed twice: h, where it wasn't stored, is what the first loop computed.
+
+The `ragged` backends are for GPUs; see `jmoe.ops.grouped_ragged`.
 """
 
 import functools
@@ -34,8 +40,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops.grouped_ragged import routed_mlp_ragged
-from jmoe.ops.rows import sort_rows
+from jmoe.ops.grouped_ragged import routed_mlp_ragged, routed_mlp_ragged_apart
+from jmoe.ops.rows import Rows, sort_rows
+
+# The signature above.
+RoutedMLP = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 BLOCK = 256
 STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
@@ -72,25 +81,16 @@ def _first_rows(size_E: jax.Array) -> jax.Array:
     return jnp.cumsum(size_E) - size_E
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _routed_mlp(
-    stores: bool,
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    gate_TK: jax.Array,
-    gate_up_ED2F: jax.Array,
-    down_EFD: jax.Array,
-) -> jax.Array:
-    """The `blocks` backends of this module's contract; see the module's docstring.
+class Saved(NamedTuple):
+    """What the backward pass is given; it gathers the rest."""
 
-    Args:
-      stores: whether the 2 N F gate and up activations are kept for the backward pass,
-        which gathers the rest.
-      x_TD: tokens; y_TD has their dtype and is summed in float32.
-      expert_TK: int32 in [0, E]; E is nobody.
-      gate_TK: float32 combine weights.
-    """
-    return _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+    x_TD: jax.Array
+    gate_TK: jax.Array
+    gate_N: jax.Array
+    gate_up_EDX: jax.Array
+    down_EFD: jax.Array
+    rows: Rows
+    h_NX: jax.Array | None  # None: to be computed again
 
 
 def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
@@ -123,13 +123,12 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
     room = (rows.token_N.size, 2 * mlp_dim)
     h_NX = _zeros_after(x_TD, room) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
-    saved = (x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
+    saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(stores, saved, dy_TD):
+def _backward(saved: Saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
-    num_experts, mlp_dim, hidden_dim = down_EFD.shape
 
     def run(expert, start, own, carry, write):
         dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
@@ -140,16 +139,9 @@ def _backward(stores, saved, dy_TD):
             x_SD = _take(x_TD, token_B[:size])
             own_S1 = (jnp.arange(size) < own)[:, None]
             dy_SD = jnp.where(own_S1, _take(dy_TD, token_B[:size]), 0)
-            if stores:
-                h_SX = _cut(h_NX, start, size)
-            else:
-                h_SX = _dot(x_SD, gate_up_DX, 1, 0)
+            h_SX = _hidden(h_NX, start, x_SD, gate_up_DX)
             gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
-            act_SF, backward = jax.vjp(_swiglu, h_SX)
-            d_act_SF = _dot(dy_SD, down_FD, 1, 1)
-            # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
-            d_gate_S = (d_act_SF * act_SF).astype(jnp.float32).sum(-1)
-            (d_h_SX,) = backward(d_act_SF * gate_S1)
+            act_SF, d_h_SX, d_gate_S = _through_mlp(h_SX, gate_S1, dy_SD, down_FD)
             return (
                 _pad(_dot(d_h_SX, gate_up_DX, 1, 1)),
                 _pad(d_gate_S),
@@ -165,39 +157,158 @@ def _backward(stores, saved, dy_TD):
             write(d_down_EFD, expert, d_down_FD),
         )
 
-    # Most experts have one task: it writes the weights' gradient, without reading it.
-    first_E = _first_rows(rows.size_E)
-    later = plan_tasks(rows.size_E, gate_TK.size, skip=1)
-
-    def run_first(e, carry):
-        return run(e, first_E[e], jnp.minimum(rows.size_E[e], BLOCK), carry, _write)
-
-    def run_later(i, carry):
-        return run(
-            later.expert_M[i], later.start_M[i], later.rows_M[i], carry, _write_sum
-        )
-
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
         _zeros_after(dy_TD, gate_up_EDX.shape),
         _zeros_after(dy_TD, down_EFD.shape),
     )
-    carry = lax.fori_loop(0, num_experts, run_first, carry)
-    carry = lax.fori_loop(0, later.count, run_later, carry)
-    dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
+    return _gradients(saved, *_over_experts(run, rows.size_E, gate_TK.size, carry))
+
+
+def _backward_apart(saved: Saved, dy_TD):
+    dx_TD, d_gate_N, h_NX, d_h_NX = _input_gradients(saved, dy_TD)
+    d_weights = _weight_gradients(saved, h_NX, d_h_NX, dy_TD)
+    return _gradients(saved, dx_TD, d_gate_N, *d_weights)
+
+
+def _input_gradients(saved: Saved, dy_TD):
+    """Of x and the gates; h, and its gradient."""
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
+    tasks = plan_tasks(rows.size_E, gate_TK.size)
+
+    def run(i, carry):
+        dx_TD, d_gate_N, *made_NX = carry
+        start, own = tasks.start_M[i], tasks.rows_M[i]
+        choice_B, token_B = (_cut(x, start, BLOCK) for x in rows[:2])
+        gate_up_DX = _pick(gate_up_EDX, tasks.expert_M[i])
+        down_FD = _pick(down_EFD, tasks.expert_M[i])
+
+        def chain(size):
+            x_SD, dy_SD = (_take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            h_SX = _hidden(h_NX, start, x_SD, gate_up_DX)
+            gate_S1 = _cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
+            _, d_h_SX, d_gate_S = _through_mlp(h_SX, gate_S1, dy_SD, down_FD)
+            made_SX = (h_SX, d_h_SX)[-len(made_NX) :]
+            dx_SD = _dot(d_h_SX, gate_up_DX, 1, 1)
+            return tuple(map(_pad, (dx_SD, d_gate_S, *made_SX)))
+
+        dx_BD, d_gate_B, *made_BX = _in_smallest_size(own, chain)
+        return (
+            _add_own(dx_TD, token_B, dx_BD, own),
+            _add_own(d_gate_N, choice_B, d_gate_B, own),
+            # As in the forward pass, the next task writes over what isn't its own.
+            *(
+                lax.dynamic_update_slice_in_dim(x_NX, x_BX, start, 0)
+                for x_NX, x_BX in zip(made_NX, made_BX, strict=True)
+            ),
+        )
+
+    room = _zeros_after(dy_TD, (rows.token_N.size, gate_up_EDX.shape[-1]))
+    carry = (
+        jnp.zeros(x_TD.shape, jnp.float32),
+        jnp.zeros(gate_TK.size, jnp.float32),
+        *([room, room] if h_NX is None else [room]),
+    )
+    dx_TD, d_gate_N, *made_NX = lax.fori_loop(0, tasks.count, run, carry)
+    h_NX, d_h_NX = made_NX if h_NX is None else (h_NX, *made_NX)
+    return dx_TD, d_gate_N, h_NX, d_h_NX
+
+
+def _weight_gradients(saved: Saved, h_NX, d_h_NX, dy_TD):
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
+
+    def run(expert, start, own, carry, write):
+        d_gate_up_EDX, d_down_EFD = carry
+        token_B = _cut(rows.token_N, start, BLOCK)
+
+        def chain(size):
+            own_S1 = (jnp.arange(size) < own)[:, None]
+            x_SD, dy_SD = (_take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            act_SF = _swiglu(_cut(h_NX, start, size)) * gate_S1
+            d_h_SX = jnp.where(own_S1, _cut(d_h_NX, start, size), 0)
+            dy_SD = jnp.where(own_S1, dy_SD, 0)
+            return _dot(x_SD, d_h_SX, 0, 0), _dot(act_SF, dy_SD, 0, 0)
+
+        d_gate_up_DX, d_down_FD = _in_smallest_size(own, chain)
+        return (
+            write(d_gate_up_EDX, expert, d_gate_up_DX),
+            write(d_down_EFD, expert, d_down_FD),
+        )
+
+    carry = (
+        _zeros_after(d_h_NX, gate_up_EDX.shape),
+        _zeros_after(d_h_NX, down_EFD.shape),
+    )
+    return _over_experts(run, rows.size_E, gate_TK.size, carry)
+
+
+def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
+    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+    num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
     return (
-        dx_TD.astype(x_TD.dtype),
+        dx_TD.astype(saved.x_TD.dtype),
         None,
-        d_gate_N.reshape(gate_TK.shape).astype(gate_TK.dtype),
+        d_gate_N.reshape(saved.gate_TK.shape).astype(saved.gate_TK.dtype),
         d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim),
         d_down_EFD,
     )
 
 
-_routed_mlp.defvjp(_forward, _backward)
-routed_mlp_blocks = functools.partial(_routed_mlp, True)
-routed_mlp_blocks_remat = functools.partial(_routed_mlp, False)
+def _hidden(h_NX, start, x_SD, gate_up_DX):
+    """The gate and up activations of S rows, as stored or computed again."""
+    if h_NX is None:
+        return _dot(x_SD, gate_up_DX, 1, 0)
+    return _cut(h_NX, start, x_SD.shape[0])
+
+
+def _through_mlp(h_SX, gate_S1, dy_SD, down_FD):
+    """Activations; gradients of h and of the gates."""
+    act_SF, pull = jax.vjp(_swiglu, h_SX)
+    d_act_SF = _dot(dy_SD, down_FD, 1, 1)
+    # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
+    d_gate_S = (d_act_SF * act_SF).astype(jnp.float32).sum(-1)
+    (d_h_SX,) = pull(d_act_SF * gate_S1)
+    return act_SF, d_h_SX, d_gate_S
+
+
+def _over_experts(run, size_E: jax.Array, num_rows: int, carry):
+    """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
+
+    Most experts have one task: it writes the weights' gradient, without reading it.
+    """
+    first_E = _first_rows(size_E)
+    later = plan_tasks(size_E, num_rows, skip=1)
+
+    def run_first(e, carry):
+        return run(e, first_E[e], jnp.minimum(size_E[e], BLOCK), carry, _write)
+
+    def run_later(i, carry):
+        return run(
+            later.expert_M[i], later.start_M[i], later.rows_M[i], carry, _write_sum
+        )
+
+    carry = lax.fori_loop(0, size_E.shape[0], run_first, carry)
+    return lax.fori_loop(0, later.count, run_later, carry)
+
+
+def _backend(stores: bool, backward: Callable[[Saved, jax.Array], Any]) -> RoutedMLP:
+    """A `blocks` backend of this module's contract.
+
+    Its y_TD has x's dtype and is summed in float32; the gates are float32.
+
+    Args:
+      stores: whether the 2 N F gate and up activations are kept for the backward pass.
+      backward: `_backward` or `_backward_apart`.
+    """
+
+    @jax.custom_vjp
+    def routed_mlp(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+        return _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+
+    routed_mlp.defvjp(functools.partial(_forward, stores), backward)
+    return routed_mlp
 
 
 def _swiglu(h_SX: jax.Array) -> jax.Array:
@@ -262,8 +373,13 @@ def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Ar
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
 
 
-BACKENDS = {
+routed_mlp_blocks = _backend(True, _backward)
+
+BACKENDS: dict[str, RoutedMLP] = {
     "blocks": routed_mlp_blocks,
-    "blocks_remat": routed_mlp_blocks_remat,
+    "blocks_remat": _backend(False, _backward),
     "ragged": routed_mlp_ragged,
+    "blocks_apart": _backend(True, _backward_apart),
+    "blocks_remat_apart": _backend(False, _backward_apart),
+    "ragged_apart": routed_mlp_ragged_apart,
 }

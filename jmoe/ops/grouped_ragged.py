@@ -13,8 +13,14 @@ is longer than a segment, and what is nobody's is computed only to fill the last
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
-asked for. Results go back to their tokens by gathers, as each choice knows its row;
-a scatter would add in any order.
+asked for. Results go back to their tokens by gathers, as each choice knows its row; a
+scatter would add in any order.
+
+In `ragged`, one loop yields all gradients of the segments after the first. In
+`ragged_apart`, one yields those of x and the gates, and another the weights', which a
+pipeline's schedule puts off. What both need of the first segment is computed once. Of a
+later one it is computed in each loop, so that no array need hold it for all: seven
+products instead of five.
 
 Products are `tokamax`'s kernels when compiled for a GPU in bfloat16. Elsewhere, or
 without the `gpu` extra, they are `lax.ragged_dot`, whose cost grows with E.
@@ -74,72 +80,139 @@ class Segment(NamedTuple):
     size_E: jax.Array
 
 
-@jax.custom_vjp
-def routed_mlp_ragged(
-    x_TD: jax.Array,
-    expert_TK: jax.Array,
-    gate_TK: jax.Array,
-    gate_up_ED2F: jax.Array,
-    down_EFD: jax.Array,
-) -> jax.Array:
-    """The `ragged` backend of `jmoe.ops.grouped`'s contract.
+class Saved(NamedTuple):
+    """What the backward pass is given; it computes the rest again."""
 
-    Args:
-      x_TD: tokens; y_TD has their dtype and is summed in float32.
-      expert_TK: int32 in [0, E]; E is nobody.
-      gate_TK: float32 combine weights.
-    """
-    return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+    x_TD: jax.Array
+    gate_TK: jax.Array
+    gate_up_EDX: jax.Array
+    down_EFD: jax.Array
+    plan: Plan
+
+
+class Middle(NamedTuple):
+    """What the gradients of x and of the weights share, of a segment's rows."""
+
+    act_MF: jax.Array  # weighed
+    d_h_MX: jax.Array
+    d_gate_M: jax.Array
 
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
     length = _segment_length(x_TD.shape[0])
     plan = _plan(expert_TK, down_EFD.shape[0], length)
     gate_up_EDX = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
+    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, plan)
 
     def output(segment):
-        x_MD = _spread(x_TD, segment)
-        gate_M = gate_TK.reshape(-1)[segment.choice_M]
-        y_MD = _mlp(x_MD, gate_M, gate_up_EDX, down_EFD, segment)
+        act_MF = _activations(*_hidden(saved, segment), segment)
+        y_MD = _dot(act_MF, down_EFD, segment)
         return _collect(y_MD, plan, segment).sum(1)
 
     y_TD = _over_segments(plan, length, output)
-    return y_TD.astype(x_TD.dtype), (x_TD, gate_TK, gate_up_EDX, down_EFD, plan)
+    return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(saved, dy_TD):
-    x_TD, gate_TK, gate_up_EDX, down_EFD, plan = saved
-
+def _backward(saved: Saved, dy_TD: jax.Array):
     def gradients(segment):
-        x_MD = _spread(x_TD, segment)
-        gate_M = gate_TK.reshape(-1)[segment.choice_M]
-        mlp = functools.partial(_mlp, segment=segment)
-        _, pull = jax.vjp(mlp, x_MD, gate_M, gate_up_EDX, down_EFD)
-        dx_MD, d_gate_M, *d_weights = pull(_spread(dy_TD, segment))
-        dx_TD = _collect(dx_MD, plan, segment).sum(1)
-        return dx_TD, _collect(d_gate_M, plan, segment), *d_weights
+        middle = _middle(saved, dy_TD, segment)
+        of_inputs = _input_gradients(saved, middle, segment)
+        return of_inputs + _weight_gradients(saved, dy_TD, middle, segment)
 
-    length = _segment_length(x_TD.shape[0])
-    dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD = _over_segments(
-        plan, length, gradients
+    length = _segment_length(dy_TD.shape[0])
+    return _results(saved, *_over_segments(saved.plan, length, gradients))
+
+
+def _backward_apart(saved: Saved, dy_TD: jax.Array):
+    plan, length = saved.plan, _segment_length(dy_TD.shape[0])
+    first = _cut(plan, 0, length)
+
+    # What needs only x could be computed long before this pass, and stay.
+    of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
+    middle = _middle(of_pass, dy_TD, first)
+
+    def input_gradients(segment):
+        return _input_gradients(of_pass, _middle(of_pass, dy_TD, segment), segment)
+
+    of_first = _input_gradients(of_pass, middle, first)
+    of_inputs = _add_later(plan, length, input_gradients, of_first)
+
+    of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
+
+    def weight_gradients(segment):
+        middle = _middle(of_pass, dy_TD, segment)
+        return _weight_gradients(of_pass, dy_TD, middle, segment)
+
+    of_first = _weight_gradients(of_pass, dy_TD, middle, first)
+    of_weights = _add_later(plan, length, weight_gradients, of_first)
+    return _results(saved, *of_inputs, *of_weights)
+
+
+def _backend(backward: Callable[[Saved, jax.Array], Any]) -> Callable[..., jax.Array]:
+    """A `ragged` backend of `jmoe.ops.grouped`'s contract.
+
+    Its y_TD has x's dtype and is summed in float32; the gates are float32.
+    """
+
+    @jax.custom_vjp
+    def routed_mlp(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+        return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+
+    routed_mlp.defvjp(_forward, backward)
+    return routed_mlp
+
+
+routed_mlp_ragged = _backend(_backward)
+routed_mlp_ragged_apart = _backend(_backward_apart)
+
+
+def _hidden(saved: Saved, segment: Segment) -> tuple[jax.Array, jax.Array]:
+    """The gate and up activations, and the rows' gates."""
+    h_MX = _dot(_spread(saved.x_TD, segment), saved.gate_up_EDX, segment)
+    return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
+
+
+def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Array:
+    """Weighed; zeros in nobody's rows."""
+    # Masked here, so that neither what follows nor its gradient takes in nobody's rows:
+    # in the weights' gradients, they count even times zero.
+    is_owned_M1 = segment.is_owned_M[:, None]
+    wide_MX = jnp.where(is_owned_M1, h_MX.astype(jnp.float32), 0)
+    gate_MF, up_MF = jnp.split(wide_MX, 2, axis=-1)
+    return (jax.nn.silu(gate_MF) * up_MF * gate_M[:, None]).astype(h_MX.dtype)
+
+
+def _middle(saved: Saved, dy_TD: jax.Array, segment: Segment) -> Middle:
+    activations = functools.partial(_activations, segment=segment)
+    act_MF, pull = jax.vjp(activations, *_hidden(saved, segment))
+    d_act_MF = _dot_transposed(_spread(dy_TD, segment), saved.down_EFD, segment)
+    return Middle(act_MF, *pull(d_act_MF))
+
+
+def _input_gradients(saved: Saved, middle: Middle, segment: Segment):
+    """Of x and the gates."""
+    dx_MD = _dot_transposed(middle.d_h_MX, saved.gate_up_EDX, segment)
+    dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
+    return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
+
+
+def _weight_gradients(saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment):
+    x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
+    return (
+        _outer(x_MD, middle.d_h_MX, segment),
+        _outer(middle.act_MF, dy_MD, segment),
     )
-    shape = (*d_gate_up_EDX.shape[:2], 2, -1)
-    d_gate_up_ED2F = d_gate_up_EDX.reshape(shape)
-    return dx_TD.astype(x_TD.dtype), None, d_gate_TK, d_gate_up_ED2F, d_down_EFD
 
 
-routed_mlp_ragged.defvjp(_forward, _backward)
+def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
+    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+    d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
+    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_ED2F, d_down_EFD
 
 
-def _mlp(x_MD, gate_M, gate_up_EDX, down_EFD, segment):
-    """The experts' weighed outputs; rows of nobody hold anything."""
-    h_MX = grouped_dot(x_MD, gate_up_EDX, segment.size_E).astype(jnp.float32)
-    # Here, so that neither what follows nor its gradient takes in nobody's rows: in the
-    # weights' gradients, they count even times zero.
-    h_MX = jnp.where(segment.is_owned_M[:, None], h_MX, 0)
-    gate_MF, up_MF = jnp.split(h_MX, 2, axis=-1)
-    act_MF = jax.nn.silu(gate_MF) * up_MF * gate_M[:, None]
-    return grouped_dot(act_MF.astype(x_MD.dtype), down_EFD, segment.size_E)
+def _after(other: jax.Array, x: jax.Array) -> jax.Array:
+    """x, which cannot be read before `other` is there."""
+    return lax.optimization_barrier((x, other))[0]
 
 
 def _segment_length(tokens: int) -> int:
@@ -157,12 +230,18 @@ def _plan(expert_TK: jax.Array, num_experts: int, length: int) -> Plan:
 
 def _over_segments(plan: Plan, length: int, compute: Callable[[Segment], Any]) -> Any:
     """The sum of a tree of arrays over all segments that have rows."""
+    return _add_later(plan, length, compute, compute(_cut(plan, 0, length)))
+
+
+def _add_later(
+    plan: Plan, length: int, compute: Callable[[Segment], Any], first: Any
+) -> Any:
+    """`_over_segments`, where that of the first segment is at hand."""
     count = -(-plan.owned // length)
 
     def add(i, total):
         return jax.tree.map(jnp.add, total, compute(_cut(plan, i, length)))
 
-    first = compute(_cut(plan, 0, length))
     if plan.rows.choice_N.size == length:
         return first
     return lax.fori_loop(1, count, add, first)
@@ -195,27 +274,25 @@ def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
     return jnp.where(inside, picked.astype(jnp.float32), 0)
 
 
-@jax.custom_vjp
-def grouped_dot(x_MI: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax.Array:
+def _dot(x_MI: jax.Array, w_EIO: jax.Array, segment: Segment) -> jax.Array:
     """Each expert's rows times its weights, [M, O] in x's dtype.
 
-    The experts' rows follow each other, `size_E` of them each. What comes after the
-    last one's must be finite, and the result has anything there.
+    What nobody's rows have must be finite, and the result has anything there.
     """
-    return _product(_dot_kernel, DOT, x_MI, w_EIO, size_E)
+    return _product(_dot_kernel, DOT, x_MI, w_EIO, segment.size_E)
 
 
-def _dot_forward(x_MI, w_EIO, size_E):
-    return grouped_dot(x_MI, w_EIO, size_E), (x_MI, w_EIO, size_E)
+def _dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, segment: Segment) -> jax.Array:
+    """Each expert's rows times its weights' transpose, likewise."""
+    return _product(_transposed_kernel, DOT_TRANSPOSED, dy_MO, w_EIO, segment.size_E)
 
 
-def _dot_backward(saved, dy_MO):
-    x_MI, w_EIO, size_E = saved
-    dx_MI = _product(_transposed_kernel, DOT_TRANSPOSED, dy_MO, w_EIO, size_E)
-    return dx_MI, _product(_outer_kernel, OUTER, x_MI, dy_MO, size_E), None
+def _outer(x_MI: jax.Array, dy_MO: jax.Array, segment: Segment) -> jax.Array:
+    """Each expert's sum of its rows' outer products, [E, I, O] in x's dtype.
 
-
-grouped_dot.defvjp(_dot_forward, _dot_backward)
+    One of the operands must be zero in nobody's rows, and the other finite.
+    """
+    return _product(_outer_kernel, OUTER, x_MI, dy_MO, segment.size_E)
 
 
 def _product(kernel, dimensions, left, right, size_E):
