@@ -189,7 +189,7 @@ def _input_gradients(saved: Saved, dy_TD):
             h_SX = _hidden(h_NX, start, x_SD, gate_up_DX)
             gate_S1 = _cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
             _, d_h_SX, d_gate_S = _through_mlp(h_SX, gate_S1, dy_SD, down_FD)
-            made_SX = (h_SX, d_h_SX)[-len(made_NX) :]
+            made_SX = (h_SX, d_h_SX)[-len(made_NX) :]  # h only if it wasn't stored
             dx_SD = _dot(d_h_SX, gate_up_DX, 1, 1)
             return tuple(map(_pad, (dx_SD, d_gate_S, *made_SX)))
 
@@ -223,7 +223,7 @@ def _weight_gradients(saved: Saved, h_NX, d_h_NX, dy_TD):
         token_B = _cut(rows.token_N, start, BLOCK)
 
         def chain(size):
-            own_S1 = (jnp.arange(size) < own)[:, None]
+            own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
             x_SD, dy_SD = (_take(x, token_B[:size]) for x in (x_TD, dy_TD))
             gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
             act_SF = _swiglu(_cut(h_NX, start, size)) * gate_S1

@@ -129,7 +129,9 @@ def _backward_apart(saved: Saved, dy_TD: jax.Array):
 
     # What needs only x could be computed long before this pass, and stay.
     of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
-    middle = _middle(of_pass, dy_TD, first)
+    # As one: else the activations could be left to the weights' gradients to make, of
+    # something in float32 that stays until then.
+    middle = lax.optimization_barrier(_middle(of_pass, dy_TD, first))
 
     def input_gradients(segment):
         return _input_gradients(of_pass, _middle(of_pass, dy_TD, segment), segment)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from jax.extend import core
 
 from jmoe.config import model
 from jmoe.ops import grouped
@@ -105,6 +106,72 @@ def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
     compare(got, {"gates": jnp.einsum("ktd,td->tk", y_KTD, dy_TD)}, 2e-6)
     assert not any(got[name].any() for name in ("y", "x", "gate_up", "down"))
+
+
+def equations(backend):
+    """Those before the output's gradient is there; then for x and the gates; the rest.
+
+    A loop is one equation, and is in one of these.
+    """
+
+    def pull(dy_TD, *arrays):
+        def of_floats(x_TD, *rest):
+            return grouped.BACKENDS[backend](x_TD, CHOICES["random"], *rest)
+
+        return jax.vjp(of_floats, *arrays)[1](dy_TD)
+
+    jaxpr = jax.make_jaxpr(pull)(*floats(CHOICES["random"].shape)).jaxpr
+    given, before, of_inputs, of_weights = {jaxpr.invars[0]}, [], [], []
+    for equation in jaxpr.eqns:
+        if given.isdisjoint(variables(equation)):
+            before.append(equation)
+        else:
+            given.update(equation.outvars)
+    wanted = set(jaxpr.outvars[:2])
+    for equation in reversed([x for x in jaxpr.eqns if x not in before]):
+        if wanted.isdisjoint(equation.outvars):
+            of_weights.append(equation)
+        else:
+            of_inputs.append(equation)
+            wanted.update(variables(equation))
+    return before, of_inputs, of_weights
+
+
+def variables(equation):
+    return [x for x in equation.invars if isinstance(x, core.Var)]
+
+
+def count_products(several):
+    """How many products equations run; of a loop, one turn counts."""
+    products = 0
+    for equation in several:
+        products += equation.primitive.name in ("dot_general", "ragged_dot_general")
+        parts = jax.tree.leaves(equation.params)  # a loop's body, a switch's branches
+        functions = [x for x in parts if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]
+        products += max((count_products(x.eqns) for x in functions), default=0)
+    return products
+
+
+@ALL_BACKENDS
+def test_with_loops_apart_x_and_the_gates_need_no_gradient_of_a_weight(backend):
+    _, of_inputs, _ = equations(backend)
+    made = {x.aval.shape for equation in of_inputs for x in equation.outvars}
+    gradients = {(E, D, 2 * F), (E, F, D)}
+    assert made & gradients == (set() if backend.endswith("_apart") else gradients)
+
+
+@pytest.mark.parametrize(
+    "backend, products",
+    [
+        # a task's; a task's; those of an expert's first task, and of a later one
+        ("blocks_apart", (2, 2, 2 + 2)),
+        ("blocks_remat_apart", (2, 3, 2 + 2)),
+        # of the first segment, and of a later one, where both loops need the same two
+        ("ragged_apart", (2 + 2, 3 + 3, 2 + 4)),
+    ],
+)
+def test_loops_apart_compute_no_task_and_no_first_segment_twice(backend, products):
+    assert tuple(map(count_products, equations(backend))) == products
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -35,9 +35,10 @@ def arrays(of_nobody):
     return expert_TK, *(rng.normal(size=s).astype(np.float32) for s in shapes)
 
 
+@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
 @pytest.mark.parametrize("of_nobody", [0.0, 0.3, 0.8])
 def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
-    of_nobody, monkeypatch
+    of_nobody, backend, monkeypatch
 ):
     product = grouped_ragged._product
 
@@ -53,7 +54,7 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
     given_arrays = arrays(of_nobody)
     want = gradients(grouped.routed_mlp_blocks, *given_arrays)
     monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
-    got = gradients(lambda *x: grouped_ragged.routed_mlp_ragged(*x), *given_arrays)
+    got = gradients(lambda *x: grouped.BACKENDS[backend](*x), *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
