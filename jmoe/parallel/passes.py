@@ -159,6 +159,7 @@ class _Operation(NamedTuple):
     reads: tuple[int | _Constant, ...]
     writes: tuple[int, ...]
     recomputes: bool  # within a layer that is computed again, in its backward pass
+    origin: Any  # JAX's note of the function that it is from
 
 
 class _Program(NamedTuple):
@@ -202,7 +203,9 @@ def _flatten(traced: Any) -> _Program:
                     if not isinstance(atom, core.Literal)
                 )
                 writes = tuple(map(new, equation.outvars))
-                operations.append(_Operation(equation, reads, writes, recomputes))
+                operations.append(
+                    _Operation(equation, reads, writes, recomputes, jaxpr.debug_info)
+                )
             else:
                 again = equation.primitive.name == "remat2" or recomputes
                 writes = visit(called, reads, again)
@@ -299,7 +302,9 @@ def _evaluate(
     for op in operations:
         equation = op.equation
         variables = [v for v in equation.invars if not isinstance(v, core.Literal)]
-        alone = core.Jaxpr((), variables, equation.outvars, [equation])
+        alone = core.Jaxpr(
+            (), variables, equation.outvars, [equation], equation.effects, op.origin
+        )
         run = core.jaxpr_as_fun(core.ClosedJaxpr(alone, ()))
         found = run(*map(find, op.reads))
         values.update(zip(op.writes, found, strict=True))

@@ -42,7 +42,7 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
 from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
-from jmoe.train import report, run_files, schedules
+from jmoe.train import report, run_files, schedules, stages
 from jmoe.train.console import Console
 from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
@@ -78,6 +78,8 @@ def train(
     model = Transformer(run.model)
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe.exchange, layout.mesh)
+    if run.mesh.pipe > 1:
+        stages.check(run)
     resumes = workdirs.check_run(workdir, run)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmoe.config import AttentionConfig, ModelConfig, PipelineConfig
+from jmoe.config import AttentionConfig, ModelConfig, PipelineConfig, RunConfig
 from jmoe.parallel.partition import partition
 from jmoe.parallel.schedule import Schedule, build
+from jmoe.train import schedules
 
 
 class Rows(NamedTuple):
@@ -26,6 +27,19 @@ class Rows(NamedTuple):
     index_PR: np.ndarray
     start_PH: np.ndarray
     count_PH: np.ndarray
+
+
+def check(run: RunConfig) -> None:
+    """That every step's microbatches fit the schedule, and the layers its stages.
+
+    Raises:
+      ValueError: they don't.
+    """
+    train, given = run.train, run.pipeline.microbatches
+    counts = {schedules.microbatches(train, i) for i in range(train.ramp_steps + 1)}
+    for count in sorted(counts) if given is None else [given]:
+        schedule = make_schedule(run.pipeline, run.mesh.pipe, count)
+        cut(run.model, schedule, run.data.sequence_length)
 
 
 def make_schedule(cfg: PipelineConfig, ranks: int, microbatches: int) -> Schedule:

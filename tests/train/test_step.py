@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax.core import meta
 
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer, read_biases
 from jmoe.nn.router import Stats
 from jmoe.train import step as steps
+from jmoe.train.accumulated import accumulate
 from jmoe.train.layout import make_layout, run_mesh
+from jmoe.train.losses import Losses
 from jmoe.train.state import TrainState
+from tests.train.training import random_variables
 
 SEQUENCES, T = 8, 32
 RATE = 0.01
@@ -66,16 +68,7 @@ def run(smallest) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def variables(run):
-    """Random, and large enough for every part, biases too, to decide what is chosen."""
-    rng = np.random.default_rng(0)
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    shapes = jax.eval_shape(Transformer(run.model).init, jax.random.key(0), tokens_BT)
-
-    def draw(path, shape):
-        scale, mean = {"scale": (0.1, 1), "bias": (0.05, 0)}.get(path[-1].key, (0.2, 0))
-        return np.float32(mean + scale * rng.normal(size=shape.shape))
-
-    return jax.tree.map_with_path(draw, meta.unbox(shapes))
+    return random_variables(run)
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +250,7 @@ def test_a_rule_that_needs_histograms_gets_them(run, variables, batch):
 def test_accumulation_averages_floats_and_adds_integers():
     def grad(part):
         value = jnp.float32(part.tokens_BT.sum())
-        losses = steps.Losses(value, value[None], value)
+        losses = Losses(value, value[None], value)
         counts = part.tokens_BT.sum(0)
         return {"w": 2 * value}, (
             losses,
@@ -265,7 +258,7 @@ def test_accumulation_averages_floats_and_adds_integers():
         )
 
     tokens_ABT = 2**24 + np.arange(12, dtype=np.int32).reshape(3, 2, 2)
-    gradients, losses, stats = steps.accumulate(grad, Batch(tokens_ABT, tokens_ABT))
+    gradients, losses, stats = accumulate(grad, Batch(tokens_ABT, tokens_ABT))
     mean = tokens_ABT.sum() / 3
     np.testing.assert_allclose(gradients["w"], 2 * mean, rtol=1e-6)
     np.testing.assert_allclose(losses.main, mean, rtol=1e-6)

@@ -1,0 +1,166 @@
+"""Training through a pipeline on sixteen devices is training on one.
+
+Every schedule has a mesh of its own, so that each axis occurs beside `pipe`. Five
+layers of two kinds make stages unequal, and leave some without a dense layer.
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from jmoe.config import RunConfig, override
+from jmoe.config import mesh as config
+from jmoe.nn.model import Transformer
+from jmoe.parallel.schedule import SCHEDULES
+from jmoe.train import layout as layouts
+from jmoe.train import stages
+from jmoe.train import step as steps
+from jmoe.train.state import make_variables
+from tests.train.training import Trainer, assert_same, batch, on, random_variables
+
+STEPS = 10
+MICROBATCHES = 8
+
+PIPELINES = {
+    "gpipe": "pipe=4,data=4",
+    "1f1b": "pipe=2,expert=8",
+    "interleaved_1f1b": "pipe=2,expert=4,tensor=2",
+    "zb_h1": "pipe=4,data=2,tensor=2",
+    "dualpipe": "pipe=4,expert=4",
+    "dualpipe_v": "pipe=2,data=2,expert=2,tensor=2",
+}
+
+
+@pytest.fixture(scope="module")
+def run(smallest) -> RunConfig:
+    return override(
+        smallest,
+        [
+            "model.vocab_size=304",
+            "model.num_layers=5",
+            "model.num_dense_layers=2",
+            "model.attention.num_heads=4",
+            "model.moe.router.num_experts=16",
+            "model.moe.router.auxiliary_loss=switch",
+            "model.moe.router.auxiliary_weight=0.5",
+            "train.steps=1000",
+            f"train.batch_size={8 * MICROBATCHES}",
+            "train.microbatch_size=8",
+            "train.ramp_start=none",
+            "train.bias_rate={'first': 1e-3, 'last': 0.0}",
+            "train.loss_chunk=24",
+            "optimizer.schedule={'name': 'constant', 'peak': 5e-4}",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def variables(run):
+    return random_variables(run)
+
+
+@pytest.fixture(scope="module")
+def unsharded(run, variables):
+    return Trainer.of(run, variables).train(STEPS)
+
+
+@pytest.mark.parametrize(("schedule", "mesh"), PIPELINES.items())
+def test_a_pipeline_trains_as_one_device_does_with_the_same_bits_in_counts_and_biases(
+    run, variables, unsharded, schedule, mesh
+):
+    trainer = Trainer.of(on(run, mesh, f"pipeline.schedule={schedule}"), variables)
+    for got, want in zip(trainer.train(STEPS), unsharded, strict=True):
+        assert_same(got, want)
+        assert not got.metrics["drop_rate_L"].any()
+
+
+def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
+    assert tuple(SCHEDULES) == config.SCHEDULES == tuple(PIPELINES)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        (
+            "pipeline.remat=stage",
+            "pipeline.microbatches=8",
+            "train.microbatch_size=32",
+            "model.moe.router.auxiliary_loss=sequence",
+            "model.moe.router.update_rule=quantile",
+            "data.segment_masks=true",
+            "model.tie_embeddings=true",
+        ),
+        (
+            "pipeline.schedule=dualpipe",
+            "pipeline.remat=stage",
+            "model.remat=block",
+            "model.num_dense_layers=0",
+            "model.attention.query_latent_dim=none",
+            "model.mtp_depth=0",
+        ),
+    ],
+    ids=["stages computed again, masks, tied", "overlapped, blocks computed again"],
+)
+def test_other_models_train_in_a_pipeline_as_on_one_device(run, settings):
+    changed = override(run, settings)
+    make = functools.partial(make_variables, Transformer(changed.model), 0)
+    variables = jax.device_get(jax.jit(make)())
+    (want,) = Trainer.of(changed, variables).train(1)
+    (got,) = Trainer.of(on(changed, "pipe=2,data=2,expert=4"), variables).train(1)
+    assert_same(got, want)
+
+
+@pytest.mark.parametrize("mesh", ["pipe=2,data=8", "pipe=4,expert=2,tensor=2"])
+def test_an_evaluation_in_a_pipeline_is_that_of_one_device(run, variables, mesh):
+    found = []
+    for changed in (run, on(run, mesh)):
+        trainer = Trainer.of(changed, variables)
+        model = Transformer(run.model)
+        evaluate = jax.jit(steps.make_eval_step(model, changed, trainer.layout))
+        rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
+        placed = layouts.put_batch(trainer.layout, rows)
+        state = trainer.state
+        found.append(evaluate(state.params, state.router_state, placed))
+    want, got = jax.device_get(found)
+    np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
+    assert got.tokens == want.tokens
+    np.testing.assert_array_equal(got.load_LE, want.load_LE)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["pipeline.schedule=2f2b"], "'2f2b' is not one of 'gpipe', '1f1b'"),
+        (["pipeline.microbatches=12"], "=12 must be a multiple of the 8 that"),
+        (["pipeline.microbatches=128"], "divide the 64 sequences"),
+        (["mesh.zero_stage=3"], "zero_stage=3 must be 1 with pipe=2"),
+        (["model.layer_loop=unroll"], "layer_loop='unroll' must be 'scan' with"),
+        (["pipeline.remat=block"], "remat='block' is not one of 'none', 'stage'"),
+    ],
+)
+def test_a_pipeline_that_no_mesh_can_run_is_refused(run, settings, message):
+    with pytest.raises(ValueError, match=message):
+        on(run, "pipe=2", *settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["mesh.pipe=3", "pipeline.schedule=dualpipe"], "num_ranks=3 must be even"),
+        (
+            ["mesh.pipe=8", "pipeline.schedule=dualpipe"],
+            "num_microbatches=8 must be even and at least 16",
+        ),
+        (["mesh.pipe=6"], "6 stages are more than the 5 layers"),
+        (
+            ["mesh.pipe=4", "pipeline.schedule=interleaved_1f1b"],
+            "8 stages are more than the 5 layers",
+        ),
+    ],
+)
+def test_a_schedule_that_cannot_take_the_run_is_refused(run, settings, message):
+    changed = override(run, settings)
+    with pytest.raises(ValueError, match=message):
+        stages.check(changed)

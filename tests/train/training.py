@@ -1,0 +1,104 @@
+"""Training in tests: a run on its mesh, step by step, against another one.
+
+Shapes: A microbatch, B sequence, T position.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jmoe.config import RunConfig, override
+from jmoe.data.packing import Batch
+from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
+from jmoe.train import step as steps
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import TrainState, make_variables
+
+# Leaves the gradients as they are, and keeps them.
+KEEP = optax.GradientTransformation(
+    init=lambda params: params, update=lambda gradients, *_: (gradients, gradients)
+)
+
+
+class Step(NamedTuple):
+    """What one step measured, and its gradients, on the host."""
+
+    metrics: dict[str, np.ndarray]
+    gradients: dict[str, np.ndarray]
+
+
+class Trainer(NamedTuple):
+    """The compiled step, and the state that a run begins with."""
+
+    run: RunConfig
+    layout: layouts.Layout
+    step: steps.TrainStep
+    state: TrainState
+
+    @classmethod
+    def of(cls, run, variables):
+        model = Transformer(run.model)
+        optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.train.steps))
+        layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+        params = variables["params"]
+        opt_state = optimizer.init(params)
+        state = TrainState(jnp.int32(0), params, variables["router_state"], opt_state)
+        step = jax.jit(steps.make_train_step(model, optimizer, run, layout))
+        where = layouts.shardings(layout, state)
+        return cls(run, layout, step, jax.device_put(state, where))
+
+    def train(self, num_steps) -> list[Step]:
+        taken, state = [], self.state
+        for i in range(num_steps):
+            rows = layouts.put_batch(self.layout, batch(self.run, seed=i))
+            state, metrics = self.step(state, rows)
+            taken.append(Step(*jax.device_get((metrics, state.opt_state[0]))))
+        return taken
+
+
+def on(run, mesh, *settings) -> RunConfig:
+    axes = [f"mesh.{axis}" for axis in mesh.split(",") if axis]
+    return override(run, [*axes, *settings])
+
+
+def batch(run, seed) -> Batch:
+    """A step's sequences, with two documents in each, [A, B, T + 1]."""
+    count = run.train.batch_size // run.train.microbatch_size
+    length = run.data.sequence_length + 1
+    shape = (count, run.train.microbatch_size, length)
+    tokens = np.random.default_rng(seed).integers(0, run.model.vocab_size, shape)
+    segment = np.broadcast_to(np.arange(length) >= 10, shape)
+    return Batch(tokens.astype(np.int32), segment.astype(np.int32))
+
+
+def random_variables(run):
+    """Large enough for every part, biases too, to decide what is chosen."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, shape):
+        scale, mean = {"scale": (0.1, 1), "bias": (0.05, 0)}.get(path[-1].key, (0.2, 0))
+        return np.float32(mean + scale * rng.normal(size=shape.shape))
+
+    shapes = jax.eval_shape(lambda: make_variables(Transformer(run.model), 0))
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def assert_same(got: Step, want: Step) -> None:
+    """Losses and gradients but for rounding; counts and biases to the bit."""
+    for name in {"loss", "mtp_loss", "aux_loss"} & want.metrics.keys():
+        np.testing.assert_allclose(
+            got.metrics[name], want.metrics[name], rtol=1e-5, err_msg=name
+        )
+    for name in ("load_LE", "bias_LE"):
+        assert got.metrics[name].tobytes() == want.metrics[name].tobytes(), name
+    jax.tree.map_with_path(
+        lambda path, g, w: np.testing.assert_allclose(
+            g, w, rtol=0, atol=1e-4 * np.abs(w).max(), err_msg=str(path)
+        ),
+        got.gradients,
+        want.gradients,
+    )
