@@ -26,8 +26,8 @@ again, which is two ninths more work and no room.
 A backward pass is one loop, which yields all gradients. With `blocks_apart` and
 `blocks_remat_apart` it is two: the first yields those of x and the gates and stores
 that of h, in room for all N rows; the second yields the weights'. So nothing that x's
-gradient needs waits for the weights', which a pipeline's schedule puts off. Neither loop
-repeats a product of the other: h, where the forward pass stored none, the first stores.
+gradient needs waits for the weights', which a pipeline's schedule puts off. Neither
+repeats the other's products: h, where the forward pass stored none, the first stores.
 
 The `ragged` backends are for GPUs; see `jmoe.ops.grouped_ragged`.
 """
