@@ -30,7 +30,10 @@ from jax.extend import core
 # gradient, and what it measured, which has none.
 Layer = Callable[[Any, Any, Any], tuple[Any, Any]]
 
-# A value is kept as what these make it from, where that is no larger.
+_CALLS = {"jit", "pjit"}
+_RECOMPUTED = {"remat2", "checkpoint"}  # names that `jax.checkpoint` has had
+
+# A value is kept as what these make it from, where that is no larger, or kept as well.
 _VIEWS = {
     "broadcast_in_dim",
     "convert_element_type",
@@ -92,12 +95,9 @@ def split(layer: Layer, weights: Any, at_hand: Any, x: Any) -> Passes:
     made_early = _written(early) | set(x_ids)
     made_late = _written(in_b) | set(d_output_ids)
     after_b = _read(in_w) | _ids(d_weights_out)
-    owed, in_w = _lighten(program, after_b & made_late, in_b, in_w, d_weights_out)
+    owed, in_w = _lighten(program, after_b & made_late, in_b, in_w)
     after_f = _read([*in_b, *in_w]) | _ids([*d_x_out, *d_weights_out])
-    views = [op for op in early if op.equation.primitive.name in _VIEWS]
-    kept, in_bw = _lighten(
-        program, after_f & made_early, views, [*in_b, *in_w], [*d_x_out, *d_weights_out]
-    )
+    kept, in_bw = _lighten(program, after_f & made_early, early, [*in_b, *in_w])
     again = in_bw[: len(in_bw) - len(in_b) - len(in_w)]
 
     base = [*weight_ids, *hand_ids]
@@ -207,7 +207,7 @@ def _flatten(traced: Any) -> _Program:
                     _Operation(equation, reads, writes, recomputes, jaxpr.debug_info)
                 )
             else:
-                again = equation.primitive.name == "remat2" or recomputes
+                again = equation.primitive.name in _RECOMPUTED or recomputes
                 writes = visit(called, reads, again)
             known |= zip(equation.outvars, writes, strict=True)
         return [find(atom) for atom in jaxpr.outvars]
@@ -219,7 +219,7 @@ def _flatten(traced: Any) -> _Program:
 
 def _called(equation: Any) -> Any:
     """The function that an equation does nothing but call."""
-    if equation.primitive.name not in ("jit", "pjit", "remat2", "checkpoint"):
+    if equation.primitive.name not in _CALLS | _RECOMPUTED:
         return None
     jaxpr = equation.params["jaxpr"]
     if isinstance(jaxpr, core.ClosedJaxpr):
@@ -254,24 +254,20 @@ def _lighten(
     values: set[int],
     makers: Sequence[_Operation],
     readers: Sequence[_Operation],
-    outputs: Sequence[int | _Constant],
 ) -> tuple[list[int], list[_Operation]]:
     """What to hand over instead of `values`, and the readers with the views to redo."""
-    made_by = {i: op for op in makers for i in op.writes}
     handed, again = set(values), []
 
     def bytes_of(i: int) -> int:
         shape = program.shapes[i]
         return math.prod(shape.shape) * shape.dtype.itemsize
 
-    for i in sorted(values, reverse=True):
-        op = made_by.get(i)
-        sources = _ids(op.reads) if op else set()
-        if op is None or op.equation.primitive.name not in _VIEWS or not sources:
+    for op in reversed(makers):
+        if op.equation.primitive.name not in _VIEWS or handed.isdisjoint(op.writes):
             continue
-        (source,) = sources
-        if bytes_of(source) <= bytes_of(i):
-            handed = handed - {i} | {source}
+        (view,), (source,) = op.writes, _ids(op.reads)
+        if source in handed or bytes_of(source) <= bytes_of(view):
+            handed = handed - {view} | {source}
             again.append(op)
     return sorted(handed), [*reversed(again), *readers]
 

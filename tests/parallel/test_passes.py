@@ -1,0 +1,374 @@
+"""The passes of a layer against its vjp, and what each of them computes and keeps."""
+
+import functools
+import itertools
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.core import meta
+from jax.extend import core
+
+from jmoe.config import override
+from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.ops import rope
+from jmoe.parallel.passes import split
+
+# No two sizes are the same, so that shapes tell what a value is.
+N, D, F = 6, 5, 7
+
+LAYERS = {}
+
+
+def toy(function):
+    """Enters a layer of weights a (D, F), b (F, D), s (D,), and row of each token."""
+    LAYERS[function.__name__] = function
+    return function
+
+
+@toy
+def plain(w, row, x):
+    h = jnp.tanh(x @ w["a"])
+    return (h @ w["b"] + x, (h**2).sum()), {"largest": h.max()}
+
+
+@toy
+def nested_jit(w, row, x):
+    @jax.jit
+    def outer(a, x):
+        return jax.jit(lambda a, x: jnp.sin(x @ a))(a, x) + 1
+
+    return outer(w["b"].T, outer(w["a"], x) @ w["b"]) @ w["b"], None
+
+
+@jax.custom_vjp
+def double(x, scale):
+    return 2 * x * scale
+
+
+double.defvjp(
+    lambda x, scale: (double(x, scale), (x, scale)),
+    lambda kept, d: (3 * d * kept[1], (d * kept[0]).sum(0)),  # as no rule of JAX's is
+)
+
+
+@toy
+def custom_vjp(w, row, x):
+    return double(x @ w["a"] @ w["b"], w["s"]), None
+
+
+@toy
+def recomputed_part(w, row, x):
+    part = jax.checkpoint(lambda a, x: jnp.tanh(jnp.tanh(x @ a) @ a.T))
+    return part(w["a"], x) @ w["a"] @ w["b"], None
+
+
+@toy
+def scan_inside(w, row, x):
+    def step(x, scale):
+        return jnp.tanh(scale * x @ w["a"]) @ w["b"], x.sum()
+
+    return jax.lax.scan(step, x, w["s"])
+
+
+@toy
+def integers_at_hand(w, row, x):
+    h = (x @ w["a"])[row] * (row % 2)[:, None]
+    return h @ w["b"], {"counts": jnp.bincount(row, length=N)}
+
+
+@toy
+def several_outputs(w, row, x):
+    h = x @ w["a"]
+    return {"one": h @ w["b"], "two": (jnp.cos(h), x * w["s"])}, None
+
+
+@toy
+def unused_weight(w, row, x):
+    return jnp.sin(x) * w["s"], None
+
+
+@toy
+def the_input_itself(w, row, x):
+    return (x, x @ w["a"]), None
+
+
+@toy
+def the_weight_itself(w, row, x):
+    return (w["a"], x * w["s"]), None
+
+
+@toy
+def an_output_of_no_input(w, row, x):
+    return (x @ w["a"], jnp.tanh(w["b"]).sum(), jnp.float32(0)), {"row": row}
+
+
+@toy
+def no_input_matters(w, row, x):
+    return jnp.tanh(w["a"] @ w["b"])[: D - 1], None
+
+
+@toy
+def narrow_weights(w, row, x):
+    a, b = (w[name].astype(jnp.bfloat16) for name in "ab")
+    h = jnp.tanh(x.astype(a.dtype) @ a)
+    return (h @ b.reshape(D, F).T).astype(jnp.float32), None
+
+
+@toy
+def a_sum_with_a_weight(w, row, x):
+    return x + jnp.zeros((N, 1)) + w["s"], None
+
+
+RECOMPUTED = {
+    f"{name}_recomputed": jax.checkpoint(LAYERS[name])
+    for name in ("plain", "nested_jit", "scan_inside", "the_input_itself")
+}
+ALL = LAYERS | RECOMPUTED
+each_layer = pytest.mark.parametrize("name", ALL)
+
+
+def arguments():
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    weights = {"a": draw(D, F), "b": draw(F, D), "s": draw(D)}
+    return weights, jnp.asarray([3, 0, 0, 5, 2, 1]), draw(N, D)
+
+
+def cotangents(output):
+    """Different ones of every element."""
+    number = itertools.count(1)
+    return jax.tree.map(
+        lambda x: jnp.cos(next(number) + jnp.arange(x.size, dtype=x.dtype)).reshape(
+            x.shape
+        ),
+        output,
+    )
+
+
+@functools.cache
+def traced(name):
+    """Jaxprs of the three passes, and of the vjp."""
+    weights, row, x = arguments()
+    return jaxprs(ALL[name], weights, row, x)
+
+
+def jaxprs(layer, weights, at_hand, x):
+    passes = split(layer, weights, at_hand, x)
+    output, _, kept = jax.eval_shape(passes.forward, weights, at_hand, x)
+    _, owed = jax.eval_shape(passes.backward, weights, at_hand, kept, output)
+    return [
+        jax.make_jaxpr(passes.forward)(weights, at_hand, x),
+        jax.make_jaxpr(passes.backward)(weights, at_hand, kept, output),
+        jax.make_jaxpr(passes.weight)(weights, at_hand, kept, owed),
+        jax.make_jaxpr(functools.partial(at_once, layer))(weights, at_hand, x, output),
+    ]
+
+
+def at_once(layer, weights, at_hand, x, d_output):
+    """What the passes find together."""
+    output, pull, measured = jax.vjp(
+        lambda weights, x: layer(weights, at_hand, x), weights, x, has_aux=True
+    )
+    return output, measured, *pull(d_output)
+
+
+def in_turn(layer, weights, at_hand, x, d_output):
+    passes = split(layer, weights, at_hand, x)
+    output, measured, kept = passes.forward(weights, at_hand, x)
+    d_x, owed = passes.backward(weights, at_hand, kept, d_output)
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype) for v in (*kept, *owed)]
+    assert shapes == [*passes.kept, *passes.owed]
+    return output, measured, passes.weight(weights, at_hand, kept, owed), d_x
+
+
+def products(jaxpr):
+    """The dot_generals of a function, and of those that it calls."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
+        ):
+            if isinstance(value, core.ClosedJaxpr):
+                yield from products(value.jaxpr)
+            elif isinstance(value, core.Jaxpr):
+                yield from products(value)
+
+
+def counts(traces):
+    return [len(list(products(trace.jaxpr))) for trace in traces]
+
+
+@each_layer
+def test_the_passes_in_turn_find_what_the_vjp_does(name):
+    weights, row, x = arguments()
+    d_output = cotangents(jax.eval_shape(ALL[name], weights, row, x)[0])
+    both = (functools.partial(way, ALL[name]) for way in (at_once, in_turn))
+    want, got = jax.jit(lambda *given: tuple(way(*given) for way in both))(
+        weights, row, x, d_output
+    )
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert g.dtype == w.dtype
+        np.testing.assert_allclose(g, w, rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "no_input_matters"])
+def test_no_product_is_in_two_passes(name):
+    *passes, vjp = counts(traced(name))
+    assert sum(passes) == vjp
+
+
+@pytest.mark.parametrize("name", ["plain", "nested_jit"])
+def test_a_layer_that_is_recomputed_is_so_once_and_in_b(name):
+    """Its last product makes the output, which no gradient needs."""
+    forward, backward, weight, _ = counts(traced(name))
+    again = counts(traced(f"{name}_recomputed"))[:3]
+    assert again == [forward, backward + forward - 1, weight]
+
+
+def test_each_pass_has_the_products_that_are_its_own():
+    """Two of a layer with two weights, in each pass."""
+    assert counts(traced("plain"))[:3] == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "nested_jit", "custom_vjp", "recomputed_part", "plain_recomputed"]
+)
+def test_only_w_makes_what_has_a_weights_shape(name):
+    _, backward, weight, _ = traced(name)
+    assert weight_shaped(weight) == {(D, F), (F, D)}
+    assert not weight_shaped(backward)
+
+
+def weight_shaped(trace):
+    made = {equation.outvars[0].aval.shape for equation in products(trace.jaxpr)}
+    return made & {(D, F), (F, D)}
+
+
+@each_layer
+def test_what_weights_alone_make_is_not_kept(name):
+    weights, row, x = arguments()
+    passes = split(ALL[name], weights, row, x)
+    weight_sizes = {D * F, D}
+    assert not {value.size for value in passes.kept} & weight_sizes
+
+
+def test_views_are_kept_as_what_they_are_of():
+    """However many of them there are between a value and what reads it."""
+
+    def layer(w, row, x):
+        h = jnp.sin(x).astype(jnp.bfloat16)
+        wide = jnp.broadcast_to(h.astype(jnp.float32)[:, None], (N, 3, D))
+        return jnp.sin(wide * w["s"]), None
+
+    weights, row, x = arguments()
+    passes = split(layer, weights, row, x)
+    kept = [(value.shape, value.dtype.name) for value in passes.kept]
+    cosines = [((N, D), "float32"), ((N, 3, D), "float32")]
+    assert sorted(kept) == sorted([((N, D), "bfloat16"), *cosines])
+
+
+def test_a_narrow_copy_of_what_is_kept_takes_no_room():
+    def layer(w, row, x):
+        narrow = x.astype(jnp.bfloat16) @ w["a"].astype(jnp.bfloat16)
+        return x * x * w["s"] + narrow.sum().astype(x.dtype), None
+
+    weights, row, x = arguments()
+    kept = split(layer, weights, row, x).kept
+    assert {value.dtype.name for value in kept if value.shape == (N, D)} == {"float32"}
+
+
+@pytest.fixture(scope="module", params=["none", "block"])
+def remat(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=[DenseBlock, MoEBlock])
+def block(request, remat):
+    """A block of the smallest run: a layer, and arguments for it."""
+    path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
+    cfg = runpy.run_path(str(path))["get_config"]().model
+    # Experts take 32 rows at a time, and that is to be no size of a weight.
+    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks_apart"])
+    module = request.param(cfg)
+    sequences, length = 3, 20
+    x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))
+    attention = cfg.attention
+    rotation = rope.rotation(
+        jnp.arange(length)[None],
+        attention.rope_dim,
+        attention.rope_theta,
+        attention.yarn,
+    )
+    segments = jnp.broadcast_to(jnp.arange(length) >= 10, (sequences, length))
+    segments = segments.astype(jnp.int32)
+    rng = np.random.default_rng(0)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, rotation, segments)
+    variables = jax.tree.map(
+        lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype),
+        meta.unbox(boxed),
+    )
+
+    def layer(params, at_hand, x):
+        state, rotation, segments = at_hand
+        variables = {"params": params, "router_state": state}
+        y, stats = module.apply(variables, x, rotation, segments)
+        auxiliary = stats.auxiliary_loss if stats else jnp.float32(0)
+        return (y, auxiliary), stats
+
+    at_hand = (variables.get("router_state", {}), rotation, segments)
+    layer = jax.checkpoint(layer) if remat == "block" else layer
+    return layer, variables["params"], at_hand, x
+
+
+def test_a_blocks_passes_find_what_its_vjp_does(block):
+    layer, params, at_hand, x = block
+    d_output = cotangents(jax.eval_shape(layer, params, at_hand, x)[0])
+
+    @jax.jit
+    def both(*given):
+        return at_once(layer, *given), in_turn(layer, *given)
+
+    want, got = both(params, at_hand, x, d_output)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for g, w in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        if jnp.issubdtype(w.dtype, jnp.integer):
+            np.testing.assert_array_equal(g, w)
+        else:
+            assert jnp.abs(g - w).max() <= 1e-5 * jnp.abs(w).max() + 1e-12
+
+
+def test_no_product_of_a_block_is_in_two_passes(block):
+    *passes, vjp = counts(jaxprs(*block))
+    assert sum(passes) == vjp
+    assert min(passes) > 0
+
+
+def test_b_of_a_block_makes_no_weights_gradient(block):
+    layer, params, at_hand, x = block
+    _, backward, weight, _ = jaxprs(*block)
+    shapes = {tuple(sorted(p.shape)) for p in jax.tree.leaves(params) if p.ndim > 1}
+
+    def made(trace):
+        found = {eqn.outvars[0].aval.shape for eqn in products(trace.jaxpr)}
+        return {tuple(sorted(shape)) for shape in found} & shapes
+
+    assert made(weight) and not made(backward)
+
+
+def test_what_a_block_keeps_is_no_weight(block, remat):
+    layer, params, at_hand, x = block
+    passes = split(*block)
+    weight_sizes = {p.size for p in jax.tree.leaves(params) if p.ndim > 1}
+    assert not {value.size for value in passes.kept} & weight_sizes
+    if remat == "block":
+        assert [(v.shape, v.dtype) for v in passes.kept] == [(x.shape, x.dtype)]
