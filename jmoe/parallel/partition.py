@@ -23,7 +23,7 @@ def partition(
     if num_stages > len(costs):
         raise ValueError(
             f"{num_stages} stages are more than the {len(costs)} layers to cut into "
-            f"them."
+            f"them; there can be 1 to {len(costs)}."
         )
     before = [0.0, *itertools.accumulate(costs)]
 
