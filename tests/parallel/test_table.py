@@ -9,11 +9,10 @@ from jmoe.parallel.pipeline.table import make_table
 from jmoe.parallel.schedule.ticks import as_ticks
 from tests.parallel.toy_pipeline import Cut, schedules_of
 
-
 SIZES = [(1, 2), (2, 4), (2, 5), (4, 8), (4, 12)]
 
 
-@pytest.mark.parametrize("schedule", schedules_of(SIZES))
+@pytest.mark.parametrize("schedule", list(schedules_of(SIZES)))
 def test_a_table_leads_each_microbatch_through_all_layers_and_back(schedule):
     cut = Cut(schedule)
     groups = cut.groups(cut.weights, cut.state, 0)

@@ -18,7 +18,7 @@ from tests.parallel.toy_pipeline import schedules_of
 SIZES = [(1, 1), (1, 3), (2, 4), (2, 7), (3, 6), (4, 8), (4, 16), (5, 3), (8, 20)]
 UNIT = Costs(forward=1, backward=2, weight=1)
 
-each_schedule = pytest.mark.parametrize("schedule", schedules_of(SIZES))
+each_schedule = pytest.mark.parametrize("schedule", list(schedules_of(SIZES)))
 
 
 @st.composite
@@ -261,7 +261,7 @@ def test_results_take_the_ways_that_stages_lie(name, forward, backward):
     assert set(ticks.ways("B")) == backward
 
 
-@pytest.mark.parametrize("schedule", schedules_of([(1, 4)]))
+@pytest.mark.parametrize("schedule", list(schedules_of([(1, 4)])))
 def test_a_single_rank_sends_to_nobody(schedule):
     ticks = as_ticks(schedule)
     assert {*ticks.ways("F"), *ticks.ways("B")} <= {SELF}
