@@ -1,4 +1,9 @@
-"""What ZeRO divides, and that gathering and reducing are each other's transposes."""
+"""What ZeRO divides, and that gathering and reducing are each other's transposes.
+
+Shapes: P device, or rank of `pipe`; R row (a layer that a rank has).
+"""
+
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +88,77 @@ def test_gathering_and_reducing_are_transposes(size):
     )(x, y_P)
     np.testing.assert_array_equal(whole_P, np.broadcast_to(x, whole_P.shape))
     np.testing.assert_allclose(reduced, y_P.sum(0), rtol=1e-5, atol=1e-5)
+
+
+ALL = "data=2,pipe=2,expert=2,tensor=2"
+STACKS = [
+    # Of five layers; the axes that divide them at rest.
+    (ALL, (16, 3), ("embed", None), "data,pipe,expert,tensor"),
+    (ALL, (4, 3), ("embed", None), "data,pipe"),
+    (ALL, (2, 3), ("embed", None), "data"),
+    (ALL, (3, 7), ("embed", None), ""),
+    (ALL, (4, 16), ("expert", "embed"), "data,pipe,tensor"),
+    (ALL, (4, 6), ("expert", "embed"), "data"),
+    ("pipe=2,expert=4", (3, 8), (None, "embed"), "pipe,expert"),
+    ("pipe=2,expert=4", (8, 2), ("expert", "embed"), "pipe"),
+    ("data=4,expert=2", (8, 3), ("embed", None), "data,expert"),
+    ("pipe=2", (4, 3), ("embed", None), "pipe"),
+]
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[3, 0, -1], [1, 4, 2]], [[1, 3, 0], [0, 4, 1]]],
+    ids=["apart", "shared"],
+)
+@pytest.mark.parametrize(("spec", "size", "dims", "axes"), STACKS, ids=str)
+def test_rows_are_gathered_to_their_ranks_and_their_gradients_summed_back(
+    spec, size, dims, axes, rows
+):
+    """Whatever divides the stack; of a layer on no rank, the gradient is zero."""
+    cfg = MeshConfig.parse(spec)
+    mesh = make_mesh(cfg, jax.devices()[: cfg.num_devices])
+    placed = placement((5, *size), ("layers", *dims), mesh.shape)
+    assert ",".join(placed.axes) == axes
+    index_PR = np.array(rows)[: cfg.pipe]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, *size)).astype(np.float32)
+    parts = parts_of(mesh, placed.whole, (5, *size))
+    y_P = rng.normal(size=(mesh.size, 3, *x[parts[0]].shape[1:])).astype(np.float32)
+
+    def both(x, y_P):
+        gathered = zero.gather_rows(x, placed, index_PR)
+        return gathered[None], zero.reduce_rows(y_P[0], placed, index_PR, 5)
+
+    every = P(("data", "pipe", "expert", "tensor"))
+    gathered_P, reduced = jax.jit(
+        jax.shard_map(
+            both,
+            mesh=mesh,
+            in_specs=(placed.stored, every),
+            out_specs=(every, placed.stored),
+            check_vma=False,
+        )
+    )(x, y_P)
+    want = np.zeros_like(x)
+    ranks = np.indices(mesh.devices.shape)[1].ravel()
+    for device, (part, rank) in enumerate(zip(parts, ranks, strict=True)):
+        for row, layer in enumerate(index_PR[rank]):
+            if layer >= 0:
+                np.testing.assert_array_equal(gathered_P[device, row], x[part][layer])
+                want[part][layer] += y_P[device, row]
+    np.testing.assert_allclose(reduced, want, rtol=1e-5, atol=1e-5)
+
+
+def parts_of(mesh, spec, size):
+    """Each device's part of an array that is divided so, as slices."""
+    found = []
+    for place in itertools.product(*map(range, mesh.devices.shape)):
+        at = dict(zip(mesh.axis_names, place, strict=True))
+        slices = []
+        for axis, length in zip(spec, size, strict=True):
+            each = length // mesh.shape[axis] if axis else length
+            first = at[axis] * each if axis else 0
+            slices.append(slice(first, first + each))
+        found.append(tuple(slices))
+    return found
