@@ -101,8 +101,8 @@ class Layers:
 
         def body(i, carry):
             owed, d = carry
-            d_x, owes, layer, _ = self._backward(store, d, i, b, batch)
-            return arrays.write(owed, owes, b.owed, layer), d_x
+            d_x, owes = self._backward(self._read_kept(store, b, i), d, b, i, batch)
+            return arrays.write(owed, owes, b.owed, self._from_last(b, i)), d_x
 
         owed, d = lax.fori_loop(begin, b.count_G[self._index], body, (store.owed, d))
         return store._replace(owed=owed), d
@@ -111,8 +111,8 @@ class Layers:
         """W: the weights' gradients, added to those of other microbatches."""
 
         def body(i, gradients):
-            layer = w.count_G[self._index] - 1 - i
-            kept = arrays.read(store.kept, self._kept_slot(w), layer)
+            layer = self._from_last(w, i)
+            kept = self._read_kept(store, w, i)
             owed = arrays.read(store.owed, w.owed, layer)
             d_weights = self._passes.weight(*self._at(w, layer, batch), kept, owed)
             return arrays.add_at(gradients, d_weights, self._row(w, layer))
@@ -138,16 +138,20 @@ class Layers:
 
         def body(i, carry):
             store, x, d = carry
+            kept = self._read_kept(store, b, i)
+            # F writes after this has been read, and not one by one where B and W need
+            # it; else all that is stored would be copied.
+            stored, kept = lax.optimization_barrier((store.kept, kept))
+            store = store._replace(kept=stored)
             with jax.named_scope("backward"):
-                d, owed, layer, kept = self._backward(store, d, i, b, batch_b)
+                d, owed = self._backward(kept, d, b, i, batch_b)
             with jax.named_scope("weight"):
+                layer = self._from_last(b, i)
                 at = self._at(b, layer, batch_b)
                 d_weights = self._passes.weight(*at, kept, owed)
                 row = self._row(b, layer)
                 gradients = arrays.add_at(store.gradients, d_weights, row)
-            # F writes after B has read; else all that is stored would be copied.
-            freed, _ = lax.optimization_barrier((store.kept, kept))
-            store = store._replace(gradients=gradients, kept=freed)
+            store = store._replace(gradients=gradients)
             with jax.named_scope("forward"):
                 store, x = self._forward(store, x, i, f, batch_f)
             return store, x, d
@@ -180,15 +184,20 @@ class Layers:
         kept = arrays.write(store.kept, keeps, f.kept, i)
         return store._replace(kept=kept, measured=measured), y
 
-    def _backward(self, store, d, i, b, batch):
-        """Gradient of the input, what is owed, the layer's place, and what was kept."""
-        layer = b.count_G[self._index] - 1 - i
-        kept = arrays.read(store.kept, self._kept_slot(b), layer)
+    def _backward(self, kept, d, b, i, batch):
+        """Gradient of the input of b's i-th layer, and what is owed."""
+        layer = self._from_last(b, i)
         objective = jnp.float32(1.0)  # the gradient of what the layer adds to it
-        d_x, owed = self._passes.backward(
-            *self._at(b, layer, batch), kept, (d, objective)
-        )
-        return d_x, owed, layer, kept
+        return self._passes.backward(*self._at(b, layer, batch), kept, (d, objective))
+
+    def _read_kept(self, store: Store, step: Instruction, i: Any) -> list[jax.Array]:
+        """What F kept of the i-th layer of a pass from the last layer on."""
+        slot = step.owed if self._again else step.kept
+        return arrays.read(store.kept, slot, self._from_last(step, i))
+
+    def _from_last(self, step: Instruction, i: Any) -> Any:
+        """The stage's layer that is i before its last."""
+        return step.count_G[self._index] - 1 - i
 
     def _at(self, step: Instruction, i: Any, batch: Any) -> tuple[Any, Any]:
         """Weights of the stage's layer i, and what else it finds at hand."""
@@ -198,6 +207,3 @@ class Layers:
 
     def _row(self, step: Instruction, i: Any) -> Any:
         return step.start_G[self._index] + i
-
-    def _kept_slot(self, step: Instruction) -> Any:
-        return step.owed if self._again else step.kept
