@@ -25,11 +25,12 @@ def stage_costs(costs, bounds, first, last):
 
 
 @settings(max_examples=200, deadline=None)
-@given(costs, st.data(), extras, extras)
+@example([9, 5, 6, 7, 5, 3], 3, 0, 0)  # what is most even isn't best
+@given(costs, st.integers(1, 8), extras, extras)
 def test_no_cut_has_a_cheaper_dearest_stage_nor_then_more_even_ones(
-    costs, data, first, last
+    costs, num_stages, first, last
 ):
-    num_stages = data.draw(st.integers(1, len(costs)))
+    num_stages = min(num_stages, len(costs))
     bounds = partition(costs, num_stages, first=first, last=last)
     cuts = list(all_cuts(len(costs), num_stages))
     assert bounds in cuts  # each stage has a layer, and each layer a stage
