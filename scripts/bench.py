@@ -3,6 +3,7 @@
 python scripts/bench.py --suite=train_cpu
 python scripts/bench.py --suite=convert
 python scripts/bench.py --suite=mesh
+python scripts/bench.py --suite=pipeline
 
 Each suite prints what was asked and what was measured, and writes it with the machine,
 the versions and the commit to experiments/results/<suite>.json.
@@ -25,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 SUITES = {
     "convert": "experiments.benchmarks.convert",
     "mesh": "experiments.benchmarks.mesh",
+    "pipeline": "experiments.benchmarks.pipeline",
     "train_cpu": "experiments.benchmarks.train_cpu",
 }
 

@@ -13,6 +13,7 @@ Shapes: A accumulated microbatch, M microbatch of the pipeline, B sequence, T po
 R row (a layer that a rank has), L layer of a stack.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,13 +23,14 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.config import RunConfig
+from jmoe.config import ModelConfig, RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.attention import rotation
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer, computed_as
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import REMAT_POLICIES, Tail, join_stats
+from jmoe.ops import grouped
 from jmoe.parallel import collectives, pipeline, zero
 from jmoe.parallel.schedule import Schedule, gpipe
 from jmoe.parallel.schedule.ticks import as_ticks, forward_only
@@ -57,7 +59,7 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         batch = _divided(batch, run)
         count = batch.tokens_BT.shape[0]
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
-        pieces = _Pieces(model, run, layout, schedule)
+        pieces = Pieces(model, run, layout, schedule)
         cut = pieces.model(
             params, router_state, batch, lambda losses: objective(losses, step)
         )
@@ -81,7 +83,7 @@ def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
         shape = (count, sequences // count, length)
         batch = jax.tree.map(lambda x: x.reshape(shape), batch)
         schedule = forward_only(gpipe(run.mesh.pipe, count))
-        pieces = _Pieces(model, run, layout, schedule)
+        pieces = Pieces(model, run, layout, schedule)
         cut = pieces.model(params, router_state, batch, lambda losses: losses.main)
         losses, stats = pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
         return jax.tree.map(lambda x: x / count, losses), stats
@@ -102,13 +104,14 @@ def _divided(batch: Batch, run: RunConfig) -> Batch:
     return jax.tree.map(lambda x: x.reshape(shape), batch)
 
 
-class _Pieces:
+class Pieces:
     """A model's pieces for the ranks of a schedule, and what comes back from them."""
 
     def __init__(
         self, model: Transformer, run: RunConfig, layout: Layout, schedule: Schedule
     ):
         self.run, self.layout, self.dot_general = run, layout, model.dot_general
+        self.cfg = _apart(run.model)
         self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
 
     def model(
@@ -119,7 +122,7 @@ class _Pieces:
         objective: Callable[[Losses], jax.Array],
     ) -> pipeline.Model:
         """What `pipeline` runs, with the weights that this rank computes with."""
-        run, cfg = self.run, self.run.model
+        run, cfg = self.run, self.cfg
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self._layout_of(shared), run)
 
@@ -195,7 +198,7 @@ class _Pieces:
         return losses._replace(auxiliary=auxiliary), joined
 
     def _layer(self, name: str) -> Callable[..., Any]:
-        run, cfg = self.run, self.run.model
+        run, cfg = self.run, self.cfg
         block = BLOCKS[name](cfg, self.dot_general)
         weight = cfg.moe.router.auxiliary_weight
 
@@ -219,7 +222,7 @@ class _Pieces:
         index_PR = self.rows[name].index_PR
 
         def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-            x = x.astype(computed_as(path, self.run.model))
+            x = x.astype(computed_as(path, self.cfg))
             return zero.gather_rows(x, placement, index_PR)
 
         return jax.tree.map_with_path(gather, stack, self.layout.placements[name])
@@ -229,8 +232,16 @@ class _Pieces:
         return self.layout._replace(placements=placements)
 
     def _size(self, name: str) -> int:
-        cfg = self.run.model
+        cfg = self.cfg
         return {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}[name]
+
+
+def _apart(cfg: ModelConfig) -> ModelConfig:
+    """The model whose experts have no loop that is part of both B and W."""
+    apart = f"{cfg.moe.backend}_apart"
+    if apart not in grouped.BACKENDS:
+        return cfg
+    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))
 
 
 def _own(tree: Any, rows: Rows) -> Any:

@@ -1,0 +1,161 @@
+"""A step's gradients by each pipeline schedule, on virtual devices of the CPU.
+
+    python scripts/bench.py --suite=pipeline
+
+All ranks share the same cores, so that a rank which idles costs nothing, and a schedule
+shows what it *does*: the tasks, and on top of them the executor's reading and writing
+of slots, the hand-overs, and for DualPipe a second copy of the weights. The tasks' own
+times are those of the same loops, called one by one on one device.
+
+What a schedule costs where each rank has cores of its own is in its ticks, of which
+each takes as long as its longest task: `time in ticks` is the sum of these, by the
+tasks' own times.
+
+Eight layers of the `bench_s` shape with 32 experts, in float32, on 4 ranks; a step has
+8 microbatches of one sequence. Weights are at rest before, and gradients after: the
+step without the optimizer. All take turns, as in the suite `train_cpu`.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from experiments.benchmarks.report import Figure, Report
+from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
+from experiments.benchmarks.workload import Workload
+from jmoe.config import ModelConfig, PipelineConfig, override
+from jmoe.config.mesh import SCHEDULES
+from jmoe.parallel.schedule import Costs
+from jmoe.parallel.schedule.ticks import Ticks, as_ticks
+from jmoe.train.runtime import keep_freed_memory
+from jmoe.train.stages import make_schedule
+
+RANKS, MICROBATCHES = 4, 8
+ALONE = "tasks alone"
+SIDE = "experiments.benchmarks.stage_tasks"
+
+
+def run(rounds: int, say: Callable[[str], None]) -> Report:
+    """Measures everything; `say` is told what comes next."""
+    model = override(
+        ModelConfig.preset("bench_s"),
+        ["layer_loop=scan", "moe.router.num_experts=32"],
+    )
+    workload = Workload(model=model, batch=MICROBATCHES, length=512)
+    say(f"{len(SCHEDULES)} schedules: compiling them takes some minutes")
+    turns = measure(workload, rounds)
+    return Report(
+        suite="pipeline",
+        compared=(),
+        settings={
+            "model": "bench_s with 32 experts",
+            "ranks": RANKS,
+            "microbatches": MICROBATCHES,
+            "length": workload.length,
+            "rounds": rounds,
+        },
+        figures=list(figures(turns)),
+        samples={
+            "loss": {name: turns[name][-1].result for name in SCHEDULES},
+            "seconds": {name: [t.seconds for t in turns[name]] for name in SCHEDULES},
+            ALONE: [turn.result for turn in turns[ALONE]],
+        },
+    )
+
+
+def measure(workload: Workload, rounds: int) -> Mapping[str, Sequence[Turn]]:
+    """Turns of every schedule, and of the tasks alone."""
+    with contextlib.ExitStack() as stack:
+        seats = {
+            name: Seat(
+                stack.enter_context(
+                    _worker(
+                        "gradients",
+                        devices=RANKS,
+                        workload=workload,
+                        ranks=RANKS,
+                        pipeline=PipelineConfig(schedule=name),
+                    )
+                ),
+                "step",
+            )
+            for name in SCHEDULES
+        }
+        alone = _worker("alone", devices=1, workload=workload, ranks=RANKS)
+        seats[ALONE] = Seat(stack.enter_context(alone), "seconds")
+        return take_turns(seats, rounds)
+
+
+def _worker(side: str, devices: int, **options) -> Worker:
+    return Worker(
+        f"{SIDE}.{side}",
+        setup=keep_freed_memory,
+        environment={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        **options,
+    )
+
+
+def figures(turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
+    """Times, their ratios within a round, ticks and memory."""
+    tasks = [
+        MICROBATCHES * sum(map(sum, turn.result.values())) for turn in turns[ALONE]
+    ]
+    seconds = {name: [t.seconds[0] for t in turns[name]] for name in SCHEDULES}
+    yield Figure(
+        name="tasks alone",
+        value=statistics.median(tasks),
+        unit="s",
+        definition=f"sum of all tasks of {MICROBATCHES} microbatches, one by one",
+    )
+    for name, of_name in seconds.items():
+        yield Figure(
+            name=f"step, {name}",
+            value=statistics.median(of_name),
+            unit="s",
+            definition=f"gradients of {MICROBATCHES} microbatches on {RANKS} ranks",
+        )
+    for name, of_name in seconds.items():
+        yield Figure(
+            name=f"step, {name} / tasks alone",
+            value=statistics.median(a / b for a, b in zip(of_name, tasks, strict=True)),
+            unit="×",
+            definition="the median over rounds",
+            at_most=1.15,
+        )
+    costs = task_costs(turns[ALONE][-1].result)
+    for name in SCHEDULES:
+        ticks = make_ticks(name)
+        yield Figure(
+            name=f"ticks, {name}",
+            value=ticks.count,
+            unit="",
+            definition="in which every rank has at most one task",
+        )
+        yield Figure(
+            name=f"time in ticks, {name}",
+            value=float(stage_share(ticks) * ticks.time(costs)),
+            unit="s",
+            definition="each tick as long as its longest task, by the stages' mean",
+        )
+    for name in turns:
+        yield Figure(
+            name=f"peak memory, {name}",
+            value=turns[name][-1].peak_bytes / 2**30,
+            unit="GiB",
+            definition="ru_maxrss of all ranks, compilation included",
+        )
+
+
+def make_ticks(name: str) -> Ticks:
+    return as_ticks(make_schedule(PipelineConfig(schedule=name), RANKS, MICROBATCHES))
+
+
+def task_costs(seconds: Mapping[str, Sequence[float]]) -> Costs:
+    """What the passes of a microbatch through a stage take, on average over stages."""
+    forward, backward, weight = (statistics.mean(seconds[kind]) for kind in "FBW")
+    return Costs(forward=forward, backward=backward + weight, weight=weight)
+
+
+def stage_share(ticks: Ticks) -> float:
+    """How large its stages are, of those that the tasks were measured of."""
+    return RANKS / ticks.schedule.num_stages
