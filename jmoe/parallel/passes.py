@@ -13,8 +13,8 @@ the pass that first needs it:
 What depends on neither the input nor the output's gradient, such as a weight in another
 shape or an attention mask, is computed in each pass that reads it. Of the other values,
 those that F leaves to B or W are *kept*, and those that B leaves to W are *owed*. No
-product is computed twice, except in a layer that asks for it (`jax.checkpoint`): what
-is recomputed there belongs to the backward pass.
+other product is computed twice, except in a layer that asks for it (`jax.checkpoint`):
+what is recomputed there belongs to the backward pass.
 
 A loop is one equation, and goes to one pass.
 """
@@ -96,6 +96,7 @@ def split(layer: Layer, weights: Any, at_hand: Any, x: Any) -> Passes:
     made_late = _written(in_b) | set(d_output_ids)
     after_b = _read(in_w) | _ids(d_weights_out)
     owed, in_w = _lighten(program, after_b & made_late, in_b, in_w)
+    owed = [i for i in owed if i in made_late]  # what is early is kept for W too
     after_f = _read([*in_b, *in_w]) | _ids([*d_x_out, *d_weights_out])
     kept, in_bw = _lighten(program, after_f & made_early, early, [*in_b, *in_w])
     again = in_bw[: len(in_bw) - len(in_b) - len(in_w)]
