@@ -314,11 +314,10 @@ def _product(kernel, dimensions, left, right, size_E):
 def _dot_kernel(x_MI, w_EIO, size_E):
     from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_kernel_sm90 as sm90
 
-    # The kernel leaves out what doesn't fill a step.
-    missing = -x_MI.shape[1] % TILE_I
-    x_MI = jnp.pad(x_MI, ((0, 0), (0, missing)))
-    w_EIO = jnp.pad(w_EIO, ((0, 0), (0, missing), (0, 0)))
-    return sm90.ragged_dot_kernel(x_MI, w_EIO, size_E, x_MI.dtype, _tiles())
+    width = w_EIO.shape[2]
+    x_MI, w_EIO = _fill_steps(x_MI, 1), _fill_steps(w_EIO, 1, 2)
+    y_MO = sm90.ragged_dot_kernel(x_MI, w_EIO, size_E, x_MI.dtype, _tiles())
+    return y_MO[:, :width]
 
 
 def _transposed_kernel(dy_MO, w_EIO, size_E):
@@ -328,9 +327,22 @@ def _transposed_kernel(dy_MO, w_EIO, size_E):
 def _outer_kernel(x_MI, dy_MO, size_E):
     from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_kernel_sm90 as sm90
 
-    return sm90.ragged_contracting_dim_dot_kernel(
+    inputs, outputs = x_MI.shape[1], dy_MO.shape[1]
+    x_MI, dy_MO = _fill_steps(x_MI, 1), _fill_steps(dy_MO, 1)
+    d_w_EIO = sm90.ragged_contracting_dim_dot_kernel(
         x_MI, dy_MO, size_E, x_MI.dtype, _tiles()
     )
+    return d_w_EIO[:, :inputs, :outputs]
+
+
+def _fill_steps(x: jax.Array, *dims: int) -> jax.Array:
+    """With zeros after these dimensions, to a multiple of TILE_I.
+
+    Of others, the kernels leave out the last numbers that are summed, and can't be
+    compiled.
+    """
+    missing = [-size % TILE_I if dim in dims else 0 for dim, size in enumerate(x.shape)]
+    return jnp.pad(x, [(0, count) for count in missing])
 
 
 def _tiles() -> Any:
