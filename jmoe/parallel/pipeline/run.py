@@ -23,7 +23,7 @@ def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
       recompute: keep only the stages' inputs from F to B, which computes what it needs
         again: a third more work, for a fraction of the memory.
     """
-    rank = _Rank(model, again=recompute)
+    rank = _Rank(model, again=recompute, overlaps=ticks.has("F&BW"))
 
     def tick(buffers: _Buffers, row: Row):
         buffers, y, d_x = rank.train(buffers, row)
@@ -37,7 +37,7 @@ def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
 
 def evaluate(ticks: Ticks, model: Model) -> Result:
     """All microbatches forward, and no gradients. The ticks are of forward passes."""
-    rank = _Rank(model, again=False)
+    rank = _Rank(model, again=False, overlaps=False)
 
     def tick(buffers: _Buffers, row: Row):
         buffers, y = rank.evaluate(buffers, row)
@@ -86,8 +86,8 @@ class _Buffers(NamedTuple):
 class _Rank:
     """What one does in a tick."""
 
-    def __init__(self, model: Model, *, again: bool):
-        self._model, self._again = model, again
+    def __init__(self, model: Model, *, again: bool, overlaps: bool):
+        self._model, self._again, self._overlaps = model, again, overlaps
         first = jax.eval_shape(lambda: self._microbatch(0))
         self._x = jax.eval_shape(model.enter, model.shared, first)
         _, self._left = jax.eval_shape(model.leave, model.shared, first, self._x)
@@ -131,10 +131,12 @@ class _Rank:
                 stores[g], x = self._groups[g].forward(stores[g], x, 0, f, batch_f)
         with jax.named_scope("backward"):
             buffers, d = self._lose(buffers, b, batch_b)
-        layers, pairs = self._groups[last], row.pairs
-        store, x, d = layers.overlap(
-            stores[last], x, d, pairs, (f, batch_f), (b, batch_b)
-        )
+        layers, pairs, store = self._groups[last], row.pairs, stores[last]
+        # A loop that never runs would still have its arrays room kept for.
+        if self._overlaps:
+            store, x, d = layers.overlap(
+                store, x, d, pairs, (f, batch_f), (b, batch_b)
+            )
         with jax.named_scope("forward"):
             store, y = layers.forward(store, x, pairs, f, batch_f)
         with jax.named_scope("backward"):

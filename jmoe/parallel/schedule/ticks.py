@@ -64,6 +64,14 @@ class Ticks:
     def count(self) -> int:
         return len(self.tasks)
 
+    def has(self, kind: str) -> bool:
+        """Whether any task is of this kind."""
+        return any(
+            task is not None and task.kind == kind
+            for tasks in self.tasks
+            for task in tasks
+        )
+
     def time(self, costs: Costs) -> Time:
         """Of the longest task of every tick."""
         return sum(
