@@ -4,10 +4,12 @@ A program is a set of computations, one of which is the entry and calls others: 
 bodies, branches, fusions. Within one, instructions are in the order of the schedule.
 """
 
+import collections
 import dataclasses
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 # Custom calls that are matrix products: the libraries' and this project's kernels.
 _GEMM_CALLS = ("__cublas$", "__cudnn$", "mosaic_gpu", "__triton")
@@ -57,6 +59,28 @@ class Instruction:
         known = _TRIPS.search(self.attributes) if self.opcode == "while" else None
         return int(known[1]) if known else 1
 
+    @property
+    def is_optional(self) -> bool:
+        """Whether it is a branch, or a loop of unknown length."""
+        if self.opcode == "while":
+            return not _TRIPS.search(self.attributes)
+        return self.opcode == "conditional"
+
+
+class Executed(NamedTuple):
+    """A computation that isn't fused.
+
+    times: it runs, where a loop of unknown length counts once. op_name: of what calls
+    it. optional: it is within a branch or a loop of unknown length, so that devices
+    may differ in whether and how often they run it.
+    """
+
+    name: str
+    instructions: Sequence[Instruction]
+    times: int
+    op_name: str
+    optional: bool
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -65,34 +89,41 @@ class Program:
     computations: Mapping[str, Sequence[Instruction]]
     entry: str
 
-    def executed(self) -> Iterator[tuple[Sequence[Instruction], int, str]]:
-        """Computations that aren't fused, how often each runs, and their op_name.
+    def executed(self) -> Iterator[Executed]:
+        """All computations that aren't fused."""
+        return self._executed(self.entry, 1, "", False)
 
-        A computation has the op_name of what calls it.
-        """
-        return self._executed(self.entry, 1, "")
-
-    def _executed(self, name, times, op_name):
-        yield self.computations[name], times, op_name
+    def _executed(self, name, times, op_name, optional):
+        yield Executed(name, self.computations[name], times, op_name, optional)
         for instruction in self.computations[name]:
             if instruction.opcode in ("while", "call", "conditional"):
                 inner = times * instruction.trips
+                differs = optional or instruction.is_optional
                 for called in instruction.called:
                     yield from self._executed(
-                        called, inner, instruction.op_name or op_name
+                        called, inner, instruction.op_name or op_name, differs
                     )
 
-    def count_gemms(self, instruction: Instruction) -> int:
-        """How many matrix products an instruction runs, those of its loops included."""
-        if instruction.opcode == "dot":
-            return 1
-        if instruction.opcode == "custom-call":
-            target = _TARGET.search(instruction.attributes)
-            return int(target is not None and target[1].startswith(_GEMM_CALLS))
-        return instruction.trips * sum(map(self._gemms_of, instruction.called))
+    def gemms(self, instruction: Instruction) -> collections.Counter[str]:
+        """The matrix products that an instruction runs, by op_name.
 
-    def _gemms_of(self, computation: str) -> int:
-        return sum(map(self.count_gemms, self.computations[computation]))
+        Those of its loops are included.
+        """
+        found: collections.Counter[str] = collections.Counter()
+        if _is_gemm(instruction):
+            found[instruction.op_name] += 1
+        for called in instruction.called:
+            for inner in self.computations[called]:
+                for op_name, count in self.gemms(inner).items():
+                    found[op_name or instruction.op_name] += instruction.trips * count
+        return found
+
+
+def _is_gemm(instruction: Instruction) -> bool:
+    if instruction.opcode != "custom-call":
+        return instruction.opcode == "dot"
+    target = _TARGET.search(instruction.attributes)
+    return target is not None and target[1].startswith(_GEMM_CALLS)
 
 
 def parse(text: str) -> Program:

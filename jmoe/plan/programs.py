@@ -1,15 +1,15 @@
 """The runs whose training steps are compiled for GPUs that aren't here.
 
 Each is a published model on as many H20s as its name ends with. A microbatch has one
-sequence of 4,096 tokens for each part of the batch, and a step has two, so that
-gradients are accumulated.
+sequence of 4,096 tokens for each part of the batch. A step has two, so that gradients
+are accumulated; with a pipeline, four for each of its ranks.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 
-from jmoe.config import MeshConfig, ModelConfig, RunConfig
+from jmoe.config import MeshConfig, ModelConfig, PipelineConfig, RunConfig
 from jmoe.config.data import DataConfig
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.run import TrainConfig
@@ -31,13 +31,14 @@ def run_on(
     attention = dataclasses.replace(model.attention, block_size=512)
     moe = dataclasses.replace(model.moe, backend="ragged", exchange=exchange)
     sequences = mesh.batch_parts
+    count = MICROBATCHES if mesh.pipe == 1 else 4 * mesh.pipe
     return RunConfig(
         name=name,
         model=dataclasses.replace(model, attention=attention, moe=moe),
         data=DataConfig(sequence_length=length),
         train=TrainConfig(
             steps=10_000,
-            batch_size=MICROBATCHES * sequences,
+            batch_size=count * sequences,
             microbatch_size=sequences,
         ),
         mesh=mesh,
@@ -83,8 +84,44 @@ def v3_2048() -> RunConfig:
     return run_on(model, mesh, "v3_2048", exchange=exchange)
 
 
+BY_TENSOR = MeshConfig(pipe=2, tensor=8)
+BY_EXPERT = MeshConfig(pipe=4, expert=4)
+
+
+def pipelined(
+    mesh: MeshConfig,
+    schedule: str,
+    *,
+    remat: str = "block",
+    stage_remat: str = "none",
+    model: ModelConfig | None = None,
+) -> RunConfig:
+    """V2-Lite, or `model`, through a pipeline.
+
+    Args:
+      remat: the model's; stage_remat: the pipeline's.
+    """
+    model = model or ModelConfig.preset("v2_lite")
+    model = dataclasses.replace(model, remat=remat)
+    exchange = (
+        exchange_for(model, mesh, margin=1.05) if mesh.expert > 1 else ExchangeConfig()
+    )
+    axes = (f"{axis}{size}" for axis, size in mesh.shape.items() if size > 1)
+    kept = "stage" if stage_remat == "stage" else remat
+    name = "_".join((schedule, *axes, kept))
+    run = run_on(model, mesh, name, exchange=exchange)
+    pipeline = PipelineConfig(schedule=schedule, remat=stage_remat)
+    return dataclasses.replace(run, pipeline=pipeline)
+
+
 PROGRAMS: Mapping[str, Callable[[], RunConfig]] = {
     "v2_lite_16": functools.partial(v2_lite, nodes=2),
     "v3_16": v3_16,
     "v3_2048": v3_2048,
 }
+
+# For what overlaps, then for the memory that schedules take.
+OVERLAPPING = (
+    functools.partial(pipelined, BY_EXPERT, "dualpipe"),
+    functools.partial(pipelined, BY_TENSOR, "dualpipe"),
+)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from jmoe.config import RunConfig
 from jmoe.parallel.mesh import BATCH_AXES
-from jmoe.plan import aot, traffic
+from jmoe.plan import aot, copies, traffic
 from jmoe.plan.aot import Memory
 from jmoe.plan.device import H20, Device
 from jmoe.plan.traffic import Collective
@@ -41,12 +41,16 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
-    """One program, for one device."""
+    """One program, for one device.
+
+    copied_bytes: of the largest array that a loop copies as it is.
+    """
 
     run: RunConfig
     device: Device
     memory: Memory
     collectives: Sequence[Collective]
+    copied_bytes: int
     seconds: float
     host_bytes: int
 
@@ -85,6 +89,7 @@ class Summary:
             "memory": dataclasses.asdict(self.memory) | {"total": self.memory.total},
             "fits": self.fits,
             "traffic": [dataclasses.asdict(row) for row in self.traffic()],
+            "copied_bytes": self.copied_bytes,
             "compile_seconds": self.seconds,
             "host_bytes": self.host_bytes,
         }
@@ -103,6 +108,7 @@ def summarise(run: RunConfig, device: Device, program: aot.Program) -> Summary:
         device=device,
         memory=program.memory,
         collectives=traffic.collectives(program.text, run.mesh.shape),
+        copied_bytes=copies.largest_in_loops(program.text),
         seconds=program.seconds,
         host_bytes=program.host_bytes,
     )

@@ -7,6 +7,7 @@ many matrix products it is: those take long enough to hide it.
 Sizes are of one device: the program is the same on all of them.
 """
 
+import collections
 import dataclasses
 import math
 import re
@@ -26,7 +27,7 @@ KINDS = (
     "ragged-all-to-all",
     "reduce-scatter",
 )
-PHASES = ("step", "forward", "backward")
+PHASES = ("step", "forward", "backward", "weight")
 
 _LISTED_GROUPS = re.compile(
     r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{}]*\})?\}"
@@ -39,6 +40,7 @@ _MESH_GROUPS = re.compile(
     r"(?:, device_ids=\(\[([\d,]+)\]T\(([\d,]+)\)\))?"
     r" \{([^}:]*)\}"  # those along which a group lies
 )
+_PASS = re.compile(r"(?:^|/)(forward|backward|weight)(?:/|$)")
 _MESH_AXIS = re.compile(r"'(\w+)'(?:=(\d+))?")
 
 
@@ -49,8 +51,11 @@ class Collective:
     shapes: what a device puts in, each time, `operand_bytes` in all. axes: of the mesh,
     along which its devices talk, `devices` in a group. times: it runs in a step, where
     a loop of unknown length counts once. phase: one of `PHASES`; "backward" includes
-    what is computed again there, and "step" is what isn't differentiated. gemms: the
-    matrix products between its start and its end; None if it isn't asynchronous.
+    what is computed again there, "weight" is that of a pipeline which computes weights'
+    gradients apart, and "step" is what isn't differentiated. spans: the matrix products
+    between its start and its end, by phase; None if it isn't asynchronous.
+    computation, optional: where it is, and whether devices may skip that; see
+    `hlo.Executed`.
     """
 
     kind: str
@@ -60,8 +65,15 @@ class Collective:
     devices: int
     times: int
     phase: str
-    gemms: int | None
+    spans: Mapping[str, int] | None
     op_name: str
+    computation: str = ""
+    optional: bool = False
+
+    @property
+    def gemms(self) -> int | None:
+        """How many matrix products it spans."""
+        return None if self.spans is None else sum(self.spans.values())
 
     @property
     def moved_bytes(self) -> int:
@@ -92,7 +104,8 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     """
     program = hlo.parse(text)
     found = []
-    for instructions, times, op_name in program.executed():
+    for executed in program.executed():
+        instructions = executed.instructions
         by_name = {instruction.name: instruction for instruction in instructions}
         ends = {
             instruction.operands[0]: place
@@ -105,22 +118,30 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
                 continue
             between = instructions[place + 1 : ends.get(instruction.name, 0)]
             is_pair = instruction.name in ends
-            gemms = sum(map(program.count_gemms, between)) if is_pair else None
             operands = [by_name[name] for name in instruction.operands]
             # Some say nothing of where they come from, but what they send does.
             known = (instruction, collective, *operands[:1])
-            names = (*(x.op_name for x in known), op_name)
+            names = (*(x.op_name for x in known), executed.op_name)
             found.append(
                 _record(
                     collective,
                     [operand.shape for operand in operands],
                     mesh_shape,
-                    times=times,
-                    gemms=gemms,
+                    executed,
+                    spans=_spans(program, between) if is_pair else None,
                     op_name=next(filter(None, names), ""),
                 )
             )
     return found
+
+
+def _spans(program: Program, between: Sequence[Instruction]) -> Mapping[str, int]:
+    """The matrix products of these instructions, by phase."""
+    spans = collections.Counter()
+    for instruction in between:
+        for op_name, count in program.gemms(instruction).items():
+            spans[_phase(op_name)] += count
+    return dict(spans)
 
 
 def _collective(program: Program, instruction: Instruction) -> Instruction | None:
@@ -140,9 +161,9 @@ def _record(
     collective: Instruction,
     shapes: Sequence[str],
     mesh_shape: Mapping[str, int],
+    executed: hlo.Executed,
     *,
-    times: int,
-    gemms: int | None,
+    spans: Mapping[str, int] | None,
     op_name: str,
 ) -> Collective:
     kind = collective.opcode
@@ -156,14 +177,20 @@ def _record(
         operand_bytes=sum(map(hlo.shape_bytes, shapes)),
         axes=axes,
         devices=math.prod(mesh_shape[axis] for axis in axes),
-        times=times,
+        times=executed.times,
         phase=_phase(op_name),
-        gemms=gemms,
+        spans=spans,
         op_name=op_name,
+        computation=executed.name,
+        optional=executed.optional,
     )
 
 
 def _phase(op_name: str) -> str:
+    """By the pipeline's scopes; elsewhere, by what differentiation says."""
+    scope = _PASS.search(op_name)
+    if scope:
+        return scope[1]
     if "transpose(" in op_name:
         return "backward"
     return "forward" if "jvp(" in op_name else "step"

@@ -67,14 +67,14 @@ def collective(**given):
         "devices": 4,
         "times": 1,
         "phase": "forward",
-        "gemms": None,
+        "spans": None,
         "op_name": "",
     }
     return Collective(**(defaults | given))
 
 
 def test_hidden_counts_runs_and_not_instructions():
-    often, once = collective(times=3, gemms=2), collective(gemms=0)
+    often, once = collective(times=3, spans={"step": 2}), collective(spans={})
     assert summary.hidden([often, once]) == 3 / 4
     assert math.isnan(summary.hidden([]))
 
@@ -86,11 +86,12 @@ def test_traffic_adds_up_what_is_of_one_phase_kind_and_axes(compiled):
         device=H20,
         memory=program.memory,
         collectives=[
-            collective(times=3, gemms=1),
+            collective(times=3, spans={"step": 1}),
             collective(operand_bytes=640),
             collective(phase="backward"),
             collective(axes=("data",), devices=2),
         ],
+        copied_bytes=0,
         seconds=1.0,
         host_bytes=1,
     )
