@@ -2,12 +2,14 @@
 
 python scripts/check_hopper.py
 python scripts/check_hopper.py --program=v2_lite_16
+python scripts/check_hopper.py --suite=pipeline
 
 It needs no GPU. Where JAX can't compile for GPUs, it makes an environment that can,
 once (scripts/make_hopper_env.sh, 5 GB), and goes on in that. What it shows, it also
-writes to experiments/results/hopper.json.
+writes to experiments/results/hopper.json, or hopper_pipeline.json.
 """
 
+import importlib
 import importlib.util
 import os
 import pathlib
@@ -25,11 +27,24 @@ from jmoe.train import runtime
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for experiments, which are not installed
 
+SUITES = {"mesh": programs.PROGRAMS, "pipeline": programs.PIPELINES}
+# Modules with a `run(names, console) -> Report`.
+REPORTS = {
+    "mesh": "experiments.benchmarks.hopper",
+    "pipeline": "experiments.benchmarks.hopper_pipeline",
+}
+
+_SUITE = flags.DEFINE_enum(
+    "suite",
+    "mesh",
+    list(SUITES),
+    "Which programs: steps without a pipeline, or with one by every schedule.",
+)
 _PROGRAM = flags.DEFINE_multi_enum(
     "program",
-    list(programs.PROGRAMS),
-    list(programs.PROGRAMS),
-    "Which to compile; repeatable. By default all.",
+    None,
+    [name for suite in SUITES.values() for name in suite],
+    "Which of the suite's to compile; repeatable. By default all.",
 )
 _ENVIRONMENT = flags.DEFINE_string(
     "environment", None, "Where to make it; by default in the user's cache directory."
@@ -53,22 +68,22 @@ def main(argv: list[str]) -> int:
 
 
 def check() -> int:
-    """Compiles all programs asked for; 0 if they meet what is asked of them."""
-    from experiments.benchmarks.hopper import make_report
-    from jmoe.plan import summary, tables
+    """Compiles all programs asked for; 0 if they meet what is asked of them.
 
+    Raises:
+      ValueError: a program is asked for that isn't of the suite.
+    """
+    suite = SUITES[_SUITE.value]
+    chosen = _PROGRAM.value or list(suite)
+    if others := sorted(set(chosen) - set(suite)):
+        raise ValueError(
+            f"--program={others[0]} isn't of --suite={_SUITE.value}, which has "
+            f"{', '.join(suite)}."
+        )
     console = rich.console.Console(highlight=False)
-    summaries = []
-    for name in _PROGRAM.value:
-        console.print(f"Compiling {name} ...")
-        found = summary.apart(summary.compile_run, programs.PROGRAMS[name]())
-        tables.show(found, console)
-        summaries.append(found)
-    optimizer_by_data = {
-        nodes: summary.apart(summary.optimizer_bytes, programs.v2_lite(nodes=nodes))
-        for nodes in (1, 2, 4)
-    }
-    report = make_report(summaries, optimizer_by_data)
+    # Not before the environment is set up, as JAX reads it when it is imported.
+    module = importlib.import_module(REPORTS[_SUITE.value])
+    report = module.run(chosen, console)
     console.print(report.table())
     console.print(f"Written to {report.write()}")
     return 0 if all(figure.met is not False for figure in report.figures) else 1

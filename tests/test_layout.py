@@ -45,7 +45,7 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 FLAGS = {
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
-    "scripts/check_hopper.py": ["program", "environment"],
+    "scripts/check_hopper.py": ["suite", "program", "environment"],
     "scripts/export_hf.py": [
         "workdir",
         "out",

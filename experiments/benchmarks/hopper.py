@@ -7,9 +7,11 @@ Nothing runs: the figures are read off the compiled programs, and what compiling
 
 from collections.abc import Iterator, Mapping, Sequence
 
+import rich.console
+
 from experiments.benchmarks.report import Figure, Report
 from jmoe.parallel import compiler
-from jmoe.plan import summary
+from jmoe.plan import programs, summary, tables
 from jmoe.plan.summary import Summary
 
 GIB = 2**30
@@ -17,6 +19,21 @@ FITTING = "v2_lite_16", "v3_2048"
 ON_TWO_NODES = "v2_lite_16", "v3_16"
 OVERLAPPING = ("v2_lite_16",)  # where memory is short, XLA overlaps nothing
 LARGEST = ("v3_2048",)
+
+
+def run(names: Sequence[str], console: rich.console.Console) -> Report:
+    """Compiles these of `programs.PROGRAMS`, and prints what each takes."""
+    summaries = []
+    for name in names:
+        console.print(f"Compiling {name} ...")
+        found = summary.apart(summary.compile_run, programs.PROGRAMS[name]())
+        tables.show(found, console)
+        summaries.append(found)
+    optimizer_by_data = {
+        nodes: summary.apart(summary.optimizer_bytes, programs.v2_lite(nodes=nodes))
+        for nodes in (1, 2, 4)
+    }
+    return make_report(summaries, optimizer_by_data)
 
 
 def make_report(

@@ -5,6 +5,7 @@ its own. A collective in one of them must leave the other ranks of the pipeline 
 it would wait for devices that never come.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,22 @@ OTHERS = {
     "backward": ("forward",),
     "weight": ("forward",),
 }
-TOKENS = ("all-to-all", "ragged-all-to-all")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Collectives of the overlapped loop, of one phase, kind and axes.
+
+    sent_bytes: by a device, for one layer of each microbatch; crossing: the share of
+    these that the other microbatch's matrix products hide.
+    """
+
+    phase: str
+    kind: str
+    axes: tuple[str, ...]
+    count: int
+    sent_bytes: int
+    crossing: float
 
 
 def overlapped(collectives: Sequence[Collective]) -> list[Collective]:
@@ -28,9 +44,7 @@ def overlapped(collectives: Sequence[Collective]) -> list[Collective]:
     phases: dict[str, set[str]] = {}
     for c in collectives:
         phases.setdefault(c.computation, set()).add(c.phase)
-    return [
-        c for c in collectives if {"forward", "backward"} <= phases[c.computation]
-    ]
+    return [c for c in collectives if {"forward", "backward"} <= phases[c.computation]]
 
 
 def crosses(collective: Collective) -> bool:
@@ -39,14 +53,23 @@ def crosses(collective: Collective) -> bool:
     return any(spans.get(phase) for phase in OTHERS.get(collective.phase, ()))
 
 
-def exchanges(collectives: Sequence[Collective]) -> list[Collective]:
-    """Those that bring tokens or their gradients to experts or back; not of gates.
-
-    Gates and choices are a hundredth of the bytes.
-    """
-    found = [c for c in collectives if c.kind in TOKENS]
-    most = max((c.moved_bytes for c in found), default=0)
-    return [c for c in found if 10 * c.moved_bytes > most]
+def overlaps(collectives: Sequence[Collective]) -> list[Overlap]:
+    """By phase, kind and axes, those of the overlapped loop, the heaviest first."""
+    groups: dict[tuple[str, str, tuple[str, ...]], list[Collective]] = {}
+    for c in overlapped(collectives):
+        groups.setdefault((c.phase, c.kind, c.axes), []).append(c)
+    rows = [
+        Overlap(
+            phase=phase,
+            kind=kind,
+            axes=axes,
+            count=len(group),
+            sent_bytes=(sent := sum(c.moved_bytes for c in group)),
+            crossing=sum(c.moved_bytes for c in group if crosses(c)) / sent,
+        )
+        for (phase, kind, axes), group in groups.items()
+    ]
+    return sorted(rows, key=lambda row: -row.sent_bytes)
 
 
 def waiting(collectives: Sequence[Collective]) -> list[Collective]:

@@ -7,10 +7,11 @@ are accumulated; with a pipeline, four for each of its ranks.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from jmoe.config import MeshConfig, ModelConfig, PipelineConfig, RunConfig
 from jmoe.config.data import DataConfig
+from jmoe.config.mesh import SCHEDULES
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.run import TrainConfig
 from jmoe.plan import visits
@@ -84,11 +85,8 @@ def v3_2048() -> RunConfig:
     return run_on(model, mesh, "v3_2048", exchange=exchange)
 
 
-BY_TENSOR = MeshConfig(pipe=2, tensor=8)
-BY_EXPERT = MeshConfig(pipe=4, expert=4)
-
-
 def pipelined(
+    name: str,
     mesh: MeshConfig,
     schedule: str,
     *,
@@ -96,21 +94,17 @@ def pipelined(
     stage_remat: str = "none",
     model: ModelConfig | None = None,
 ) -> RunConfig:
-    """V2-Lite, or `model`, through a pipeline.
+    """V2-Lite, or another `model`, through a pipeline.
 
     Args:
       remat: the model's; stage_remat: the pipeline's.
     """
-    model = model or ModelConfig.preset("v2_lite")
-    model = dataclasses.replace(model, remat=remat)
-    exchange = (
-        exchange_for(model, mesh, margin=1.05) if mesh.expert > 1 else ExchangeConfig()
-    )
-    axes = (f"{axis}{size}" for axis, size in mesh.shape.items() if size > 1)
-    kept = "stage" if stage_remat == "stage" else remat
-    name = "_".join((schedule, *axes, kept))
-    run = run_on(model, mesh, name, exchange=exchange)
+    model = dataclasses.replace(model or ModelConfig.preset("v2_lite"), remat=remat)
+    exchange = ExchangeConfig()
+    if mesh.expert > 1:
+        exchange = exchange_for(model, mesh, margin=1.05)
     pipeline = PipelineConfig(schedule=schedule, remat=stage_remat)
+    run = run_on(model, mesh, name, exchange=exchange)
     return dataclasses.replace(run, pipeline=pipeline)
 
 
@@ -120,8 +114,23 @@ PROGRAMS: Mapping[str, Callable[[], RunConfig]] = {
     "v3_2048": v3_2048,
 }
 
-# For what overlaps, then for the memory that schedules take.
-OVERLAPPING = (
-    functools.partial(pipelined, BY_EXPERT, "dualpipe"),
-    functools.partial(pipelined, BY_TENSOR, "dualpipe"),
-)
+BY_EXPERT = MeshConfig(pipe=4, expert=4)
+BY_TENSOR = MeshConfig(pipe=2, tensor=8)
+
+
+def _pipelines() -> Iterator[tuple[str, Callable[[], RunConfig]]]:
+    """Every schedule on one mesh, with all that F can leave to B; DualPipe on two."""
+
+    def named(name: str, mesh: MeshConfig, schedule: str, **remat: str):
+        return name, functools.partial(pipelined, name, mesh, schedule, **remat)
+
+    for schedule in SCHEDULES:
+        yield named(f"{schedule}_pp4_ep4", BY_EXPERT, schedule)
+        yield named(f"{schedule}_pp4_ep4_all_kept", BY_EXPERT, schedule, remat="none")
+    for schedule in ("1f1b", "dualpipe"):
+        name = f"{schedule}_pp4_ep4_stage_remat"
+        yield named(name, BY_EXPERT, schedule, remat="none", stage_remat="stage")
+    yield named("dualpipe_pp2_tp8", BY_TENSOR, "dualpipe")
+
+
+PIPELINES: Mapping[str, Callable[[], RunConfig]] = dict(_pipelines())

@@ -1,10 +1,12 @@
 """Summaries of compiled steps, as tables for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import rich.console
 import rich.table
 
+from jmoe.config import RunConfig
+from jmoe.plan import pipelined
 from jmoe.plan.summary import Summary
 
 GIB = 2**30
@@ -13,9 +15,9 @@ GIB = 2**30
 def show(summary: Summary, console: rich.console.Console) -> None:
     """Prints what one program needs and moves."""
     run, memory = summary.run, summary.memory
-    mesh = ", ".join(f"{axis}={n}" for axis, n in run.mesh.shape.items() if n > 1)
     console.print(
-        f"[bold]{run.name}[/]: {run.mesh.num_devices} x {summary.device.name}, {mesh}; "
+        f"[bold]{run.name}[/]: {run.mesh.num_devices} x {summary.device.name}, "
+        f"{_mesh(run)}; "
         f"{run.train.batch_size} sequences of {run.data.sequence_length} a step"
     )
     console.print(
@@ -29,6 +31,10 @@ def show(summary: Summary, console: rich.console.Console) -> None:
         f"{verdict}."
     )
     console.print(_traffic_table(summary))
+
+
+def _mesh(run: RunConfig) -> str:
+    return ", ".join(f"{axis}={n}" for axis, n in run.mesh.shape.items() if n > 1)
 
 
 def _memory_table(summary: Summary) -> rich.table.Table:
@@ -69,4 +75,63 @@ def _traffic_table(summary: Summary) -> rich.table.Table:
             f"{row.sent_bytes / GIB:.3f}",
             f"{row.hidden:.0%}",
         )
+    return table
+
+
+def show_pipelines(summaries: Sequence[Summary], console: rich.console.Console) -> None:
+    """Prints the memory of several pipelines, and what overlaps in those that do."""
+    console.print(_schedules_table(summaries))
+    console.print(_overlap_table(summaries))
+    console.print(
+        "A rank runs its layers in loops whose lengths the program doesn't know; bytes "
+        "are for one turn, a layer of each of two microbatches."
+    )
+
+
+def _schedules_table(summaries: Sequence[Summary]) -> rich.table.Table:
+    table = rich.table.Table(
+        title="Memory of a device by schedule, GiB", title_justify="left"
+    )
+    for name in ("schedule", "mesh", "F leaves"):
+        table.add_column(name, no_wrap=True)
+    for name in ("microbatches", "arguments", "temporaries", "total", "compiled"):
+        table.add_column(name, justify="right")
+    for found in summaries:
+        run, memory = found.run, found.memory
+        inputs = {"block": "layers' inputs", "none": "all"}
+        left = inputs.get(run.model.remat, run.model.remat)
+        table.add_row(
+            run.pipeline.schedule,
+            _mesh(run),
+            "stages' inputs" if run.pipeline.remat == "stage" else left,
+            f"{run.train.batch_size // run.train.microbatch_size}",
+            f"{memory.arguments / GIB:.1f}",
+            f"{memory.temporaries / GIB:.1f}",
+            f"{memory.total / GIB:.1f}" + ("" if found.fits else " (too much)"),
+            f"{found.seconds:.0f} s",
+        )
+    return table
+
+
+def _overlap_table(summaries: Sequence[Summary]) -> rich.table.Table:
+    table = rich.table.Table(
+        title="The overlapped loop's collectives, and the share of their bytes beside "
+        "a GEMM of the other direction",
+        title_justify="left",
+    )
+    for name in ("program", "direction", "kind", "axes"):
+        table.add_column(name, no_wrap=True)
+    for name in ("count", "MiB", "hidden"):
+        table.add_column(name, justify="right")
+    for found in summaries:
+        for row in pipelined.overlaps(found.collectives):
+            table.add_row(
+                found.run.name,
+                row.phase,
+                row.kind,
+                ",".join(row.axes),
+                f"{row.count}",
+                f"{row.sent_bytes / 2**20:.1f}",
+                f"{row.crossing:.0%}",
+            )
     return table
