@@ -9,6 +9,9 @@ GPU_OPTIONS: dict[str, Any] = {
     "xla_gpu_experimental_parallel_collective_overlap_limit": 4,
     # Merging the products of two chunks would make each wait for both.
     "xla_gpu_dot_merger_threshold_mb": 0,
+    # So would merging the collectives of two microbatches in a pipeline's tick.
+    "xla_gpu_all_gather_combine_threshold_bytes": 0,
+    "xla_gpu_reduce_scatter_combine_threshold_bytes": 0,
 }
 
 
