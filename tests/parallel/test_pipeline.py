@@ -62,7 +62,7 @@ def result(cut, traced):
 
 
 def in_a_row(weights, state, shared, batches):
-    """Gradients and measured sums of the layers one after the other."""
+    """Gradients, and what is measured: after the layers, by microbatch; else sums."""
 
     def of_microbatch(weights, shared, batch):
         x, total, measured = enter(shared, batch), 0.0, {}
@@ -81,8 +81,9 @@ def in_a_row(weights, state, shared, batches):
         grad = jax.grad(of_microbatch, argnums=(0, 1), has_aux=True)
         return None, grad(weights, shared, batch)
 
-    found = jax.lax.scan(add, None, batches)[1]
-    return jax.tree.map(lambda x: x.sum(0), found)
+    gradients, (left, measured) = jax.lax.scan(add, None, batches)[1]
+    gradients, measured = jax.tree.map(lambda x: x.sum(0), (gradients, measured))
+    return gradients, (left, measured)
 
 
 @functools.cache
