@@ -18,9 +18,8 @@ class MeshConfig:
 
     A batch is divided over `data` and `expert`, its positions over `tensor`; `expert`
     divides the routed experts, `tensor` heads, MLPs and vocabulary, `pipe` the layers.
-    What `zero_stage`
-    divides besides (ZeRO, arXiv 1910.02054): 1, the optimizer's moments and the float32
-    master weights; 3, the weights that are computed with too.
+    What `zero_stage` divides besides (ZeRO, arXiv 1910.02054): 1, the optimizer's
+    moments and the float32 master weights; 3, the weights that are computed with too.
     """
 
     data: int = 1

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.parallel.schedule import SCHEDULES, Costs, Pass, Task, build, simulate
+from jmoe.parallel.schedule import KINDS, SCHEDULES, Costs, Pass, Task, build, simulate
 from jmoe.parallel.schedule.ticks import DOWN, SELF, UP, as_ticks, forward_only
 from tests.parallel.toy_pipeline import schedules_of
 
@@ -172,6 +172,15 @@ def test_any_order_that_can_be_run_is_sound_in_ticks(schedule):
     ticks = as_ticks(schedule)
     assert_placed(schedule, ticks)
     assert_stored(schedule, ticks)
+
+
+@each_schedule
+def test_ticks_know_their_kinds_of_tasks(schedule):
+    ticks = as_ticks(schedule)
+    kinds = {task.kind for tasks in ticks.schedule.tasks for task in tasks}
+    assert {kind for kind in KINDS if ticks.has(kind)} == kinds
+    assert "BW" not in kinds
+    assert ("F&BW" in kinds) == schedule.name.startswith("dualpipe")
 
 
 def test_an_order_that_cannot_be_run_is_refused():

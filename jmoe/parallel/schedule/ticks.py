@@ -50,7 +50,10 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Ticks:
-    """What each rank does in each tick, and how many slots that takes of each kind."""
+    """What each rank does in each tick, and how many slots that takes of each kind.
+
+    schedule: the one that was given, with its BW cut in two.
+    """
 
     schedule: Schedule
     tasks: tuple[tuple[Task | None, ...], ...]  # [tick][rank]
