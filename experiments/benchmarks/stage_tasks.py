@@ -34,7 +34,7 @@ from jmoe.parallel.schedule import gpipe
 from jmoe.parallel.schedule.ticks import as_ticks
 from jmoe.train import pipelined, stages
 from jmoe.train.layout import WHOLE, born, make_layout, put_batch, run_mesh
-from jmoe.train.losses import sum_losses
+from jmoe.train.losses import prediction_losses, sum_losses
 from jmoe.train.runtime import step_after_step
 from jmoe.train.state import make_variables
 from jmoe.train.step import on_mesh
@@ -92,9 +92,12 @@ def alone(workload: Workload, ranks: int) -> Tasks:
     variables = born(layout, functools.partial(make_variables, model, 0))
     pieces = pipelined.Pieces(model, run, layout, gpipe(1, 1))
     batch = jax.tree.map(jnp.asarray, _microbatches(workload))
-    whole = pieces.model(
-        variables["params"], variables["router_state"], batch, lambda x: x.main
-    )
+
+    def lose(features, batch):
+        return prediction_losses(features, batch, run).main, ()
+
+    params, router_state = variables["params"], variables["router_state"]
+    whole = pieces.model(params, router_state, batch, lose)
     passes = _passes(whole)
     stages_of = list(_instructions(run, ranks, workload.length))
 

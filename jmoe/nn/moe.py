@@ -80,7 +80,8 @@ class RoutedExperts(nn.Module):
         def apply(*tokens_R: jax.Array) -> jax.Array:
             """The experts that are here, on the tokens of all the tensor group."""
             of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
-            y = grouped.BACKENDS[cfg.backend](*of_group, *weights)
+            x, expert, gate = of_group
+            y = grouped.BACKENDS[cfg.backend](x, expert, gate, *weights)
             return collectives.scatter_sum(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)

@@ -29,7 +29,7 @@ from jmoe.nn.attention import rotation
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer, computed_as
 from jmoe.nn.router import Stats
-from jmoe.nn.tail import REMAT_POLICIES, Tail, join_stats
+from jmoe.nn.tail import REMAT_POLICIES, Features, Tail, join_stats
 from jmoe.ops import grouped
 from jmoe.parallel import collectives, pipeline, zero
 from jmoe.parallel.schedule import Schedule, gpipe
@@ -60,9 +60,12 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         count = batch.tokens_BT.shape[0]
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
         pieces = Pieces(model, run, layout, schedule)
-        cut = pieces.model(
-            params, router_state, batch, lambda losses: objective(losses, step)
-        )
+
+        def lose(features, batch):
+            losses = prediction_losses(features, batch, run)
+            return objective(losses, step), (losses, features.stats)
+
+        cut = pieces.model(params, router_state, batch, lose)
         found = pipeline.train(
             as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
         )
@@ -77,18 +80,58 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
     """As `accumulated.make_losses`, with forward passes of parts of the batch."""
 
+    def measure(features, batch):
+        losses = prediction_losses(features, batch, run)
+        return losses.main, (losses, features.stats)
+
     def losses(params, router_state, batch):
-        sequences, length = batch.tokens_BT.shape
-        count = math.gcd(sequences, 2 * run.mesh.pipe)
-        shape = (count, sequences // count, length)
-        batch = jax.tree.map(lambda x: x.reshape(shape), batch)
-        schedule = forward_only(gpipe(run.mesh.pipe, count))
+        batch = _for_forward(batch, run)
+        schedule = _forward_schedule(batch, run)
         pieces = Pieces(model, run, layout, schedule)
-        cut = pieces.model(params, router_state, batch, lambda losses: losses.main)
+        cut = pieces.model(params, router_state, batch, measure)
         losses, stats = pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
+        count = schedule.num_microbatches
         return jax.tree.map(lambda x: x / count, losses), stats
 
     return losses
+
+
+def make_hidden_states(
+    model: Transformer, run: RunConfig, layout: Layout
+) -> Callable[[Any, Any, jax.Array], jax.Array]:
+    """Inference: hidden states after the final norm, [B, S, D] of tokens [B, T].
+
+    A function of params and router_state as they are stored and of this device's
+    sequences, for the inside of `jax.shard_map` over the mesh. All ranks of `pipe` get
+    the result, by an all-reduce.
+    """
+
+    def of_features(features, _):
+        return jnp.float32(0.0), features.hidden_BSD
+
+    def hidden_states(params, router_state, tokens_BT):
+        padded: Any = jnp.pad(tokens_BT, ((0, 0), (0, 1)))  # as if with a last target
+        unmasked: Any = jnp.zeros_like(padded)
+        batch = _for_forward(Batch(padded, unmasked), run)
+        schedule = _forward_schedule(batch, run)
+        pieces = Pieces(model, run, layout, schedule)
+        cut = pieces.model(params, router_state, batch, of_features)
+        hidden = pipeline.evaluate(as_ticks(schedule), cut).left
+        hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
+        return collectives.total(hidden_BSD, pipeline.AXIS)
+
+    return hidden_states
+
+
+def _for_forward(batch: Batch, run: RunConfig) -> Batch:
+    """[B, T + 1] as microbatches, about two for each rank."""
+    sequences, length = batch.tokens_BT.shape
+    count = math.gcd(sequences, 2 * run.mesh.pipe)
+    return jax.tree.map(lambda x: x.reshape(count, sequences // count, length), batch)
+
+
+def _forward_schedule(batch: Batch, run: RunConfig) -> Schedule:
+    return forward_only(gpipe(run.mesh.pipe, batch.tokens_BT.shape[0]))
 
 
 def _divided(batch: Batch, run: RunConfig) -> Batch:
@@ -119,9 +162,13 @@ class Pieces:
         params: Any,
         router_state: Any,
         batch: Batch,
-        objective: Callable[[Losses], jax.Array],
+        lose: Callable[[Features, Batch], tuple[jax.Array, Any]],
     ) -> pipeline.Model:
-        """What `pipeline` runs, with the weights that this rank computes with."""
+        """What `pipeline` runs, with the weights that this rank computes with.
+
+        Args:
+          lose: a microbatch's objective, and what is to be measured of it.
+        """
         run, cfg = self.run, self.cfg
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self._layout_of(shared), run)
@@ -142,8 +189,7 @@ class Pieces:
                 rotation(cfg.attention, tokens_BT.shape[1]),
                 segments(batch, run),
             )
-            losses = prediction_losses(features, batch, run)
-            return objective(losses), (losses, features.stats)
+            return lose(features, batch)
 
         return pipeline.Model(
             enter=enter,
@@ -177,7 +223,8 @@ class Pieces:
 
     def measured(self, found: pipeline.Result) -> tuple[Losses, Stats]:
         """This device's share of losses, and of the stats of all layers."""
-        (losses, tail), stacks = found.left, []
+        of_all = jax.tree.map(lambda x_M: x_M.sum(0), found.left)
+        (losses, tail), stacks = of_all, []
         for (name, rows), of_rows in zip(
             self.rows.items(), found.measured, strict=True
         ):

@@ -7,6 +7,15 @@ import jax.numpy as jnp
 from jax import lax
 
 
+def within(i: Any, tree: Any) -> Any:
+    """The arrays, as known in turn `i` of a loop only.
+
+    Compilers compute ahead of a loop what is the same in all its turns, even if there
+    are none; and most of a pipeline's loops have none in most ticks.
+    """
+    return lax.optimization_barrier((i, tree))[1]
+
+
 def pick(tree: Any, index: Any) -> Any:
     """One row of each array."""
     return jax.tree.map(

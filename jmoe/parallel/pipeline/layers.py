@@ -114,6 +114,7 @@ class Layers:
             layer = self._from_last(w, i)
             kept = self._read_kept(store, w, i)
             owed = arrays.read(store.owed, w.owed, layer)
+            kept, owed = arrays.within(i, (kept, owed))
             d_weights = self._passes.weight(*self._at(w, layer, batch), kept, owed)
             return arrays.add_at(gradients, d_weights, self._row(w, layer))
 

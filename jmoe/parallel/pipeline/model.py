@@ -42,10 +42,11 @@ class Model(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Sums over the microbatches that this rank had a part in.
+    """What a rank had a part in; zeros where it had none.
 
-    Gradients are float32, of `shared` and of each group's rows; what was measured is of
-    `leave`, and of each group's rows.
+    Gradients are float32, of `shared` and of each group's rows, summed over
+    microbatches; so is what each group's rows measured. What `leave` measured is there
+    for each microbatch, [M, ...].
     """
 
     shared: Any

@@ -90,7 +90,11 @@ class _Rank:
         self._model, self._again, self._overlaps = model, again, overlaps
         first = jax.eval_shape(lambda: self._microbatch(0))
         self._x = jax.eval_shape(model.enter, model.shared, first)
-        _, self._left = jax.eval_shape(model.leave, model.shared, first, self._x)
+        _, left = jax.eval_shape(model.leave, model.shared, first, self._x)
+        count = jax.tree.leaves(model.microbatches)[0].shape[0]
+        self._left = jax.tree.map(
+            lambda m: jax.ShapeDtypeStruct((count, *m.shape), m.dtype), left
+        )
         self._groups = [
             Layers(group, g, first, self._x, again=again)
             for g, group in enumerate(model.groups)
@@ -134,9 +138,7 @@ class _Rank:
         layers, pairs, store = self._groups[last], row.pairs, stores[last]
         # A loop that never runs would still have its arrays room kept for.
         if self._overlaps:
-            store, x, d = layers.overlap(
-                store, x, d, pairs, (f, batch_f), (b, batch_b)
-            )
+            store, x, d = layers.overlap(store, x, d, pairs, (f, batch_f), (b, batch_b))
         with jax.named_scope("forward"):
             store, y = layers.forward(store, x, pairs, f, batch_f)
         with jax.named_scope("backward"):
@@ -158,8 +160,10 @@ class _Rank:
         for g, layers in enumerate(self._groups):
             stores[g], x = layers.evaluate(stores[g], x, row.f, batch)
 
-        def leave(_, left):
-            return arrays.add(left, model.leave(model.shared, batch, x)[1])
+        def leave(i, left):
+            y = arrays.within(i, x)
+            _, found = model.leave(model.shared, batch, y)
+            return arrays.put(left, found, row.f.microbatch)
 
         left = lax.fori_loop(0, row.f.last, leave, buffers.left)
         return buffers._replace(left=left, stores=stores), x
@@ -179,9 +183,9 @@ class _Rank:
     ) -> Any:
         model = self._model
 
-        def add(_, gradients):
+        def add(i, gradients):
             _, pull = jax.vjp(lambda shared: model.enter(shared, batch), model.shared)
-            return arrays.add(gradients, *pull(d))
+            return arrays.add(gradients, *pull(arrays.within(i, d)))
 
         return lax.fori_loop(0, b.first, add, gradients)
 
@@ -200,9 +204,9 @@ class _Rank:
         """The gradient that B begins with: at the last stage, that of the objective."""
         model = self._model
 
-        def lose(_, carry):
+        def lose(i, carry):
             _, shared, left = carry
-            y = arrays.pick(buffers.for_f, b.source)
+            y = arrays.pick(buffers.for_f, arrays.within(i, b.source))
             total, pull, found = jax.vjp(
                 lambda shared, y: model.leave(shared, batch, y),
                 model.shared,
@@ -210,7 +214,8 @@ class _Rank:
                 has_aux=True,
             )
             d_shared, d = pull(jnp.ones_like(total))
-            return d, arrays.add(shared, d_shared), arrays.add(left, found)
+            left = arrays.put(left, found, b.microbatch)
+            return d, arrays.add(shared, d_shared), left
 
         arrived = arrays.pick(buffers.for_b, b.source)
         carry = (arrived, buffers.shared, buffers.left)
