@@ -35,7 +35,7 @@ def test_devices_are_counted_in_all_and_over_the_batch():
 @pytest.mark.parametrize(
     ("assignment", "said"),
     [
-        ("mesh.pipe=2", "pipe=2 must be 1"),
+        ("mesh.pipe=0", "pipe=0 must be at least 1"),
         ("mesh.data=0", "data=0 must be at least 1"),
         ("mesh.zero_stage=2", "zero_stage=2 is not one of 1, 3"),
         ("mesh.data=3", "train.microbatch_size=16 must divide over mesh.data=3 x"),

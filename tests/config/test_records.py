@@ -150,11 +150,15 @@ def test_the_last_of_several_assignments_counts():
     [
         ("train.steps", "--set 'train.steps' must read path.to.field=value."),
         ("", "--set '' must read path.to.field=value."),
-        ("=3", "Unknown field ''; known: name, model, data, train, optimizer, mesh."),
+        (
+            "=3",
+            "Unknown field ''; known: name, model, data, train, optimizer, mesh, "
+            "pipeline.",
+        ),
         (
             "trian.steps=3",
-            "Unknown field 'trian'; known: name, model, data, train, optimizer, mesh. "
-            "Did you mean 'train'?",
+            "Unknown field 'trian'; known: name, model, data, train, optimizer, mesh, "
+            "pipeline. Did you mean 'train'?",
         ),
         ("train.steps.x=3", "train.steps is a plain value; it has no field 'x'."),
         (
