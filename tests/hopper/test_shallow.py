@@ -102,8 +102,8 @@ def test_experts_take_two_kernels_forward_and_five_backward(shallow):
     program = hlo.parse(shallow.text)
     kernels = [
         instruction
-        for instructions, *_ in program.executed()
-        for instruction in instructions
+        for executed in program.executed()
+        for instruction in executed.instructions
         if "mosaic_gpu" in instruction.attributes
         and instruction.opcode == "custom-call"
     ]
