@@ -9,13 +9,16 @@ import functools
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
+from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.config import mesh as config
 from jmoe.nn.model import Transformer
+from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import layout as layouts
-from jmoe.train import stages
+from jmoe.train import pipelined, stages
 from jmoe.train import step as steps
 from jmoe.train.state import make_variables
 from tests.train.training import Trainer, assert_same, batch, on, random_variables
@@ -127,6 +130,40 @@ def test_an_evaluation_in_a_pipeline_is_that_of_one_device(run, variables, mesh)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert got.tokens == want.tokens
     np.testing.assert_array_equal(got.load_LE, want.load_LE)
+
+
+def test_hidden_states_in_a_pipeline_are_those_of_one_device(run, variables):
+    changed = on(run, "pipe=2,data=2,expert=2,tensor=2")
+    trainer, model = Trainer.of(changed, variables), Transformer(run.model)
+    hidden_states = steps.on_mesh(
+        pipelined.make_hidden_states(model, changed, trainer.layout),
+        trainer.layout,
+        (trainer.layout.stored, layouts.WHOLE, P(BATCH_AXES)),
+        P(BATCH_AXES, "tensor"),
+    )
+    tokens_BT = batch(run, seed=0).tokens_BT[0, :, :-1]
+    state = trainer.state
+    got = jax.jit(hidden_states)(state.params, state.router_state, tokens_BT)
+    features = jax.jit(functools.partial(model.apply, method="features"))
+    want = features(variables, tokens_BT).hidden_BSD
+    assert got.shape == want.shape
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("mesh", ["", "pipe=2,data=2,expert=2,tensor=2"])
+def test_a_pipelines_checkpoint_goes_on_in_another_shape(
+    run, variables, tmp_path, mesh
+):
+    one = Trainer.of(on(run, "pipe=4,expert=4"), variables)
+    other = Trainer.of(on(run, mesh), variables)
+    saved, _ = one.take(one.state, seed=0)
+    _, want = one.take(saved, seed=1)
+    with Store(tmp_path) as store:
+        store.save(1, saved, {})
+        restored, _, _ = store.restore(layouts.abstract(other.layout, lambda: saved))
+    jax.tree.map(np.testing.assert_array_equal, restored, saved)
+    _, got = other.take(restored, seed=1)
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize(

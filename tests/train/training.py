@@ -51,12 +51,16 @@ class Trainer(NamedTuple):
         where = layouts.shardings(layout, state)
         return cls(run, layout, step, jax.device_put(state, where))
 
+    def take(self, state, seed) -> tuple[TrainState, Step]:
+        rows = layouts.put_batch(self.layout, batch(self.run, seed))
+        state, metrics = self.step(state, rows)
+        return state, Step(*jax.device_get((metrics, state.opt_state[0])))
+
     def train(self, num_steps) -> list[Step]:
         taken, state = [], self.state
         for i in range(num_steps):
-            rows = layouts.put_batch(self.layout, batch(self.run, seed=i))
-            state, metrics = self.step(state, rows)
-            taken.append(Step(*jax.device_get((metrics, state.opt_state[0]))))
+            state, step = self.take(state, seed=i)
+            taken.append(step)
         return taken
 
 
