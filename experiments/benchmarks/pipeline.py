@@ -63,8 +63,10 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     )
 
 
-def measure(workload: Workload, rounds: int) -> Mapping[str, Sequence[Turn]]:
-    """Turns of every schedule, and of the tasks alone."""
+def measure(
+    workload: Workload, rounds: int, schedules: Sequence[str] = SCHEDULES
+) -> Mapping[str, Sequence[Turn]]:
+    """Turns of the schedules, and of the tasks alone."""
     with contextlib.ExitStack() as stack:
         seats = {
             name: Seat(
@@ -79,7 +81,7 @@ def measure(workload: Workload, rounds: int) -> Mapping[str, Sequence[Turn]]:
                 ),
                 "step",
             )
-            for name in SCHEDULES
+            for name in schedules
         }
         alone = _worker("alone", devices=1, workload=workload, ranks=RANKS)
         seats[ALONE] = Seat(stack.enter_context(alone), "seconds")
