@@ -1,30 +1,82 @@
-"""Block-scaled FP8: e4m3 numbers with a float32 scale for each block of 128.
+"""Block-scaled FP8: e4m3 numbers with a float32 scale for each block, and products.
 
     x = data * scale,   scale = max |x of the block| / 448
 
-as DeepSeek-V3 scales activations (arXiv 2412.19437, section 3.3.2): along a row, so
-that an outlier costs precision in its own block of its own token alone. e4m3 has 3 bits
-after the leading one, and its smallest step is 2**-9, so the error of an element is at
-most the larger of 1/16 of itself and 2**-10 of the scale.
+as DeepSeek-V3 does it (arXiv 2412.19437, section 3.3). Blocks are 1x128 for what flows
+through the model, so that an outlier costs precision in its own block of its own token
+alone, and 128x128 for weights. e4m3 has 3 bits after the leading one, and its smallest
+step is 2**-9, so the error of an element is at most the larger of 1/16 of itself and
+2**-10 of the scale. Scales are taken from the numbers at hand: nothing saturates. A
+block that holds NaN or infinity becomes NaN, and so does all that is computed of it.
 
-Dimensions: D hidden, B = ceil(D / 128) blocks.
+All three products of a linear layer are of such numbers, each with blocks along the
+dimension that is summed:
+
+    y = x @ w           x 1x128,  w 128x128
+    dx = dy @ w.T       dy 1x128, w 128x128
+    dw = x.T @ dy       x 128x1,  dy 128x1
+
+Kept for the backward pass is the quantized x, which for dw is quantized again.
+
+Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 """
 
-from typing import NamedTuple
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
 
+Block = tuple[int, ...]
+"""Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
+
+WHOLE = -1
+ROW: Block = (BLOCK,)
+SQUARE: Block = (BLOCK, BLOCK)
+TENSOR: Block = (WHOLE, WHOLE)
+
 
 class Quantized(NamedTuple):
-    """e4m3 [..., D], and the float32 scales [..., B] to multiply its blocks with."""
+    """e4m3 [..., M, K], and the float32 scales to multiply its blocks with.
+
+    There is a scale for each block: [..., M, B] for ROW, [..., ceil(M / 128), B] for
+    SQUARE, [..., 1, 1] for TENSOR.
+    """
 
     data: jax.Array
     scale: jax.Array
+
+    @property
+    def mT(self) -> "Quantized":
+        """Of the transpose, whose blocks are transposed too."""
+        return Quantized(self.data.mT, self.scale.mT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Which numbers share a scale; the last dimension is the one that is summed."""
+
+    activations: Block = ROW
+    weights: Block = SQUARE
+    gradients: Block = ROW
+    power_of_two: bool = False  # scales, rounded up
+
+
+RECIPES = {
+    "fp8": Recipe(),
+    "fp8_power_of_two": Recipe(power_of_two=True),
+    # What DeepSeek-V3 found to be worse, for comparisons.
+    "fp8_tensor": Recipe(TENSOR, TENSOR, TENSOR),
+    "fp8_square_gradients": Recipe(gradients=SQUARE),
+}
 
 
 def num_blocks(dim: int) -> int:
@@ -32,30 +84,173 @@ def num_blocks(dim: int) -> int:
     return -(-dim // BLOCK)
 
 
-def quantize(x: jax.Array) -> Quantized:
-    """Blocks of 1x128 along the last dimension. NaN and infinity make a block NaN."""
-    blocks = _blocks(x.astype(jnp.float32))
+def quantize(
+    x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
+) -> Quantized:
+    """Blocks along the last dimensions; the last one of each may be shorter."""
+    tiles, axes = _tiles(x.astype(jnp.float32), block)
+    # Not a division, for which XLA takes this product on some platforms.
+    scale = jnp.abs(tiles).max(axes, keepdims=True, initial=0.0) * (1 / LARGEST)
     # The smallest normal number keeps the scale of a block of zeros from being zero.
-    tiny = jnp.finfo(jnp.float32).tiny
-    scale = jnp.maximum(jnp.abs(blocks).max(-1) / LARGEST, tiny)
+    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    if power_of_two:
+        scale = _round_up(scale)
     # Above 448 by a rounding at most, which the conversion rounds away.
-    quotient = blocks / scale[..., None]
-    return Quantized(_rows(quotient, x.shape).astype(DTYPE), scale)
+    data = _from_tiles(tiles / scale, x.shape).astype(DTYPE)
+    return Quantized(data, scale.squeeze(axes))
 
 
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`data * scale`, multiplied in float32 and then converted."""
-    product = _blocks(x.data.astype(jnp.float32)) * x.scale[..., None]
-    return _rows(product, x.data.shape).astype(dtype)
+    tiles, axes = _tiles(x.data.astype(jnp.float32), _block_of(x))
+    product = tiles * jnp.expand_dims(x.scale, axes)
+    return _from_tiles(product, x.data.shape).astype(dtype)
 
 
-def _blocks(x: jax.Array) -> jax.Array:
-    """[..., D] as [..., B, BLOCK], the last block filled with zeros."""
-    dim = x.shape[-1]
-    missing = num_blocks(dim) * BLOCK - dim
-    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    return x.reshape(*x.shape[:-1], -1, BLOCK)
+class Roundings(NamedTuple):
+    """What is left of each kind of operand once it was quantized, in its own dtype.
+
+    A product of such numbers in float32 is what FP8 kernels compute, but for the order
+    of sums.
+    """
+
+    activations: Callable[[jax.Array], jax.Array]
+    weights: Callable[[jax.Array], jax.Array]
+    gradients: Callable[[jax.Array], jax.Array]
 
 
-def _rows(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]
+def roundings(recipe: Recipe | None) -> Roundings:
+    """Those of a recipe; None: everything is left as it is."""
+
+    def rounded(x: jax.Array, block: Block) -> jax.Array:
+        assert recipe is not None
+        quantized = quantize(x, block, power_of_two=recipe.power_of_two)
+        return dequantize(quantized, x.dtype)
+
+    if recipe is None:
+        return Roundings(*[lambda x: x] * 3)
+    blocks = recipe.activations, recipe.weights, recipe.gradients
+    return Roundings(*(functools.partial(rounded, block=block) for block in blocks))
+
+
+def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`a @ b.T`, [M, N], of a [M, K] and b [N, K], summed in float32.
+
+    Both operands have what is summed last, as tensor cores take e4m3.
+    """
+    a_MK, b_NK = dequantize(a, jnp.float32), dequantize(b, jnp.float32)
+    product = lax.dot_general(
+        a_MK, b_NK, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+    )
+    return product.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fp8_dot(x: jax.Array, w_KN: jax.Array, recipe: Recipe) -> jax.Array:
+    """`x @ w`, [..., N] of x [..., K], in x's dtype; all three products are FP8.
+
+    Any sizes will do: blocks at the ends are shorter.
+    """
+    return _forward(x, w_KN, recipe)[0]
+
+
+def _forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
+    quantize_as = functools.partial(quantize, power_of_two=recipe.power_of_two)
+    x_MK = quantize_as(x.reshape(-1, x.shape[-1]), recipe.activations)
+    w = quantize_as(w_KN, recipe.weights)
+    y_MN = matmul(x_MK, w.mT, x.dtype)
+    dtype = jnp.zeros(0, w_KN.dtype)
+    return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), (x_MK, w, dtype)
+
+
+def _backward(recipe: Recipe, saved: Any, dy: jax.Array):
+    x_MK, w, dtype = saved
+    quantize_as = functools.partial(quantize, power_of_two=recipe.power_of_two)
+    dy_MN = dy.reshape(-1, dy.shape[-1])
+    dx_MK = matmul(quantize_as(dy_MN, recipe.gradients), w, dy.dtype)
+    dw_KN = matmul(
+        quantize_as(dequantize(x_MK, jnp.float32).T, recipe.activations),
+        quantize_as(dy_MN.T, recipe.gradients),
+        dtype.dtype,
+    )
+    return dx_MK.reshape(*dy.shape[:-1], dx_MK.shape[1]), dw_KN
+
+
+fp8_dot.defvjp(_forward, _backward)
+
+
+def make_dot_general(recipe: Recipe) -> Callable[..., jax.Array]:
+    """`fp8_dot` as a `jax.lax.dot_general` of the kind that linear layers call.
+
+    Its right operand may have several dimensions that aren't summed, and is quantized
+    as the matrix that they make together.
+
+    Raises (when called):
+      ValueError: batch dimensions, or other than the left's last and the right's first
+        dimension are summed.
+    """
+
+    def dot_general(
+        x: jax.Array,
+        w: jax.Array,
+        dimension_numbers: Any,
+        precision: Any = None,
+        preferred_element_type: jax.typing.DTypeLike | None = None,
+    ) -> jax.Array:
+        del precision  # is e4m3's
+        (of_x, of_w), batch = dimension_numbers
+        if any(map(len, batch)) or tuple(of_x) != (x.ndim - 1,) or tuple(of_w) != (0,):
+            raise ValueError(
+                f"an FP8 product with dimension_numbers={dimension_numbers}: it can "
+                f"only be (({x.ndim - 1},), (0,)), ((), ()), a linear layer's."
+            )
+        y: jax.Array = fp8_dot(x, w.reshape(w.shape[0], -1), recipe)
+        y = y.reshape(*x.shape[:-1], *w.shape[1:])
+        return y if preferred_element_type is None else y.astype(preferred_element_type)
+
+    return dot_general
+
+
+def _round_up(scale: jax.Array) -> jax.Array:
+    """To a power of two: the bits of a positive float32 are in its numbers' order."""
+    bits = lax.bitcast_convert_type(scale, jnp.int32)
+    mantissa = (1 << 23) - 1
+    up = (bits + mantissa) & ~mantissa
+    # NaN and infinity have the largest exponent, and stay what they are.
+    return jnp.where(
+        jnp.isfinite(scale), lax.bitcast_convert_type(up, jnp.float32), scale
+    )
+
+
+def _tiles(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
+    """[..., n, size, ...] for the block's dimensions, filled with zeros; its axes."""
+    lead = x.ndim - len(block)
+    shape, padding, axes = list(x.shape[:lead]), [(0, 0)] * lead, []
+    for dim, size in zip(x.shape[lead:], block, strict=True):
+        size = dim if size == WHOLE else min(size, max(dim, 1))
+        count = math.ceil(dim / size) if size else 1
+        padding.append((0, count * size - dim))
+        shape += [count, size]
+        axes.append(len(shape) - 1)
+    return jnp.pad(x, padding).reshape(shape), tuple(axes)
+
+
+def _from_tiles(tiles: jax.Array, shape: Sequence[int]) -> jax.Array:
+    count = tiles.ndim - len(shape)  # dimensions that were cut in two
+    lead = len(shape) - count
+    merged = [
+        tiles.shape[lead + 2 * i] * tiles.shape[lead + 2 * i + 1] for i in range(count)
+    ]
+    whole = tiles.reshape(*shape[:lead], *merged)
+    return whole[tuple(slice(size) for size in shape)]
+
+
+def _block_of(x: Quantized) -> Block:
+    """That of all dimensions, as a scale's shape tells it."""
+
+    def size(dim: int, count: int) -> int:
+        if count == num_blocks(dim):
+            return BLOCK
+        return 1 if count == dim else WHOLE
+
+    return tuple(map(size, x.data.shape, x.scale.shape))
