@@ -12,6 +12,7 @@ import pytest
 
 from jmoe.balance import dropping
 from jmoe.config import model, run
+from jmoe.ops import fp8
 from jmoe.parallel import exchange
 from jmoe.train import optimizer, schedules
 
@@ -130,11 +131,19 @@ def test_a_new_flag_is_a_decision():
     [
         (run.SCHEDULES, schedules.SCHEDULES),
         (run.OPTIMIZERS, optimizer.OPTIMIZERS),
+        (run.PRECISIONS, ["native", *fp8.RECIPES]),
         (model.EXCHANGES, exchange.BACKENDS),
         (model.WIRE_DTYPES, exchange.WIRES),
         (model.DROP_ORDERS, dropping.DROP_ORDERS),
     ],
-    ids=["schedules", "optimizers", "exchanges", "wire_dtypes", "drop_orders"],
+    ids=[
+        "schedules",
+        "optimizers",
+        "precisions",
+        "exchanges",
+        "wire_dtypes",
+        "drop_orders",
+    ],
 )
 def test_the_names_a_record_allows_are_those_of_its_table(names, table):
     assert names == tuple(table)

@@ -15,6 +15,15 @@ from jmoe.config.model import ModelConfig
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
 OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
+# In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
+# of the recipes of `jmoe.ops.fp8`.
+PRECISIONS = (
+    "native",
+    "fp8",
+    "fp8_power_of_two",
+    "fp8_tensor",
+    "fp8_square_gradients",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,8 +148,15 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
+    precision: str = "native"
 
     def __post_init__(self):
+        checks.one_of(self, precision=PRECISIONS)
+        if self.precision != "native" and self.model.moe.backend.startswith("ragged"):
+            raise ValueError(
+                f"precision={self.precision!r} needs experts with FP8 products: "
+                f"model.moe.backend={self.model.moe.backend!r} has none, 'blocks' has."
+            )
         length, limit = self.data.sequence_length, self.model.max_positions
         if length > limit:
             raise ValueError(

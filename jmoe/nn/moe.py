@@ -15,7 +15,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, named_param
 from jmoe.nn.router import Router, Stats
-from jmoe.ops import grouped
+from jmoe.ops import fp8, grouped
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 
@@ -48,10 +48,14 @@ class SwiGLU(nn.Module):
 
 
 class RoutedExperts(nn.Module):
-    """The routed experts' weights, applied to each token's chosen ones."""
+    """The routed experts' weights, applied to each token's chosen ones.
+
+    They multiply as `dot_general` does if that is FP8, and else in x's dtype.
+    """
 
     cfg: MoEConfig
     init_std: float
+    dot_general: DotGeneral = jax.lax.dot_general
 
     @nn.compact
     def __call__(
@@ -81,7 +85,8 @@ class RoutedExperts(nn.Module):
             """The experts that are here, on the tokens of all the tensor group."""
             of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
-            y = grouped.BACKENDS[cfg.backend](x, expert, gate, *weights)
+            recipe = fp8.recipe_of(self.dot_general)
+            y = grouped.BACKENDS[cfg.backend](x, expert, gate, *weights, recipe=recipe)
             return collectives.scatter_sum(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
@@ -98,7 +103,7 @@ class MoE(nn.Module):
     def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Stats]:
         cfg = self.cfg
         routing, stats = Router(cfg.router, self.init_std, name="router")(x_BSD)
-        experts = RoutedExperts(cfg, self.init_std, name="experts")
+        experts = RoutedExperts(cfg, self.init_std, self.dot_general, name="experts")
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         routed = experts(x_ND, *routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)

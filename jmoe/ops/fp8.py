@@ -179,7 +179,8 @@ def _backward(recipe: Recipe, saved: Any, dy: jax.Array):
 fp8_dot.defvjp(_forward, _backward)
 
 
-def make_dot_general(recipe: Recipe) -> Callable[..., jax.Array]:
+@dataclasses.dataclass(frozen=True)
+class DotGeneral:
     """`fp8_dot` as a `jax.lax.dot_general` of the kind that linear layers call.
 
     Its right operand may have several dimensions that aren't summed, and is quantized
@@ -190,7 +191,10 @@ def make_dot_general(recipe: Recipe) -> Callable[..., jax.Array]:
         dimension are summed.
     """
 
-    def dot_general(
+    recipe: Recipe
+
+    def __call__(
+        self,
         x: jax.Array,
         w: jax.Array,
         dimension_numbers: Any,
@@ -204,11 +208,19 @@ def make_dot_general(recipe: Recipe) -> Callable[..., jax.Array]:
                 f"an FP8 product with dimension_numbers={dimension_numbers}: it can "
                 f"only be (({x.ndim - 1},), (0,)), ((), ()), a linear layer's."
             )
-        y: jax.Array = fp8_dot(x, w.reshape(w.shape[0], -1), recipe)
+        y: jax.Array = fp8_dot(x, w.reshape(w.shape[0], -1), self.recipe)
         y = y.reshape(*x.shape[:-1], *w.shape[1:])
         return y if preferred_element_type is None else y.astype(preferred_element_type)
 
-    return dot_general
+
+def dot_general(precision: str) -> Callable[..., jax.Array]:
+    """What linear layers multiply by: one of RECIPES, or "native", JAX's own."""
+    return lax.dot_general if precision == "native" else DotGeneral(RECIPES[precision])
+
+
+def recipe_of(dot_general: Callable[..., jax.Array]) -> Recipe | None:
+    """That by which it multiplies; None: it isn't FP8."""
+    return dot_general.recipe if isinstance(dot_general, DotGeneral) else None
 
 
 def _round_up(scale: jax.Array) -> jax.Array:

@@ -157,10 +157,16 @@ def _backend(backward: Callable[[Saved, jax.Array], Any]) -> Callable[..., jax.A
     """
 
     @jax.custom_vjp
-    def routed_mlp(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+    def of_arrays(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
         return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
 
-    routed_mlp.defvjp(_forward, backward)
+    of_arrays.defvjp(_forward, backward)
+
+    def routed_mlp(*arrays: jax.Array, recipe: Any = None) -> jax.Array:
+        if recipe is not None:
+            raise NotImplementedError("The ragged backends have no FP8 products.")
+        return of_arrays(*arrays)
+
     return routed_mlp
 
 

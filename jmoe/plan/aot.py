@@ -18,6 +18,7 @@ from jax.experimental import topologies
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
+from jmoe.ops import fp8
 from jmoe.parallel import compiler
 from jmoe.parallel.mesh import make_mesh
 from jmoe.plan.device import Device
@@ -99,7 +100,7 @@ def abstract_step(
     run: RunConfig, devices: Sequence[Any]
 ) -> tuple[TrainStep, TrainState, Any]:
     """The step, and the shapes of its state and batch, which know where they lie."""
-    model = Transformer(run.model)
+    model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))

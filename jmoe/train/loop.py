@@ -40,6 +40,7 @@ from jmoe.data.loader import Loader
 from jmoe.data.packing import Batch
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
+from jmoe.ops import fp8
 from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
 from jmoe.train import report, run_files, schedules, stages
@@ -75,7 +76,7 @@ def train(
     """
     cfg = run.train
     _agree_on_run(run, workdir)
-    model = Transformer(run.model)
+    model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe.exchange, layout.mesh)
     if run.mesh.pipe > 1:

@@ -153,12 +153,12 @@ def test_the_last_of_several_assignments_counts():
         (
             "=3",
             "Unknown field ''; known: name, model, data, train, optimizer, mesh, "
-            "pipeline.",
+            "pipeline, precision.",
         ),
         (
             "trian.steps=3",
             "Unknown field 'trian'; known: name, model, data, train, optimizer, mesh, "
-            "pipeline. Did you mean 'train'?",
+            "pipeline, precision. Did you mean 'train'?",
         ),
         ("train.steps.x=3", "train.steps is a plain value; it has no field 'x'."),
         (

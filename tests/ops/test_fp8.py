@@ -247,7 +247,7 @@ def test_the_recipes_differ_in_what_they_say_and_in_nothing_else():
 
 def test_a_layer_takes_it_as_its_product():
     x = jax.random.normal(jax.random.key(0), (2, 5, 150))
-    dot_general = fp8.make_dot_general(fp8.RECIPES["fp8"])
+    dot_general = fp8.dot_general("fp8")
     dense = nn.Dense(40, use_bias=False, dot_general=dot_general)
     variables = dense.init(jax.random.key(1), x)
     want = fp8.fp8_dot(x, variables["params"]["kernel"], fp8.RECIPES["fp8"])
@@ -263,7 +263,7 @@ def test_a_layer_takes_it_as_its_product():
     "dimension_numbers", [(((0,), (0,)), ((), ())), (((2,), (1,)), ((0,), (0,)))]
 )
 def test_other_products_are_refused(dimension_numbers):
-    dot_general = fp8.make_dot_general(fp8.RECIPES["fp8"])
+    dot_general = fp8.dot_general("fp8")
     x = jnp.ones((2, 2, 2))
     with pytest.raises(ValueError, match="a linear layer's"):
         dot_general(x, x, dimension_numbers)

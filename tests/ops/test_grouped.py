@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.extend import core
 
 from jmoe.config import model
-from jmoe.ops import grouped
+from jmoe.ops import fp8, grouped, grouped_blocks
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
 E, D, F = 7, 12, 6
@@ -37,12 +37,12 @@ def value_and_gradients(routed_mlp, expert_TK, dy_TD, x, gates, gate_up, down):
     )
 
 
-def floats(shape_TK, dtype=np.float32):
+def floats(shape_TK, dtype=np.float32, hidden=D, mlp=F):
     """Output cotangent, tokens, gates (a quarter of them 0) and weights."""
     rng = np.random.default_rng(0)
     tokens, _ = shape_TK
     gate_TK = rng.uniform(0.1, 1, shape_TK) * (rng.random(shape_TK) < 0.75)
-    shapes = (tokens, D), (tokens, D), (E, D, 2, F), (E, F, D)
+    shapes = (tokens, hidden), (tokens, hidden), (E, hidden, 2, mlp), (E, mlp, hidden)
     dy, x, gate_up, down = (jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
     return dy, x, jnp.asarray(gate_TK, np.float32), gate_up, down
 
@@ -53,7 +53,9 @@ def random_choices(tokens, k, choices, seed=1):
     return np.stack([rng.choice(choices, k, replace=False) for _ in range(tokens)])
 
 
-TOKENS = grouped.BLOCK + 45  # no block divides them, and no block holds an expert's
+TOKENS = (
+    grouped_blocks.BLOCK + 45
+)  # no block divides them, and no block holds an expert's
 CHOICES = {
     "random": random_choices(TOKENS, 3, E),
     "idle_experts": random_choices(TOKENS, 3, [0, 2, 5]),
@@ -106,6 +108,77 @@ def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
     compare(got, {"gates": jnp.einsum("ktd,td->tk", y_KTD, dy_TD)}, 2e-6)
     assert not any(got[name].any() for name in ("y", "x", "gate_up", "down"))
+
+
+BLOCKS = [name for name in grouped.BACKENDS if not name.startswith("ragged")]
+
+
+def one_by_one(recipe, expert_TK, dy_TD, x_TD, gate_TK, gate_up_ED2F, down_EFD):
+    """Each expert's FP8 products, on all of its rows at once, and their gradients."""
+    left = fp8.roundings(fp8.RECIPES[recipe])
+
+    def outer(x_RI, dy_RO):
+        return left.activations(x_RI.T) @ left.gradients(dy_RO.T).T
+
+    y_TD, dx_TD = jnp.zeros_like(x_TD), jnp.zeros_like(x_TD)
+    d_gate_TK = jnp.zeros_like(gate_TK)
+    d_gate_up, d_down = [], []
+    for e in range(E):
+        t, k = np.nonzero(np.asarray(expert_TK) == e)
+        gate_R1 = gate_TK[t, k][:, None]
+        gate_up_DX = left.weights(gate_up_ED2F[e].reshape(x_TD.shape[1], -1))
+        down_FD = left.weights(down_EFD[e])
+        x_RD = left.activations(x_TD[t])
+        swiglu = lambda h: jax.nn.silu(h[:, : len(down_FD)]) * h[:, len(down_FD) :]  # noqa: B023, E731
+        act_RF, pull = jax.vjp(swiglu, x_RD @ gate_up_DX)
+        act_RF = left.activations(act_RF)
+        y_TD = y_TD.at[t].add(gate_R1 * (act_RF @ down_FD))
+        d_act_RF = left.gradients(dy_TD[t]) @ down_FD.T
+        d_gate_TK = d_gate_TK.at[t, k].set((d_act_RF * act_RF).sum(-1))
+        (d_h_RX,) = pull(d_act_RF * gate_R1)
+        dx_TD = dx_TD.at[t].add(left.gradients(d_h_RX) @ gate_up_DX.T)
+        d_gate_up.append(outer(x_RD, d_h_RX).reshape(gate_up_ED2F.shape[1:]))
+        d_down.append(outer(act_RF * gate_R1, dy_TD[t]))
+    return {
+        "y": y_TD,
+        "x": dx_TD,
+        "gates": d_gate_TK,
+        "gate_up": jnp.stack(d_gate_up),
+        "down": jnp.stack(d_down),
+    }
+
+
+def off_by(got, want):
+    """How far each tensor is, of its own length."""
+    return {
+        name: np.linalg.norm(got[name] - x) / np.linalg.norm(x)
+        for name, x in want.items()
+    }
+
+
+@pytest.mark.parametrize("backend", BLOCKS)
+def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
+    expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
+    arrays = floats(expert_TK.shape, hidden=200, mlp=150)
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
+    got = value_and_gradients(routed_mlp, expert_TK, *arrays)
+    want = one_by_one("fp8", expert_TK, *arrays)
+    # A sum in another order may be rounded to the neighbouring e4m3 number.
+    assert max(off_by(got, want).values()) < 1e-3
+    exact = value_and_gradients(dense, expert_TK, *arrays)
+    assert min(off_by(got, exact).values()) > 1e-2
+
+
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe):
+    expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
+    arrays = floats(expert_TK.shape, hidden=200, mlp=150)
+    routed_mlp = functools.partial(
+        grouped_blocks.routed_mlp_blocks, recipe=fp8.RECIPES[recipe]
+    )
+    got = value_and_gradients(routed_mlp, expert_TK, *arrays)
+    off = off_by(got, value_and_gradients(dense, expert_TK, *arrays))
+    assert 1e-2 < min(off.values()) and max(off.values()) < 0.12
 
 
 def equations(backend):
@@ -192,26 +265,28 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
         layer = shape((8, 256, 2, 128)), shape((8, 128, 256))
         choices = jax.ShapeDtypeStruct((16, 2), np.int32)
         arrays = [layer] * layers, shape((16, 256)), choices, shape((16, 2))
-        lowered = gradient_norms.lower(grouped.routed_mlp_blocks, *arrays)
+        lowered = gradient_norms.lower(grouped_blocks.routed_mlp_blocks, *arrays)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     gradient_bytes = 4 * 8 * 256 * 3 * 128
     assert temporary_bytes(3) - temporary_bytes(1) < gradient_bytes
 
 
-MOST = 3 * grouped.BLOCK  # rows of one expert
-plan_tasks = jax.jit(grouped.plan_tasks, static_argnums=1)
+MOST = 3 * grouped_blocks.BLOCK  # rows of one expert
+plan_tasks = jax.jit(grouped_blocks.plan_tasks, static_argnums=1)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, MOST), min_size=5, max_size=5))
 @example([0] * 5)
-@example([grouped.BLOCK, 0, 2 * grouped.BLOCK, 1, grouped.BLOCK + 1])
+@example(
+    [grouped_blocks.BLOCK, 0, 2 * grouped_blocks.BLOCK, 1, grouped_blocks.BLOCK + 1]
+)
 @example([MOST] * 5)
 def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
     tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST)  # the rest is nobody's
     count = int(tasks.count)
-    assert count == sum(-(-size // grouped.BLOCK) for size in sizes)
+    assert count == sum(-(-size // grouped_blocks.BLOCK) for size in sizes)
     own = [np.array(x)[:count] for x in (tasks.expert_M, tasks.start_M, tasks.rows_M)]
     covered = [
         (expert, row)
@@ -220,7 +295,7 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
     ]
     owner = np.repeat(np.arange(5), sizes)
     assert covered == list(zip(owner, range(sum(sizes)), strict=True))
-    assert own[2].max(initial=0) <= grouped.BLOCK
+    assert own[2].max(initial=0) <= grouped_blocks.BLOCK
 
 
 def test_the_config_knows_the_same_backends():
