@@ -13,6 +13,7 @@ import optax
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
+from jmoe.ops import fp8
 from jmoe.train import layout as layouts
 from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
@@ -41,7 +42,7 @@ class Trainer(NamedTuple):
 
     @classmethod
     def of(cls, run, variables):
-        model = Transformer(run.model)
+        model = Transformer(run.model, fp8.dot_general(run.precision))
         optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.train.steps))
         layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
         params = variables["params"]

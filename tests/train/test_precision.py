@@ -1,0 +1,114 @@
+"""Training with FP8 products: which tensors they touch, how far they lead astray."""
+
+import jax
+import numpy as np
+import pytest
+from jax.extend import core
+
+from jmoe.config import RunConfig, override
+from jmoe.ops import fp8
+from tests.train.training import Trainer, batch, on, random_variables
+
+VOCAB, EXPERTS, LENGTH = 312, 56, 40  # like no other dimension of the model
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def run(smallest) -> RunConfig:
+    return override(
+        smallest,
+        [
+            f"model.vocab_size={VOCAB}",
+            "model.hidden_dim=160",  # more than a block
+            "model.num_layers=3",
+            f"model.moe.router.num_experts={EXPERTS}",
+            f"data.sequence_length={LENGTH}",
+            "train.batch_size=8",
+            "train.microbatch_size=8",
+            "train.ramp_start=none",
+            "optimizer.schedule={'name': 'constant', 'peak': 1e-3}",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def variables(run):
+    scale = 0.25  # of weights that many numbers are summed with
+    return jax.tree.map(lambda x: scale * x, random_variables(run))
+
+
+@pytest.fixture(scope="module")
+def native(run, variables):
+    return Trainer.of(run, variables).train(STEPS)
+
+
+def distance(got, want):
+    """Of the steps' gradients, as a part of their length."""
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    off = sum(float(np.square(g - w).sum()) for g, w in pairs)
+    return np.sqrt(off / sum(float(np.square(w).sum()) for w in jax.tree.leaves(want)))
+
+
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_a_step_is_off_by_what_e4m3_rounds(run, variables, native, recipe):
+    changed = override(run, [f"precision={recipe}"])
+    got, want = Trainer.of(changed, variables).train(1)[0], native[0]
+    np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=5e-3)
+    assert got.metrics["loss"] != want.metrics["loss"]
+    assert 1e-3 < distance(got.gradients, want.gradients) < 0.15
+
+
+@pytest.mark.parametrize("mesh", ["data=2,expert=4,tensor=2", "pipe=2,data=4,expert=2"])
+def test_a_mesh_trains_in_fp8_as_one_device_does(run, variables, native, mesh):
+    in_fp8 = override(run, ["precision=fp8"])
+    one = Trainer.of(in_fp8, variables).train(STEPS)
+    many = Trainer.of(on(in_fp8, mesh), variables).train(STEPS)
+    for got, want, exact in zip(many, one, native, strict=True):
+        # Blocks end where a device's part does, so that a few numbers round otherwise.
+        np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=2e-3)
+        astray = distance(want.gradients, exact.gradients)
+        assert distance(got.gradients, want.gradients) < 1.5 * astray
+
+
+def test_embedding_head_router_norms_and_softmax_stay_as_they_are(run, variables):
+    trainer = Trainer.of(override(run, ["precision=fp8"]), variables)
+    jaxpr = jax.make_jaxpr(trainer.step)(trainer.state, batch(run, seed=0)).jaxpr
+    shapes = set(quantized(jaxpr))
+    cfg = run.model
+    hidden = cfg.hidden_dim
+    assert shapes and not any(VOCAB in shape for shape in shapes)
+    matrices = {shape[-2:] for shape in shapes}
+    assert not {(hidden, EXPERTS), (EXPERTS, hidden)} & matrices
+    assert (LENGTH, LENGTH) not in matrices
+    # What is quantized: both sides of all linear layers and of the experts.
+    tokens = run.train.batch_size * LENGTH
+    assert {(tokens, hidden), (hidden, cfg.attention.kv_latent_dim + 8)} <= matrices
+    assert (EXPERTS, hidden, 2 * cfg.moe.expert_mlp_dim) in shapes
+
+
+def quantized(jaxpr):
+    """Shapes of all arrays that become e4m3."""
+    for equation in jaxpr.eqns:
+        for out in equation.outvars:
+            if getattr(out.aval, "dtype", None) == fp8.DTYPE:
+                yield out.aval.shape
+        for value in jax.tree.leaves(
+            list(equation.params.values()),
+            is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr),
+        ):
+            if isinstance(value, core.ClosedJaxpr):
+                yield from quantized(value.jaxpr)
+            elif isinstance(value, core.Jaxpr):
+                yield from quantized(value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["precision=int3"], "'int3' is not one of 'native', 'fp8'"),
+        (["precision=fp8", "model.moe.backend=ragged"], "'ragged' has none"),
+    ],
+)
+def test_a_precision_that_is_not_there_is_refused(run, settings, message):
+    with pytest.raises(ValueError, match=message):
+        override(run, settings)
