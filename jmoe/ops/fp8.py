@@ -23,7 +23,6 @@ Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -68,6 +67,9 @@ class Recipe:
     weights: Block = SQUARE
     gradients: Block = ROW
     power_of_two: bool = False  # scales, rounded up
+
+    def quantize(self, x: jax.Array, block: Block) -> Quantized:
+        return quantize(x, block, power_of_two=self.power_of_two)
 
 
 RECIPES = {
@@ -122,13 +124,12 @@ class Roundings(NamedTuple):
 def roundings(recipe: Recipe | None) -> Roundings:
     """Those of a recipe; None: everything is left as it is."""
 
-    def rounded(x: jax.Array, block: Block) -> jax.Array:
-        assert recipe is not None
-        quantized = quantize(x, block, power_of_two=recipe.power_of_two)
-        return dequantize(quantized, x.dtype)
-
     if recipe is None:
         return Roundings(*[lambda x: x] * 3)
+
+    def rounded(x: jax.Array, block: Block) -> jax.Array:
+        return dequantize(recipe.quantize(x, block), x.dtype)
+
     blocks = recipe.activations, recipe.weights, recipe.gradients
     return Roundings(*(functools.partial(rounded, block=block) for block in blocks))
 
@@ -155,9 +156,8 @@ def fp8_dot(x: jax.Array, w_KN: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def _forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
-    quantize_as = functools.partial(quantize, power_of_two=recipe.power_of_two)
-    x_MK = quantize_as(x.reshape(-1, x.shape[-1]), recipe.activations)
-    w = quantize_as(w_KN, recipe.weights)
+    x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
+    w = recipe.quantize(w_KN, recipe.weights)
     y_MN = matmul(x_MK, w.mT, x.dtype)
     dtype = jnp.zeros(0, w_KN.dtype)
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), (x_MK, w, dtype)
@@ -165,12 +165,11 @@ def _forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
 
 def _backward(recipe: Recipe, saved: Any, dy: jax.Array):
     x_MK, w, dtype = saved
-    quantize_as = functools.partial(quantize, power_of_two=recipe.power_of_two)
     dy_MN = dy.reshape(-1, dy.shape[-1])
-    dx_MK = matmul(quantize_as(dy_MN, recipe.gradients), w, dy.dtype)
+    dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), w, dy.dtype)
     dw_KN = matmul(
-        quantize_as(dequantize(x_MK, jnp.float32).T, recipe.activations),
-        quantize_as(dy_MN.T, recipe.gradients),
+        recipe.quantize(dequantize(x_MK, jnp.float32).T, recipe.activations),
+        recipe.quantize(dy_MN.T, recipe.gradients),
         dtype.dtype,
     )
     return dx_MK.reshape(*dy.shape[:-1], dx_MK.shape[1]), dw_KN
@@ -240,7 +239,7 @@ def _tiles(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
     shape, padding, axes = list(x.shape[:lead]), [(0, 0)] * lead, []
     for dim, size in zip(x.shape[lead:], block, strict=True):
         size = dim if size == WHOLE else min(size, max(dim, 1))
-        count = math.ceil(dim / size) if size else 1
+        count = -(-dim // size) if size else 1
         padding.append((0, count * size - dim))
         shape += [count, size]
         axes.append(len(shape) - 1)

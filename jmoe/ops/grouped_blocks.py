@@ -90,8 +90,8 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     tasks = plan_tasks(rows.size_E, expert_TK.size)
     gate_N = _take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = gate_up_ED2F.reshape(num_experts, -1, 2 * mlp_dim)
-    x_TD, weights = left.activations(x_TD), (gate_up_EDX, down_EFD)
-    left_weights = tuple(map(left.weights, weights))
+    x_TD = left.activations(x_TD)
+    left_weights = left.weights(gate_up_EDX), left.weights(down_EFD)
 
     def run(i, carry):
         y_TD, h_NX = carry
@@ -115,7 +115,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     room = (rows.token_N.size, 2 * mlp_dim)
     h_NX = _zeros_after(x_TD, room) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
-    saved = Saved(x_TD, gate_TK, gate_N, *weights, rows, h_NX)
+    saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.core import meta
-from jax.extend import core
 
 from jmoe.config import override
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.ops import rope
 from jmoe.parallel.passes import split
 from tests.parallel.toy_layers import ALL, LAYERS, D, F, N, arguments
+from tests.programs import equations
 
 each_layer = pytest.mark.parametrize("name", ALL)
 
@@ -70,17 +70,9 @@ def in_turn(layer, weights, at_hand, x, d_output):
 
 def products(jaxpr):
     """The dot_generals of a function, and of those that it calls."""
-    for equation in jaxpr.eqns:
+    for equation, _ in equations(jaxpr):
         if equation.primitive.name == "dot_general":
             yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
-        ):
-            if isinstance(value, core.ClosedJaxpr):
-                yield from products(value.jaxpr)
-            elif isinstance(value, core.Jaxpr):
-                yield from products(value)
 
 
 def counts(traces):

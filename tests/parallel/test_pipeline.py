@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend import core
 from jax.sharding import PartitionSpec
 
 from jmoe.config import MeshConfig
@@ -18,6 +17,7 @@ from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.schedule import SCHEDULES, build
 from jmoe.parallel.schedule.ticks import SELF, as_ticks, forward_only
 from tests.parallel.toy_pipeline import KINDS, Cut, M, arguments, enter, leave
+from tests.programs import equations
 
 each_schedule = pytest.mark.parametrize("name", SCHEDULES)
 each_size = pytest.mark.parametrize("ranks", [2, 4])
@@ -144,21 +144,11 @@ def test_forward_passes_alone_find_the_same_sums(name, ranks):
         assert_same(jax.tree.map(by_layer, seen), measured[kind])
 
 
-def permutations(jaxpr, inside=()):
+def permutations(jaxpr):
     """What is around each ppermute of a program."""
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        if name == "ppermute":
+    for equation, inside in equations(jaxpr):
+        if equation.primitive.name == "ppermute":
             yield inside
-        parts = jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: isinstance(x, core.Jaxpr | core.ClosedJaxpr),
-        )
-        for part in parts:
-            if isinstance(part, core.ClosedJaxpr):
-                part = part.jaxpr
-            if isinstance(part, core.Jaxpr):
-                yield from permutations(part, (*inside, name))
 
 
 @each_size

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 import pytest
-from jax.extend import core
 
 from jmoe.config import RunConfig, override
 from jmoe.ops import fp8
+from tests.programs import equations
 from tests.train.training import Trainer, batch, on, random_variables
 
 VOCAB, EXPERTS, LENGTH = 312, 56, 40  # like no other dimension of the model
@@ -42,6 +42,11 @@ def native(run, variables):
     return Trainer.of(run, variables).train(STEPS)
 
 
+@pytest.fixture(scope="module")
+def in_fp8(run, variables):
+    return Trainer.of(override(run, ["precision=fp8"]), variables).train(STEPS)
+
+
 def distance(got, want):
     """Of the steps' gradients, as a part of their length."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
@@ -59,11 +64,9 @@ def test_a_step_is_off_by_what_e4m3_rounds(run, variables, native, recipe):
 
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=4,tensor=2", "pipe=2,data=4,expert=2"])
-def test_a_mesh_trains_in_fp8_as_one_device_does(run, variables, native, mesh):
-    in_fp8 = override(run, ["precision=fp8"])
-    one = Trainer.of(in_fp8, variables).train(STEPS)
-    many = Trainer.of(on(in_fp8, mesh), variables).train(STEPS)
-    for got, want, exact in zip(many, one, native, strict=True):
+def test_a_mesh_trains_in_fp8_as_one_device_does(run, variables, native, in_fp8, mesh):
+    many = Trainer.of(on(run, mesh, "precision=fp8"), variables).train(STEPS)
+    for got, want, exact in zip(many, in_fp8, native, strict=True):
         # Blocks end where a device's part does, so that a few numbers round otherwise.
         np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=2e-3)
         astray = distance(want.gradients, exact.gradients)
@@ -88,18 +91,10 @@ def test_embedding_head_router_norms_and_softmax_stay_as_they_are(run, variables
 
 def quantized(jaxpr):
     """Shapes of all arrays that become e4m3."""
-    for equation in jaxpr.eqns:
+    for equation, _ in equations(jaxpr):
         for out in equation.outvars:
             if getattr(out.aval, "dtype", None) == fp8.DTYPE:
                 yield out.aval.shape
-        for value in jax.tree.leaves(
-            list(equation.params.values()),
-            is_leaf=lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr),
-        ):
-            if isinstance(value, core.ClosedJaxpr):
-                yield from quantized(value.jaxpr)
-            elif isinstance(value, core.Jaxpr):
-                yield from quantized(value)
 
 
 @pytest.mark.parametrize(
