@@ -13,12 +13,14 @@ tasks' own times.
 
 Eight layers of the `bench_s` shape with 32 experts, in float32, on 4 ranks; a step has
 8 microbatches of one sequence. Weights are at rest before, and gradients after: the
-step without the optimizer. All take turns, as in the suite `train_cpu`.
+step without the optimizer. One schedule after another takes turns with the tasks alone:
+a step needs up to 10 GiB, so that not all of them can wait side by side.
 """
 
-import contextlib
+import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from experiments.benchmarks.report import Figure, Report
 from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
@@ -43,7 +45,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     )
     workload = Workload(model=model, batch=MICROBATCHES, length=512)
     say(f"{len(SCHEDULES)} schedules: compiling them takes some minutes")
-    turns = measure(workload, rounds)
+    measured = measure(workload, rounds)
     return Report(
         suite="pipeline",
         compared=(),
@@ -54,38 +56,47 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
             "length": workload.length,
             "rounds": rounds,
         },
-        figures=list(figures(turns)),
+        figures=list(figures(measured)),
         samples={
-            "loss": {name: turns[name][-1].result for name in SCHEDULES},
-            "seconds": {name: [t.seconds for t in turns[name]] for name in SCHEDULES},
-            ALONE: [turn.result for turn in turns[ALONE]],
+            "loss": {
+                name: of_name.step[-1].result for name, of_name in measured.items()
+            },
+            "seconds": {
+                name: [turn.seconds for turn in of_name.step]
+                for name, of_name in measured.items()
+            },
+            ALONE: {
+                name: [turn.result for turn in of_name.alone]
+                for name, of_name in measured.items()
+            },
         },
     )
 
 
+class Measured(NamedTuple):
+    """Turns of a schedule's step, and those of the tasks alone in the same rounds."""
+
+    step: Sequence[Turn]
+    alone: Sequence[Turn]
+
+
 def measure(
     workload: Workload, rounds: int, schedules: Sequence[str] = SCHEDULES
-) -> Mapping[str, Sequence[Turn]]:
-    """Turns of the schedules, and of the tasks alone."""
-    with contextlib.ExitStack() as stack:
-        seats = {
-            name: Seat(
-                stack.enter_context(
-                    _worker(
-                        "gradients",
-                        devices=RANKS,
-                        workload=workload,
-                        ranks=RANKS,
-                        pipeline=PipelineConfig(schedule=name),
-                    )
-                ),
-                "step",
-            )
-            for name in schedules
-        }
-        alone = _worker("alone", devices=1, workload=workload, ranks=RANKS)
-        seats[ALONE] = Seat(stack.enter_context(alone), "seconds")
-        return take_turns(seats, rounds)
+) -> dict[str, Measured]:
+    """Schedules by name."""
+    measured = {}
+    with _worker("alone", devices=1, workload=workload, ranks=RANKS) as alone:
+        for name in schedules:
+            with _worker(
+                "gradients",
+                devices=RANKS,
+                workload=workload,
+                ranks=RANKS,
+                pipeline=PipelineConfig(schedule=name),
+            ) as step:
+                seats = {"step": Seat(step, "step"), "alone": Seat(alone, "seconds")}
+                measured[name] = Measured(**take_turns(seats, rounds))
+    return measured
 
 
 def _worker(side: str, devices: int, **options) -> Worker:
@@ -97,35 +108,42 @@ def _worker(side: str, devices: int, **options) -> Worker:
     )
 
 
-def figures(turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
+def figures(measured: Mapping[str, Measured]) -> Iterator[Figure]:
     """Times, their ratios within a round, ticks and memory."""
-    tasks = [
-        MICROBATCHES * sum(map(sum, turn.result.values())) for turn in turns[ALONE]
-    ]
-    seconds = {name: [t.seconds[0] for t in turns[name]] for name in SCHEDULES}
+    tasks = {
+        name: [MICROBATCHES * sum(map(sum, t.result.values())) for t in of_name.alone]
+        for name, of_name in measured.items()
+    }
+    steps = {
+        name: [turn.seconds[0] for turn in of_name.step]
+        for name, of_name in measured.items()
+    }
     yield Figure(
         name="tasks alone",
-        value=statistics.median(tasks),
+        value=statistics.median(itertools.chain(*tasks.values())),
         unit="s",
         definition=f"sum of all tasks of {MICROBATCHES} microbatches, one by one",
     )
-    for name, of_name in seconds.items():
+    for name, seconds in steps.items():
         yield Figure(
             name=f"step, {name}",
-            value=statistics.median(of_name),
+            value=statistics.median(seconds),
             unit="s",
             definition=f"gradients of {MICROBATCHES} microbatches on {RANKS} ranks",
         )
-    for name, of_name in seconds.items():
+    for name, seconds in steps.items():
         yield Figure(
             name=f"step, {name} / tasks alone",
-            value=statistics.median(a / b for a, b in zip(of_name, tasks, strict=True)),
+            value=statistics.median(
+                a / b for a, b in zip(seconds, tasks[name], strict=True)
+            ),
             unit="×",
             definition="the median over rounds",
             at_most=1.15,
         )
-    costs = task_costs(turns[ALONE][-1].result)
-    for name in SCHEDULES:
+    last = list(measured.values())[-1].alone[-1]
+    costs = task_costs(last.result)
+    for name in measured:
         ticks = make_ticks(name)
         yield Figure(
             name=f"ticks, {name}",
@@ -139,10 +157,11 @@ def figures(turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
             unit="s",
             definition="each tick as long as its longest task, by the stages' mean",
         )
-    for name in turns:
+    peak = {name: of_name.step[-1].peak_bytes for name, of_name in measured.items()}
+    for name, size in {**peak, ALONE: last.peak_bytes}.items():
         yield Figure(
             name=f"peak memory, {name}",
-            value=turns[name][-1].peak_bytes / 2**30,
+            value=size / 2**30,
             unit="GiB",
             definition="ru_maxrss of all ranks, compilation included",
         )

@@ -25,7 +25,8 @@ WORKLOAD = dataclasses.replace(
 
 
 def test_a_schedule_and_the_tasks_alone_are_of_one_devices_loss():
-    turns = pipeline.measure(WORKLOAD, rounds=1, schedules=("dualpipe",))
+    measured = pipeline.measure(WORKLOAD, rounds=1, schedules=("dualpipe",))
+    step, alone = measured["dualpipe"]
     tokens_BT = WORKLOAD.token_ids()
     model = Transformer(WORKLOAD.model)
 
@@ -35,8 +36,8 @@ def test_a_schedule_and_the_tasks_alone_are_of_one_devices_loss():
         return (jax.nn.logsumexp(logits, -1) - picked).mean()
 
     want = jax.jit(loss)(jax.jit(functools.partial(make_variables, model, 0))())
-    np.testing.assert_allclose(turns["dualpipe"][0].result, want, rtol=1e-5)
-    seconds = turns[pipeline.ALONE][0].result
+    np.testing.assert_allclose(step[0].result, want, rtol=1e-5)
+    seconds = alone[0].result
     for kind in "FBW":
         assert len(seconds[kind]) == pipeline.RANKS
     for kind in ("enter", "lose", "enter, backward"):
@@ -49,10 +50,11 @@ def test_a_step_is_held_to_its_tasks_and_ticks_are_timed_by_them():
 
     alone = {"F": [1, 3], "B": [2, 2], "W": [1, 1], "enter": [0.5], "lose": [0.5]}
     tasks = pipeline.MICROBATCHES * 11
-    turns = {name: [turn(tasks), turn(1.1 * tasks)] for name in SCHEDULES}
-    turns["dualpipe"] = [turn(1.2 * tasks)] * 2
-    turns[pipeline.ALONE] = [turn(9.0, alone)] * 2
-    found = {figure.name: figure for figure in pipeline.figures(turns)}
+    beside = [turn(9.0, alone)] * 2
+    steps = {name: [turn(tasks), turn(1.1 * tasks)] for name in SCHEDULES}
+    steps["dualpipe"] = [turn(1.2 * tasks)] * 2
+    measured = {name: pipeline.Measured(s, beside) for name, s in steps.items()}
+    found = {figure.name: figure for figure in pipeline.figures(measured)}
     assert found["tasks alone"].value == tasks
     ratio = found["step, gpipe / tasks alone"]
     assert (ratio.value, ratio.met) == (pytest.approx(1.05), True)
