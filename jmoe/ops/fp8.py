@@ -23,6 +23,7 @@ Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +34,8 @@ from jax import lax
 BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
+
+_HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 Block = tuple[int, ...]
 """Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
@@ -137,8 +140,31 @@ def roundings(recipe: Recipe | None) -> Roundings:
 def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`a @ b.T`, [M, N], of a [M, K] and b [N, K], summed in float32.
 
-    Both operands have what is summed last, as tensor cores take e4m3.
+    Both operands have what is summed last, as tensor cores take e4m3. Where a has ROW
+    scales and b ROW or SQUARE ones, and the `gpu` extra is installed, it is a kernel
+    when compiled for a GPU; that must be a Hopper, or compiling fails.
     """
+    if not _HAS_KERNELS or not _is_for_kernel(a, b):
+        return _reference(a, b, dtype=dtype)
+    from jmoe.ops.kernels import fp8_matmul
+
+    # Chosen when lowered, which may be for a GPU that isn't here.
+    return lax.platform_dependent(
+        a,
+        b,
+        cuda=lambda a, b: fp8_matmul.matmul(*a, *b, dtype=dtype),
+        default=functools.partial(_reference, dtype=dtype),
+    )
+
+
+def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
+    (M, K), N = a.data.shape, b.data.shape[0]
+    B = num_blocks(K)
+    fits = a.scale.shape == (M, B) and b.scale.shape in ((N, B), (num_blocks(N), B))
+    return fits and min(M, N, K) > 0
+
+
+def _reference(a: Quantized, b: Quantized, *, dtype: jax.typing.DTypeLike) -> jax.Array:
     a_MK, b_NK = dequantize(a, jnp.float32), dequantize(b, jnp.float32)
     product = lax.dot_general(
         a_MK, b_NK, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST

@@ -1,0 +1,102 @@
+"""Kernels, compiled for an H20: with what they multiply, and what they need."""
+
+import functools
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.ops import fp8
+from jmoe.ops.kernels import fp8_matmul
+from jmoe.plan import aot
+from jmoe.plan.device import H20
+
+pytestmark = pytest.mark.hopper
+
+SHARED_BYTES = 232448  # of an SM's memory, that a block of threads may have
+E4M3 = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
+
+
+class Kernel(NamedTuple):
+    """What the compiler says of one."""
+
+    products: list[str]  # tensor cores' instructions
+    spills: list[int]  # bytes
+    shared_bytes: int
+    registers: int  # of a thread
+
+
+@pytest.fixture
+def compile_kernels(tmp_path, monkeypatch):
+    """Compiles a function of arrays of these shapes; all kernels it has."""
+    for name, value in {"TO": str(tmp_path), "PTX": "1", "PTXAS": "1"}.items():
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", value)
+
+    def compile_kernels(function, *shapes) -> list[Kernel]:
+        compile_text(function, *shapes)
+        return [read(path.with_suffix("")) for path in sorted(tmp_path.glob("*.ptx"))]
+
+    return compile_kernels
+
+
+def compile_text(function, *shapes) -> str:
+    mesh = jax.sharding.Mesh(np.array(aot.absent_devices(H20, 1)), ("device",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(*shape, sharding=everywhere) for shape in shapes]
+    return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+def read(path) -> Kernel:
+    ptx, ptxas, passes = (
+        path.with_name(path.name + suffix).read_text()
+        for suffix in (".ptx", ".ptxas", ".mlir-passes.log")
+    )
+    shared = re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", passes)
+    return Kernel(
+        products=re.findall(r"wgmma\.mma_async[\w.]*", ptx),
+        spills=[int(n) for n in re.findall(r"(\d+) bytes spill", ptxas)],
+        shared_bytes=max(map(int, shared)),
+        registers=int(*re.findall(r"Used (\d+) registers", ptxas)),
+    )
+
+
+def check(kernel: Kernel):
+    assert kernel.products and set(kernel.products) == {E4M3}
+    assert kernel.spills == [0, 0]  # stores and loads
+    assert kernel.shared_bytes <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("block", ["row", "square"])
+@pytest.mark.parametrize("sizes", [(4096, 4096, 7168), (7168, 1536, 4000)])
+def test_a_product_takes_e4m3_and_spills_nothing(sizes, block, dtype, compile_kernels):
+    M, N, K = sizes
+    blocks = fp8.num_blocks(K)
+    rows = N if block == "row" else fp8.num_blocks(N)
+    (kernel,) = compile_kernels(
+        functools.partial(fp8_matmul.matmul, dtype=dtype),
+        ((M, K), fp8.DTYPE),
+        ((M, blocks), jnp.float32),
+        ((N, K), fp8.DTYPE),
+        ((rows, blocks), jnp.float32),
+    )
+    check(kernel)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "kernels"),
+    [("fp8", 3), ("fp8_power_of_two", 3), ("fp8_square_gradients", 2)],
+)
+def test_a_linear_layers_products_are_kernels(recipe, kernels):
+    def gradients(x, w, dy):
+        y, pull = jax.vjp(lambda x, w: fp8.fp8_dot(x, w, fp8.RECIPES[recipe]), x, w)
+        return y, *pull(dy)
+
+    M, K, N = 2048, 1536, 7168
+    shapes = (M, K), (K, N), (M, N)
+    text = compile_text(gradients, *((shape, jnp.bfloat16) for shape in shapes))
+    found = re.findall(r'custom_call_target="mosaic_gpu\w*"', text)
+    assert len(found) == kernels
