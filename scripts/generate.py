@@ -3,6 +3,7 @@
 python scripts/generate.py --workdir=runs/tiny --prompt="def f("
 python scripts/generate.py --prompt="12 + 30 = " --temperature=0
 python scripts/generate.py --num_samples=3 --max_new_tokens=200
+python scripts/generate.py --weights=int4-experts
 """
 
 import pathlib
@@ -30,22 +31,31 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_P = flags.DEFINE_float(
     "top_p", 0.95, "Draws from the likeliest tokens that together have this share."
 )
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "native", "How they are kept: native, fp8 or int4-experts."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.")
 
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    import jax
+
     from jmoe.decode.generate import generate
+    from jmoe.nn.quantized import quantize_weights
     from jmoe.train.trained import load_trained
 
     try:
         trained = load_trained(pathlib.Path(_WORKDIR.value), step=_STEP.value)
         data, tokenizer = trained.run.data, trained.tokenizer
         runtime.keep_compiled(cache.directory(data) / runtime.COMPILED)
+        cfg, variables = trained.run.model, trained.variables
+        quantize = jax.jit(quantize_weights, static_argnums=(1, 2))
+        params = quantize(variables["params"], cfg, _WEIGHTS.value)
         prompt = [tokenizer.eos_id, *tokenizer.encode(_PROMPT.value)]
         samples = generate(
-            trained.run.model,
-            trained.variables,
+            cfg,
+            {**variables, "params": params},
             [prompt] * _NUM_SAMPLES.value,
             max_new_tokens=_MAX_NEW_TOKENS.value,
             temperature=_TEMPERATURE.value,

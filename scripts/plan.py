@@ -3,11 +3,14 @@
 python scripts/plan.py schedules --pp=8 --microbatches=20
 python scripts/plan.py schedules --pp=4 --schedule=1f1b --schedule=dualpipe --out=s.svg
 python scripts/plan.py schedules --costs=forward=2,backward=4.5,weight=1.5,latency=0.1
+python scripts/plan.py memory --model=v3 --weights=int4-experts
 
 schedules: timelines of pipeline schedules, in the terminal or as a picture, and a table
 that compares them. Costs are those of 1 / ranks of the model: the forward pass, the
 whole backward pass, its part for the weights, a forward and a backward pass overlapped
 (pair), and the time from the end of a task to where another rank has its result.
+
+memory: what a model's weights take for inference, by part, in one of three forms.
 """
 
 import sys
@@ -29,6 +32,10 @@ _SCHEDULE = flags.DEFINE_multi_enum(
 _CHUNKS = flags.DEFINE_integer("chunks", 2, "Stages a rank, of interleaved_1f1b.")
 _COSTS = flags.DEFINE_string(
     "costs", "forward=1,backward=2,weight=1", "What passes take; pair and latency too."
+)
+_MODEL = flags.DEFINE_string("model", "v3", "Preset whose memory to show.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "native", "How they are kept: native, fp8 or int4-experts."
 )
 _OUT = flags.DEFINE_string("out", None, "Picture to write, .svg or .png.")
 
@@ -79,7 +86,18 @@ def _make(name: str) -> timeline.Timeline:
     return timeline.make(name, _PP.value, microbatches, costs, **options)
 
 
-COMMANDS = {"schedules": schedules}
+def memory() -> None:
+    """Of all of a model's weights, without making one."""
+    from jmoe.config import ModelConfig
+    from jmoe.plan import memory as plan
+
+    cfg = ModelConfig.preset(_MODEL.value)
+    parts = plan.weights(cfg, _WEIGHTS.value)
+    title = f"{_MODEL.value}, weights={_WEIGHTS.value}"
+    rich.console.Console(highlight=False).print(plan.table(parts, title))
+
+
+COMMANDS = {"schedules": schedules, "memory": memory}
 
 if __name__ == "__main__":
     sys.exit(app.run(main))

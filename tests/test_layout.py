@@ -44,9 +44,11 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 # Every command-line flag there is. What a run can be told is a field of its record,
 # reached by --set; a flag is for what isn't part of any record.
 FLAGS = {
+    "experiments/fp8_vs_bf16.py": ["workdir", "set"],
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
     "scripts/check_hopper.py": ["suite", "program", "environment"],
+    "scripts/evaluate.py": ["workdir", "step", "weights", "set"],
     "scripts/export_hf.py": [
         "workdir",
         "out",
@@ -65,6 +67,7 @@ FLAGS = {
         "max_new_tokens",
         "temperature",
         "top_p",
+        "weights",
         "seed",
     ],
     "scripts/plan.py": [
@@ -73,6 +76,8 @@ FLAGS = {
         "schedule",
         "chunks",
         "costs",
+        "model",
+        "weights",
         "out",
     ],
     "scripts/serve.py": ["model", "engine", "mtp", "set"],

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.ops import norm
+from jmoe.ops import norm, stored
 
 DotGeneral = Callable[..., jax.Array]
 Initializer = Callable[..., Any]  # of a parameter in a box, which `param` opens
@@ -19,8 +19,15 @@ def named_param(
     shape: Sequence[int],
     dims: Sequence[str | None],
     std: float,
-) -> jax.Array:
-    """A float32 normal parameter whose dimensions carry their logical names."""
+) -> stored.Weight:
+    """A float32 normal parameter whose dimensions carry their logical names.
+
+    Variables may hold it in fewer bits; then that is returned, a matrix.
+    """
+    if module.has_variable("params", name):
+        kept = module.get_variable("params", name)
+        if not isinstance(kept, jax.Array) and isinstance(kept, stored.Weight):
+            return kept
     normal = nn.initializers.normal(std)
     init: Initializer = nn.with_logical_partitioning(normal, tuple(dims))
     return module.param(name, init, tuple(shape), jnp.float32)
@@ -42,7 +49,8 @@ class Linear(nn.Module):
         shape = (x.shape[-1], *self.features)
         kernel = named_param(self, "kernel", shape, self.dims, self.init_std)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
-        return self.dot_general(x, kernel.astype(x.dtype), contract)
+        kernel = stored.as_array(kernel, x.dtype).reshape(shape)
+        return self.dot_general(x, kernel, contract)
 
 
 class RMSNorm(nn.Module):

@@ -15,7 +15,8 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, named_param
 from jmoe.nn.router import Router, Stats
-from jmoe.ops import fp8, grouped
+from jmoe.ops import fp8, grouped, stored
+from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 
@@ -36,14 +37,13 @@ class SwiGLU(nn.Module):
             self.dot_general,
             name="gate_up",
         )(collectives.gather(x_BSD, "tensor", 1))
-        hidden = nn.silu(gate_up[..., 0, :]) * gate_up[..., 1, :]
         out_BTD = Linear(
             (x_BSD.shape[-1],),
             ("mlp", "embed"),
             self.init_std,
-            self.dot_general,
+            after_swiglu(self.dot_general),
             name="down",
-        )(hidden)
+        )(gate_up)
         return collectives.scatter_sum(out_BTD, "tensor", 1)
 
 
@@ -79,7 +79,7 @@ class RoutedExperts(nn.Module):
             ("expert", "mlp", "embed"),
             self.init_std,
         )
-        weights = gate_up_ED2F.astype(x_ND.dtype), down_EFD.astype(x_ND.dtype)
+        weights = [stored.converted(w, x_ND.dtype) for w in (gate_up_ED2F, down_EFD)]
 
         def apply(*tokens_R: jax.Array) -> jax.Array:
             """The experts that are here, on the tokens of all the tensor group."""

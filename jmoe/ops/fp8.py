@@ -57,6 +57,10 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
     def mT(self) -> "Quantized":
         """Of the transpose, whose blocks are transposed too."""
         return Quantized(self.data.mT, self.scale.mT)
@@ -178,10 +182,11 @@ def fp8_dot(x: jax.Array, w_KN: jax.Array, recipe: Recipe) -> jax.Array:
 
     Any sizes will do: blocks at the ends are shorter.
     """
-    return _forward(x, w_KN, recipe)[0]
+    return forward(x, w_KN, recipe)[0]
 
 
-def _forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
+def forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
+    """The product, and what `backward` is given: first x, quantized as [M, K]."""
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
     w = recipe.quantize(w_KN, recipe.weights)
     y_MN = matmul(x_MK, w.mT, x.dtype)
@@ -189,7 +194,8 @@ def _forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), (x_MK, w, dtype)
 
 
-def _backward(recipe: Recipe, saved: Any, dy: jax.Array):
+def backward(recipe: Recipe, saved: Any, dy: jax.Array):
+    """The gradients of x and w."""
     x_MK, w, dtype = saved
     dy_MN = dy.reshape(-1, dy.shape[-1])
     dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), w, dy.dtype)
@@ -201,7 +207,7 @@ def _backward(recipe: Recipe, saved: Any, dy: jax.Array):
     return dx_MK.reshape(*dy.shape[:-1], dx_MK.shape[1]), dw_KN
 
 
-fp8_dot.defvjp(_forward, _backward)
+fp8_dot.defvjp(forward, backward)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,13 @@ that of h, in room for all N rows; the second yields the weights'. So nothing th
 gradient needs waits for the weights', which a pipeline's schedule puts off. Neither
 repeats the other's products: h, where the forward pass stored none, the first stores.
 
-FP8 is computed here as products of what is left of the operands once quantized.
+FP8 is computed here as products of what is left of the operands once quantized. Then
+the gate and up activations are stored as FP8 too, and SwiGLU is computed again from
+these; a backward pass that computes them again rounds them alike, so that all backends
+have the same gradients.
+
+Weights that are kept in fewer bits (`jmoe.ops.stored`) are dequantized in the task, one
+expert's at a time.
 """
 
 import functools
@@ -30,45 +36,24 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import fp8
+from jmoe.ops import fp8, stored
+from jmoe.ops.row_tasks import (
+    BLOCK,
+    add_own,
+    cut,
+    in_smallest_size,
+    over_experts,
+    pad,
+    pick,
+    plan_tasks,
+    take,
+    zeros_after,
+)
 from jmoe.ops.rows import Rows, sort_rows
+from jmoe.ops.swiglu import swiglu
 
 Recipe = fp8.Recipe | None
 RoutedMLP = Callable[..., jax.Array]
-
-BLOCK = 256
-STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
-
-
-class Tasks(NamedTuple):
-    """At most M tasks, in the order of rows, of which the first `count` exist."""
-
-    expert_M: jax.Array
-    start_M: jax.Array  # first row
-    rows_M: jax.Array  # how many, at most BLOCK
-    count: jax.Array
-
-
-def plan_tasks(size_E: jax.Array, num_rows: int, *, skip: int = 0) -> Tasks:
-    """Cuts each expert's rows into tasks of at most BLOCK; idle experts get none.
-
-    Args:
-      num_rows: at least the sum of `size_E`; decides M.
-      skip: how many of each expert's tasks to leave out, from its first.
-    """
-    tasks_E = jnp.maximum(-(-size_E // BLOCK) - skip, 0)
-    end_E = jnp.cumsum(tasks_E)
-    index_M = jnp.arange(size_E.shape[0] + num_rows // BLOCK, dtype=jnp.int32)
-    expert_M = jnp.searchsorted(end_E, index_M, side="right").astype(jnp.int32)
-    expert_M = jnp.minimum(expert_M, size_E.shape[0] - 1)
-    nth_M = index_M - (end_E - tasks_E)[expert_M] + skip
-    start_M = _first_rows(size_E)[expert_M] + nth_M * BLOCK
-    rows_M = jnp.clip(size_E[expert_M] - nth_M * BLOCK, 0, BLOCK)
-    return Tasks(expert_M, start_M, rows_M, end_E[-1])
-
-
-def _first_rows(size_E: jax.Array) -> jax.Array:
-    return jnp.cumsum(size_E) - size_E
 
 
 class Saved(NamedTuple):
@@ -77,10 +62,14 @@ class Saved(NamedTuple):
     x_TD: jax.Array  # what was left of it once quantized
     gate_TK: jax.Array
     gate_N: jax.Array
-    gate_up_EDX: jax.Array
-    down_EFD: jax.Array
+    gate_up_EDX: stored.Weight
+    down_EFD: stored.Weight
     rows: Rows
-    h_NX: jax.Array | None  # None: to be computed again
+    h_NX: "Kept | None"  # None: to be computed again
+
+
+Kept = jax.Array | fp8.Quantized
+"""Gate and up activations [N, X], with a recipe in FP8."""
 
 
 def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
@@ -88,32 +77,35 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     num_experts, mlp_dim = down_EFD.shape[:2]
     rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
     tasks = plan_tasks(rows.size_E, expert_TK.size)
-    gate_N = _take(gate_TK.reshape(-1), rows.choice_N)
-    gate_up_EDX = gate_up_ED2F.reshape(num_experts, -1, 2 * mlp_dim)
+    gate_N = take(gate_TK.reshape(-1), rows.choice_N)
+    gate_up_EDX = gate_up_ED2F
+    if isinstance(gate_up_EDX, jax.Array):
+        gate_up_EDX = gate_up_EDX.reshape(num_experts, -1, 2 * mlp_dim)
     x_TD = left.activations(x_TD)
-    left_weights = left.weights(gate_up_EDX), left.weights(down_EFD)
+    weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
 
     def run(i, carry):
         y_TD, h_NX = carry
-        start, token_B = tasks.start_M[i], _cut(rows.token_N, tasks.start_M[i], BLOCK)
-        gate_up_DX, down_FD = (_pick(w, tasks.expert_M[i]) for w in left_weights)
+        start, token_B = tasks.start_M[i], cut(rows.token_N, tasks.start_M[i], BLOCK)
+        expert = tasks.expert_M[i]
+        gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            h_SX = _dot(_take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
-            act_SF = left.activations(_swiglu(h_SX))
-            gate_S1 = _cut(gate_N, start, size)[:, None]
-            kept_BX = _pad(h_SX) if stores else None
-            return kept_BX, _pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
+            h_SX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
+            act_SF = left.activations(swiglu(h_SX))
+            gate_S1 = cut(gate_N, start, size)[:, None]
+            kept_BX = jax.tree.map(pad, _keep(recipe, h_SX)) if stores else None
+            return kept_BX, pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
 
-        h_BX, y_BD = _in_smallest_size(tasks.rows_M[i], chain)
+        h_BX, y_BD = in_smallest_size(tasks.rows_M[i], chain)
         if stores:
             # What h_BX has beyond the task's own rows, the next task writes over.
-            h_NX = lax.dynamic_update_slice_in_dim(h_NX, h_BX, start, 0)
-        return _add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
+            h_NX = _write_rows(h_NX, h_BX, start)
+        return add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     room = (rows.token_N.size, 2 * mlp_dim)
-    h_NX = _zeros_after(x_TD, room) if stores else None
+    h_NX = _room(recipe, x_TD, room) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
     return y_TD.astype(x_TD.dtype), saved
@@ -121,33 +113,34 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
 
 def _backward(recipe: Recipe, saved: Saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
-    left_weights = _left_weights(recipe, saved)
+    weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
 
     def run(expert, start, own, carry, write):
         dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
-        choice_B, token_B = (_cut(x, start, BLOCK) for x in rows[:2])
-        gate_up_DX, down_FD = (_pick(w, expert) for w in left_weights)
+        choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
+        gate_up_DX, down_FD = (pick(w, expert) for w in weights)
 
         def chain(size):
-            x_SD = _take(x_TD, token_B[:size])
+            x_SD = take(x_TD, token_B[:size])
             own_S1 = (jnp.arange(size) < own)[:, None]
-            dy_SD = jnp.where(own_S1, _take(dy_TD, token_B[:size]), 0)
-            h_SX = _hidden(h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            dy_SD = jnp.where(own_S1, take(dy_TD, token_B[:size]), 0)
+            kept_SX = _kept(recipe, h_NX, start, x_SD, gate_up_DX)
+            h_SX = stored.as_array(kept_SX, x_SD.dtype)
+            gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
             act_SF, d_h_SX, d_gate_S = _through_mlp(
                 recipe, h_SX, gate_S1, dy_SD, down_FD
             )
             return (
-                _pad(_input_gradient(recipe, d_h_SX, gate_up_DX)),
-                _pad(d_gate_S),
+                pad(_input_gradient(recipe, d_h_SX, gate_up_DX)),
+                pad(d_gate_S),
                 _outer(recipe, own_S1, x_SD, d_h_SX),
                 _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
             )
 
-        dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = _in_smallest_size(own, chain)
+        dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = in_smallest_size(own, chain)
         return (
-            _add_own(dx_TD, token_B, dx_BD, own),
-            _add_own(d_gate_N, choice_B, d_gate_B, own),
+            add_own(dx_TD, token_B, dx_BD, own),
+            add_own(d_gate_N, choice_B, d_gate_B, own),
             write(d_gate_up_EDX, expert, d_gate_up_DX),
             write(d_down_EFD, expert, d_down_FD),
         )
@@ -155,10 +148,10 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        _zeros_after(dy_TD, gate_up_EDX.shape),
-        _zeros_after(dy_TD, down_EFD.shape),
+        zeros_after(dy_TD, gate_up_EDX.shape),
+        zeros_after(dy_TD, down_EFD.shape),
     )
-    return _gradients(saved, *_over_experts(run, rows.size_E, gate_TK.size, carry))
+    return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.size, carry))
 
 
 def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
@@ -170,40 +163,39 @@ def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
 def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     """Of x and the gates; h, and its gradient."""
     x_TD, gate_TK, gate_N, gate_up_EDX, _, rows, h_NX = saved
-    left_weights = _left_weights(recipe, saved)
+    weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     tasks = plan_tasks(rows.size_E, gate_TK.size)
 
     def run(i, carry):
         dx_TD, d_gate_N, *made_NX = carry
         start, own = tasks.start_M[i], tasks.rows_M[i]
-        choice_B, token_B = (_cut(x, start, BLOCK) for x in rows[:2])
-        gate_up_DX, down_FD = (_pick(w, tasks.expert_M[i]) for w in left_weights)
+        choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
+        gate_up_DX, down_FD = (pick(w, tasks.expert_M[i]) for w in weights)
 
         def chain(size):
-            x_SD, dy_SD = (_take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            h_SX = _hidden(h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = _cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
+            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            kept_SX = _kept(recipe, h_NX, start, x_SD, gate_up_DX)
+            h_SX = stored.as_array(kept_SX, x_SD.dtype)
+            gate_S1 = cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
             _, d_h_SX, d_gate_S = _through_mlp(recipe, h_SX, gate_S1, dy_SD, down_FD)
-            made_SX = (h_SX, d_h_SX)[-len(made_NX) :]  # h only if it wasn't stored
+            made_SX = (kept_SX, d_h_SX)[-len(made_NX) :]  # h only if it wasn't stored
             dx_SD = _input_gradient(recipe, d_h_SX, gate_up_DX)
-            return tuple(map(_pad, (dx_SD, d_gate_S, *made_SX)))
+            return jax.tree.map(pad, (dx_SD, d_gate_S, *made_SX))
 
-        dx_BD, d_gate_B, *made_BX = _in_smallest_size(own, chain)
+        dx_BD, d_gate_B, *made_BX = in_smallest_size(own, chain)
         return (
-            _add_own(dx_TD, token_B, dx_BD, own),
-            _add_own(d_gate_N, choice_B, d_gate_B, own),
+            add_own(dx_TD, token_B, dx_BD, own),
+            add_own(d_gate_N, choice_B, d_gate_B, own),
             # As in the forward pass, the next task writes over what isn't its own.
-            *(
-                lax.dynamic_update_slice_in_dim(x_NX, x_BX, start, 0)
-                for x_NX, x_BX in zip(made_NX, made_BX, strict=True)
-            ),
+            *_write_rows(made_NX, made_BX, start),
         )
 
-    room = _zeros_after(dy_TD, (rows.token_N.size, gate_up_EDX.shape[-1]))
+    shape = (rows.token_N.size, gate_up_EDX.shape[-1])
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        *([room, room] if h_NX is None else [room]),
+        *([_room(recipe, dy_TD, shape)] if h_NX is None else []),
+        zeros_after(dy_TD, shape),
     )
     dx_TD, d_gate_N, *made_NX = lax.fori_loop(0, tasks.count, run, carry)
     h_NX, d_h_NX = made_NX if h_NX is None else (h_NX, *made_NX)
@@ -216,31 +208,32 @@ def _weight_gradients(recipe: Recipe, saved: Saved, h_NX, d_h_NX, dy_TD):
 
     def run(expert, start, own, carry, write):
         d_gate_up_EDX, d_down_EFD = carry
-        token_B = _cut(rows.token_N, start, BLOCK)
+        token_B = cut(rows.token_N, start, BLOCK)
 
         def chain(size):
             own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
-            x_SD, dy_SD = (_take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            gate_S1 = _cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
-            act_SF = activations(_swiglu(_cut(h_NX, start, size)))
-            d_h_SX = jnp.where(own_S1, _cut(d_h_NX, start, size), 0)
+            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            h_SX = stored.as_array(_cut_kept(h_NX, start, size), x_SD.dtype)
+            act_SF = activations(swiglu(h_SX))
+            d_h_SX = jnp.where(own_S1, cut(d_h_NX, start, size), 0)
             dy_SD = jnp.where(own_S1, dy_SD, 0)
             return (
                 _outer(recipe, own_S1, x_SD, d_h_SX),
                 _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
             )
 
-        d_gate_up_DX, d_down_FD = _in_smallest_size(own, chain)
+        d_gate_up_DX, d_down_FD = in_smallest_size(own, chain)
         return (
             write(d_gate_up_EDX, expert, d_gate_up_DX),
             write(d_down_EFD, expert, d_down_FD),
         )
 
     carry = (
-        _zeros_after(d_h_NX, gate_up_EDX.shape),
-        _zeros_after(d_h_NX, down_EFD.shape),
+        zeros_after(d_h_NX, gate_up_EDX.shape),
+        zeros_after(d_h_NX, down_EFD.shape),
     )
-    return _over_experts(run, rows.size_E, gate_TK.size, carry)
+    return over_experts(run, rows.size_E, gate_TK.size, carry)
 
 
 def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
@@ -255,21 +248,51 @@ def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
     )
 
 
-def _left_weights(recipe: Recipe, saved: Saved) -> tuple[jax.Array, jax.Array]:
-    left = fp8.roundings(recipe)
-    return left.weights(saved.gate_up_EDX), left.weights(saved.down_EFD)
+def _rounded(recipe: Recipe, w_EIO: stored.Weight) -> stored.Weight:
+    """As FP8 leaves it; one that is stored in fewer bits, as it is."""
+    if isinstance(w_EIO, jax.Array):
+        return fp8.roundings(recipe).weights(w_EIO)
+    return w_EIO
 
 
-def _hidden(h_NX, start, x_SD, gate_up_DX):
-    """The gate and up activations of S rows, as stored or computed again."""
+def _of_expert(w_EIO: stored.Weight, expert: jax.Array, dtype: Any) -> jax.Array:
+    return stored.as_array(jax.tree.map(lambda x: pick(x, expert), w_EIO), dtype)
+
+
+def _keep(recipe: Recipe, h_SX: jax.Array) -> Kept:
+    return h_SX if recipe is None else recipe.quantize(h_SX, fp8.ROW)
+
+
+def _room(recipe: Recipe, x_TD: jax.Array, shape: tuple[int, ...]) -> Kept:
+    """For what `_keep` makes of activations [N, X] of x's dtype."""
+    h_NX = jax.ShapeDtypeStruct(shape, x_TD.dtype)
+    kept = jax.eval_shape(functools.partial(_keep, recipe), h_NX)
+    return jax.tree.map(lambda x: zeros_after(x_TD, x.shape).astype(x.dtype), kept)
+
+
+def _write_rows(total: Any, rows: Any, start: jax.Array) -> Any:
+    """In each array of a tree."""
+    return jax.tree.map(
+        lambda x_N, x_B: lax.dynamic_update_slice_in_dim(x_N, x_B, start, 0),
+        total,
+        rows,
+    )
+
+
+def _kept(recipe: Recipe, h_NX: Kept | None, start, x_SD, gate_up_DX) -> Kept:
+    """The gate and up activations of S rows, as stored or as they would be."""
     if h_NX is None:
-        return _dot(x_SD, gate_up_DX, 1, 0)
-    return _cut(h_NX, start, x_SD.shape[0])
+        return _keep(recipe, _dot(x_SD, gate_up_DX, 1, 0))
+    return _cut_kept(h_NX, start, x_SD.shape[0])
+
+
+def _cut_kept(h_NX: Kept, start: jax.Array, size: int) -> Kept:
+    return jax.tree.map(lambda x: cut(x, start, size), h_NX)
 
 
 def _through_mlp(recipe: Recipe, h_SX, gate_S1, dy_SD, down_FD):
     """Activations, as they were multiplied; gradients of h and of the gates."""
-    act_SF, pull = jax.vjp(_swiglu, h_SX)
+    act_SF, pull = jax.vjp(swiglu, h_SX)
     act_SF = fp8.roundings(recipe).activations(act_SF)
     d_act_SF = _input_gradient(recipe, dy_SD, down_FD)
     # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
@@ -290,26 +313,6 @@ def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
     return _dot(left.activations(x_SI.T).T, left.gradients(dy_SO.T).T, 0, 0)
 
 
-def _over_experts(run, size_E: jax.Array, num_rows: int, carry):
-    """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
-
-    Most experts have one task: it writes the weights' gradient, without reading it.
-    """
-    first_E = _first_rows(size_E)
-    later = plan_tasks(size_E, num_rows, skip=1)
-
-    def run_first(e, carry):
-        return run(e, first_E[e], jnp.minimum(size_E[e], BLOCK), carry, _write)
-
-    def run_later(i, carry):
-        return run(
-            later.expert_M[i], later.start_M[i], later.rows_M[i], carry, _write_sum
-        )
-
-    carry = lax.fori_loop(0, size_E.shape[0], run_first, carry)
-    return lax.fori_loop(0, later.count, run_later, carry)
-
-
 def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
     """A `blocks` backend of this module's contract.
 
@@ -328,64 +331,6 @@ def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
     routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
     routed_mlp.defvjp(forward, backward)
     return routed_mlp
-
-
-def _swiglu(h_SX: jax.Array) -> jax.Array:
-    gate_SF, up_SF = jnp.split(h_SX, 2, axis=-1)
-    return jax.nn.silu(gate_SF) * up_SF
-
-
-def _zeros_after(x_TD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros of x's dtype that cannot be made before x is.
-
-    XLA makes constant zeros of one shape once, copies them for each layer, and all of
-    that at the start of a step, where they stay: as much memory again as the gradients.
-    """
-    zero = jnp.minimum(jnp.abs(x_TD[0, 0]), 0)
-    return jnp.broadcast_to(zero, shape)
-
-
-def _in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
-    """`chain(size)` for the smallest compiled size of at least `rows` rows."""
-    branches = [functools.partial(chain, s) for s in range(STEP, BLOCK + 1, STEP)]
-    return lax.switch((rows - 1) // STEP, branches)
-
-
-def _add_own(
-    total: jax.Array, index_B: jax.Array, value: jax.Array, own: jax.Array
-) -> jax.Array:
-    """Adds the first `own` of the B rows of `value`, to distinct rows of `total`."""
-    row_B = jnp.arange(BLOCK)
-    nowhere_B = total.shape[0] + row_B  # out of bounds, which scatter drops
-    index_B = jnp.where(row_B < own, index_B, nowhere_B)
-    value = value.astype(total.dtype)
-    return total.at[index_B].add(value, mode="drop", unique_indices=True)
-
-
-def _write(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(total_EIO, value_IO, expert, 0)
-
-
-def _write_sum(
-    total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array
-) -> jax.Array:
-    return _write(total_EIO, expert, _pick(total_EIO, expert) + value_IO)
-
-
-def _pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-
-
-def _cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return lax.dynamic_slice_in_dim(x, start, size)
-
-
-def _pick(w: jax.Array, index: jax.Array) -> jax.Array:
-    return lax.dynamic_index_in_dim(w, index, keepdims=False)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    return x.at[index].get(mode="promise_in_bounds")
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:

@@ -23,7 +23,8 @@ later one it is computed in each loop, so that no array need hold it for all: se
 products instead of five.
 
 Products are `tokamax`'s kernels when compiled for a GPU in bfloat16. Elsewhere, or
-without the `gpu` extra, they are `lax.ragged_dot`, whose cost grows with E.
+without the `gpu` extra, they are `lax.ragged_dot`, whose cost grows with E. Weights
+that are kept in fewer bits are dequantized before, all of a layer's.
 """
 # pyright: reportMissingImports=false
 
@@ -36,6 +37,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmoe.ops import stored
 from jmoe.ops.rows import Rows, sort_rows
 
 # What a block of GPU threads works on at a time: rows x outputs, in steps of inputs.
@@ -162,10 +164,13 @@ def _backend(backward: Callable[[Saved, jax.Array], Any]) -> Callable[..., jax.A
 
     of_arrays.defvjp(_forward, backward)
 
-    def routed_mlp(*arrays: jax.Array, recipe: Any = None) -> jax.Array:
+    def routed_mlp(*arrays: Any, recipe: Any = None) -> jax.Array:
         if recipe is not None:
             raise NotImplementedError("The ragged backends have no FP8 products.")
-        return of_arrays(*arrays)
+        x_TD, *choices, gate_up, down = arrays
+        gate_up, down = (stored.as_array(w, x_TD.dtype) for w in (gate_up, down))
+        gate_up_ED2F = gate_up.reshape(*gate_up.shape[:2], 2, -1)
+        return of_arrays(x_TD, *choices, gate_up_ED2F, down)
 
     return routed_mlp
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.extend import core
 
 from jmoe.config import model
-from jmoe.ops import fp8, grouped, grouped_blocks
+from jmoe.ops import fp8, grouped, grouped_blocks, row_tasks
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
 E, D, F = 7, 12, 6
@@ -53,9 +53,7 @@ def random_choices(tokens, k, choices, seed=1):
     return np.stack([rng.choice(choices, k, replace=False) for _ in range(tokens)])
 
 
-TOKENS = (
-    grouped_blocks.BLOCK + 45
-)  # no block divides them, and no block holds an expert's
+TOKENS = row_tasks.BLOCK + 45  # no block divides them, and no block holds an expert's
 CHOICES = {
     "random": random_choices(TOKENS, 3, E),
     "idle_experts": random_choices(TOKENS, 3, [0, 2, 5]),
@@ -130,9 +128,10 @@ def one_by_one(recipe, expert_TK, dy_TD, x_TD, gate_TK, gate_up_ED2F, down_EFD):
         down_FD = left.weights(down_EFD[e])
         x_RD = left.activations(x_TD[t])
         swiglu = lambda h: jax.nn.silu(h[:, : len(down_FD)]) * h[:, len(down_FD) :]  # noqa: B023, E731
-        act_RF, pull = jax.vjp(swiglu, x_RD @ gate_up_DX)
+        h_RX = x_RD @ gate_up_DX
+        y_TD = y_TD.at[t].add(gate_R1 * (left.activations(swiglu(h_RX)) @ down_FD))
+        act_RF, pull = jax.vjp(swiglu, rounded(h_RX))  # as it was kept
         act_RF = left.activations(act_RF)
-        y_TD = y_TD.at[t].add(gate_R1 * (act_RF @ down_FD))
         d_act_RF = left.gradients(dy_TD[t]) @ down_FD.T
         d_gate_TK = d_gate_TK.at[t, k].set((d_act_RF * act_RF).sum(-1))
         (d_h_RX,) = pull(d_act_RF * gate_R1)
@@ -146,6 +145,10 @@ def one_by_one(recipe, expert_TK, dy_TD, x_TD, gate_TK, gate_up_ED2F, down_EFD):
         "gate_up": jnp.stack(d_gate_up),
         "down": jnp.stack(d_down),
     }
+
+
+def rounded(x):
+    return fp8.dequantize(fp8.quantize(x, fp8.ROW), x.dtype)
 
 
 def off_by(got, want):
@@ -167,6 +170,24 @@ def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
     assert max(off_by(got, want).values()) < 1e-3
     exact = value_and_gradients(dense, expert_TK, *arrays)
     assert min(off_by(got, exact).values()) > 1e-2
+
+
+@pytest.mark.parametrize("backend, kept", [("blocks", 1), ("blocks_remat", 0)])
+def test_with_a_recipe_the_activations_are_kept_in_fp8_or_not_at_all(backend, kept):
+    expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
+    _, *arrays = floats(expert_TK.shape)
+
+    def floats_kept(recipe):
+        def output(x, gates, gate_up, down):
+            of_backend = grouped.BACKENDS[backend]
+            return of_backend(x, expert_TK, gates, gate_up, down, recipe=recipe)
+
+        leaves = jax.tree.leaves(jax.vjp(output, *arrays)[1])
+        rows = expert_TK.size + row_tasks.BLOCK
+        return [x.dtype for x in leaves if x.shape == (rows, 2 * F)]
+
+    assert floats_kept(None) == [jnp.float32] * kept
+    assert floats_kept(fp8.RECIPES["fp8"]) == [fp8.DTYPE] * kept
 
 
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
@@ -272,21 +293,19 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
     assert temporary_bytes(3) - temporary_bytes(1) < gradient_bytes
 
 
-MOST = 3 * grouped_blocks.BLOCK  # rows of one expert
-plan_tasks = jax.jit(grouped_blocks.plan_tasks, static_argnums=1)
+MOST = 3 * row_tasks.BLOCK  # rows of one expert
+plan_tasks = jax.jit(row_tasks.plan_tasks, static_argnums=1)
 
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, MOST), min_size=5, max_size=5))
 @example([0] * 5)
-@example(
-    [grouped_blocks.BLOCK, 0, 2 * grouped_blocks.BLOCK, 1, grouped_blocks.BLOCK + 1]
-)
+@example([row_tasks.BLOCK, 0, 2 * row_tasks.BLOCK, 1, row_tasks.BLOCK + 1])
 @example([MOST] * 5)
 def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
     tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST)  # the rest is nobody's
     count = int(tasks.count)
-    assert count == sum(-(-size // grouped_blocks.BLOCK) for size in sizes)
+    assert count == sum(-(-size // row_tasks.BLOCK) for size in sizes)
     own = [np.array(x)[:count] for x in (tasks.expert_M, tasks.start_M, tasks.rows_M)]
     covered = [
         (expert, row)
@@ -295,7 +314,7 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
     ]
     owner = np.repeat(np.arange(5), sizes)
     assert covered == list(zip(owner, range(sum(sizes)), strict=True))
-    assert own[2].max(initial=0) <= grouped_blocks.BLOCK
+    assert own[2].max(initial=0) <= row_tasks.BLOCK
 
 
 def test_the_config_knows_the_same_backends():

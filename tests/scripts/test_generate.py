@@ -54,6 +54,13 @@ def test_an_empty_prompt_begins_a_document(script, trained):
     assert outcome.out.startswith("The")
 
 
+def test_weights_in_fewer_bits_complete_it_too(script, trained):
+    options = (f"--workdir={trained}", f"--prompt={PROMPT}", *GREEDY)
+    for form in ("fp8", "int4-experts"):
+        outcome = script("generate", *options, f"--weights={form}")
+        assert outcome.code == 0 and "is" in outcome.out.removeprefix(PROMPT)
+
+
 def test_an_earlier_checkpoint_can_be_asked_for(script, trained):
     texts = {
         script("generate", f"--workdir={trained}", f"--step={step}", *GREEDY).out
@@ -71,6 +78,7 @@ def test_an_earlier_checkpoint_can_be_asked_for(script, trained):
         ("--max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
         ("--temperature=-1", "temperature=-1.0 must be at least 0"),
         ("--top_p=0", "top_p=0.0 above 0"),
+        ("--weights=int3", "'int3' is not one of native, fp8, int4-experts"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(script, trained, argument, complaint):

@@ -57,3 +57,28 @@ def test_a_wrong_command_is_told_what_there_is(script, arguments):
     outcome = script("plan", *arguments)
     assert outcome.code == 1
     assert "schedules" in outcome.out + outcome.err
+
+
+def test_a_models_memory_is_listed_by_part(script):
+    outcome = script("plan", "memory", "--model=v3", "--weights=int4-experts")
+    assert outcome.code == 0, outcome.err
+    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in lines(outcome)]
+    sizes = {row[0]: float(row[3]) for row in rows}
+    total = sizes.pop("all")
+    assert total == pytest.approx(sum(sizes.values()), abs=0.1) and total <= 436
+    assert max(sizes, key=sizes.get) == "routed experts"
+
+
+def lines(outcome):
+    return [line for line in outcome.out.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize(
+    ("argument", "complaint"),
+    [
+        ("--model=v4", "'v4'"),
+        ("--weights=int3", "'int3' is not one of native, fp8, int4-experts"),
+    ],
+)
+def test_a_model_or_form_that_is_not_there_is_named(script, argument, complaint):
+    assert complaint in script("plan", "memory", argument).mistake()

@@ -1,0 +1,190 @@
+"""Does training in FP8 cost loss, and does it need blocks?
+
+    python experiments/fp8_vs_bf16.py
+
+trains two models for 1,000 steps, each four times on the same data from the same
+weights: with native products (float32, which on CPUs is what bfloat16 is on GPUs), in
+block-scaled FP8, and in the two ways that DeepSeek-V3 found to be worse: with one scale
+for a whole tensor, and with 128x128 blocks for the gradients of activations
+(arXiv 2412.19437, section 3.3 and appendix B). Losses are smoothed as there, by an
+exponential moving average of coefficient 0.9. What is compared is their relative
+difference from the native run's, step by step.
+
+It prints a table and writes results/fp8_vs_bf16.{json,png}. Runs are kept under
+--workdir; an interrupted call goes on where it stopped.
+
+Hardware: 2 CPU cores, which emulate FP8.
+Expected: block-scaled FP8 within 0.25%.
+"""
+
+import json
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import rich.console
+import rich.table
+from absl import app, flags
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from jmoe.config import RunConfig, override, presets
+from jmoe.train import run_files, runtime
+from jmoe.train.loop import train
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/fp8_vs_bf16", "Where the eight runs are kept."
+)
+_SET = flags.DEFINE_multi_string(
+    "set", [], "path.to.field=value, for all runs; repeatable."
+)
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+NATIVE = "native"
+VARIANTS = {
+    NATIVE: "native",
+    "FP8": "fp8",
+    "FP8, a scale per tensor": "fp8_tensor",
+    "FP8, 128x128 gradients": "fp8_square_gradients",
+}
+COLOURS = dict(zip(VARIANTS, ("black", "C0", "C3", "C1"), strict=True))
+LARGER = [
+    "model.hidden_dim=384",  # three blocks of 128
+    "model.num_layers=6",
+    "model.dense_mlp_dim=1024",
+    "model.attention.num_heads=6",
+    "model.attention.query_latent_dim=192",
+    "model.attention.kv_latent_dim=128",
+    "model.moe.expert_mlp_dim=128",
+    "train.batch_size=8",
+    "train.microbatch_size=8",
+    "train.bias_rate.first=1e-3",
+]
+MODELS = {"tiny": [], "larger": LARGER}
+SMOOTHING = 0.9
+BOUND = 0.0025
+FIRST = 50  # where the moving average has seen enough steps
+
+
+class Curve(NamedTuple):
+    """Losses in nats a token, smoothed, by step."""
+
+    step_N: np.ndarray
+    loss_N: np.ndarray
+
+    def off(self, other: "Curve") -> np.ndarray:
+        """The relative difference, [N], from step FIRST on."""
+        return (self.loss_N / other.loss_N - 1)[FIRST:]
+
+
+def get_config(model: str = "tiny", variant: str = "FP8") -> RunConfig:
+    """1,000 steps of one of the models, in one of the ways to multiply."""
+    return override(
+        presets.tiny_run(),
+        [
+            "train.steps=1000",
+            "train.log_every=1",
+            "train.eval_every=500",
+            "train.eval_batches=32",
+            "train.checkpoint_every=250",
+            f"precision={VARIANTS[variant]}",
+            *MODELS[model],
+        ],
+    )
+
+
+def main(_) -> None:
+    runtime.keep_freed_memory()
+    runtime.step_after_step()
+    runtime.log_warnings_only()
+    curves: dict[str, dict[str, Curve]] = {model: {} for model in MODELS}
+    for variant in VARIANTS:
+        for model in MODELS:
+            workdir = pathlib.Path(_WORKDIR.value) / model / VARIANTS[variant]
+            if train(override(get_config(model, variant), _SET.value), workdir):
+                return  # stopped by a signal; the same command goes on
+            curves[model][variant] = read_curve(run_files.read_run(workdir))
+    figures = {model: read_figures(of_model) for model, of_model in curves.items()}
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / "fp8_vs_bf16"
+    stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+    draw(curves, stem.with_suffix(".png"))
+    show(figures)
+
+
+def read_curve(run: run_files.Run) -> Curve:
+    """The run's training loss."""
+    series = run.series("loss")
+    assert series is not None, f"{run.directory} has no loss"
+    return Curve(series.step_N, smoothed(series.value_NK[:, 0]))
+
+
+def smoothed(value_N: np.ndarray) -> np.ndarray:
+    """The exponential moving average, without a bias towards its start."""
+    total = weight = 0.0
+    averages = []
+    for value in value_N:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        averages.append(total / weight)
+    return np.array(averages)
+
+
+def read_figures(curves: dict[str, Curve]) -> dict[str, dict[str, float]]:
+    """Last losses, and how far curves are from the native one's, relatively."""
+    native = curves[NATIVE]
+    return {
+        variant: {
+            "last_loss": float(curve.loss_N[-1]),
+            "largest_difference": float(np.abs(curve.off(native)).max()),
+            "mean_difference": float(curve.off(native).mean()),
+            "last_difference": float(curve.off(native)[-1]),
+        }
+        for variant, curve in curves.items()
+    }
+
+
+def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Prints the table."""
+    caption = f"differences from the native run, smoothed, from step {FIRST} on"
+    table = rich.table.Table(caption=caption)
+    for column in ("model", "products", "last loss", "largest", "mean", "last"):
+        table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
+    for model, rows in figures.items():
+        for variant, row in rows.items():
+            last, *differences = row.values()
+            table.add_row(
+                model, variant, f"{last:.4f}", *(f"{x:+.3%}" for x in differences)
+            )
+        table.add_section()
+    rich.console.Console().print(table)
+
+
+def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
+    """Relative differences over the steps, a model each."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    all_axes = figure.subplots(1, len(curves), sharey=True)
+    for axes, (model, of_model) in zip(all_axes, curves.items(), strict=True):
+        native = of_model[NATIVE]
+        axes.axhspan(-100 * BOUND, 100 * BOUND, color="0.93")
+        axes.axhline(0, color=COLOURS[NATIVE], linewidth=0.8)
+        for variant, curve in of_model.items():
+            if variant != NATIVE:
+                off_N = 100 * curve.off(native)
+                axes.plot(
+                    curve.step_N[FIRST:],
+                    off_N,
+                    color=COLOURS[variant],
+                    label=variant,
+                    linewidth=1,
+                )
+        axes.set(title=f"{model} model", xlabel="step")
+        axes.spines[["top", "right"]].set_visible(False)
+    all_axes[0].set(ylabel="loss, % above the native run's")
+    all_axes[0].legend(frameon=False, title=f"grey: ±{BOUND:.2%}")
+    figure.savefig(path, dpi=160)
+
+
+if __name__ == "__main__":
+    app.run(main)

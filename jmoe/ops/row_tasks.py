@@ -1,0 +1,123 @@
+"""Sorted rows in tasks: a task is up to BLOCK rows of one expert.
+
+Shapes: N row, E expert, M task, B = BLOCK rows, S rows of one compiled size, I input
+and O output dimension.
+
+A loop takes one task after another. What a task computes has the smallest compiled size
+that holds its rows, so that padding is small and its arrays stay in the cache.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK = 256
+STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
+
+
+class Tasks(NamedTuple):
+    """At most M tasks, in the order of rows, of which the first `count` exist."""
+
+    expert_M: jax.Array
+    start_M: jax.Array  # first row
+    rows_M: jax.Array  # how many, at most BLOCK
+    count: jax.Array
+
+
+def plan_tasks(size_E: jax.Array, num_rows: int, *, skip: int = 0) -> Tasks:
+    """Cuts each expert's rows into tasks of at most BLOCK; idle experts get none.
+
+    Args:
+      num_rows: at least the sum of `size_E`; decides M.
+      skip: how many of each expert's tasks to leave out, from its first.
+    """
+    tasks_E = jnp.maximum(-(-size_E // BLOCK) - skip, 0)
+    end_E = jnp.cumsum(tasks_E)
+    index_M = jnp.arange(size_E.shape[0] + num_rows // BLOCK, dtype=jnp.int32)
+    expert_M = jnp.searchsorted(end_E, index_M, side="right").astype(jnp.int32)
+    expert_M = jnp.minimum(expert_M, size_E.shape[0] - 1)
+    nth_M = index_M - (end_E - tasks_E)[expert_M] + skip
+    start_M = first_rows(size_E)[expert_M] + nth_M * BLOCK
+    rows_M = jnp.clip(size_E[expert_M] - nth_M * BLOCK, 0, BLOCK)
+    return Tasks(expert_M, start_M, rows_M, end_E[-1])
+
+
+def first_rows(size_E: jax.Array) -> jax.Array:
+    return jnp.cumsum(size_E) - size_E
+
+
+def over_experts(run, size_E: jax.Array, num_rows: int, carry):
+    """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
+
+    Most experts have one task: it writes the weights' gradient, without reading it.
+    """
+    first_E = first_rows(size_E)
+    later = plan_tasks(size_E, num_rows, skip=1)
+
+    def run_first(e, carry):
+        return run(e, first_E[e], jnp.minimum(size_E[e], BLOCK), carry, write)
+
+    def run_later(i, carry):
+        return run(
+            later.expert_M[i], later.start_M[i], later.rows_M[i], carry, write_sum
+        )
+
+    carry = lax.fori_loop(0, size_E.shape[0], run_first, carry)
+    return lax.fori_loop(0, later.count, run_later, carry)
+
+
+def zeros_after(x_TD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Zeros of x's dtype that cannot be made before x is.
+
+    XLA makes constant zeros of one shape once, copies them for each layer, and all of
+    that at the start of a step, where they stay: as much memory again as the gradients.
+    """
+    zero = jnp.minimum(jnp.abs(x_TD[0, 0]), 0)
+    return jnp.broadcast_to(zero, shape)
+
+
+def in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
+    """`chain(size)` for the smallest compiled size of at least `rows` rows."""
+    branches = [functools.partial(chain, s) for s in range(STEP, BLOCK + 1, STEP)]
+    return lax.switch((rows - 1) // STEP, branches)
+
+
+def add_own(
+    total: jax.Array, index_B: jax.Array, value: jax.Array, own: jax.Array
+) -> jax.Array:
+    """Adds the first `own` of the B rows of `value`, to distinct rows of `total`."""
+    row_B = jnp.arange(BLOCK)
+    nowhere_B = total.shape[0] + row_B  # out of bounds, which scatter drops
+    index_B = jnp.where(row_B < own, index_B, nowhere_B)
+    value = value.astype(total.dtype)
+    return total.at[index_B].add(value, mode="drop", unique_indices=True)
+
+
+def write(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(total_EIO, value_IO, expert, 0)
+
+
+def write_sum(
+    total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array
+) -> jax.Array:
+    return write(total_EIO, expert, pick(total_EIO, expert) + value_IO)
+
+
+def pad(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+
+
+def cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(x, start, size)
+
+
+def pick(w: jax.Array, index: jax.Array) -> jax.Array:
+    return lax.dynamic_index_in_dim(w, index, keepdims=False)
+
+
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")

@@ -1,0 +1,26 @@
+"""Weights as they are kept: as arrays, or in fewer bits.
+
+The latter are dequantized where they are used.
+
+A matrix in fewer bits has its input dimension next to last and all outputs in the last.
+"""
+
+import jax
+
+from jmoe.ops import fp8, int4
+
+Weight = jax.Array | fp8.Quantized | int4.Packed
+
+
+def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """What it stands for."""
+    if isinstance(w, fp8.Quantized):
+        return fp8.dequantize(w, dtype)
+    if isinstance(w, int4.Packed):
+        return int4.dequantize(w, dtype)
+    return w.astype(dtype)
+
+
+def converted(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
+    """An array in another dtype; one in fewer bits stays as it is."""
+    return w.astype(dtype) if isinstance(w, jax.Array) else w
