@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jmoe.ops import fp8
-from jmoe.ops.kernels import fp8_matmul
+from jmoe.ops.kernels import fp8_grouped, fp8_matmul
 from jmoe.plan import aot
 from jmoe.plan.device import H20
 
@@ -82,6 +82,36 @@ def test_a_product_takes_e4m3_and_spills_nothing(sizes, block, dtype, compile_ke
         ((M, blocks), jnp.float32),
         ((N, K), fp8.DTYPE),
         ((rows, blocks), jnp.float32),
+    )
+    check(kernel)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
+@pytest.mark.parametrize("product", ["dot", "outer"])
+@pytest.mark.parametrize("sizes", [(8192, 7168, 4096), (1000, 2048, 7168)])
+def test_grouped_products_are_alike(sizes, product, dtype, compile_kernels):
+    M, I, O = sizes  # noqa: E741
+    experts = 32
+    squares, along_rows = map(fp8.num_blocks, (O, M))
+    inputs = fp8.num_blocks(I)
+    shapes = {
+        "dot": [
+            ((M, I), fp8.DTYPE),
+            ((M, inputs), jnp.float32),
+            ((experts, O, I), fp8.DTYPE),
+            ((experts, squares, inputs), jnp.float32),
+        ],
+        "outer": [
+            ((I, M), fp8.DTYPE),
+            ((I, along_rows), jnp.float32),
+            ((O, M), fp8.DTYPE),
+            ((O, along_rows), jnp.float32),
+        ],
+    }
+    (kernel,) = compile_kernels(
+        functools.partial(getattr(fp8_grouped, product), dtype=dtype),
+        *shapes[product],
+        ((experts,), jnp.int32),
     )
     check(kernel)
 
