@@ -2,17 +2,16 @@
 
 import functools
 import math
+import statistics
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from jmoe.data.loader import validation_batches
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import quantize_weights
 from jmoe.ops import fp8
-from jmoe.train.layout import make_layout, run_mesh
-from jmoe.train.step import make_eval_step
+from jmoe.train.losses import microbatch_losses
 from jmoe.train.trained import Trained
 
 
@@ -31,19 +30,15 @@ class Perplexity(NamedTuple):
 def perplexity(trained: Trained, form: str = "native") -> Perplexity:
     """Of the first `train.eval_batches` of the run's validation text.
 
-    Products are by the run's `precision`.
+    On one device, whatever the run's mesh. Products are by the run's `precision`.
 
     Args:
       form: of the weights, one of `jmoe.nn.quantized.FORMS`.
 
     Raises:
-      ValueError: the run is for a mesh, or `form` is none.
+      ValueError: there is no such form.
     """
     run = trained.run
-    if run.mesh.num_devices > 1:
-        raise ValueError(
-            f"mesh={run.mesh.shape} has several devices: evaluate with mesh=data=1."
-        )
     batches = validation_batches(
         run.data,
         trained.tokenizer,
@@ -53,13 +48,15 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
     quantize = functools.partial(quantize_weights, cfg=run.model, form=form)
     params = jax.jit(quantize)(trained.variables["params"])
     model = Transformer(run.model, fp8.dot_general(run.precision))
-    eval_step = jax.jit(
-        make_eval_step(model, run, make_layout(model, run_mesh(run.mesh)))
-    )
-    parts = [eval_step(params, trained.variables["router_state"], b) for b in batches]
-    total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(parts))
+
+    @jax.jit
+    def loss(params, router_state, batch):
+        return microbatch_losses(model, params, router_state, batch, run)[0].main
+
+    router_state = trained.variables["router_state"]
+    mean_of_batch = [float(loss(params, router_state, batch)) for batch in batches]
     return Perplexity(
-        loss=float(total.loss / total.tokens),
-        tokens=int(total.tokens),
+        loss=statistics.fmean(mean_of_batch),
+        tokens=sum(batch.tokens_BT[:, 1:].size for batch in batches),
         weight_bytes=sum(x.nbytes for x in jax.tree.leaves(params)),
     )

@@ -53,7 +53,6 @@ def test_a_run_is_evaluated_on_as_much_text_as_is_asked_for(script, trained):
         ("--weights=int3", "weights='int3' is not one of native, fp8, int4-experts"),
         ("--workdir=nowhere", "'nowhere' holds no run"),
         ("--step=7", "No checkpoint of step 7"),
-        ("--set=mesh=data=2", "has several devices"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(script, trained, argument, complaint):
