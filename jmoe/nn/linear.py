@@ -19,18 +19,20 @@ def named_param(
     shape: Sequence[int],
     dims: Sequence[str | None],
     std: float,
-) -> stored.Weight:
-    """A float32 normal parameter whose dimensions carry their logical names.
-
-    Variables may hold it in fewer bits; then that is returned, a matrix.
-    """
-    if module.has_variable("params", name):
-        kept = module.get_variable("params", name)
-        if not isinstance(kept, jax.Array) and isinstance(kept, stored.Weight):
-            return kept
+) -> jax.Array:
+    """A float32 normal parameter whose dimensions carry their logical names."""
     normal = nn.initializers.normal(std)
     init: Initializer = nn.with_logical_partitioning(normal, tuple(dims))
     return module.param(name, init, tuple(shape), jnp.float32)
+
+
+def weight(module: nn.Module, name: str, *described: Any) -> stored.Weight:
+    """`named_param`, or the matrix in fewer bits that variables hold in its place."""
+    if module.has_variable("params", name):
+        kept = module.get_variable("params", name)
+        if isinstance(kept, stored.FewerBits):
+            return kept
+    return named_param(module, name, *described)
 
 
 class Linear(nn.Module):
@@ -47,7 +49,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], *self.features)
-        kernel = named_param(self, "kernel", shape, self.dims, self.init_std)
+        kernel = weight(self, "kernel", shape, self.dims, self.init_std)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         kernel = stored.as_array(kernel, x.dtype).reshape(shape)
         return self.dot_general(x, kernel, contract)

@@ -13,7 +13,7 @@ import jax
 from flax import linen as nn
 
 from jmoe.config import MoEConfig
-from jmoe.nn.linear import DotGeneral, Linear, named_param
+from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.router import Router, Stats
 from jmoe.ops import fp8, grouped, stored
 from jmoe.ops.swiglu import after_swiglu
@@ -65,14 +65,14 @@ class RoutedExperts(nn.Module):
         experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
         mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
         hidden = x_ND.shape[-1]
-        gate_up_ED2F = named_param(
+        gate_up_ED2F = weight(
             self,
             "gate_up",
             (experts, hidden, 2, mlp),
             ("expert", "embed", None, "mlp"),
             self.init_std,
         )
-        down_EFD = named_param(
+        down_EFD = weight(
             self,
             "down",
             (experts, mlp, hidden),

@@ -14,7 +14,7 @@ its choices may be expert E, "nobody", and contribute nothing: that is how a dev
 skips the experts that other devices host.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
-[E, F, D]; then only x and the gates can have gradients.
+[E, F, D]; that is for inference, without gradients.
 
 With a `recipe` (`jmoe.ops.fp8`), all products are FP8, by its blocks. Gate and up make
 one matrix; what is summed over an expert's rows has blocks from its first row on. The

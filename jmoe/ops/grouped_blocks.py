@@ -79,7 +79,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     tasks = plan_tasks(rows.size_E, expert_TK.size)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = gate_up_ED2F
-    if isinstance(gate_up_EDX, jax.Array):
+    if not isinstance(gate_up_EDX, stored.FewerBits):
         gate_up_EDX = gate_up_EDX.reshape(num_experts, -1, 2 * mlp_dim)
     x_TD = left.activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
@@ -118,7 +118,7 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     def run(expert, start, own, carry, write):
         dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
         choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
-        gate_up_DX, down_FD = (pick(w, expert) for w in weights)
+        gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
             x_SD = take(x_TD, token_B[:size])
@@ -170,7 +170,8 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
         dx_TD, d_gate_N, *made_NX = carry
         start, own = tasks.start_M[i], tasks.rows_M[i]
         choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
-        gate_up_DX, down_FD = (pick(w, tasks.expert_M[i]) for w in weights)
+        expert = tasks.expert_M[i]
+        gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
             x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
@@ -250,9 +251,9 @@ def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
 
 def _rounded(recipe: Recipe, w_EIO: stored.Weight) -> stored.Weight:
     """As FP8 leaves it; one that is stored in fewer bits, as it is."""
-    if isinstance(w_EIO, jax.Array):
-        return fp8.roundings(recipe).weights(w_EIO)
-    return w_EIO
+    if isinstance(w_EIO, stored.FewerBits):
+        return w_EIO
+    return fp8.roundings(recipe).weights(w_EIO)
 
 
 def _of_expert(w_EIO: stored.Weight, expert: jax.Array, dtype: Any) -> jax.Array:

@@ -9,7 +9,8 @@ import jax
 
 from jmoe.ops import fp8, int4
 
-Weight = jax.Array | fp8.Quantized | int4.Packed
+FewerBits = fp8.Quantized | int4.Packed
+Weight = jax.Array | FewerBits
 
 
 def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -23,4 +24,4 @@ def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 def converted(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
     """An array in another dtype; one in fewer bits stays as it is."""
-    return w.astype(dtype) if isinstance(w, jax.Array) else w
+    return w if isinstance(w, FewerBits) else w.astype(dtype)
