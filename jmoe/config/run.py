@@ -152,11 +152,6 @@ class RunConfig:
 
     def __post_init__(self):
         checks.one_of(self, precision=PRECISIONS)
-        if self.precision != "native" and self.model.moe.backend.startswith("ragged"):
-            raise ValueError(
-                f"precision={self.precision!r} needs experts with FP8 products: "
-                f"model.moe.backend={self.model.moe.backend!r} has none, 'blocks' has."
-            )
         length, limit = self.data.sequence_length, self.model.max_positions
         if length > limit:
             raise ValueError(

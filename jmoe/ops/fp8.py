@@ -35,7 +35,7 @@ BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
 
-_HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
+HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 Block = tuple[int, ...]
 """Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
@@ -148,7 +148,7 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
     scales and b ROW or SQUARE ones, and the `gpu` extra is installed, it is a kernel
     when compiled for a GPU; that must be a Hopper, or compiling fails.
     """
-    if not _HAS_KERNELS or not _is_for_kernel(a, b):
+    if not HAS_KERNELS or not _is_for_kernel(a, b):
         return _reference(a, b, dtype=dtype)
     from jmoe.ops.kernels import fp8_matmul
 

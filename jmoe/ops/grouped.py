@@ -17,8 +17,8 @@ Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] a
 [E, F, D]; that is for inference, without gradients.
 
 With a `recipe` (`jmoe.ops.fp8`), all products are FP8, by its blocks. Gate and up make
-one matrix; what is summed over an expert's rows has blocks from its first row on. The
-`ragged` backends have no FP8 yet.
+one matrix; what is summed over an expert's rows has blocks from its first row on, or
+its first of each part that a backend computes at a time.
 
 The `blocks` backends are for CPUs (`jmoe.ops.grouped_blocks`), the `ragged` ones for
 Hopper GPUs (`jmoe.ops.grouped_ragged`). In those whose names end with `_apart`, nothing

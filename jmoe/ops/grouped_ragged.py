@@ -25,20 +25,25 @@ products instead of five.
 Products are `tokamax`'s kernels when compiled for a GPU in bfloat16. Elsewhere, or
 without the `gpu` extra, they are `lax.ragged_dot`, whose cost grows with E. Weights
 that are kept in fewer bits are dequantized before, all of a layer's.
+
+In FP8, weights are quantized once a pass, and rows by each product, whose kernels are
+our own (`jmoe.ops.grouped_fp8`). All else is computed as it is without: gates have the
+gradients of activations that weren't rounded. In the weights' gradients, blocks start
+with an expert's first row in the segment.
 """
 # pyright: reportMissingImports=false
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import stored
-from jmoe.ops.rows import Rows, sort_rows
+from jmoe.ops import fp8, grouped_fp8, stored
+from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 # What a block of GPU threads works on at a time: rows x outputs, in steps of inputs.
 TILE_M, TILE_O, TILE_I = 128, 128, 64
@@ -47,18 +52,8 @@ STAGES = 4  # steps whose operands are under way from memory
 _HAS_KERNELS = importlib.util.find_spec("tokamax") is not None
 
 
-def _dimensions(left: int, right: int, *, experts: Sequence[int]) -> Any:
-    """Of a product that sums over these two dimensions; rows are the left's first."""
-    return lax.RaggedDotDimensionNumbers(
-        dot_dimension_numbers=(([left], [right]), ([], [])),
-        lhs_ragged_dimensions=[0],
-        rhs_group_dimensions=experts,
-    )
-
-
-DOT = _dimensions(1, 1, experts=[0])  # MI, EIO -> MO
-DOT_TRANSPOSED = _dimensions(1, 2, experts=[0])  # MO, EIO -> MI
-OUTER = _dimensions(0, 0, experts=[])  # MI, MO -> EIO
+Recipe = fp8.Recipe | None
+Weight = jax.Array | fp8.Quantized
 
 
 class Plan(NamedTuple):
@@ -87,8 +82,8 @@ class Saved(NamedTuple):
 
     x_TD: jax.Array
     gate_TK: jax.Array
-    gate_up_EDX: jax.Array
-    down_EFD: jax.Array
+    gate_up_EDX: Weight
+    down_EFD: Weight
     plan: Plan
 
 
@@ -100,32 +95,34 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
+def _forward(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe):
     length = _segment_length(x_TD.shape[0])
     plan = _plan(expert_TK, down_EFD.shape[0], length)
-    gate_up_EDX = gate_up_ED2F.reshape(*gate_up_ED2F.shape[:2], -1)
+    gate_up_EDX, down_EFD = (
+        _ready(w, x_TD.dtype, recipe) for w in (gate_up_EDX, down_EFD)
+    )
     saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, plan)
 
     def output(segment):
-        act_MF = _activations(*_hidden(saved, segment), segment)
-        y_MD = _dot(act_MF, down_EFD, segment)
+        act_MF = _activations(*_hidden(recipe, saved, segment), segment)
+        y_MD = _dot(recipe, act_MF, down_EFD, segment)
         return _collect(y_MD, plan, segment).sum(1)
 
     y_TD = _over_segments(plan, length, output)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(saved: Saved, dy_TD: jax.Array):
+def _backward(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
     def gradients(segment):
-        middle = _middle(saved, dy_TD, segment)
-        of_inputs = _input_gradients(saved, middle, segment)
-        return of_inputs + _weight_gradients(saved, dy_TD, middle, segment)
+        middle = _middle(recipe, saved, dy_TD, segment)
+        of_inputs = _input_gradients(recipe, saved, middle, segment)
+        return of_inputs + _weight_gradients(recipe, saved, dy_TD, middle, segment)
 
     length = _segment_length(dy_TD.shape[0])
     return _results(saved, *_over_segments(saved.plan, length, gradients))
 
 
-def _backward_apart(saved: Saved, dy_TD: jax.Array):
+def _backward_apart(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
     plan, length = saved.plan, _segment_length(dy_TD.shape[0])
     first = _cut(plan, 0, length)
 
@@ -133,44 +130,45 @@ def _backward_apart(saved: Saved, dy_TD: jax.Array):
     of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
     # As one: else the activations could be left to the weights' gradients to make, of
     # something in float32 that stays until then.
-    middle = lax.optimization_barrier(_middle(of_pass, dy_TD, first))
+    middle = lax.optimization_barrier(_middle(recipe, of_pass, dy_TD, first))
 
     def input_gradients(segment):
-        return _input_gradients(of_pass, _middle(of_pass, dy_TD, segment), segment)
+        return _input_gradients(
+            recipe, of_pass, _middle(recipe, of_pass, dy_TD, segment), segment
+        )
 
-    of_first = _input_gradients(of_pass, middle, first)
+    of_first = _input_gradients(recipe, of_pass, middle, first)
     of_inputs = _add_later(plan, length, input_gradients, of_first)
 
     of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
     def weight_gradients(segment):
-        middle = _middle(of_pass, dy_TD, segment)
-        return _weight_gradients(of_pass, dy_TD, middle, segment)
+        middle = _middle(recipe, of_pass, dy_TD, segment)
+        return _weight_gradients(recipe, of_pass, dy_TD, middle, segment)
 
-    of_first = _weight_gradients(of_pass, dy_TD, middle, first)
+    of_first = _weight_gradients(recipe, of_pass, dy_TD, middle, first)
     of_weights = _add_later(plan, length, weight_gradients, of_first)
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _backend(backward: Callable[[Saved, jax.Array], Any]) -> Callable[..., jax.Array]:
+def _backend(
+    backward: Callable[[Recipe, Saved, jax.Array], Any],
+) -> Callable[..., jax.Array]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
 
     Its y_TD has x's dtype and is summed in float32; the gates are float32.
     """
 
-    @jax.custom_vjp
-    def of_arrays(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD):
-        return _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD)[0]
+    def output(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe):
+        return _forward(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe)[0]
 
-    of_arrays.defvjp(_forward, backward)
+    of_matrices: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
+    of_matrices.defvjp(_forward, backward)
 
-    def routed_mlp(*arrays: Any, recipe: Any = None) -> jax.Array:
-        if recipe is not None:
-            raise NotImplementedError("The ragged backends have no FP8 products.")
-        x_TD, *choices, gate_up, down = arrays
-        gate_up, down = (stored.as_array(w, x_TD.dtype) for w in (gate_up, down))
-        gate_up_ED2F = gate_up.reshape(*gate_up.shape[:2], 2, -1)
-        return of_arrays(x_TD, *choices, gate_up_ED2F, down)
+    def routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None):
+        if not isinstance(gate_up, stored.FewerBits):
+            gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
+        return of_matrices(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
 
     return routed_mlp
 
@@ -179,9 +177,18 @@ routed_mlp_ragged = _backend(_backward)
 routed_mlp_ragged_apart = _backend(_backward_apart)
 
 
-def _hidden(saved: Saved, segment: Segment) -> tuple[jax.Array, jax.Array]:
+def _ready(w_EIO: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
+    """As products take it: in `dtype`, or quantized."""
+    if recipe is None:
+        return stored.as_array(w_EIO, dtype)
+    if isinstance(w_EIO, fp8.Quantized):
+        return w_EIO
+    return recipe.quantize(stored.as_array(w_EIO, dtype), recipe.weights)
+
+
+def _hidden(recipe: Recipe, saved: Saved, segment: Segment):
     """The gate and up activations, and the rows' gates."""
-    h_MX = _dot(_spread(saved.x_TD, segment), saved.gate_up_EDX, segment)
+    h_MX = _dot(recipe, _spread(saved.x_TD, segment), saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
 
@@ -195,32 +202,35 @@ def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Ar
     return (jax.nn.silu(gate_MF) * up_MF * gate_M[:, None]).astype(h_MX.dtype)
 
 
-def _middle(saved: Saved, dy_TD: jax.Array, segment: Segment) -> Middle:
+def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
     activations = functools.partial(_activations, segment=segment)
-    act_MF, pull = jax.vjp(activations, *_hidden(saved, segment))
-    d_act_MF = _dot_transposed(_spread(dy_TD, segment), saved.down_EFD, segment)
-    return Middle(act_MF, *pull(d_act_MF))
+    act_MF, pull = jax.vjp(activations, *_hidden(recipe, saved, segment))
+    dy_MD = _spread(dy_TD, segment)
+    return Middle(
+        act_MF, *pull(_dot_transposed(recipe, dy_MD, saved.down_EFD, segment))
+    )
 
 
-def _input_gradients(saved: Saved, middle: Middle, segment: Segment):
+def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segment):
     """Of x and the gates."""
-    dx_MD = _dot_transposed(middle.d_h_MX, saved.gate_up_EDX, segment)
+    dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
     dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
     return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
 
 
-def _weight_gradients(saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment):
+def _weight_gradients(
+    recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
+):
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
     return (
-        _outer(x_MD, middle.d_h_MX, segment),
-        _outer(middle.act_MF, dy_MD, segment),
+        _outer(recipe, x_MD, middle.d_h_MX, segment),
+        _outer(recipe, middle.act_MF, dy_MD, segment),
     )
 
 
 def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
-    d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
-    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_ED2F, d_down_EFD
+    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_EDX, d_down_EFD
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
@@ -287,25 +297,39 @@ def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
     return jnp.where(inside, picked.astype(jnp.float32), 0)
 
 
-def _dot(x_MI: jax.Array, w_EIO: jax.Array, segment: Segment) -> jax.Array:
+def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.Array:
     """Each expert's rows times its weights, [M, O] in x's dtype.
 
     What nobody's rows have must be finite, and the result has anything there.
     """
-    return _product(_dot_kernel, DOT, x_MI, w_EIO, segment.size_E)
+    if recipe is None:
+        return _product(_dot_kernel, DOT, x_MI, w_EIO, segment.size_E)
+    x = recipe.quantize(x_MI, recipe.activations)
+    return grouped_fp8.dot(x, w_EIO.mT, segment.size_E, x_MI.dtype)
 
 
-def _dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, segment: Segment) -> jax.Array:
+def _dot_transposed(
+    recipe: Recipe, dy_MO: jax.Array, w_EIO: Any, segment: Segment
+) -> jax.Array:
     """Each expert's rows times its weights' transpose, likewise."""
-    return _product(_transposed_kernel, DOT_TRANSPOSED, dy_MO, w_EIO, segment.size_E)
+    if recipe is None:
+        return _product(
+            _transposed_kernel, DOT_TRANSPOSED, dy_MO, w_EIO, segment.size_E
+        )
+    dy = recipe.quantize(dy_MO, recipe.gradients)
+    return grouped_fp8.dot(dy, w_EIO, segment.size_E, dy_MO.dtype)
 
 
-def _outer(x_MI: jax.Array, dy_MO: jax.Array, segment: Segment) -> jax.Array:
+def _outer(
+    recipe: Recipe, x_MI: jax.Array, dy_MO: jax.Array, segment: Segment
+) -> jax.Array:
     """Each expert's sum of its rows' outer products, [E, I, O] in x's dtype.
 
     One of the operands must be zero in nobody's rows, and the other finite.
     """
-    return _product(_outer_kernel, OUTER, x_MI, dy_MO, segment.size_E)
+    if recipe is None:
+        return _product(_outer_kernel, OUTER, x_MI, dy_MO, segment.size_E)
+    return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe)
 
 
 def _product(kernel, dimensions, left, right, size_E):

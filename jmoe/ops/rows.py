@@ -1,13 +1,30 @@
 """Choices of experts, sorted by expert: the order in which grouped matmuls want them.
 
 Shapes: T token, K choice of a token, N = T * K rows (a row is one choice of one token),
-E expert; expert E is "nobody".
+E expert; expert E is "nobody". In a product of all experts, M row, I input and O output
+dimension.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+
+def _dimensions(left: int, right: int, *, experts: Sequence[int]) -> Any:
+    """Of a `lax.ragged_dot_general` over these two; rows are the left's first."""
+    return lax.RaggedDotDimensionNumbers(
+        dot_dimension_numbers=(([left], [right]), ([], [])),
+        lhs_ragged_dimensions=[0],
+        rhs_group_dimensions=experts,
+    )
+
+
+DOT = _dimensions(1, 1, experts=[0])  # MI, EIO -> MO
+DOT_TRANSPOSED = _dimensions(1, 2, experts=[0])  # MO, EIO -> MI
+OUTER = _dimensions(0, 0, experts=[])  # MI, MO -> EIO
 
 
 class Rows(NamedTuple):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.ops import fp8
+from jmoe.ops import fp8, grouped
 from jmoe.ops.kernels import fp8_grouped, fp8_matmul
 from jmoe.plan import aot
 from jmoe.plan.device import H20
@@ -131,3 +131,31 @@ def test_a_linear_layers_products_are_kernels(recipe, kernels):
     text = compile_text(gradients, *((shape, jnp.bfloat16) for shape in shapes))
     found = re.findall(r'custom_call_target="mosaic_gpu\w*"', text)
     assert len(found) == kernels
+
+
+@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
+def test_routed_experts_products_are_kernels(backend):
+    """Of the first segment and in the loop over later ones: two, then all six."""
+    experts, tokens, choices, hidden, mlp = 8, 1024, 4, 2048, 1408
+
+    def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):
+        def output(x_TD, gate_TK, gate_up, down):
+            routed_mlp = grouped.BACKENDS[backend]
+            recipe = fp8.RECIPES["fp8"]
+            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, recipe=recipe)
+
+        y_TD, pull = jax.vjp(output, x_TD, gate_TK, gate_up, down)
+        return y_TD, *pull(dy_TD)
+
+    text = compile_text(
+        gradients,
+        ((tokens, hidden), jnp.bfloat16),
+        ((tokens, choices), jnp.int32),
+        ((tokens, choices), jnp.float32),
+        ((experts, hidden, 2, mlp), jnp.bfloat16),
+        ((experts, mlp, hidden), jnp.bfloat16),
+        ((tokens, hidden), jnp.bfloat16),
+    )
+    found = re.findall(r'custom_call_target="mosaic_gpu\w*"', text)
+    assert len(found) >= 2 * (2 + 5)
+    assert "ragged-dot" not in text

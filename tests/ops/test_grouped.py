@@ -190,12 +190,32 @@ def test_with_a_recipe_the_activations_are_kept_in_fp8_or_not_at_all(backend, ke
     assert floats_kept(fp8.RECIPES["fp8"]) == [fp8.DTYPE] * kept
 
 
+@pytest.mark.parametrize("case", ["one_choice", "some_choose_nobody"])
+def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(case):
+    expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
+    arrays = floats(expert_TK.shape, hidden=200, mlp=150)
+    whole, apart = (
+        value_and_gradients(
+            functools.partial(grouped.BACKENDS[name], recipe=fp8.RECIPES["fp8"]),
+            expert_TK,
+            *arrays,
+        )
+        for name in ("ragged", "ragged_apart")
+    )
+    assert max(off_by(apart, whole).values()) < 1e-3
+    off = off_by(whole, one_by_one("fp8", expert_TK, *arrays))
+    assert off["y"] < 1e-3
+    # Of activations that weren't rounded to be kept.
+    assert max(off.values()) < 0.1
+
+
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
-def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe):
+def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe, backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
     routed_mlp = functools.partial(
-        grouped_blocks.routed_mlp_blocks, recipe=fp8.RECIPES[recipe]
+        grouped.BACKENDS[backend], recipe=fp8.RECIPES[recipe]
     )
     got = value_and_gradients(routed_mlp, expert_TK, *arrays)
     off = off_by(got, value_and_gradients(dense, expert_TK, *arrays))
