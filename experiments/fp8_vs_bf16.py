@@ -98,8 +98,8 @@ def main(_) -> None:
     runtime.step_after_step()
     runtime.log_warnings_only()
     curves: dict[str, dict[str, Curve]] = {model: {} for model in MODELS}
-    for variant in VARIANTS:
-        for model in MODELS:
+    for model in MODELS:
+        for variant in VARIANTS:
             workdir = pathlib.Path(_WORKDIR.value) / model / VARIANTS[variant]
             if train(override(get_config(model, variant), _SET.value), workdir):
                 return  # stopped by a signal; the same command goes on
