@@ -47,6 +47,7 @@ from jmoe.ops.row_tasks import (
     pick,
     plan_tasks,
     take,
+    write_rows,
     zeros_after,
 )
 from jmoe.ops.rows import Rows, sort_rows
@@ -273,11 +274,7 @@ def _room(recipe: Recipe, x_TD: jax.Array, shape: tuple[int, ...]) -> Kept:
 
 def _write_rows(total: Any, rows: Any, start: jax.Array) -> Any:
     """In each array of a tree."""
-    return jax.tree.map(
-        lambda x_N, x_B: lax.dynamic_update_slice_in_dim(x_N, x_B, start, 0),
-        total,
-        rows,
-    )
+    return jax.tree.map(lambda x_N, x_B: write_rows(x_N, x_B, start), total, rows)
 
 
 def _kept(recipe: Recipe, h_NX: Kept | None, start, x_SD, gate_up_DX) -> Kept:
