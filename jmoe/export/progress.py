@@ -39,10 +39,10 @@ class Progress:
 
     def advance(self, nbytes: int) -> None:
         """Counts; may be called from several threads."""
-        with self._lock:
+        with self._lock:  # the bar too, or an older sum could be its last
             self._done += nbytes
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=self._done)
+            if self._bar is not None:
+                self._bar.update(self._bar.task_ids[0], completed=self._done)
 
     def __exit__(self, kind: object, *_: object) -> None:
         if self._bar is not None:

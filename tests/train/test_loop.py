@@ -189,7 +189,15 @@ def test_loading_a_model_reads_what_training_saved(smallest, whole_run):
     assert all(jax.tree.leaves(same))
 
 
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_ever():
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as in a terminal; a shell's background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_asks_to_stop_and_the_second_acts_as_ever(interruptible):
     with loop._stop_signals() as stopped:
         signal.raise_signal(signal.SIGINT)
         assert stopped == [signal.SIGINT]
