@@ -96,6 +96,8 @@ class Middle(NamedTuple):
 
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe):
+    if not isinstance(gate_up_EDX, stored.FewerBits):
+        gate_up_EDX = gate_up_EDX.reshape(*gate_up_EDX.shape[:2], -1)
     length = _segment_length(x_TD.shape[0])
     plan = _plan(expert_TK, down_EFD.shape[0], length)
     gate_up_EDX, down_EFD = (
@@ -159,17 +161,11 @@ def _backend(
     Its y_TD has x's dtype and is summed in float32; the gates are float32.
     """
 
-    def output(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe):
-        return _forward(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe)[0]
+    def output(x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None):
+        return _forward(x_TD, expert_TK, gate_TK, gate_up, down, recipe)[0]
 
-    of_matrices: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
-    of_matrices.defvjp(_forward, backward)
-
-    def routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None):
-        if not isinstance(gate_up, stored.FewerBits):
-            gate_up = gate_up.reshape(*gate_up.shape[:2], -1)
-        return of_matrices(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
-
+    routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
+    routed_mlp.defvjp(_forward, backward)
     return routed_mlp
 
 
@@ -230,7 +226,8 @@ def _weight_gradients(
 
 def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
-    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_EDX, d_down_EFD
+    d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
+    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_ED2F, d_down_EFD
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:

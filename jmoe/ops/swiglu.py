@@ -19,7 +19,10 @@ from jmoe.ops import fp8
 
 def swiglu(h: jax.Array) -> jax.Array:
     """`silu(gate) * up`, [..., F] of [..., X]."""
-    gate, up = jnp.split(h, 2, axis=-1)
+    return _gated(*jnp.split(h, 2, axis=-1))
+
+
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
@@ -29,10 +32,9 @@ def after_swiglu(dot_general: Callable[..., jax.Array]) -> Callable[..., jax.Arr
 
     def product(h: jax.Array, w_FN: jax.Array, dimension_numbers: Any) -> jax.Array:
         del dimension_numbers  # are those of h, which has one more
-        h = h.reshape(*h.shape[:-2], -1)
         if recipe is not None:
-            return fp8_swiglu_dot(h, w_FN, recipe)
-        act = swiglu(h)
+            return fp8_swiglu_dot(h.reshape(*h.shape[:-2], -1), w_FN, recipe)
+        act = _gated(h[..., 0, :], h[..., 1, :])
         return dot_general(act, w_FN, (((act.ndim - 1,), (0,)), ((), ())))
 
     return product
