@@ -39,23 +39,17 @@ _SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.")
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
-    import jax
-
     from jmoe.decode.generate import generate
-    from jmoe.nn.quantized import quantize_weights
-    from jmoe.train.trained import load_trained
+    from jmoe.train.trained import load_trained, quantized
 
     try:
         trained = load_trained(pathlib.Path(_WORKDIR.value), step=_STEP.value)
         data, tokenizer = trained.run.data, trained.tokenizer
         runtime.keep_compiled(cache.directory(data) / runtime.COMPILED)
-        cfg, variables = trained.run.model, trained.variables
-        quantize = jax.jit(quantize_weights, static_argnums=(1, 2))
-        params = quantize(variables["params"], cfg, _WEIGHTS.value)
         prompt = [tokenizer.eos_id, *tokenizer.encode(_PROMPT.value)]
         samples = generate(
-            cfg,
-            {**variables, "params": params},
+            trained.run.model,
+            quantized(trained, _WEIGHTS.value).variables,
             [prompt] * _NUM_SAMPLES.value,
             max_new_tokens=_MAX_NEW_TOKENS.value,
             temperature=_TEMPERATURE.value,

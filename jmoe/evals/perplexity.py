@@ -1,6 +1,5 @@
 """A trained model's loss on held-out text, with its weights in any form."""
 
-import functools
 import math
 import statistics
 from typing import NamedTuple
@@ -9,10 +8,9 @@ import jax
 
 from jmoe.data.loader import validation_batches
 from jmoe.nn.model import Transformer
-from jmoe.nn.quantized import quantize_weights
 from jmoe.ops import fp8
 from jmoe.train.losses import microbatch_losses
-from jmoe.train.trained import Trained
+from jmoe.train.trained import Trained, quantized
 
 
 class Perplexity(NamedTuple):
@@ -45,18 +43,16 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
         batch_size=run.train.microbatch_size,
         num_batches=run.train.eval_batches,
     )
-    quantize = functools.partial(quantize_weights, cfg=run.model, form=form)
-    params = jax.jit(quantize)(trained.variables["params"])
+    variables = quantized(trained, form).variables
     model = Transformer(run.model, fp8.dot_general(run.precision))
 
     @jax.jit
     def loss(params, router_state, batch):
         return microbatch_losses(model, params, router_state, batch, run)[0].main
 
-    router_state = trained.variables["router_state"]
-    mean_of_batch = [float(loss(params, router_state, batch)) for batch in batches]
+    mean_of_batch = [float(loss(**variables, batch=batch)) for batch in batches]
     return Perplexity(
         loss=statistics.fmean(mean_of_batch),
         tokens=sum(batch.tokens_BT[:, 1:].size for batch in batches),
-        weight_bytes=sum(x.nbytes for x in jax.tree.leaves(params)),
+        weight_bytes=sum(x.nbytes for x in jax.tree.leaves(variables["params"])),
     )

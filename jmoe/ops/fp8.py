@@ -35,7 +35,7 @@ BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
 
-HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
+_HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 Block = tuple[int, ...]
 """Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
@@ -148,17 +148,29 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
     scales and b ROW or SQUARE ones, and the `gpu` extra is installed, it is a kernel
     when compiled for a GPU; that must be a Hopper, or compiling fails.
     """
-    if not HAS_KERNELS or not _is_for_kernel(a, b):
-        return _reference(a, b, dtype=dtype)
-    from jmoe.ops.kernels import fp8_matmul
 
-    # Chosen when lowered, which may be for a GPU that isn't here.
-    return lax.platform_dependent(
-        a,
-        b,
-        cuda=lambda a, b: fp8_matmul.matmul(*a, *b, dtype=dtype),
-        default=functools.partial(_reference, dtype=dtype),
-    )
+    def kernel(a, b):
+        from jmoe.ops.kernels import fp8_matmul
+
+        return fp8_matmul.matmul(*a, *b, dtype=dtype)
+
+    reference = functools.partial(_reference, dtype=dtype)
+    return by_kernel(kernel, reference, a, b, fits=_is_for_kernel(a, b))
+
+
+def by_kernel(
+    kernel: Callable[..., jax.Array],
+    reference: Callable[..., jax.Array],
+    *operands: Any,
+    fits: bool,
+) -> jax.Array:
+    """The kernel's product if it `fits`, is installed and is compiled for a GPU.
+
+    Chosen when lowered, which may be for a GPU that isn't here.
+    """
+    if not (_HAS_KERNELS and fits):
+        return reference(*operands)
+    return lax.platform_dependent(*operands, cuda=kernel, default=reference)
 
 
 def _is_for_kernel(a: Quantized, b: Quantized) -> bool:

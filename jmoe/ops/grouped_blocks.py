@@ -56,6 +56,9 @@ from jmoe.ops.swiglu import swiglu
 Recipe = fp8.Recipe | None
 RoutedMLP = Callable[..., jax.Array]
 
+Kept = jax.Array | fp8.Quantized
+"""Gate and up activations [N, X], with a recipe in FP8."""
+
 
 class Saved(NamedTuple):
     """What the backward pass is given; it gathers the rest."""
@@ -66,11 +69,7 @@ class Saved(NamedTuple):
     gate_up_EDX: stored.Weight
     down_EFD: stored.Weight
     rows: Rows
-    h_NX: "Kept | None"  # None: to be computed again
-
-
-Kept = jax.Array | fp8.Quantized
-"""Gate and up activations [N, X], with a recipe in FP8."""
+    h_NX: Kept | None  # None: to be computed again
 
 
 def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
@@ -79,9 +78,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
     tasks = plan_tasks(rows.size_E, expert_TK.size)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
-    gate_up_EDX = gate_up_ED2F
-    if not isinstance(gate_up_EDX, stored.FewerBits):
-        gate_up_EDX = gate_up_EDX.reshape(num_experts, -1, 2 * mlp_dim)
+    gate_up_EDX = stored.as_matrices(gate_up_ED2F)
     x_TD = left.activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
 

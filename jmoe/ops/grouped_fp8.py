@@ -20,6 +20,7 @@ from jax import lax
 
 from jmoe.ops import fp8
 from jmoe.ops.fp8 import BLOCK, Quantized, Recipe, num_blocks
+from jmoe.ops.row_tasks import first_rows
 from jmoe.ops.rows import DOT_TRANSPOSED, OUTER
 
 
@@ -29,15 +30,15 @@ def dot(
     """[M, N] of x [M, K] and w [E, N, K]; nobody's rows have anything."""
     (M, K), (E, N, _) = x.shape, w.shape
     of_blocks = (M, num_blocks(K)), (E, num_blocks(N), num_blocks(K))
-    reference = functools.partial(_dot_reference, dtype=dtype)
-    if not fp8.HAS_KERNELS or (x.scale.shape, w.scale.shape) != of_blocks:
-        return reference(x, w, size_E)
-    from jmoe.ops.kernels import fp8_grouped
+    fits = (x.scale.shape, w.scale.shape) == of_blocks
 
     def kernel(x, w, size_E):
+        from jmoe.ops.kernels import fp8_grouped
+
         return fp8_grouped.dot(*x, *w, size_E, dtype=dtype)
 
-    return lax.platform_dependent(x, w, size_E, cuda=kernel, default=reference)
+    reference = functools.partial(_dot_reference, dtype=dtype)
+    return fp8.by_kernel(kernel, reference, x, w, size_E, fits=fits)
 
 
 def outer(
@@ -53,20 +54,17 @@ def outer(
         rows_P = rows.at[row_P].get(mode="promise_in_bounds")
         return recipe.quantize(jnp.where(is_owned_P1, rows_P, 0).T, block)
 
-    x, dy = (
-        along_rows(x_MI, recipe.activations),
-        along_rows(dy_MO, recipe.gradients),
-    )
-    of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
-    reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
-    if not fp8.HAS_KERNELS or [x.scale.shape, dy.scale.shape] != of_blocks:
-        return reference(x, dy, size_E)
-    from jmoe.ops.kernels import fp8_grouped
-
     def kernel(x, dy, size_E):
+        from jmoe.ops.kernels import fp8_grouped
+
         return fp8_grouped.outer(*x, *dy, size_E, dtype=x_MI.dtype)
 
-    return lax.platform_dependent(x, dy, size_E, cuda=kernel, default=reference)
+    x = along_rows(x_MI, recipe.activations)
+    dy = along_rows(dy_MO, recipe.gradients)
+    of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
+    fits = [x.scale.shape, dy.scale.shape] == of_blocks
+    reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
+    return fp8.by_kernel(kernel, reference, x, dy, size_E, fits=fits)
 
 
 def _spaced(size_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
@@ -80,8 +78,7 @@ def _spaced(size_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
     expert_P = jnp.where(is_there_P, expert_P, 0)
     nth_P = index_P - (end_E - whole_E)[expert_P]
     is_owned_P = is_there_P & (nth_P < size_E[expert_P])
-    first_E = jnp.cumsum(size_E) - size_E
-    row_P = jnp.where(is_owned_P, first_E[expert_P] + nth_P, 0)
+    row_P = jnp.where(is_owned_P, first_rows(size_E)[expert_P] + nth_P, 0)
     return row_P, is_owned_P[:, None]
 
 

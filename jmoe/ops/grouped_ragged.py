@@ -95,13 +95,12 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_EDX, down_EFD, recipe):
-    if not isinstance(gate_up_EDX, stored.FewerBits):
-        gate_up_EDX = gate_up_EDX.reshape(*gate_up_EDX.shape[:2], -1)
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     length = _segment_length(x_TD.shape[0])
     plan = _plan(expert_TK, down_EFD.shape[0], length)
     gate_up_EDX, down_EFD = (
-        _ready(w, x_TD.dtype, recipe) for w in (gate_up_EDX, down_EFD)
+        _ready(w, x_TD.dtype, recipe)
+        for w in (stored.as_matrices(gate_up_ED2F), down_EFD)
     )
     saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, plan)
 

@@ -22,6 +22,11 @@ def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     return w.astype(dtype)
 
 
+def as_matrices(w: Weight) -> Weight:
+    """Experts' weights, an array's outputs in one dimension: [E, I, O]."""
+    return w if isinstance(w, FewerBits) else w.reshape(*w.shape[:2], -1)
+
+
 def converted(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
     """An array in another dtype; one in fewer bits stays as it is."""
     return w if isinstance(w, FewerBits) else w.astype(dtype)

@@ -11,6 +11,7 @@ from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
+from jmoe.nn.quantized import quantize_weights
 from jmoe.train.state import make_variables
 
 TOKENIZER = "tokenizer.json"
@@ -46,3 +47,16 @@ def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
             jax.eval_shape(make), step, ignore=_ONLY_FOR_TRAINING
         )
     return Trained(run, tokenizer, variables, step)
+
+
+def quantized(trained: Trained, form: str) -> Trained:
+    """With its weights in one of `jmoe.nn.quantized.FORMS`; itself where it's native.
+
+    Raises:
+      ValueError: there is no such form.
+    """
+    if form == "native":
+        return trained
+    quantize = jax.jit(quantize_weights, static_argnums=(1, 2))
+    params = quantize(trained.variables["params"], trained.run.model, form)
+    return trained._replace(variables={**trained.variables, "params": params})
