@@ -7,16 +7,23 @@ The forward pass is FlashAttention's online softmax (arXiv 2205.14135, algorithm
 backward one recomputes each block's probabilities from the saved log-sum-exp (its
 appendix B.2). Both walk the same list of block pairs; pairs above the diagonal are not
 in it, so a causal mask costs half the work instead of being thrown away.
+
+Compiled for a GPU in bfloat16, with the `gpu` extra, both passes are kernels instead,
+which `jmoe.ops.kernels.attention` calls; that GPU must be a Hopper, or compiling fails.
 """
 
 import functools
-from typing import NamedTuple
+import importlib.util
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
+
+_HAS_KERNELS = importlib.util.find_spec("tokamax") is not None
 
 
 class _Blocks(NamedTuple):
@@ -29,6 +36,24 @@ class _Blocks(NamedTuple):
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Query and key block of every pair on or below the diagonal."""
         return np.tril_indices(self.count)
+
+    def cut(self, x_BT: Any, dims: tuple[int, ...]) -> jax.Array:
+        """[B, T, ...] as [B, s, block, ...], transposed to `dims`."""
+        batch, length = x_BT.shape[:2]
+        missing = [(0, 0), (0, self.count * self.size - length)]
+        x_BT = jnp.pad(x_BT, missing + [(0, 0)] * (x_BT.ndim - 2))
+        shape = batch, self.count, self.size, *x_BT.shape[2:]
+        return x_BT.reshape(shape).transpose(dims)
+
+    def join(self, x: jax.Array, dims: tuple[int, ...], length: int) -> jax.Array:
+        """What `cut` made of [B, length, ...], with the same `dims`."""
+        x = x.transpose(np.argsort(dims))
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+HEADS_FIRST = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
+SUMS = (1, 0, 3, 2)  # the same of [B, T, H]
+SEGMENTS = (1, 0, 2)
 
 
 def attention(
@@ -43,29 +68,24 @@ def attention(
     """Softmax attention to earlier positions of the same segment, [B, T, H, V].
 
     Args:
-      segment_BT: int32; positions attend only within equal values. None: one segment.
+      segment_BT: int32; positions attend only within equal values, which lie next to
+        each other. None: one segment.
       scale: multiplies the logits before the float32 softmax.
       block_size: positions scored at a time; a shorter sequence is one block.
     """
-    batch, length = q_BTHQ.shape[:2]
+    length = q_BTHQ.shape[1]
     size = min(block_size, length)
-    count = -(-length // size)
+    blocks = _Blocks(-(-length // size), size, scale)
+    in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTHQ, v_BTHV))
+    if _HAS_KERNELS and in_bfloat16:
+        return _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)
+    out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), blocks)
+    return blocks.join(out, HEADS_FIRST, length)
 
-    def cut(x, dims):
-        padding = [(0, 0), (0, count * size - length)] + [(0, 0)] * (x.ndim - 2)
-        x = jnp.pad(x, padding).reshape(batch, count, size, *x.shape[2:])
-        return x.transpose(dims)
 
-    heads_first = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
-    out: jax.Array = _attend(
-        cut(q_BTHQ, heads_first),
-        cut(k_BTHQ, heads_first),
-        cut(v_BTHV, heads_first),
-        None if segment_BT is None else cut(segment_BT, (1, 0, 2)),
-        _Blocks(count, size, scale),
-    )
-    out = out.transpose(1, 0, 3, 2, 4).reshape(batch, count * size, *v_BTHV.shape[2:])
-    return out[:, :length]
+def _cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT):
+    q, k, v = (blocks.cut(x, HEADS_FIRST) for x in (q_BTHQ, k_BTHQ, v_BTHV))
+    return q, k, v, None if segment_BT is None else blocks.cut(segment_BT, SEGMENTS)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -161,3 +181,52 @@ def _attend_bwd(blocks, saved, d_out):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
+    return _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)[0]
+
+
+def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
+    """Chosen when lowered, which may be for a GPU that isn't here."""
+
+    def kernel(*operands):
+        from jmoe.ops.kernels import attention as kernels
+
+        return kernels.forward(*operands, scale=blocks.scale)
+
+    def reference(*operands):
+        out, log_sum = _forward(*_cut(blocks, *operands), blocks)
+        length = q_BTHQ.shape[1]
+        log_sum_BTH = blocks.join(log_sum, SUMS, length)
+        return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
+
+    operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
+    out_BTHV, log_sum_BHT = lax.platform_dependent(
+        *operands, cuda=kernel, default=reference
+    )
+    return out_BTHV, (*operands, out_BTHV, log_sum_BHT)
+
+
+def _backward_by_platform(blocks, saved, d_out_BTHV):
+    def kernel(*operands):
+        from jmoe.ops.kernels import attention as kernels
+
+        return kernels.backward(*operands, scale=blocks.scale)
+
+    def reference(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, out_BTHV, log_sum_BHT, d_out):
+        out, d_out = (blocks.cut(x, HEADS_FIRST) for x in (out_BTHV, d_out))
+        log_sum = blocks.cut(log_sum_BHT.swapaxes(1, 2), SUMS)
+        saved = *_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), out, log_sum
+        *gradients, _ = _attend_bwd(blocks, saved, d_out)
+        length = q_BTHQ.shape[1]
+        return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)
+
+    dq, dk, dv = lax.platform_dependent(
+        *saved, d_out_BTHV, cuda=kernel, default=reference
+    )
+    return dq, dk, dv, None
+
+
+_attend_by_platform.defvjp(_forward_by_platform, _backward_by_platform)

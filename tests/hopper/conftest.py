@@ -1,4 +1,4 @@
-"""Programs for 16 H20s, each compiled once.
+"""Programs for 16 H20s, each compiled once; and kernels for one.
 
 Two layers of V2-Lite at full width stand for its 27: the layers of a loop are compiled
 once, however many there are.
@@ -13,12 +13,27 @@ import pytest
 from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig, RunConfig
 from jmoe.plan import aot, programs, summary
 from jmoe.plan.device import H20
+from tests.hopper import compiled
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_compilation_cache():
     """JAX can't read back what it has compiled for devices that aren't here."""
     jax.config.update("jax_enable_compilation_cache", False)
+
+
+@pytest.fixture
+def compile_kernels(tmp_path, monkeypatch):
+    """Compiles a function of arrays of these shapes; all kernels it has."""
+    for name, value in {"TO": str(tmp_path), "PTX": "1", "PTXAS": "1"}.items():
+        monkeypatch.setenv(f"MOSAIC_GPU_DUMP_{name}", value)
+
+    def compile_kernels(function, *shapes) -> list[compiled.Kernel]:
+        compiled.compile_text(function, *shapes)
+        names = [path.with_suffix("") for path in sorted(tmp_path.glob("*.ptx"))]
+        return [compiled.read(name) for name in names]
+
+    return compile_kernels
 
 
 def shallow_run(mesh: MeshConfig, **exchange) -> RunConfig:

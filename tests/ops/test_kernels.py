@@ -12,23 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops import fp8
 from jmoe.ops.kernels import fp8_grouped, fp8_matmul
-
-
-@pytest.fixture
-def interpreted():
-    """Kernels that are called meanwhile are interpreted, as if for a small GPU."""
-    if not hasattr(plgpu, "force_gpu_interpret_mode"):
-        pytest.skip(f"JAX {jax.__version__} can't interpret these kernels.")
-    device = jax.sharding.AbstractDevice(
-        device_kind="NVIDIA H20", platform="gpu", num_cores=4
-    )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode():
-        yield
 
 
 def numbers(seed, *shape):

@@ -1,0 +1,54 @@
+"""Attention's kernels, compiled for an H20: with what they multiply and need."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.ops.attention import attention
+
+pytestmark = pytest.mark.hopper
+
+SIZES = {  # batch, length, heads, query/key and value dimension
+    "v3": (1, 4096, 128, 192, 128),
+    "v2_lite": (2, 4096, 16, 192, 128),
+    "small": (3, 100, 4, 24, 16),
+}
+
+
+@pytest.mark.parametrize("segments", [False, True], ids=["whole", "documents"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_both_passes_are_three_kernels_and_spill_nothing(
+    sizes, segments, compile_kernels
+):
+    batch, length, heads, qk_dim, v_dim = sizes
+
+    def gradients(q, k, v, segment_BT, d_out):
+        def attend(q, k, v):
+            documents = segment_BT if segments else None
+            return attention(q, k, v, documents, scale=0.1, block_size=512)
+
+        out, pull = jax.vjp(attend, q, k, v)
+        return out, *pull(d_out)
+
+    q, v = ((batch, length, heads, dim) for dim in (qk_dim, v_dim))
+    kernels = compile_kernels(
+        gradients,
+        (q, jnp.bfloat16),
+        (q, jnp.bfloat16),
+        (v, jnp.bfloat16),
+        ((batch, length), jnp.int32),
+        (v, jnp.bfloat16),
+    )
+    assert len(kernels) == 3
+    for kernel in kernels:
+        kernel.check()
+        assert all("bf16.bf16" in product for product in kernel.products)
+
+
+def test_in_float32_there_is_no_kernel(compile_kernels):
+    shape = (1, 256, 2, 64), jnp.float32
+
+    def attend(q, k, v):
+        return attention(q, k, v, None, scale=0.1, block_size=128)
+
+    assert compile_kernels(attend, shape, shape, shape) == []
