@@ -4,9 +4,11 @@ python scripts/bench.py --suite=train_cpu
 python scripts/bench.py --suite=convert
 python scripts/bench.py --suite=mesh
 python scripts/bench.py --suite=pipeline
+python scripts/bench.py --suite=gpu
 
 Each suite prints what was asked and what was measured, and writes it with the machine,
-the versions and the commit to experiments/results/<suite>.json.
+the versions and the commit to experiments/results/<suite>.json. A result that was
+checked and is wrong is named at the end, and makes the exit code 1.
 """
 
 import importlib
@@ -14,6 +16,7 @@ import pathlib
 import sys
 
 import rich.console
+import rich.markup
 from absl import app, flags
 
 from jmoe.train import runtime
@@ -25,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # needs other libraries.
 SUITES = {
     "convert": "experiments.benchmarks.convert",
+    "gpu": "experiments.benchmarks.gpu",
     "mesh": "experiments.benchmarks.mesh",
     "pipeline": "experiments.benchmarks.pipeline",
     "train_cpu": "experiments.benchmarks.train_cpu",
@@ -49,7 +53,9 @@ def main(argv: list[str]) -> int:
         return runtime.report_mistake(error)
     console.print(report.table())
     console.print(f"Written to {report.write()}")
-    return 0
+    for result in report.wrong:
+        console.print(f"[red]wrong:[/] {rich.markup.escape(result)}")
+    return 1 if report.wrong else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from jmoe.config import DataConfig, MeshConfig, RunConfig, TrainConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
+from jmoe.ops import fp8
+from jmoe.parallel import compiler
 from jmoe.train.layout import born, make_layout, put_batch, run_mesh
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.runtime import step_after_step
@@ -44,7 +46,9 @@ _MATMULS = {
 }
 
 
-def train_step(workload: Workload, mesh: MeshConfig = ONE_DEVICE) -> Tasks:
+def train_step(
+    workload: Workload, mesh: MeshConfig = ONE_DEVICE, precision: str = "native"
+) -> Tasks:
     """`step`, as scripts/train.py takes it, returns the loss; `parameters`, how many.
 
     AdamW after a clip by global norm, and the update of the selection bias.
@@ -57,12 +61,17 @@ def train_step(workload: Workload, mesh: MeshConfig = ONE_DEVICE) -> Tasks:
             steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
         ),
         mesh=mesh,
+        precision=precision,
     )
     step_after_step()  # as scripts/train.py does
-    model = Transformer(run.model)
+    model = Transformer(run.model, fp8.dot_general(run.precision))
     optimizer = make_optimizer(run.optimizer, run.train.steps)
     layout = make_layout(model, run_mesh(run.mesh))
-    advance = jax.jit(make_train_step(model, optimizer, run, layout), donate_argnums=0)
+    advance = jax.jit(
+        make_train_step(model, optimizer, run, layout),
+        donate_argnums=0,
+        compiler_options=compiler.options(layout.mesh.devices.flat[0].platform),
+    )
     state = born(layout, functools.partial(make_state, model, optimizer, 0))
     tokens_BT = workload.token_ids()
     microbatches = Batch(tokens_BT[None], np.zeros_like(tokens_BT)[None])

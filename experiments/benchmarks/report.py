@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -55,7 +56,8 @@ class Figure:
 class Report:
     """A suite's result; `settings` and `samples` are whatever JSON takes.
 
-    `compared` are the other packages that were measured.
+    `compared` are the other packages that were measured. `wrong` says, of each result
+    that was checked and isn't right, which it is.
     """
 
     suite: str
@@ -63,6 +65,7 @@ class Report:
     settings: dict[str, Any]
     figures: list[Figure]
     samples: dict[str, Any]
+    wrong: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """With the machine, versions, commit and date, so that it can be repeated."""
@@ -80,6 +83,7 @@ class Report:
                 for figure in self.figures
             ],
             "samples": self.samples,
+            "wrong": list(self.wrong),
         }
 
     def write(self, directory: pathlib.Path = RESULTS) -> pathlib.Path:
@@ -141,14 +145,21 @@ def processor() -> str:
     return names[0].strip() if names else platform.machine()
 
 
-def versions(*packages: str) -> dict[str, str]:
-    """Of Python and of installed packages."""
-    found = {"python": platform.python_version()}
-    return found | {package: metadata.version(package) for package in packages}
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of Python and of packages; None of what isn't installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def commit() -> str:
     """The commit's hash, with `-dirty` if the files differ from it; or "unknown"."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if shutil.which("git") is None:
+        return "unknown"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else "unknown"

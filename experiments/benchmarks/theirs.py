@@ -24,13 +24,30 @@ def train_step(workload: Workload, adamw: str) -> Tasks:
     Args:
       adamw: which of torch's implementations, "fused" or "foreach".
     """
-    model = _model(workload.model)
+    return _train_step(_model(workload.model), workload, adamw, torch.compile)
+
+
+def train_step_on_gpu(workload: Workload, kind: str, device: str = "cuda") -> Tasks:
+    """The same in bfloat16, weights and all; "eager" or "compiled".
+
+    Attention is torch's own, which chooses the kernel.
+    """
+    with torch.device(device):
+        model: Any = _model(workload.model).bfloat16()
+    model.set_attn_implementation("sdpa")
+    wraps = {"eager": lambda function: function, "compiled": torch.compile}
+    return _train_step(model, workload, "fused", wraps[kind])
+
+
+def _train_step(
+    model: Any, workload: Workload, adamw: str, wrap: Callable[..., Any]
+) -> Tasks:
     cfg = OptimizerConfig()
     optimizer = _adamw(model, adamw, cfg)
-    tokens_BT = torch.from_numpy(workload.token_ids()).long()
+    tokens_BT = torch.from_numpy(workload.token_ids()).long().to(model.device)
     input_BT, target_BT = tokens_BT[:, :-1].contiguous(), tokens_BT[:, 1:].contiguous()
 
-    @torch.compile
+    @wrap
     def loss_of(input_BT: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
         logits_BTV = model(input_ids=input_BT, use_cache=False).logits
         return functional.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten())

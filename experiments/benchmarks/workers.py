@@ -46,7 +46,11 @@ class Worker:
       side: dotted name of the function that makes the tasks.
       setup: called in the process before `side`'s module is imported.
       environment: variables set for the process.
+      limit: seconds that `side` may take; None: any.
       options: arguments of `side`.
+
+    Raises:
+      RuntimeError: the process ended, or took longer.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class Worker:
         *,
         setup: Callable[[], Any] | None = None,
         environment: Mapping[str, str] | None = None,
+        limit: float | None = None,
         **options: Any,
     ):
         context = multiprocessing.get_context("spawn")
@@ -66,7 +71,7 @@ class Worker:
         with _environment(environment or {}):
             self._process.start()
         theirs.close()
-        self._receive()  # it is ready
+        self._receive(limit)  # it is ready
 
     def __enter__(self) -> "Worker":
         return self
@@ -76,15 +81,24 @@ class Worker:
         self._process.join(timeout=10)
         self._process.kill()
 
-    def run(self, task: str, calls: int = 1) -> Turn:
-        """Calls the task `calls` times in a row."""
-        self._pipe.send((task, calls))
-        return self._receive()
+    def run(self, task: str, calls: int = 1, *, limit: float | None = None) -> Turn:
+        """Calls the task `calls` times in a row.
 
-    def _receive(self) -> Any:
+        Raises:
+          RuntimeError: the process ended, or took over `limit` seconds; then it is
+            killed.
+        """
+        with contextlib.suppress(BrokenPipeError):  # how it ended is told below
+            self._pipe.send((task, calls))
+        return self._receive(limit)
+
+    def _receive(self, limit: float | None) -> Any:
         try:
-            return self._pipe.recv()
-        except EOFError:
+            if self._pipe.poll(limit):
+                return self._pipe.recv()
+            self._process.kill()
+            raise RuntimeError(f"{self._side} gave no answer within {limit:.0f} s.")
+        except (EOFError, ConnectionResetError):
             self._process.join()
             raise RuntimeError(
                 f"{self._side} ended with exit code {self._process.exitcode}; "

@@ -1,0 +1,164 @@
+"""Kernels on a Hopper GPU, checked and timed beside the alternatives; training steps.
+
+    python scripts/bench.py --suite=gpu
+
+On one GPU, in one call of under nine minutes:
+
+- what the GPU can do at most: a large product in bfloat16, and a copy;
+- our products, attention and decoding, each checked against a float32 reference on
+  random inputs, which are new ones in every call, and timed with the alternatives: XLA
+  with cuBLAS and cuDNN, `lax.ragged_dot`, `tokamax`, torch;
+- training steps of the `small` preset in bfloat16 and FP8, and of transformers' model
+  of the same size.
+
+JAX and torch live in processes of their own and compute in turn, one contender at a
+time. One that breaks its process, or hangs, costs its own result only. Contenders come
+in order of importance, and none is started once its time is over; those are listed.
+"""
+
+import importlib.util
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from rich import markup
+
+from experiments.benchmarks import gpu_figures, gpu_steps
+from experiments.benchmarks.gpu_shapes import CASES
+from experiments.benchmarks.gpu_side import Side
+from experiments.benchmarks.gpu_timing import (
+    Clock,
+    Contender,
+    Failed,
+    Measured,
+    Outcome,
+)
+from experiments.benchmarks.report import Report
+
+SECONDS = 525  # of the whole call
+KERNEL_SECONDS = 270  # after which only training steps are started
+CONTENDER_SECONDS = 60  # that one may take at most: compiling, checking, timing
+
+HOPPER = "9.0"  # compute capability
+OPTIONAL = ("tokamax", "torch", "transformers")
+
+_JAX = "experiments.benchmarks.gpu_jax.side"
+_TORCH = "experiments.benchmarks.gpu_torch.side"
+
+
+def run(rounds: int, say: Callable[[str], None]) -> Report:
+    """Measures everything; `say` is told what comes next.
+
+    Raises:
+      ValueError: there is no Hopper GPU that JAX could use.
+    """
+    clock, of_kernels = Clock(SECONDS), Clock(KERNEL_SECONDS)
+    seed = secrets.randbelow(2**31)
+    with Side(_JAX, seed=seed, rounds=rounds) as ours:
+        device = ours.ask("device")
+        check_device(device)
+        say(f"{device['name']}; inputs are random, from seed {seed}")
+        missing = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
+        for name in missing:
+            say(f"{name} is not installed: nothing is measured against it")
+        with Side(_TORCH, seed=seed, rounds=rounds) as theirs:
+            sides = [ours] if "torch" in missing else [ours, theirs]
+            outcomes, left_out = measure(find_contenders(sides), of_kernels, say)
+    of_steps, steps_left_out = gpu_steps.measure(rounds, clock, missing, say)
+    return make_report(
+        outcomes | of_steps,
+        settings={
+            "device": device,
+            "seed": seed,
+            "rounds": rounds,
+            "not_installed": missing,
+            "left_out": list(map(str, left_out + steps_left_out)),
+            **gpu_steps.settings(),
+        },
+    )
+
+
+def make_report(outcomes: Mapping[Contender, Outcome], settings: Any) -> Report:
+    """Figures of what was measured, and the reasons of what was not."""
+    failed = {c: o for c, o in outcomes.items() if isinstance(o, Failed)}
+    wrong = [f"{c}: {o.reason}" for c, o in failed.items() if c.is_checked] + [
+        f"{c}: an error of {o.error:.2g}, and {o.tolerance:g} is allowed"
+        for c, o in outcomes.items()
+        if isinstance(o, Measured) and not o.is_right
+    ]
+    return Report(
+        suite="gpu",
+        compared=("jax-cuda13-plugin", *OPTIONAL),
+        settings=settings,
+        figures=list(gpu_figures.figures(outcomes, CASES)),
+        samples={
+            "seconds": {
+                str(c): o.seconds
+                for c, o in outcomes.items()
+                if isinstance(o, Measured)
+            },
+            "failed": {str(c): o.reason for c, o in failed.items()},
+        },
+        wrong=tuple(wrong),
+    )
+
+
+def check_device(device: Mapping[str, Any]) -> None:
+    """Refuses, with ValueError, all but Hopper GPUs: kernels are compiled for those."""
+    found = f"{device['name']} ({device['platform']})"
+    if device["platform"] not in ("gpu", "cuda"):
+        raise ValueError(
+            f"suite='gpu' needs a Hopper GPU; JAX computes on {found} here. If there "
+            "is one, pip install -e '.[gpu]' brings what JAX needs for it."
+        )
+    if device["compute_capability"] != HOPPER:
+        raise ValueError(
+            f"suite='gpu' needs a Hopper GPU, of compute capability {HOPPER}; {found} "
+            f"has {device['compute_capability']}."
+        )
+
+
+def find_contenders(sides: Sequence[Side]) -> list[tuple[Contender, Side]]:
+    """All of them, in the order of CASES, and who is to be asked."""
+    found = [(c, side) for side in sides for c in side.ask("contenders")]
+    order = {case.name: i for i, case in enumerate(CASES)}
+    return sorted(found, key=lambda pair: order[pair[0].case])
+
+
+def measure(
+    contenders: Sequence[tuple[Contender, Side]],
+    clock: Clock,
+    say: Callable[[str], None],
+) -> tuple[dict[Contender, Outcome], list[Contender]]:
+    """What each of them has shown, and those that were left out, for time was over."""
+    outcomes: dict[Contender, Outcome] = {}
+    left_out, case = [], None
+    for contender, side in contenders:
+        if clock.left() <= 0:
+            left_out.append(contender)
+            continue
+        if contender.case != case:
+            case = contender.case
+            say(f"{case} ({clock.left():.0f} s left for kernels)")
+        start = time.monotonic()
+        try:
+            outcomes[contender] = side.ask(str(contender), CONTENDER_SECONDS)
+        except RuntimeError as error:
+            outcomes[contender] = Failed(str(error))
+        _tell(contender, outcomes[contender], time.monotonic() - start, say)
+    for contender in left_out:
+        say(f"left out, for time was over: {contender}")
+    return outcomes, left_out
+
+
+def _tell(
+    contender: Contender, outcome: Outcome, seconds: float, say: Callable[[str], None]
+) -> None:
+    """One line, so that what is known stays known if the call is cut off."""
+    what = f"  {contender.operation}, {contender.system}"
+    if isinstance(outcome, Failed):
+        say(f"{what}: {markup.escape(outcome.reason)}")
+        return
+    error = "" if outcome.error is None else f", error {outcome.error:.2g}"
+    say(f"{what}: {outcome.median * 1e3:.4g} ms{error} ({seconds:.0f} s)")

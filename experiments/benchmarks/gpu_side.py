@@ -1,0 +1,59 @@
+"""Processes of the GPU benchmark, which outlive what breaks them."""
+
+import os
+from typing import Any
+
+from experiments.benchmarks.workers import Worker
+from jmoe.config import DataConfig
+from jmoe.data import cache
+from jmoe.train import runtime
+
+# Memory goes to who asks first: two processes share the GPU.
+SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def environment() -> dict[str, str]:
+    """Makes JAX keep what it compiles, where the user chose or the package does.
+
+    Cases that differ in numbers only share programs, and so does the next call.
+    """
+    compiled = cache.directory(DataConfig()) / runtime.COMPILED
+    name = "JAX_COMPILATION_CACHE_DIR"
+    return {name: os.environ.get(name, str(compiled))}
+
+
+class Side:
+    """A worker that is started when asked, and again after it broke."""
+
+    def __init__(self, function: str, **options: Any):
+        self._function, self._options = function, options
+        self._worker: Worker | None = None
+
+    def __enter__(self) -> "Side":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def ask(self, task: str, limit: float | None = None) -> Any:
+        """The task's result.
+
+        Raises:
+          RuntimeError: the process ended, or took longer than `limit` seconds.
+        """
+        try:
+            if self._worker is None:
+                self._worker = Worker(
+                    self._function,
+                    environment=environment() | SHARED,
+                    **self._options,
+                )
+            return self._worker.run(task, limit=limit).result
+        except RuntimeError:
+            self._stop()
+            raise
+
+    def _stop(self) -> None:
+        if self._worker is not None:
+            self._worker.__exit__()
+        self._worker = None

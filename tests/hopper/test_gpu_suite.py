@@ -1,0 +1,83 @@
+"""All that the GPU benchmark runs on a GPU, compiled for an H20 at its real size."""
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments.benchmarks import gpu_jax, gpu_measure, gpu_shapes, gpu_steps
+from jmoe.config import DataConfig, RunConfig, TrainConfig
+from jmoe.plan import aot
+from jmoe.plan.device import H20
+
+pytestmark = pytest.mark.hopper
+
+SUBJECTS = [
+    pytest.param(subject, id=f"{case.name}-{subject.operation}-{subject.system}")
+    for case in gpu_shapes.CASES
+    for subject in gpu_jax.subjects(case)
+    if not getattr(case, "skew", False)  # rows that are shared otherwise, no more
+]
+CHECKED = [param for param in SUBJECTS if param.values[0].reference is not None]
+KERNEL = 'custom_call_target="mosaic_gpu'
+
+
+@pytest.fixture
+def as_if_on_a_hopper(monkeypatch):
+    """Others ask the GPU that is there which kernels it can run, and one for flags."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91_000)
+    monkeypatch.setattr(cudnn, "check_compute_capability", lambda capability: True)
+    gpu_utils = pytest.importorskip("tokamax._src.gpu_utils")
+    monkeypatch.setattr(gpu_utils, "is_sm90", lambda device=None: True)
+    monkeypatch.setattr(gpu_utils, "has_mosaic_gpu_support", lambda device=None: True)
+    flags.FLAGS.mark_as_parsed()
+
+
+def compile_text(function, shapes) -> str:
+    mesh = jax.sharding.Mesh(np.array(aot.absent_devices(H20, 1)), ("device",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
+    )
+    return jax.jit(function).lower(*arrays).compile().as_text()
+
+
+def inputs_of(subject):
+    return jax.eval_shape(lambda: subject.make(jax.random.key(0)))
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_what_is_timed_compiles(subject, as_if_on_a_hopper):
+    sets = [inputs_of(subject)] * gpu_measure.num_sets(subject)
+    text = compile_text(gpu_measure.over_sets(subject.function), [sets])
+    is_kernel = subject.system.startswith("ours") or subject.system == "tokamax"
+    assert (KERNEL in text) == is_kernel
+    assert ("__cudnn$fmha" in text) == (subject.system == "cuDNN")
+
+
+@pytest.mark.parametrize("subject", CHECKED)
+def test_what_it_is_compared_with_compiles_and_is_no_kernel(subject):
+    inputs = inputs_of(subject)
+    want = jax.eval_shape(subject.reference, *inputs)
+    got = jax.eval_shape(subject.function, *inputs)
+    assert KERNEL not in compile_text(subject.reference, inputs)
+    assert KERNEL not in compile_text(gpu_measure.worst_tile, (got, want))
+
+
+@pytest.mark.parametrize("precision", ["native", "fp8"])
+def test_the_small_step_compiles_and_its_experts_are_kernels(precision):
+    workload = gpu_steps.workload()
+    run = RunConfig(
+        name="bench",
+        model=workload.model,
+        data=DataConfig(sequence_length=workload.length),
+        train=TrainConfig(
+            steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
+        ),
+        precision=precision,
+    )
+    program = aot.compile_step(run, aot.absent_devices(H20, 1))
+    assert KERNEL in program.text
+    assert program.memory.total < 70 * 2**30  # of an H100's 80 GB
