@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops.attention import attention
+from jmoe.ops.latent_attention import latent_decode
 
 pytestmark = pytest.mark.hopper
 
@@ -52,3 +53,25 @@ def test_in_float32_there_is_no_kernel(compile_kernels):
         return attention(q, k, v, None, scale=0.1, block_size=128)
 
     assert compile_kernels(attend, shape, shape, shape) == []
+
+
+@pytest.mark.parametrize("heads", [16, 128])
+@pytest.mark.parametrize("sequences", [1, 32])
+def test_decoding_from_latents_is_a_kernel_that_spills_nothing(
+    sequences, heads, compile_kernels
+):
+    positions, latent_dim, rope_dim = 4096, 512, 64
+    dim = latent_dim + rope_dim
+
+    def decode(q_BHX, cache_BSX, length_B):
+        return latent_decode(
+            q_BHX, cache_BSX, length_B, value_dim=latent_dim, scale=0.1
+        )
+
+    (kernel,) = compile_kernels(
+        decode,
+        ((sequences, heads, dim), jnp.bfloat16),
+        ((sequences, positions, dim), jnp.bfloat16),
+        ((sequences,), jnp.int32),
+    )
+    kernel.check()

@@ -1,8 +1,11 @@
 """Kernels without a GPU."""
 
 import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jmoe.ops.kernels import tensor_cores
 
 
 @pytest.fixture
@@ -16,3 +19,14 @@ def interpreted():
     mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh), plgpu.force_gpu_interpret_mode():
         yield
+
+
+@pytest.fixture
+def product_by_jax(monkeypatch):
+    """What the interpreter hasn't: products of what is in registers, or with a start."""
+
+    def product(a, b, start=0.0):
+        a, b = (x[...].astype(jnp.float32) for x in (a, b))
+        return start + jnp.dot(a, b)
+
+    monkeypatch.setattr(tensor_cores, "product", product)

@@ -12,18 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.ops.kernels import attention_keys, tensor_cores
+from jmoe.ops.kernels import attention_keys
 
 SCALE = 0.1
-
-
-@pytest.fixture
-def product_by_jax(monkeypatch):
-    def product(a, b, start=0.0):
-        a, b = (x[...].astype(jnp.float32) for x in (a, b))
-        return start + jnp.dot(a, b)
-
-    monkeypatch.setattr(tensor_cores, "product", product)
 
 
 def softmax(q, k, v, segment_T):
