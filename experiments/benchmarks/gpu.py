@@ -55,14 +55,15 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     """
     clock, of_kernels = Clock(SECONDS), Clock(KERNEL_SECONDS)
     seed = secrets.randbelow(2**31)
-    with Side(_JAX, seed=seed, rounds=rounds) as ours:
+    options = {"cases": CASES, "seed": seed, "rounds": rounds}
+    with Side(_JAX, **options) as ours:
         device = ours.ask("device")
         check_device(device)
         say(f"{device['name']}; inputs are random, from seed {seed}")
         missing = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
         for name in missing:
             say(f"{name} is not installed: nothing is measured against it")
-        with Side(_TORCH, seed=seed, rounds=rounds) as theirs:
+        with Side(_TORCH, **options) as theirs:
             sides = [ours] if "torch" in missing else [ours, theirs]
             outcomes, left_out = measure(find_contenders(sides), of_kernels, say)
     of_steps, steps_left_out = gpu_steps.measure(rounds, clock, missing, say)

@@ -51,11 +51,11 @@ def contenders(
     return found
 
 
-def side(seed: int, rounds: int) -> Tasks:
+def side(cases: Sequence[gpu_shapes.Case], seed: int, rounds: int) -> Tasks:
     """`contenders` lists them, `device` says what JAX computes on, others measure."""
     # For `tokamax`, which asks for some, and would read the parent's.
     flags.FLAGS.mark_as_parsed()
-    found = contenders(gpu_shapes.CASES, seed, rounds)
+    found = contenders(cases, seed, rounds)
     tasks = {str(name): functools.partial(attempt, run) for name, run in found.items()}
     return tasks | {"contenders": lambda: list(found), "device": device}
 

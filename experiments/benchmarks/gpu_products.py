@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.benchmarks.gpu_measure import Subject
+from experiments.benchmarks.gpu_measure import FP8_PRODUCT, Subject
 from experiments.benchmarks.gpu_shapes import (
     FORWARD,
     INPUTS,
@@ -58,7 +58,9 @@ def dense(case: Dense) -> Iterator[Subject]:
     blocks = {FORWARD: ((M, I), (O, I), fp8.SQUARE), WEIGHTS: ((I, M), (O, M), fp8.ROW)}
     for operation, (left, right, block) in blocks.items():
         make = _quantized((left, fp8.ROW), (right, block))
-        yield Subject(operation, "ours FP8", make, _fp8_product, _wide_product)
+        yield Subject(
+            operation, "ours FP8", make, _fp8_product, _wide_product, FP8_PRODUCT
+        )
         yield Subject(operation, "XLA", *bf16[operation])
     yield Subject(
         FORWARD,
@@ -66,6 +68,7 @@ def dense(case: Dense) -> Iterator[Subject]:
         bf16[FORWARD][0],
         lambda x_MI, w_IO: fp8.forward(x_MI, w_IO, RECIPE)[0],
         _rounded_product,
+        FP8_PRODUCT,
     )
 
 
@@ -128,7 +131,7 @@ def _ours(case: Grouped, operation: str) -> Iterator[Subject]:
     yield Subject(operation, "ours", make, functools.partial(product, None), wide)
     in_use = functools.partial(product, RECIPE)
     if operation == WEIGHTS:
-        yield Subject(operation, "ours FP8", make, in_use, _rounded_outer)
+        yield Subject(operation, "ours FP8", make, in_use, _rounded_outer, FP8_PRODUCT)
         return
 
     def with_weights(key):
@@ -150,10 +153,10 @@ def _ours(case: Grouped, operation: str) -> Iterator[Subject]:
         rounded_M = _wide(fp8.quantize(left_M))
         return wide(rounded_M, _wide(w), size_E)
 
-    yield Subject(operation, "ours FP8", ready, kernel, reference)
+    yield Subject(operation, "ours FP8", ready, kernel, reference, FP8_PRODUCT)
     if case.compared:
         system = "ours FP8 with quantizing"
-        yield Subject(operation, system, with_weights, in_use, rounded)
+        yield Subject(operation, system, with_weights, in_use, rounded, FP8_PRODUCT)
 
 
 def _dense_of_as_many(case: Grouped, operation: str) -> Iterator[Subject]:
@@ -168,13 +171,15 @@ def _dense_of_as_many(case: Grouped, operation: str) -> Iterator[Subject]:
 
 
 def _others(case: Grouped, operation: str) -> Iterator[Subject]:
+    """JAX's, forward: it takes as long as all experts for all rows; and `tokamax`'s."""
     operands = _Operands(case)
     make, dimensions = operands.make(operation), operands.by_operation[operation][2]
 
     def ragged_dot(left, right, size_E):
         return lax.ragged_dot_general(left, right, size_E, dimensions)
 
-    yield Subject(operation, "lax.ragged_dot", make, ragged_dot)
+    if operation == FORWARD:
+        yield Subject(operation, "lax.ragged_dot", make, ragged_dot)
     if importlib.util.find_spec("tokamax") is None:
         return
 

@@ -84,11 +84,10 @@ def contenders(
     }
 
 
-def side(seed: int, rounds: int) -> Tasks:
+def side(cases: Sequence[gpu_shapes.Case], seed: int, rounds: int) -> Tasks:
     """`contenders` lists them; the others measure. Without a GPU there are none."""
     torch.manual_seed(seed)
-    cases = gpu_shapes.CASES if torch.cuda.is_available() else ()
-    found = contenders(cases, "cuda", rounds)
+    found = contenders(cases if torch.cuda.is_available() else (), "cuda", rounds)
     tasks = {str(name): functools.partial(attempt, run) for name, run in found.items()}
     return tasks | {"contenders": lambda: list(found)}
 

@@ -1,6 +1,7 @@
 """The GPU benchmark's parts, at sizes for a CPU: what it checks, and what it tells."""
 
 import itertools
+import json
 import time
 
 import jax
@@ -31,6 +32,7 @@ from experiments.benchmarks.gpu_shapes import (
 )
 from experiments.benchmarks.gpu_timing import Clock, Contender, Failed, Measured
 from experiments.benchmarks.workers import Worker
+from tests.scripts.test_bench import SMALL
 
 ATTENTION = Attention(
     name="attention", batch=2, length=150, heads=2, qk_dim=24, value_dim=16
@@ -163,7 +165,6 @@ def test_transformers_steps_for_a_gpu_train():
     pytest.importorskip("torch", reason="needs the test extra's torch")
     pytest.importorskip("transformers", reason="needs the test extra's transformers")
     from experiments.benchmarks import theirs
-    from tests.scripts.test_bench import SMALL
 
     step = theirs.train_step_on_gpu(SMALL, "eager", device="cpu")["step"]
     losses = [step() for _ in range(4)]
@@ -324,6 +325,27 @@ def test_a_worker_that_takes_too_long_to_start_is_killed(tmp_path, monkeypatch):
 def test_other_than_a_hopper_gpu_is_refused(device, said):
     with pytest.raises(ValueError, match=f"needs a Hopper GPU.*{said}"):
         gpu.check_device(device)
+
+
+def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
+    """As on a GPU, with both sides in processes of their own; torch has none here."""
+    monkeypatch.setattr(gpu, "CASES", (CASES[0], CASES[1]))
+    monkeypatch.setattr(gpu, "check_device", lambda device: None)
+    monkeypatch.setattr(gpu_steps, "workload", lambda: SMALL)
+    monkeypatch.setattr(gpu_steps, "STEPS_A_TURN", 1)
+    sides = {c: gpu_steps.SIDES[c] for c in (gpu_steps.OURS_FP8, gpu_steps.EAGER)}
+    monkeypatch.setattr(gpu_steps, "SIDES", sides)
+    said = []
+    report = gpu.run(1, said.append)
+    written = json.loads(report.write(tmp_path).read_text())
+    assert report.wrong == () and written["settings"]["left_out"] == []
+    figures = {f["name"]: f for f in written["figures"]}
+    assert figures["dense: forward, ours FP8"]["value"] > 0
+    assert figures["dense: forward, FP8 / bf16"]["at_least"] == 1.5
+    assert figures["error of dense: forward, ours FP8"]["met"]
+    assert figures["small: training step, ours FP8"]["unit"] == "tokens/s"
+    assert str(gpu_steps.EAGER) in written["samples"]["failed"]
+    assert str(written["settings"]["seed"]) in said[0]
 
 
 def test_without_a_gpu_the_script_says_so(script):
