@@ -71,7 +71,8 @@ def attention(
       segment_BT: int32; positions attend only within equal values, which lie next to
         each other. None: one segment.
       scale: multiplies the logits before the float32 softmax.
-      block_size: positions scored at a time; a shorter sequence is one block.
+      block_size: positions scored at a time; a shorter sequence is one block. Kernels
+        have their own.
     """
     length = q_BTHQ.shape[1]
     size = min(block_size, length)

@@ -46,6 +46,14 @@ def test_both_passes_are_three_kernels_and_spill_nothing(
         assert all("bf16.bf16" in product for product in kernel.products)
 
 
+def test_a_document_starts_where_its_run_of_positions_does():
+    from jmoe.ops.kernels import attention as kernels
+
+    start_B1T = kernels._starts(jnp.array([[4, 4, 0, 0, 0, 1], [2] * 6], jnp.int32))
+    assert start_B1T[:, 0, :6].tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+    assert start_B1T.shape == (2, 1, kernels.TILE)
+
+
 def test_in_float32_there_is_no_kernel(compile_kernels):
     shape = (1, 256, 2, 64), jnp.float32
 

@@ -23,7 +23,7 @@ def interpreted():
 
 @pytest.fixture
 def product_by_jax(monkeypatch):
-    """What the interpreter hasn't: products of what is in registers, or with a start."""
+    """The interpreter hasn't those of what is in registers, or with a start."""
 
     def product(a, b, start=0.0):
         a, b = (x[...].astype(jnp.float32) for x in (a, b))
