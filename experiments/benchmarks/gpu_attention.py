@@ -18,6 +18,7 @@ from experiments.benchmarks.gpu_measure import ATTENTION, Subject
 from experiments.benchmarks.gpu_shapes import BOTH_PASSES, FORWARD, Attention, Decode
 from jmoe.config import AttentionConfig
 from jmoe.ops import attention as ops
+from jmoe.ops import latent_attention
 
 BLOCK_SIZE = AttentionConfig.block_size
 
@@ -143,7 +144,18 @@ def decode(case: Decode) -> Iterator[Subject]:
             jnp.full(B, S, jnp.int32),
         )
 
+    def ours(q_BHX, cache_BSX, length_B):
+        return latent_attention.latent_decode(
+            q_BHX, cache_BSX, length_B, value_dim=case.value_dim, scale=case.scale
+        )
+
     by_xla = functools.partial(_decode_by_xla, case)
+
+    def reference(q_BHX, cache_BSX, length_B):
+        wide = (x.astype(jnp.float32) for x in (q_BHX, cache_BSX))
+        return by_xla(*wide, length_B)
+
+    yield Subject(FORWARD, "ours", make, ours, reference, ATTENTION)
     yield Subject(FORWARD, "XLA", make, by_xla)
 
 
