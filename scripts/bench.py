@@ -45,6 +45,7 @@ _REPEATS = flags.DEFINE_integer(
 def main(argv: list[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
+    runtime.log_warnings_only()
     console = rich.console.Console(highlight=False)
     suite = importlib.import_module(SUITES[_SUITE.value])
     try:

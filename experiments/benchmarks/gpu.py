@@ -57,15 +57,15 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     seed = secrets.randbelow(2**31)
     options = {"cases": CASES, "seed": seed, "rounds": rounds}
     with Side(_JAX, **options) as ours:
-        device = ours.ask("device")
-        check_device(device)
+        device = find_device(ours)
         say(f"{device['name']}; inputs are random, from seed {seed}")
         missing = [name for name in OPTIONAL if not importlib.util.find_spec(name)]
         for name in missing:
             say(f"{name} is not installed: nothing is measured against it")
         with Side(_TORCH, **options) as theirs:
             sides = [ours] if "torch" in missing else [ours, theirs]
-            outcomes, left_out = measure(find_contenders(sides), of_kernels, say)
+            contenders = find_contenders(sides, say)
+            outcomes, left_out = measure(contenders, of_kernels, say)
     of_steps, steps_left_out = gpu_steps.measure(rounds, clock, missing, say)
     return make_report(
         outcomes | of_steps,
@@ -105,6 +105,23 @@ def make_report(outcomes: Mapping[Contender, Outcome], settings: Any) -> Report:
     )
 
 
+def find_device(ours: Side) -> Mapping[str, Any]:
+    """What JAX computes on.
+
+    Raises:
+      ValueError: it isn't a Hopper GPU, or JAX can't start.
+    """
+    try:
+        device = ours.ask("device")
+    except RuntimeError as error:
+        raise ValueError(
+            "suite='gpu' needs a Hopper GPU, and JAX can't start here: its own message "
+            "is above."
+        ) from error
+    check_device(device)
+    return device
+
+
 def check_device(device: Mapping[str, Any]) -> None:
     """Refuses, with ValueError, all but Hopper GPUs: kernels are compiled for those."""
     found = f"{device['name']} ({device['platform']})"
@@ -120,9 +137,16 @@ def check_device(device: Mapping[str, Any]) -> None:
         )
 
 
-def find_contenders(sides: Sequence[Side]) -> list[tuple[Contender, Side]]:
+def find_contenders(
+    sides: Sequence[Side], say: Callable[[str], None]
+) -> list[tuple[Contender, Side]]:
     """All of them, in the order of CASES, and who is to be asked."""
-    found = [(c, side) for side in sides for c in side.ask("contenders")]
+    found: list[tuple[Contender, Side]] = []
+    for side in sides:
+        try:
+            found += [(contender, side) for contender in side.ask("contenders")]
+        except RuntimeError as error:  # a package that is installed, and broken
+            say(f"Nothing is measured there: {markup.escape(str(error))}")
     order = {case.name: i for i, case in enumerate(CASES)}
     return sorted(found, key=lambda pair: order[pair[0].case])
 

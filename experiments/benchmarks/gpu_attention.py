@@ -152,8 +152,8 @@ def decode(case: Decode) -> Iterator[Subject]:
     by_xla = functools.partial(_decode_by_xla, case)
 
     def reference(q_BHX, cache_BSX, length_B):
-        wide = (x.astype(jnp.float32) for x in (q_BHX, cache_BSX))
-        return by_xla(*wide, length_B)
+        q_BHX, cache_BSX = (x.astype(jnp.float32) for x in (q_BHX, cache_BSX))
+        return by_xla(q_BHX, cache_BSX, length_B)
 
     yield Subject(FORWARD, "ours", make, ours, reference, ATTENTION)
     yield Subject(FORWARD, "XLA", make, by_xla)

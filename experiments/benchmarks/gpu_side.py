@@ -11,6 +11,8 @@ from jmoe.train import runtime
 # Memory goes to who asks first: two processes share the GPU.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
+START_SECONDS = 90  # that a process may take until it can be asked
+
 
 def environment() -> dict[str, str]:
     """Makes JAX keep what it compiles, where the user chose or the package does.
@@ -35,7 +37,7 @@ class Side:
     def __exit__(self, *_: object) -> None:
         self._stop()
 
-    def ask(self, task: str, limit: float | None = None) -> Any:
+    def ask(self, task: str, limit: float = START_SECONDS) -> Any:
         """The task's result.
 
         Raises:
@@ -46,6 +48,7 @@ class Side:
                 self._worker = Worker(
                     self._function,
                     environment=environment() | SHARED,
+                    limit=START_SECONDS,
                     **self._options,
                 )
             return self._worker.run(task, limit=limit).result

@@ -3,6 +3,7 @@
 import itertools
 import json
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -307,6 +308,22 @@ def test_a_worker_that_takes_too_long_to_start_is_killed(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="no answer within 1 s"):
         Worker("slow_side.tasks", limit=1)
+
+
+def test_a_package_that_is_broken_costs_its_own_results_only():
+    cases = [
+        Contender("ceilings", operation, "XLA") for operation in ("copy", "matmul")
+    ]
+    sides: Any = [Answers(cases), Answers(RuntimeError("no libcuda"))]
+    said = []
+    assert gpu.find_contenders(sides, said.append) == [(c, sides[0]) for c in cases]
+    assert "no libcuda" in said[0]
+
+
+def test_where_jax_cant_start_the_suite_is_refused():
+    side: Any = Answers(RuntimeError("gpu_jax.side ended with exit code 1"))
+    with pytest.raises(ValueError, match="needs a Hopper GPU, and JAX can't start"):
+        gpu.find_device(side)
 
 
 @pytest.mark.parametrize(
