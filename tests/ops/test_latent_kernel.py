@@ -27,6 +27,7 @@ def inputs(heads, positions, length_B):
     [
         (64, 128, [128, 64], 1),
         (3, 100, [100, 0, 65], 2),
+        (20, 64, [50], 1),
         (70, 200, [1, 193], 3),
         (16, 300, [130], 5),  # of which two have nothing
     ],

@@ -12,14 +12,19 @@ The output's dimensions are divided among two warpgroups, for which there are re
 Each computes all scores itself: half as many products again, but neither ever waits for
 the other, and an H100's memory takes longer than both.
 
+Tensor cores multiply 64 rows at a time. Of many heads, these are the rows, and what
+comes out of one product goes into the next from registers. Few heads would leave rows
+empty, for which an H20 has no time: they are the columns instead, of as many as there
+are, and probabilities go through shared memory.
+
 Shapes: B sequence, H head, S position, X latent and rotated dimension, C the latent's,
-P part of a sequence; within a kernel, R head, K position of a step, V dimension of a
-warpgroup's output.
+P part of a sequence; within a kernel, R head of a tile, K position of a step, V
+dimension of a warpgroup's output.
 """
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +35,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jmoe.ops.kernels import tensor_cores
 from jmoe.ops.kernels.fp8_matmul import fill
 
-HEADS = 64  # of a block of threads
+ROWS = 64  # that tensor cores multiply at a time
+FEW = 32  # heads that are columns
+COLUMNS = 16  # that the two warpgroups can fetch
 POSITIONS = 64  # in a step
 STAGES = 2  # steps whose positions are in shared memory
 WARPGROUPS = 2  # that multiply
@@ -42,6 +49,49 @@ MAX_VALUES = 512  # of C, for which there are registers
 SMS = 132  # of an H100
 EXTRA_STEPS = 4  # that starting a block, and storing and adding its result, takes
 MASKED = -1e30  # finite, so that no difference is NaN
+
+
+class _Rows(NamedTuple):
+    """Many heads: scores are [R, K], and outputs [R, V]."""
+
+    heads: int = ROWS  # of a tile
+    heads_dim: int = 0
+    positions_dim: int = 1
+
+    def probabilities(self, dtype: Any) -> list[Any]:
+        """What is needed of shared memory."""
+        return []
+
+    def scores(self, q_smem, cache_smem):
+        return tensor_cores.product(q_smem, cache_smem.T)
+
+    def add_values(self, out_RV, p_RK, value_smem):
+        return tensor_cores.product(p_RK.astype(value_smem.dtype), value_smem, out_RV)
+
+    def outputs(self, heads, values):
+        return heads, values
+
+
+class _Columns(NamedTuple):
+    """Few heads: scores are [K, R], and outputs [V, R]."""
+
+    heads: int
+    heads_dim: int = 1
+    positions_dim: int = 0
+
+    def probabilities(self, dtype: Any) -> list[Any]:
+        return [plgpu.SMEM((WARPGROUPS, POSITIONS, self.heads), dtype)]
+
+    def scores(self, q_smem, cache_smem):
+        return tensor_cores.product(cache_smem, q_smem.T)
+
+    def add_values(self, out_VR, p_KR, value_smem, p_smem):
+        p_smem[...] = p_KR.astype(p_smem.dtype)
+        plgpu.commit_smem()
+        return tensor_cores.product(value_smem.T, p_smem, out_VR)
+
+    def outputs(self, heads, values):
+        return values, heads
 
 
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale"))
@@ -57,21 +107,23 @@ def latent_decode(
 
     X is a multiple of DIM, and `value_dim` of WARPGROUPS * DIM.
     """
-    batch, heads, _ = q_BHX.shape
-    q_BHX = fill(q_BHX, 1, HEADS, 1)
-    tiles = q_BHX.shape[1] // HEADS
+    batch, heads, dim = q_BHX.shape
+    form = _Columns(heads + -heads % COLUMNS) if heads <= FEW else _Rows()
+    q_BHX = fill(q_BHX, 1, form.heads, 1)
+    tiles = q_BHX.shape[1] // form.heads
     parts = num_parts(batch * tiles, -(-cache_BSX.shape[1] // POSITIONS))
-    shape = batch, parts, tiles * HEADS
+    outputs = batch, parts, *form.outputs(q_BHX.shape[1], value_dim)
     call: Any = plgpu.kernel(
-        functools.partial(_kernel, scale, tiles, parts),
+        functools.partial(_kernel, form, scale, tiles),
         out_type=(
-            jax.ShapeDtypeStruct((*shape, value_dim), jnp.float32),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(outputs, jnp.float32),
+            jax.ShapeDtypeStruct((batch, parts, q_BHX.shape[1]), jnp.float32),
         ),
         scratch_types=[
-            plgpu.SMEM((HEADS, q_BHX.shape[2]), q_BHX.dtype),
-            plgpu.SMEM((WARPGROUPS, HEADS), jnp.float32),
+            plgpu.SMEM((form.heads, dim), q_BHX.dtype),
+            plgpu.SMEM((WARPGROUPS, form.heads), jnp.float32),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
+            *form.probabilities(q_BHX.dtype),
         ],
         grid=(batch * parts * tiles,),
         grid_names=("block",),
@@ -83,8 +135,9 @@ def latent_decode(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
-    out_BPHC, log_sum_BPH = call(length_B.astype(jnp.int32), q_BHX, cache_BSX)
+    out, log_sum_BPH = call(length_B.astype(jnp.int32), q_BHX, cache_BSX)
     weight_BPH = jax.nn.softmax(log_sum_BPH, axis=1)
+    out_BPHC = out if form.heads_dim == 0 else out.mT
     out_BHC = (weight_BPH[..., None] * out_BPHC).sum(1)
     return out_BHC[:, :heads].astype(q_BHX.dtype)
 
@@ -99,47 +152,52 @@ def num_parts(sequences: int, steps: int) -> int:
     return min(range(1, max(2, min(steps, SMS) + 1)), key=time)
 
 
-def _kernel(scale, tiles, parts, length_gmem, q_gmem, cache_gmem, *rest):
-    out_gmem, log_sum_gmem, q_smem, log_sum_smem, barrier = rest
+def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
+    out_gmem, log_sum_gmem, q_smem, log_sum_smem, barrier, *p_smem = rest
     # Tiles of heads that need the same positions are next to each other.
     block, tile = _divide(lax.axis_index("block"), tiles)
-    b, part = _divide(block, parts)
+    b, part = _divide(block, log_sum_gmem.shape[1])
     warpgroup = lax.axis_index("warpgroup")
     length = length_gmem[b]
-    steps = lax.div(length + POSITIONS - 1, POSITIONS)
-    steps_of_part = lax.div(steps + parts - 1, parts)
-    first = part * steps_of_part
-    count = lax.max(0, lax.min(steps - first, steps_of_part))
-    values = out_gmem.shape[-1] // WARPGROUPS
-    columns = pl.ds(warpgroup * values, values)
+    first, count = _steps(length, part, log_sum_gmem.shape[1])
+    first_head = tile * form.heads
+    num_values = out_gmem.shape[3 - form.heads_dim] // WARPGROUPS
+    values = pl.ds(warpgroup * num_values, num_values)
+
+    def across(x_R, like):
+        """Each head's number, for all else."""
+        return lax.broadcast_in_dim(x_R, like.shape, (form.heads_dim,))
 
     def step(indices, cache_smem, carry) -> Any:
-        out_RV, top_R, total_R = carry
-        s_RK = scale * math.log2(math.e) * tensor_cores.product(q_smem, cache_smem.T)
-        s_RK = _mask(s_RK, length - (first + indices[0]) * POSITIONS)
-        new_top_R = jnp.maximum(top_R, s_RK.max(axis=1))
+        out, top_R, total_R = carry
+        s = scale * math.log2(math.e) * form.scores(q_smem, cache_smem)
+        left = length - (first + indices[0]) * POSITIONS
+        s = _mask(s, left, form.positions_dim)
+        new_top_R = jnp.maximum(top_R, s.max(axis=form.positions_dim))
         shrink_R = jnp.exp2(top_R - new_top_R)
-        p_RK = jnp.exp2(s_RK - _across(new_top_R, s_RK))
-        total_R = total_R * shrink_R + p_RK.sum(axis=1)
-        out_RV = tensor_cores.product(
-            p_RK.astype(cache_smem.dtype),
-            cache_smem.at[:, columns],
-            out_RV * _across(shrink_R, out_RV),
+        p = jnp.exp2(s - across(new_top_R, s))
+        total_R = total_R * shrink_R + p.sum(axis=form.positions_dim)
+        out = form.add_values(
+            out * across(shrink_R, out),
+            p,
+            cache_smem.at[:, values],
+            *(ref.at[warpgroup] for ref in p_smem),
         )
-        return out_RV, new_top_R, total_R
+        return out, new_top_R, total_R
 
     def compute(pipeline):
-        rows = HEADS // WARPGROUPS
-        fetched = q_smem.at[pl.ds(warpgroup * rows, rows)]
-        first_row = tile * HEADS + warpgroup * rows
-        plgpu.copy_gmem_to_smem(q_gmem.at[b, pl.ds(first_row, rows)], fetched, barrier)
+        half = form.heads // WARPGROUPS
+        rows = pl.ds(warpgroup * half, half)
+        from_gmem = q_gmem.at[b, pl.ds(first_head + warpgroup * half, half)]
+        plgpu.copy_gmem_to_smem(from_gmem, q_smem.at[rows], barrier)
         plgpu.barrier_wait(barrier)
-        nothing = jnp.zeros((HEADS, values), jnp.float32)
-        top_R = jnp.full((HEADS,), MASKED, jnp.float32)
-        out_RV, top_R, total_R = pipeline((nothing, top_R, jnp.zeros_like(top_R)))
-        heads = pl.ds(tile * HEADS, HEADS)
+        nothing = jnp.zeros(form.outputs(form.heads, num_values), jnp.float32)
+        top_R = jnp.full((form.heads,), MASKED, jnp.float32)
+        out, top_R, total_R = pipeline((nothing, top_R, jnp.zeros_like(top_R)))
         total_R = jnp.maximum(total_R, jnp.finfo(jnp.float32).tiny)
-        out_gmem[b, part, heads, columns] = out_RV / _across(total_R, out_RV)
+        heads = pl.ds(first_head, form.heads)
+        out_gmem[b, part, *form.outputs(heads, values)] = out / across(total_R, out)
+        # Both warpgroups have the same.
         log_sum_smem[warpgroup] = top_R * math.log(2) + jnp.log(total_R)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
@@ -162,20 +220,23 @@ def _kernel(scale, tiles, parts, length_gmem, q_gmem, cache_gmem, *rest):
     pipeline(cache_gmem.at[b])
 
 
+def _steps(length: Any, part: Any, parts: int) -> tuple[Any, Any]:
+    """A part's first step, and how many it has."""
+    steps = lax.div(length + POSITIONS - 1, POSITIONS)
+    each = lax.div(steps + parts - 1, parts)
+    first = part * each
+    return first, lax.max(0, lax.min(steps - first, each))
+
+
 def _divide(x: Any, by: int) -> tuple[Any, Any]:
     return lax.div(x, jnp.int32(by)), lax.rem(x, jnp.int32(by))
 
 
-def _mask(s_RK: jax.Array, left: Any) -> jax.Array:
+def _mask(s: jax.Array, left: Any, positions_dim: int) -> jax.Array:
     """MASKED from position `left` of the step on."""
 
     def inside():
-        position_RK = lax.broadcasted_iota(jnp.int32, s_RK.shape, 1)
-        return jnp.where(position_RK < left, s_RK, MASKED)
+        position = lax.broadcasted_iota(jnp.int32, s.shape, positions_dim)
+        return jnp.where(position < left, s, MASKED)
 
-    return lax.cond(left < POSITIONS, inside, lambda: s_RK)
-
-
-def _across(x_R: jax.Array, like: jax.Array) -> jax.Array:
-    """Each head's number, for all of its columns."""
-    return lax.broadcast_in_dim(x_R, like.shape, (0,))
+    return lax.cond(left < POSITIONS, inside, lambda: s)
