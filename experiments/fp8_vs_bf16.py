@@ -2,16 +2,17 @@
 
     python experiments/fp8_vs_bf16.py
 
-trains two models for 1,000 steps, each four times on the same data from the same
-weights: with native products (float32, which on CPUs is what bfloat16 is on GPUs), in
-block-scaled FP8, and in the two ways that DeepSeek-V3 found to be worse: with one scale
+trains two models for 1,000 steps, on the same data from the same weights: with native
+products (float32, which on CPUs is what bfloat16 is on GPUs) and in block-scaled FP8;
+and the smaller one in the two ways that DeepSeek-V3 found to be worse: with one scale
 for a whole tensor, and with 128x128 blocks for the gradients of activations
 (arXiv 2412.19437, section 3.3 and appendix B). Losses are smoothed as there, by an
 exponential moving average of coefficient 0.9. What is compared is their relative
 difference from the native run's, step by step.
 
 It prints a table and writes results/fp8_vs_bf16.{json,png}. Runs are kept under
---workdir; an interrupted call goes on where it stopped.
+--workdir; an interrupted call goes on where it stopped. With --only=tiny/fp8 it trains
+that run alone: each core can train one, and the call without it compares them.
 
 Hardware: 2 CPU cores, which emulate FP8.
 Expected: block-scaled FP8 within 0.25%.
@@ -32,13 +33,6 @@ from jmoe.config import RunConfig, override, presets
 from jmoe.train import run_files, runtime
 from jmoe.train.loop import train
 
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/fp8_vs_bf16", "Where the eight runs are kept."
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "path.to.field=value, for all runs; repeatable."
-)
-
 RESULTS = pathlib.Path(__file__).parent / "results"
 NATIVE = "native"
 VARIANTS = {
@@ -49,21 +43,30 @@ VARIANTS = {
 }
 COLOURS = dict(zip(VARIANTS, ("black", "C0", "C3", "C1"), strict=True))
 LARGER = [
-    "model.hidden_dim=384",  # three blocks of 128
-    "model.num_layers=6",
-    "model.dense_mlp_dim=1024",
-    "model.attention.num_heads=6",
-    "model.attention.query_latent_dim=192",
+    "model.hidden_dim=256",  # two blocks of 128
+    "model.num_layers=5",
+    "model.dense_mlp_dim=768",
+    "model.attention.num_heads=4",
+    "model.attention.query_latent_dim=128",
     "model.attention.kv_latent_dim=128",
     "model.moe.expert_mlp_dim=128",
-    "train.batch_size=8",
-    "train.microbatch_size=8",
+    "train.batch_size=4",
+    "train.microbatch_size=4",
     "train.bias_rate.first=1e-3",
 ]
 MODELS = {"tiny": [], "larger": LARGER}
+PAIRS = [("tiny", variant) for variant in VARIANTS]
+PAIRS += [("larger", NATIVE), ("larger", "FP8")]
+RUNS = {f"{model}/{VARIANTS[variant]}": (model, variant) for model, variant in PAIRS}
 SMOOTHING = 0.9
 BOUND = 0.0025
 FIRST = 50  # where the moving average has seen enough steps
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/fp8_vs_bf16", "Where runs are kept.")
+_SET = flags.DEFINE_multi_string(
+    "set", [], "path.to.field=value, for all runs; repeatable."
+)
+_ONLY = flags.DEFINE_enum("only", None, list(RUNS), "One run to train.")
 
 
 class Curve(NamedTuple):
@@ -97,13 +100,15 @@ def main(_) -> None:
     runtime.keep_freed_memory()
     runtime.step_after_step()
     runtime.log_warnings_only()
+    directory = pathlib.Path(_WORKDIR.value)
+    for name in RUNS if _ONLY.value is None else [_ONLY.value]:
+        if train(override(get_config(*RUNS[name]), _SET.value), directory / name):
+            return  # stopped by a signal; the same command goes on
+    if _ONLY.value is not None:
+        return
     curves: dict[str, dict[str, Curve]] = {model: {} for model in MODELS}
-    for model in MODELS:
-        for variant in VARIANTS:
-            workdir = pathlib.Path(_WORKDIR.value) / model / VARIANTS[variant]
-            if train(override(get_config(model, variant), _SET.value), workdir):
-                return  # stopped by a signal; the same command goes on
-            curves[model][variant] = read_curve(run_files.read_run(workdir))
+    for name, (model, variant) in RUNS.items():
+        curves[model][variant] = read_curve(run_files.read_run(directory / name))
     figures = {model: read_figures(of_model) for model, of_model in curves.items()}
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / "fp8_vs_bf16"

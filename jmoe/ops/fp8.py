@@ -51,6 +51,11 @@ SQUARE: Block = (BLOCK, BLOCK)
 TENSOR: Block = (WHOLE, WHOLE)
 
 
+def transposed(block: Block) -> Block:
+    """Of a matrix's blocks, those of its transpose; so it need not be transposed."""
+    return (*(1,) * (2 - len(block)), *block)[::-1]
+
+
 class Quantized(NamedTuple):
     """e4m3 [..., M, K], and the float32 scales to multiply its blocks with.
 
@@ -106,7 +111,7 @@ def quantize(
 ) -> Quantized:
     """Blocks along the last dimensions; the last one of each may be shorter."""
     tiles, scale, axes = _scaled(x, block, power_of_two)
-    return Quantized(_from_tiles(_convert(tiles), x.shape), scale.squeeze(axes))
+    return Quantized(_from_tiles(_convert(tiles), axes, x.shape), scale.squeeze(axes))
 
 
 def rounded(
@@ -116,15 +121,15 @@ def rounded(
 
     It never is e4m3, conversions to which take CPUs longer than all the rest.
     """
-    tiles, scale, _ = _scaled(x, block, power_of_two)
-    return _from_tiles(_nearest(tiles) * scale, x.shape).astype(x.dtype)
+    tiles, scale, axes = _scaled(x, block, power_of_two)
+    return _from_tiles(_nearest(tiles) * scale, axes, x.shape).astype(x.dtype)
 
 
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`data * scale`, multiplied in float32 and then converted."""
     tiles, axes = _tiles(x.data.astype(jnp.float32), _block_of(x))
     product = tiles * jnp.expand_dims(x.scale, axes)
-    return _from_tiles(product, x.data.shape).astype(dtype)
+    return _from_tiles(product, axes, x.data.shape).astype(dtype)
 
 
 class Roundings(NamedTuple):
@@ -331,26 +336,32 @@ def _round_up(scale: jax.Array) -> jax.Array:
 
 
 def _tiles(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
-    """[..., n, size, ...] for the block's dimensions, filled with zeros; its axes."""
+    """[..., n, size, ...] for the block's dimensions, filled with zeros; its axes.
+
+    A dimension whose blocks are single elements stays one.
+    """
     lead = x.ndim - len(block)
     shape, padding, axes = list(x.shape[:lead]), [(0, 0)] * lead, []
     for dim, size in zip(x.shape[lead:], block, strict=True):
+        if size == 1:
+            shape.append(dim)
+            padding.append((0, 0))
+            continue
         size = dim if size == WHOLE else min(size, max(dim, 1))
         count = -(-dim // size) if size else 1
-        padding.append((0, count * size - dim))
         shape += [count, size]
+        padding.append((0, count * size - dim))
         axes.append(len(shape) - 1)
     return jnp.pad(x, padding).reshape(shape), tuple(axes)
 
 
-def _from_tiles(tiles: jax.Array, shape: Sequence[int]) -> jax.Array:
-    count = tiles.ndim - len(shape)  # dimensions that were cut in two
-    lead = len(shape) - count
-    merged = [
-        tiles.shape[lead + 2 * i] * tiles.shape[lead + 2 * i + 1] for i in range(count)
-    ]
-    whole = tiles.reshape(*shape[:lead], *merged)
-    return whole[tuple(slice(size) for size in shape)]
+def _from_tiles(
+    tiles: jax.Array, axes: Sequence[int], shape: Sequence[int]
+) -> jax.Array:
+    merged = list(tiles.shape)
+    for axis in reversed(axes):
+        merged[axis - 1 : axis + 1] = [merged[axis - 1] * merged[axis]]
+    return tiles.reshape(merged)[tuple(slice(size) for size in shape)]
 
 
 def _block_of(x: Quantized) -> Block:

@@ -69,7 +69,7 @@ class Saved(NamedTuple):
     gate_up_EDX: stored.Weight
     down_EFD: stored.Weight
     rows: Rows
-    h_NX: Kept | None  # None: to be computed again
+    kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
 
 def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
@@ -92,25 +92,27 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
             h_SX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
             act_SF = left.activations(swiglu(h_SX))
             gate_S1 = cut(gate_N, start, size)[:, None]
-            kept_BX = jax.tree.map(pad, _keep(recipe, h_SX)) if stores else None
-            return kept_BX, pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
+            y_BD = pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
+            return pad(h_SX) if stores else None, y_BD
 
         h_BX, y_BD = in_smallest_size(tasks.rows_M[i], chain)
         if stores:
             # What h_BX has beyond the task's own rows, the next task writes over.
-            h_NX = _write_rows(h_NX, h_BX, start)
+            h_NX = write_rows(h_NX, h_BX, start)
         return add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     room = (rows.token_N.size, 2 * mlp_dim)
-    h_NX = _room(recipe, x_TD, room) if stores else None
+    h_NX = zeros_after(x_TD, room) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
-    saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX)
+    kept_NX = _keep(recipe, h_NX) if stores else None
+    saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
 def _backward(recipe: Recipe, saved: Saved, dy_TD):
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, h_NX = saved
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX = saved
+    h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
 
     def run(expert, start, own, carry, write):
@@ -122,8 +124,7 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
             x_SD = take(x_TD, token_B[:size])
             own_S1 = (jnp.arange(size) < own)[:, None]
             dy_SD = jnp.where(own_S1, take(dy_TD, token_B[:size]), 0)
-            kept_SX = _kept(recipe, h_NX, start, x_SD, gate_up_DX)
-            h_SX = stored.as_array(kept_SX, x_SD.dtype)
+            h_SX, _ = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
             gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
             act_SF, d_h_SX, d_gate_S = _through_mlp(
                 recipe, h_SX, gate_S1, dy_SD, down_FD
@@ -153,16 +154,18 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
 
 
 def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
-    dx_TD, d_gate_N, h_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
-    d_weights = _weight_gradients(recipe, saved, h_NX, d_h_NX, dy_TD)
+    dx_TD, d_gate_N, kept_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
+    d_weights = _weight_gradients(recipe, saved, kept_NX, d_h_NX, dy_TD)
     return _gradients(saved, dx_TD, d_gate_N, *d_weights)
 
 
 def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
-    """Of x and the gates; h, and its gradient."""
-    x_TD, gate_TK, gate_N, gate_up_EDX, _, rows, h_NX = saved
+    """Of x and the gates; h as it is kept, and its gradient."""
+    x_TD, gate_TK, gate_N, gate_up_EDX, _, rows, kept_NX = saved
+    h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     tasks = plan_tasks(rows.size_E, gate_TK.size)
+    stores = kept_NX is not None
 
     def run(i, carry):
         dx_TD, d_gate_N, *made_NX = carry
@@ -173,35 +176,37 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
 
         def chain(size):
             x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            kept_SX = _kept(recipe, h_NX, start, x_SD, gate_up_DX)
-            h_SX = stored.as_array(kept_SX, x_SD.dtype)
+            h_SX, made_SX = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
             gate_S1 = cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
             _, d_h_SX, d_gate_S = _through_mlp(recipe, h_SX, gate_S1, dy_SD, down_FD)
-            made_SX = (kept_SX, d_h_SX)[-len(made_NX) :]  # h only if it wasn't stored
             dx_SD = _input_gradient(recipe, d_h_SX, gate_up_DX)
-            return jax.tree.map(pad, (dx_SD, d_gate_S, *made_SX))
+            made = (d_h_SX,) if stores else (made_SX, d_h_SX)
+            return tuple(map(pad, (dx_SD, d_gate_S, *made)))
 
         dx_BD, d_gate_B, *made_BX = in_smallest_size(own, chain)
         return (
             add_own(dx_TD, token_B, dx_BD, own),
             add_own(d_gate_N, choice_B, d_gate_B, own),
             # As in the forward pass, the next task writes over what isn't its own.
-            *_write_rows(made_NX, made_BX, start),
+            *(
+                write_rows(x_NX, x_BX, start)
+                for x_NX, x_BX in zip(made_NX, made_BX, strict=True)
+            ),
         )
 
     shape = (rows.token_N.size, gate_up_EDX.shape[-1])
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        *([_room(recipe, dy_TD, shape)] if h_NX is None else []),
-        zeros_after(dy_TD, shape),
+        *[zeros_after(dy_TD, shape) for _ in range(1 if stores else 2)],
     )
-    dx_TD, d_gate_N, *made_NX = lax.fori_loop(0, tasks.count, run, carry)
-    h_NX, d_h_NX = made_NX if h_NX is None else (h_NX, *made_NX)
-    return dx_TD, d_gate_N, h_NX, d_h_NX
+    dx_TD, d_gate_N, *made_NX, d_h_NX = lax.fori_loop(0, tasks.count, run, carry)
+    kept_NX = kept_NX if stores else _keep(recipe, *made_NX)
+    return dx_TD, d_gate_N, kept_NX, d_h_NX
 
 
-def _weight_gradients(recipe: Recipe, saved: Saved, h_NX, d_h_NX, dy_TD):
+def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX, d_h_NX, dy_TD):
+    h_NX = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
 
@@ -213,7 +218,7 @@ def _weight_gradients(recipe: Recipe, saved: Saved, h_NX, d_h_NX, dy_TD):
             own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
             x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
             gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
-            h_SX = stored.as_array(_cut_kept(h_NX, start, size), x_SD.dtype)
+            h_SX = cut(h_NX, start, size)
             act_SF = activations(swiglu(h_SX))
             d_h_SX = jnp.where(own_S1, cut(d_h_NX, start, size), 0)
             dy_SD = jnp.where(own_S1, dy_SD, 0)
@@ -258,31 +263,22 @@ def _of_expert(w_EIO: stored.Weight, expert: jax.Array, dtype: Any) -> jax.Array
     return stored.as_array(jax.tree.map(lambda x: pick(x, expert), w_EIO), dtype)
 
 
-def _keep(recipe: Recipe, h_SX: jax.Array) -> Kept:
-    return h_SX if recipe is None else recipe.quantize(h_SX, fp8.ROW)
+def _keep(recipe: Recipe, h_NX: jax.Array) -> Kept:
+    return h_NX if recipe is None else recipe.quantize(h_NX, fp8.ROW)
 
 
-def _room(recipe: Recipe, x_TD: jax.Array, shape: tuple[int, ...]) -> Kept:
-    """For what `_keep` makes of activations [N, X] of x's dtype."""
-    h_NX = jax.ShapeDtypeStruct(shape, x_TD.dtype)
-    kept = jax.eval_shape(functools.partial(_keep, recipe), h_NX)
-    return jax.tree.map(lambda x: zeros_after(x_TD, x.shape).astype(x.dtype), kept)
+def _read(kept_NX: Kept | None, dtype: Any) -> jax.Array | None:
+    """All rows at once: in a task, each use of some would convert them again."""
+    return None if kept_NX is None else stored.as_array(kept_NX, dtype)
 
 
-def _write_rows(total: Any, rows: Any, start: jax.Array) -> Any:
-    """In each array of a tree."""
-    return jax.tree.map(lambda x_N, x_B: write_rows(x_N, x_B, start), total, rows)
-
-
-def _kept(recipe: Recipe, h_NX: Kept | None, start, x_SD, gate_up_DX) -> Kept:
-    """The gate and up activations of S rows, as stored or as they would be."""
-    if h_NX is None:
-        return _keep(recipe, _dot(x_SD, gate_up_DX, 1, 0))
-    return _cut_kept(h_NX, start, x_SD.shape[0])
-
-
-def _cut_kept(h_NX: Kept, start: jax.Array, size: int) -> Kept:
-    return jax.tree.map(lambda x: cut(x, start, size), h_NX)
+def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_SD, gate_up_DX):
+    """The gate and up activations of S rows: as they are kept, and to be kept."""
+    if h_NX is not None:
+        h_SX = cut(h_NX, start, x_SD.shape[0])
+        return h_SX, h_SX
+    h_SX = _dot(x_SD, gate_up_DX, 1, 0)
+    return h_SX if recipe is None else recipe.round(h_SX, fp8.ROW), h_SX
 
 
 def _through_mlp(recipe: Recipe, h_SX, gate_S1, dy_SD, down_FD):
@@ -302,10 +298,11 @@ def _input_gradient(recipe: Recipe, dy_SO, w_IO):
 
 def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
     """The sum of the rows' outer products; dy is zero in rows that aren't own ones."""
-    left = fp8.roundings(recipe)
     if recipe is not None:
         x_SI = jnp.where(own_S1, x_SI, 0)  # others don't take part in the scales
-    return _dot(left.activations(x_SI.T).T, left.gradients(dy_SO.T).T, 0, 0)
+        x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
+        dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
+    return _dot(x_SI, dy_SO, 0, 0)
 
 
 def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:

@@ -112,30 +112,18 @@ def pad(x: jax.Array) -> jax.Array:
 
 
 def cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
-    return _as_bits(lambda x: lax.dynamic_slice_in_dim(x, start, size), x)
+    return lax.dynamic_slice_in_dim(x, start, size)
 
 
 def pick(w: jax.Array, index: jax.Array) -> jax.Array:
-    return _as_bits(lambda w: lax.dynamic_index_in_dim(w, index, keepdims=False), w)
+    # To move a part of an array of e4m3, XLA for CPUs converts all of it, and back.
+    bits = lax.bitcast_convert_type(w, jnp.uint8) if w.dtype.itemsize == 1 else w
+    picked = lax.dynamic_index_in_dim(bits, index, keepdims=False)
+    return picked if bits is w else lax.bitcast_convert_type(picked, w.dtype)
 
 
 def write_rows(total: jax.Array, rows: jax.Array, start: jax.Array) -> jax.Array:
-    def update(total, rows):
-        return lax.dynamic_update_slice_in_dim(total, rows, start, 0)
-
-    return _as_bits(update, total, rows)
-
-
-def _as_bits(move: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """`move(*arrays)`, of arrays of one dtype.
-
-    To move a part of an array of e4m3, XLA for CPUs converts all of it, and back.
-    """
-    dtype = arrays[0].dtype
-    if dtype.itemsize > 1:
-        return move(*arrays)
-    bits = (lax.bitcast_convert_type(x, jnp.uint8) for x in arrays)
-    return lax.bitcast_convert_type(move(*bits), dtype)
+    return lax.dynamic_update_slice_in_dim(total, rows, start, 0)
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
