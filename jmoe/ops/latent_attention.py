@@ -22,6 +22,10 @@ from jmoe.ops.attention import MASKED
 
 BLOCK = 512  # positions scored at a time
 
+# What the kernel multiplies at a time, and has registers and shared memory for.
+KERNEL_DIM, MAX_KERNEL_DIM = 64, 576  # of X
+KERNEL_VALUES, MAX_KERNEL_VALUES = 128, 512  # of C
+
 
 def latent_decode(
     q_BHX: jax.Array,
@@ -55,11 +59,9 @@ def latent_decode(
 
 def _is_for_kernel(q_BHX: jax.Array, cache_BSX: jax.Array, value_dim: int) -> bool:
     dim = cache_BSX.shape[-1]
-    divides = dim % 64 == 0 and value_dim % 128 == 0
-    fits = dim <= 576 and 0 < value_dim <= 512
-    return (
-        divides and fits and {q_BHX.dtype, cache_BSX.dtype} == {jnp.dtype("bfloat16")}
-    )
+    divides = dim % KERNEL_DIM == 0 and value_dim % KERNEL_VALUES == 0
+    has_room = dim <= MAX_KERNEL_DIM and value_dim <= MAX_KERNEL_VALUES
+    return divides and has_room and q_BHX.dtype == cache_BSX.dtype == jnp.bfloat16
 
 
 def _reference(

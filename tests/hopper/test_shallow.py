@@ -97,16 +97,28 @@ def test_half_of_the_backward_passes_exchanges_have_products_meanwhile(shallow):
     assert summary.hidden(exchanges) >= 0.5
 
 
-@BOTH
-def test_experts_take_two_kernels_forward_and_five_backward(shallow):
+def kernels(shallow, *, of_attention):
+    """Calls of kernels, each of a loop's body once."""
     program = hlo.parse(shallow.text)
-    kernels = [
+    return [
         instruction
         for executed in program.executed()
         for instruction in executed.instructions
         if "mosaic_gpu" in instruction.attributes
         and instruction.opcode == "custom-call"
+        and ("/attention/" in instruction.op_name) == of_attention
     ]
+
+
+@BOTH
+def test_experts_take_two_kernels_forward_and_five_backward(shallow):
     chunks = shallow.summary.run.model.moe.exchange.chunks
     # Each of them for a chunk's first segment, and for those that follow.
-    assert len(kernels) == (2 + 5) * 2 * chunks
+    assert len(kernels(shallow, of_attention=False)) == (2 + 5) * 2 * chunks
+
+
+@BOTH
+def test_attention_takes_a_kernel_forward_and_three_backward(shallow):
+    """Of which one is the forward pass, computed again."""
+    layers = 1 + 1  # the dense one, and the others' loop
+    assert len(kernels(shallow, of_attention=True)) == (1 + 3) * layers

@@ -3,8 +3,8 @@
     out = softmax(scale q . cache[:length]) . cache[:length, :value_dim]
 
 All heads share keys and values, and values are a part of keys: so what is fetched of
-the cache once serves both products of all heads of a tile. A block of threads has HEADS
-of them and a part of a sequence, of which the next POSITIONS are under way from memory
+the cache once serves both products of all heads of a tile. A block of threads has such
+a tile and a part of a sequence, of which the next POSITIONS are under way from memory
 while these are multiplied. Sequences are cut so that a few, too, keep all SMs busy;
 what their parts yield is weighed by the sums of their exponentials.
 
@@ -42,9 +42,6 @@ POSITIONS = 64  # in a step
 STAGES = 2  # steps whose positions are in shared memory
 WARPGROUPS = 2  # that multiply
 FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the rest
-DIM = 64  # that X is a multiple of, and each warpgroup's part of C
-MAX_DIM = 576  # of X, for which shared memory has room
-MAX_VALUES = 512  # of C, for which there are registers
 
 SMS = 132  # of an H100
 EXTRA_STEPS = 4  # that starting a block, and storing and adding its result, takes
@@ -103,10 +100,7 @@ def latent_decode(
     value_dim: int,
     scale: float,
 ) -> jax.Array:
-    """[B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`.
-
-    X is a multiple of DIM, and `value_dim` of WARPGROUPS * DIM.
-    """
+    """[B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`."""
     batch, heads, dim = q_BHX.shape
     form = _Columns(heads + -heads % COLUMNS) if heads <= FEW else _Rows()
     q_BHX = fill(q_BHX, 1, form.heads, 1)
