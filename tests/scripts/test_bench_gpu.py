@@ -348,10 +348,10 @@ def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
     """As on a GPU, with both sides in processes of their own; torch has none here."""
     monkeypatch.setattr(gpu, "CASES", (CASES[0], CASES[1]))
     monkeypatch.setattr(gpu, "check_device", lambda device: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(gpu_steps, "workload", lambda: SMALL)
-    monkeypatch.setattr(gpu_steps, "STEPS_A_TURN", 1)
-    sides = {c: gpu_steps.SIDES[c] for c in (gpu_steps.OURS_FP8, gpu_steps.EAGER)}
-    monkeypatch.setattr(gpu_steps, "SIDES", sides)
+    of_theirs = {gpu_steps.EAGER: gpu_steps.SIDES[gpu_steps.EAGER]}
+    monkeypatch.setattr(gpu_steps, "SIDES", of_theirs)
     said = []
     report = gpu.run(1, said.append)
     written = json.loads(report.write(tmp_path).read_text())
@@ -360,7 +360,6 @@ def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
     assert figures["dense: forward, ours FP8"]["value"] > 0
     assert figures["dense: forward, FP8 / bf16"]["at_least"] == 1.5
     assert figures["error of dense: forward, ours FP8"]["met"]
-    assert figures["small: training step, ours FP8"]["unit"] == "tokens/s"
     assert str(gpu_steps.EAGER) in written["samples"]["failed"]
     assert str(written["settings"]["seed"]) in said[0]
 
