@@ -3,6 +3,9 @@
 python scripts/evaluate.py --workdir=runs/tiny
 python scripts/evaluate.py --weights=native --weights=int4-experts
 python scripts/evaluate.py --set train.eval_batches=256
+python scripts/evaluate.py --set precision=fp8
+
+Of a run in FP8 it also shows, tensor by tensor, how much is lost to e4m3's range.
 """
 
 import pathlib
@@ -28,8 +31,10 @@ _SET = flags.DEFINE_multi_string("set", [], "path.to.field=value; repeatable.")
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    from jmoe.evals.fp8_ranges import fp8_ranges
     from jmoe.evals.perplexity import perplexity
     from jmoe.nn.quantized import FORMS
+    from jmoe.ops.fp8 import RECIPES
     from jmoe.train.trained import load_trained
 
     try:
@@ -39,9 +44,12 @@ def main(argv: list[str]) -> int:
         found = {
             form: perplexity(trained, form) for form in _WEIGHTS.value or list(FORMS)
         }
+        ranges = fp8_ranges(trained) if trained.run.precision in RECIPES else None
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
     show(found)
+    if ranges is not None:
+        show_ranges(ranges)
     return 0
 
 
@@ -59,6 +67,19 @@ def show(found: dict) -> None:
             f"{row.perplexity:.3f}",
             f"{row.perplexity / first.perplexity - 1:+.3%}",
         )
+    rich.console.Console().print(table)
+
+
+def show_ranges(ranges: dict) -> None:
+    """Prints a row for each tensor of each module."""
+    caption = "flushed: of the numbers other than 0; saturated: that become 448"
+    table = rich.table.Table(caption=caption)
+    for column in ("module", "tensor", "flushed", "saturated"):
+        table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
+    for module, tensors in ranges.items():
+        for i, (tensor, row) in enumerate(tensors.items()):
+            fractions = f"{row.flushed:.3%}", f"{row.saturated:.3%}"
+            table.add_row("" if i else module, tensor, *fractions)
     rich.console.Console().print(table)
 
 
