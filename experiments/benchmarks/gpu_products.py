@@ -90,6 +90,7 @@ def grouped(case: Grouped) -> Iterator[Subject]:
     """Products of experts' rows, each operation by each of the systems."""
     for operation in _Operands(case).by_operation:
         yield from _ours(case, operation)
+        yield from _ours_fp8(case, operation)
         yield from _dense_of_as_many(case, operation)
         if case.compared:
             yield from _others(case, operation)
@@ -114,22 +115,20 @@ class _Operands:
 
 
 def _ours(case: Grouped, operation: str) -> Iterator[Subject]:
-    """As the `ragged` backend has them; in FP8 also with operands that lie ready."""
+    """In bfloat16, as the `ragged` backend has them."""
     make = _Operands(case).make(operation)
-    of_ragged = {
-        FORWARD: grouped_ragged._dot,
-        INPUTS: grouped_ragged._dot_transposed,
-        WEIGHTS: grouped_ragged._outer,
-    }[operation]
-    wide = {FORWARD: _wide_dot, INPUTS: _wide_transposed, WEIGHTS: _wide_outer}[
-        operation
-    ]
+    wide = {FORWARD: _wide_dot, INPUTS: _wide_transposed, WEIGHTS: _wide_outer}
+    product = functools.partial(_of_ragged, operation, None)
+    yield Subject(operation, "ours", make, product, wide[operation])
 
-    def product(recipe, left, right, size_E):
-        return of_ragged(recipe, left, right, _segment(left.shape[0], size_E))
 
-    yield Subject(operation, "ours", make, functools.partial(product, None), wide)
-    in_use = functools.partial(product, RECIPE)
+def _ours_fp8(case: Grouped, operation: str) -> Iterator[Subject]:
+    """Of operands that lie ready; and with rows that are quantized in each product.
+
+    The weights' gradient always quantizes its operands.
+    """
+    make = _Operands(case).make(operation)
+    in_use = functools.partial(_of_ragged, operation, RECIPE)
     if operation == WEIGHTS:
         yield Subject(operation, "ours FP8", make, in_use, _rounded_outer, FP8_PRODUCT)
         return
@@ -149,14 +148,25 @@ def _ours(case: Grouped, operation: str) -> Iterator[Subject]:
     def reference(x, w, size_E):
         return _wide_transposed(_wide(x), _wide(w), size_E)
 
-    def rounded(left_M, w, size_E):
-        rounded_M = _wide(fp8.quantize(left_M))
-        return wide(rounded_M, _wide(w), size_E)
+    def rounded(left, w, size_E):
+        wide = _wide_dot if operation == FORWARD else _wide_transposed
+        return wide(_wide(fp8.quantize(left)), _wide(w), size_E)
 
     yield Subject(operation, "ours FP8", ready, kernel, reference, FP8_PRODUCT)
     if case.compared:
         system = "ours FP8 with quantizing"
         yield Subject(operation, system, with_weights, in_use, rounded, FP8_PRODUCT)
+
+
+def _of_ragged(operation, recipe, left, right, size_E):
+    """The `ragged` backend's product for this operation."""
+    products = {
+        FORWARD: grouped_ragged._dot,
+        INPUTS: grouped_ragged._dot_transposed,
+        WEIGHTS: grouped_ragged._outer,
+    }
+    segment = _segment(left.shape[0], size_E)
+    return products[operation](recipe, left, right, segment)
 
 
 def _dense_of_as_many(case: Grouped, operation: str) -> Iterator[Subject]:

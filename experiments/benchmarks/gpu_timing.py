@@ -3,7 +3,7 @@
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 ROUND_SECONDS = 0.02  # what one round enqueues, about; results held meanwhile fit, too
@@ -56,7 +56,6 @@ class Failed(NamedTuple):
 
 
 Outcome = Measured | Failed
-Outcomes = Mapping[Contender, Outcome]
 
 
 class Clock:
