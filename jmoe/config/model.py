@@ -19,6 +19,7 @@ GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
 EXPERT_BACKENDS = (
+    "auto",
     "blocks",
     "blocks_remat",
     "ragged",
@@ -205,7 +206,7 @@ class MoEConfig:
     router: RouterConfig
     expert_mlp_dim: int
     num_shared_experts: int = 1
-    backend: str = "blocks"  # of the grouped matmul; see ops/grouped.py
+    backend: str = "auto"  # of the grouped matmul: the platform's; see ops/grouped.py
     exchange: ExchangeConfig = ExchangeConfig()
 
     def __post_init__(self):

@@ -86,7 +86,8 @@ class RoutedExperts(nn.Module):
             of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
-            y = grouped.BACKENDS[cfg.backend](x, expert, gate, *weights, recipe=recipe)
+            routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
+            y = routed_mlp(x, expert, gate, *weights, recipe=recipe)
             return collectives.scatter_sum(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)

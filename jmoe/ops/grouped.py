@@ -21,9 +21,12 @@ one matrix; what is summed over an expert's rows has blocks from its first row o
 its first of each part that a backend computes at a time.
 
 The `blocks` backends are for CPUs (`jmoe.ops.grouped_blocks`), the `ragged` ones for
-Hopper GPUs (`jmoe.ops.grouped_ragged`). In those whose names end with `_apart`, nothing
-that x's gradient needs waits for the weights'.
+Hopper GPUs (`jmoe.ops.grouped_ragged`); "auto" is the one of the platform that JAX
+computes on. In those whose names end with `_apart`, nothing that x's gradient needs
+waits for the weights'.
 """
+
+import jax
 
 from jmoe.ops.grouped_blocks import (
     RoutedMLP,
@@ -42,3 +45,10 @@ BACKENDS: dict[str, RoutedMLP] = {
     "blocks_remat_apart": routed_mlp_blocks_remat_apart,
     "ragged_apart": routed_mlp_ragged_apart,
 }
+
+
+def backend_name(name: str) -> str:
+    """A name in BACKENDS: what "auto" is here, or the name itself."""
+    if name != "auto":
+        return name
+    return "blocks" if jax.default_backend() == "cpu" else "ragged"

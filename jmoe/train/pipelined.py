@@ -285,7 +285,7 @@ class Pieces:
 
 def _apart(cfg: ModelConfig) -> ModelConfig:
     """The model whose experts have no loop that is part of both B and W."""
-    apart = f"{cfg.moe.backend}_apart"
+    apart = f"{grouped.backend_name(cfg.moe.backend)}_apart"
     if apart not in grouped.BACKENDS:
         return cfg
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))

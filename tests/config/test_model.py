@@ -79,7 +79,7 @@ def attention(**changes):
         ("moe.num_shared_experts=-1", "num_shared_experts=-1 must be at least 0."),
         (
             "moe.backend=dense",
-            "backend='dense' is not one of 'blocks', 'blocks_remat', 'ragged', "
+            "backend='dense' is not one of 'auto', 'blocks', 'blocks_remat', 'ragged', "
             "'blocks_apart', 'blocks_remat_apart', 'ragged_apart'.",
         ),
         ("moe.router.num_experts=0", "num_experts=0 must be at least 1."),

@@ -338,4 +338,13 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
 
 
 def test_the_config_knows_the_same_backends():
-    assert tuple(grouped.BACKENDS) == model.EXPERT_BACKENDS
+    assert ("auto", *grouped.BACKENDS) == model.EXPERT_BACKENDS
+
+
+def test_the_backend_is_the_platforms_unless_one_is_named(monkeypatch):
+    assert grouped.backend_name("auto") == "blocks"
+    assert {grouped.backend_name(name) for name in grouped.BACKENDS} == {
+        *grouped.BACKENDS
+    }
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert grouped.backend_name("auto") == "ragged"
