@@ -114,6 +114,7 @@ def quantize(
     return Quantized(_from_tiles(_convert(tiles), axes, x.shape), scale.squeeze(axes))
 
 
+@functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
 def rounded(
     x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
 ) -> jax.Array:
