@@ -205,8 +205,8 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     return dx_TD, d_gate_N, kept_NX, d_h_NX
 
 
-def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX, d_h_NX, dy_TD):
-    h_NX = _read(kept_NX, dy_TD.dtype)
+def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD):
+    h_NX = stored.as_array(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
 
