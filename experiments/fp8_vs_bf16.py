@@ -11,8 +11,8 @@ exponential moving average of coefficient 0.9. What is compared is their relativ
 difference from the native run's, step by step.
 
 It prints a table and writes results/fp8_vs_bf16.{json,png}. Runs are kept under
---workdir; an interrupted call goes on where it stopped. With --only=tiny/fp8 it trains
-that run alone: each core can train one, and the call without it compares them.
+--workdir; an interrupted call goes on where it stopped. --runs=tiny/native,tiny/fp8
+trains and compares these only; so each core can train some, before a call compares all.
 
 Hardware: 2 CPU cores, which emulate FP8.
 Expected: block-scaled FP8 within 0.25%.
@@ -66,7 +66,12 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/fp8_vs_bf16", "Where runs are ke
 _SET = flags.DEFINE_multi_string(
     "set", [], "path.to.field=value, for all runs; repeatable."
 )
-_ONLY = flags.DEFINE_enum("only", None, list(RUNS), "One run to train.")
+_RUNS = flags.DEFINE_list(
+    "runs", list(RUNS), "Which to train, and to compare with their model's native one."
+)
+flags.register_validator(
+    "runs", lambda names: set(names) <= set(RUNS), f"They are {', '.join(RUNS)}."
+)
 
 
 class Curve(NamedTuple):
@@ -101,14 +106,17 @@ def main(_) -> None:
     runtime.step_after_step()
     runtime.log_warnings_only()
     directory = pathlib.Path(_WORKDIR.value)
-    for name in RUNS if _ONLY.value is None else [_ONLY.value]:
+    for name in _RUNS.value:
         if train(override(get_config(*RUNS[name]), _SET.value), directory / name):
             return  # stopped by a signal; the same command goes on
-    if _ONLY.value is not None:
+    curves: dict[str, dict[str, Curve]] = {}
+    for name in _RUNS.value:
+        model, variant = RUNS[name]
+        curve = read_curve(run_files.read_run(directory / name))
+        curves.setdefault(model, {})[variant] = curve
+    curves = {model: found for model, found in curves.items() if NATIVE in found}
+    if not curves:
         return
-    curves: dict[str, dict[str, Curve]] = {model: {} for model in MODELS}
-    for name, (model, variant) in RUNS.items():
-        curves[model][variant] = read_curve(run_files.read_run(directory / name))
     figures = {model: read_figures(of_model) for model, of_model in curves.items()}
     RESULTS.mkdir(exist_ok=True)
     stem = RESULTS / "fp8_vs_bf16"
@@ -169,7 +177,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
     """Relative differences over the steps, a model each."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    all_axes = figure.subplots(1, len(curves), sharey=True)
+    all_axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (model, of_model) in zip(all_axes, curves.items(), strict=True):
         native = of_model[NATIVE]
         axes.axhspan(-100 * BOUND, 100 * BOUND, color="0.93")
