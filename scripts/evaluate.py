@@ -80,6 +80,7 @@ def show_ranges(ranges: dict) -> None:
         for i, (tensor, row) in enumerate(tensors.items()):
             fractions = f"{row.flushed:.3%}", f"{row.saturated:.3%}"
             table.add_row("" if i else module, tensor, *fractions)
+        table.add_section()
     rich.console.Console().print(table)
 
 

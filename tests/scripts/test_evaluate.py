@@ -47,6 +47,13 @@ def test_a_run_is_evaluated_on_as_much_text_as_is_asked_for(script, trained):
     assert "native" not in outcome.out
 
 
+def test_of_a_run_in_fp8_it_shows_what_the_range_loses(script, trained):
+    options = ("--weights=native", "--set=precision=fp8", "--set=train.eval_batches=1")
+    outcome = script("evaluate", f"--workdir={trained}", *options)
+    assert outcome.code == 0 and outcome.err == ""
+    assert re.search(r"│ moe/moe/experts +│ act +│ +[\d.]+% │ +[\d.]+% │", outcome.out)
+
+
 @pytest.mark.parametrize(
     ("argument", "complaint"),
     [
