@@ -107,18 +107,15 @@ class Tally:
 
     def _linear(self, module: Linear, call, x: jax.Array) -> jax.Array:
         name = "/".join(module.path)
-        follows_swiglu = isinstance(module.parent, SwiGLU) and module.name == "down"
-        if follows_swiglu:
-            x = x.reshape(*x.shape[:-2], -1)
-            self._see(name, "h", x, fp8.ROW)
-            self._see(name, "x", swiglu(x), self.recipe.activations)
-            x = x.reshape(*x.shape[:-1], 2, -1)
-        else:
-            self._see(name, "x", x, self.recipe.activations)
-        y = call(x)
+        multiplied = x
+        if isinstance(module.parent, SwiGLU) and module.name == "down":
+            h = x.reshape(*x.shape[:-2], -1)
+            self._see(name, "h", h, fp8.ROW)
+            multiplied = swiglu(h)
+        self._see(name, "x", multiplied, self.recipe.activations)
         w = module.variables["params"]["kernel"]
         self._see(name, "w", w.reshape(w.shape[0], -1), self.recipe.weights)
-        return self._see_gradient(name, "dy", y)
+        return self._see_gradient(name, "dy", call(x))
 
     def _experts(self, module: RoutedExperts, call, x_ND, expert_NK, gate_NK):
         name = "/".join(module.path)

@@ -32,9 +32,16 @@ class Kernel(NamedTuple):
 
 def compile_text(function, *shapes) -> Any:
     """The compiled program's text, for arrays of these shapes and dtypes."""
+    return compile_tree(function, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+
+
+def compile_tree(function, arguments) -> Any:
+    """The same, for arguments that are trees of `jax.ShapeDtypeStruct`."""
     mesh = jax.sharding.Mesh(np.array(aot.absent_devices(H20, 1)), ("device",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(*shape, sharding=everywhere) for shape in shapes]
+    arrays = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments
+    )
     return jax.jit(function).lower(*arrays).compile().as_text()
 
 

@@ -1,7 +1,6 @@
 """All that the GPU benchmark runs on a GPU, compiled for an H20 at its real size."""
 
 import jax
-import numpy as np
 import pytest
 from absl import flags
 
@@ -9,6 +8,7 @@ from experiments.benchmarks import gpu_jax, gpu_measure, gpu_shapes, gpu_steps
 from jmoe.config import DataConfig, RunConfig, TrainConfig
 from jmoe.plan import aot
 from jmoe.plan.device import H20
+from tests.hopper.compiled import compile_tree
 
 pytestmark = pytest.mark.hopper
 
@@ -35,22 +35,13 @@ def as_if_on_a_hopper(monkeypatch):
     flags.FLAGS.mark_as_parsed()
 
 
-def compile_text(function, shapes) -> str:
-    mesh = jax.sharding.Mesh(np.array(aot.absent_devices(H20, 1)), ("device",))
-    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    arrays = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes
-    )
-    return jax.jit(function).lower(*arrays).compile().as_text()
-
-
 def inputs_of(subject):
     return jax.eval_shape(lambda: subject.make(jax.random.key(0)))
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_what_is_timed_compiles(subject, as_if_on_a_hopper):
-    text = compile_text(gpu_measure.over_sets(subject.function), [[inputs_of(subject)]])
+    text = compile_tree(gpu_measure.over_sets(subject.function), [[inputs_of(subject)]])
     is_kernel = subject.system.startswith("ours") or subject.system == "tokamax"
     assert (KERNEL in text) == is_kernel
     assert ("__cudnn$fmha" in text) == (subject.system == "cuDNN")
@@ -61,8 +52,8 @@ def test_what_it_is_compared_with_compiles_and_is_no_kernel(subject):
     inputs = inputs_of(subject)
     want = jax.eval_shape(subject.reference, *inputs)
     got = jax.eval_shape(subject.function, *inputs)
-    assert KERNEL not in compile_text(subject.reference, inputs)
-    assert KERNEL not in compile_text(gpu_measure.worst_tile, (got, want))
+    assert KERNEL not in compile_tree(subject.reference, inputs)
+    assert KERNEL not in compile_tree(gpu_measure.worst_tile, (got, want))
 
 
 @pytest.mark.parametrize("precision", ["native", "fp8"])
