@@ -19,7 +19,7 @@ from jax import lax
 from experiments.benchmarks import gshard
 from experiments.benchmarks.workers import Tasks, warm_up
 from experiments.benchmarks.workload import Linear, Workload
-from jmoe.config import DataConfig, MeshConfig, RunConfig, TrainConfig
+from jmoe.config import MeshConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
@@ -53,16 +53,7 @@ def train_step(
 
     AdamW after a clip by global norm, and the update of the selection bias.
     """
-    run = RunConfig(
-        name="bench",
-        model=workload.model,
-        data=DataConfig(sequence_length=workload.length),
-        train=TrainConfig(
-            steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
-        ),
-        mesh=mesh,
-        precision=precision,
-    )
+    run = workload.run(mesh=mesh, precision=precision)
     step_after_step()  # as scripts/train.py does
     model = Transformer(run.model, fp8.dot_general(run.precision))
     optimizer = make_optimizer(run.optimizer, run.train.steps)

@@ -16,13 +16,7 @@ from jax.sharding import PartitionSpec
 
 from experiments.benchmarks.workers import Tasks, warm_up
 from experiments.benchmarks.workload import Workload
-from jmoe.config import (
-    DataConfig,
-    MeshConfig,
-    PipelineConfig,
-    RunConfig,
-    TrainConfig,
-)
+from jmoe.config import MeshConfig, PipelineConfig, RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.parallel.mesh import BATCH_AXES
@@ -44,14 +38,7 @@ _CALLS = 3
 
 def pipeline_run(workload: Workload, ranks: int, pipeline: PipelineConfig) -> RunConfig:
     """A run whose microbatches have a sequence each."""
-    return RunConfig(
-        name="bench",
-        model=workload.model,
-        data=DataConfig(sequence_length=workload.length),
-        train=TrainConfig(steps=1000, batch_size=workload.batch, microbatch_size=1),
-        mesh=MeshConfig(pipe=ranks),
-        pipeline=pipeline,
-    )
+    return workload.run(1, mesh=MeshConfig(pipe=ranks), pipeline=pipeline)
 
 
 def gradients(workload: Workload, ranks: int, pipeline: PipelineConfig) -> Tasks:

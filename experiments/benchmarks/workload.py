@@ -5,11 +5,11 @@ Q query/key and V value dimension of a head.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmoe.config import ModelConfig
+from jmoe.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 
 
 class Linear(NamedTuple):
@@ -38,6 +38,18 @@ class Workload:
     @property
     def tokens(self) -> int:
         return self.batch * self.length
+
+    def run(self, microbatch_size: int | None = None, **fields: Any) -> RunConfig:
+        """Of jmoe, with other `fields` than the defaults; microbatch_size: all."""
+        train = TrainConfig(
+            steps=1000,
+            batch_size=self.batch,
+            microbatch_size=microbatch_size or self.batch,
+        )
+        data = DataConfig(sequence_length=self.length)
+        return RunConfig(
+            name="bench", model=self.model, data=data, train=train, **fields
+        )
 
     def token_ids(self) -> np.ndarray:
         """The same random int32 [B, T + 1] for everyone."""

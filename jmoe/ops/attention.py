@@ -13,17 +13,15 @@ which `jmoe.ops.kernels.attention` calls; that GPU must be a Hopper, or compilin
 """
 
 import functools
-import importlib.util
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from jmoe.ops.by_platform import TOKAMAX, by_platform, has
 
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
-
-_HAS_KERNELS = importlib.util.find_spec("tokamax") is not None
 
 
 class _Blocks(NamedTuple):
@@ -78,7 +76,7 @@ def attention(
     size = min(block_size, length)
     blocks = _Blocks(-(-length // size), size, scale)
     in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTHQ, v_BTHV))
-    if _HAS_KERNELS and in_bfloat16:
+    if in_bfloat16 and has(TOKAMAX):
         return _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)
     out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), blocks)
     return blocks.join(out, HEADS_FIRST, length)
@@ -190,8 +188,6 @@ def _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
 
 
 def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
-    """Chosen when lowered, which may be for a GPU that isn't here."""
-
     def kernel(*operands):
         from jmoe.ops.kernels import attention as kernels
 
@@ -204,9 +200,7 @@ def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
         return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
 
     operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
-    out_BTHV, log_sum_BHT = lax.platform_dependent(
-        *operands, cuda=kernel, default=reference
-    )
+    out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands, needs=TOKAMAX)
     return out_BTHV, (*operands, out_BTHV, log_sum_BHT)
 
 
@@ -224,9 +218,8 @@ def _backward_by_platform(blocks, saved, d_out_BTHV):
         length = q_BTHQ.shape[1]
         return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)
 
-    dq, dk, dv = lax.platform_dependent(
-        *saved, d_out_BTHV, cuda=kernel, default=reference
-    )
+    operands = *saved, d_out_BTHV
+    dq, dk, dv = by_platform(kernel, reference, *operands, needs=TOKAMAX)
     return dq, dk, dv, None
 
 

@@ -23,7 +23,6 @@ Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 
 import dataclasses
 import functools
-import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,6 +31,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jmoe.ops.by_platform import OURS, by_platform
+
 BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
 LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
@@ -39,8 +40,6 @@ SMALLEST_NORMAL = 2.0**-6
 SMALLEST_STEP = 2.0**-9  # between subnormal numbers
 MANTISSA_BITS = 3
 MANTISSA_CUT = 23 - MANTISSA_BITS  # bits of float32's
-
-_HAS_KERNELS = importlib.util.find_spec("jax_cuda13_plugin") is not None
 
 Block = tuple[int, ...]
 """Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
@@ -168,22 +167,8 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
         return fp8_matmul.matmul(*a, *b, dtype=dtype)
 
     reference = functools.partial(_reference, dtype=dtype)
-    return by_kernel(kernel, reference, a, b, fits=_is_for_kernel(a, b))
-
-
-def by_kernel(
-    kernel: Callable[..., jax.Array],
-    reference: Callable[..., jax.Array],
-    *operands: Any,
-    fits: bool,
-) -> jax.Array:
-    """The kernel's product if it `fits`, is installed and is compiled for a GPU.
-
-    Chosen when lowered, which may be for a GPU that isn't here.
-    """
-    if not (_HAS_KERNELS and fits):
-        return reference(*operands)
-    return lax.platform_dependent(*operands, cuda=kernel, default=reference)
+    fits = _is_for_kernel(a, b)
+    return by_platform(kernel, reference, a, b, needs=OURS, fits=fits)
 
 
 def _is_for_kernel(a: Quantized, b: Quantized) -> bool:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8
+from jmoe.ops.by_platform import OURS, by_platform
 from jmoe.ops.fp8 import BLOCK, Quantized, Recipe, num_blocks
 from jmoe.ops.row_tasks import first_rows
 from jmoe.ops.rows import DOT_TRANSPOSED, OUTER
@@ -38,7 +39,7 @@ def dot(
         return fp8_grouped.dot(*x, *w, size_E, dtype=dtype)
 
     reference = functools.partial(_dot_reference, dtype=dtype)
-    return fp8.by_kernel(kernel, reference, x, w, size_E, fits=fits)
+    return by_platform(kernel, reference, x, w, size_E, needs=OURS, fits=fits)
 
 
 def outer(
@@ -64,7 +65,7 @@ def outer(
     of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
     fits = [x.scale.shape, dy.scale.shape] == of_blocks
     reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
-    return fp8.by_kernel(kernel, reference, x, dy, size_E, fits=fits)
+    return by_platform(kernel, reference, x, dy, size_E, needs=OURS, fits=fits)
 
 
 def _spaced(size_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:

@@ -34,7 +34,6 @@ with an expert's first row in the segment.
 # pyright: reportMissingImports=false
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -43,13 +42,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8, grouped_fp8, stored
+from jmoe.ops.by_platform import TOKAMAX, by_platform
 from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 # What a block of GPU threads works on at a time: rows x outputs, in steps of inputs.
 TILE_M, TILE_O, TILE_I = 128, 128, 64
 STAGES = 4  # steps whose operands are under way from memory
-
-_HAS_KERNELS = importlib.util.find_spec("tokamax") is not None
 
 
 Recipe = fp8.Recipe | None
@@ -329,17 +327,11 @@ def _outer(
 
 
 def _product(kernel, dimensions, left, right, size_E):
-    """By the kernel where it is and is for this dtype; chosen when it is lowered.
-
-    So it can be compiled for a GPU on a machine without one.
-    """
-
     def reference(left, right, size_E):
         return lax.ragged_dot_general(left, right, size_E, dimensions)
 
-    if not _HAS_KERNELS or left.dtype != jnp.bfloat16:
-        return reference(left, right, size_E)
-    return lax.platform_dependent(left, right, size_E, cuda=kernel, default=reference)
+    operands, fits = (left, right, size_E), left.dtype == jnp.bfloat16
+    return by_platform(kernel, reference, *operands, needs=TOKAMAX, fits=fits)
 
 
 def _dot_kernel(x_MI, w_EIO, size_E):

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import fp8
 from jmoe.ops.attention import MASKED
+from jmoe.ops.by_platform import OURS, by_platform
 
 BLOCK = 512  # positions scored at a time
 
@@ -54,7 +54,8 @@ def latent_decode(
 
     reference = functools.partial(_reference, value_dim=value_dim, scale=scale)
     fits = _is_for_kernel(q_BHX, cache_BSX, value_dim)
-    return fp8.by_kernel(kernel, reference, q_BHX, cache_BSX, length_B, fits=fits)
+    operands = q_BHX, cache_BSX, length_B
+    return by_platform(kernel, reference, *operands, needs=OURS, fits=fits)
 
 
 def _is_for_kernel(q_BHX: jax.Array, cache_BSX: jax.Array, value_dim: int) -> bool:

@@ -5,7 +5,6 @@ import pytest
 from absl import flags
 
 from experiments.benchmarks import gpu_jax, gpu_measure, gpu_shapes, gpu_steps
-from jmoe.config import DataConfig, RunConfig, TrainConfig
 from jmoe.plan import aot
 from jmoe.plan.device import H20
 from tests.hopper.compiled import compile_tree
@@ -58,16 +57,7 @@ def test_what_it_is_compared_with_compiles_and_is_no_kernel(subject):
 
 @pytest.mark.parametrize("precision", ["native", "fp8"])
 def test_the_small_step_compiles_and_its_experts_are_kernels(precision):
-    workload = gpu_steps.workload()
-    run = RunConfig(
-        name="bench",
-        model=workload.model,
-        data=DataConfig(sequence_length=workload.length),
-        train=TrainConfig(
-            steps=1000, batch_size=workload.batch, microbatch_size=workload.batch
-        ),
-        precision=precision,
-    )
+    run = gpu_steps.workload().run(precision=precision)
     program = aot.compile_step(run, aot.absent_devices(H20, 1))
     assert KERNEL in program.text
     assert program.memory.total < 70 * 2**30  # of an H100's 80 GB

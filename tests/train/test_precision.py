@@ -39,12 +39,12 @@ def variables(run):
 
 @pytest.fixture(scope="module")
 def native(run, variables):
-    return Trainer.of(run, variables).train(STEPS)
+    return Trainer.of(run, variables).train(STEPS).steps
 
 
 @pytest.fixture(scope="module")
 def in_fp8(run, variables):
-    return Trainer.of(override(run, ["precision=fp8"]), variables).train(STEPS)
+    return Trainer.of(override(run, ["precision=fp8"]), variables).train(STEPS).steps
 
 
 def distance(got, want):
@@ -60,7 +60,7 @@ def distance(got, want):
 )
 def test_a_step_is_off_by_what_e4m3_rounds(run, variables, native, recipe, backend):
     changed = override(run, [f"precision={recipe}", f"model.moe.backend={backend}"])
-    got, want = Trainer.of(changed, variables).train(1)[0], native[0]
+    got, want = Trainer.of(changed, variables).train(1).steps[0], native[0]
     np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=5e-3)
     assert got.metrics["loss"] != want.metrics["loss"]
     assert 1e-3 < distance(got.gradients, want.gradients) < 0.15
@@ -68,7 +68,7 @@ def test_a_step_is_off_by_what_e4m3_rounds(run, variables, native, recipe, backe
 
 @pytest.mark.parametrize("mesh", ["data=2,expert=4,tensor=2", "pipe=2,data=4,expert=2"])
 def test_a_mesh_trains_in_fp8_as_one_device_does(run, variables, native, in_fp8, mesh):
-    many = Trainer.of(on(run, mesh, "precision=fp8"), variables).train(STEPS)
+    many = Trainer.of(on(run, mesh, "precision=fp8"), variables).train(STEPS).steps
     for got, want, exact in zip(many, in_fp8, native, strict=True):
         # Blocks end where a device's part does, so that a few numbers round otherwise.
         np.testing.assert_allclose(got.metrics["loss"], want.metrics["loss"], rtol=2e-3)
