@@ -105,6 +105,7 @@ def num_blocks(dim: int) -> int:
     return -(-dim // BLOCK)
 
 
+@functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
 def quantize(
     x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
 ) -> Quantized:
@@ -125,6 +126,7 @@ def rounded(
     return _from_tiles(_nearest(tiles) * scale, axes, x.shape).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`data * scale`, multiplied in float32 and then converted."""
     tiles, axes = _tiles(x.data.astype(jnp.float32), _block_of(x))

@@ -17,6 +17,7 @@ Shapes: K input (summed), N output, G = ceil(K / group) groups, P = ceil(K / 2) 
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,7 @@ class Packed:
         return (*self.data.shape[:-2], self.num_inputs, self.data.shape[-1])
 
 
+@functools.partial(jax.jit, static_argnames="group")
 def quantize(w: jax.Array, group: int = GROUP) -> Packed:
     """Of [..., K, N]; the last group may be shorter.
 
@@ -68,6 +70,7 @@ def quantize(w: jax.Array, group: int = GROUP) -> Packed:
     return Packed(data, scale.squeeze(-2).astype(jnp.bfloat16), num_inputs, group)
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(w: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
     """[..., K, N]: `level * scale`, multiplied in float32 and then converted."""
     level = _unpack(w.data)[..., : w.num_inputs, :]
