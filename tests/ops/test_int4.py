@@ -17,6 +17,8 @@ SHAPES = [(64, 5), (7, 3), (33, 4), (1, 2), (100, 1), (128, 40)]
 GROUPS = (32, 64, 128)
 TINY = np.finfo(np.float32).tiny
 
+pack, unpack = jax.jit(int4._pack), jax.jit(int4._unpack)
+
 each_shape = pytest.mark.parametrize("shape", SHAPES)
 each_group = pytest.mark.parametrize("group", GROUPS)
 
@@ -124,9 +126,9 @@ def test_the_squared_error_is_at_most_that_of_the_largest_over_7(shape, group):
 )
 def test_levels_survive_packing(levels, outputs, group):
     level_KN = np.stack([np.roll(levels, n) for n in range(outputs)], 1)
-    data = int4._pack(jnp.asarray(level_KN))
+    data = pack(jnp.asarray(level_KN))
     assert data.dtype == jnp.uint8 and data.shape == (-(-len(levels) // 2), outputs)
-    np.testing.assert_array_equal(int4._unpack(data)[: len(levels)], level_KN)
+    np.testing.assert_array_equal(unpack(data)[: len(levels)], level_KN)
     # Weights that are levels times a scale, and reach -8, are what they were.
     exact = np.float32(0.5) * np.where(np.arange(len(levels)) % group, levels, -8)
     np.testing.assert_array_equal(round_trip(exact[:, None], group)[:, 0], exact)

@@ -29,7 +29,7 @@ from tests.train.training import (
     random_variables,
 )
 
-STEPS = 10
+STEPS = 6
 MICROBATCHES = 8
 
 PIPELINES = {
