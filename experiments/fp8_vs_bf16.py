@@ -68,6 +68,8 @@ LARGER = [
     "train.batch_size=4",
     "train.microbatch_size=4",
     "train.bias_rate.first=1e-3",
+    "optimizer.schedule.peak=5e-4",  # at tiny's 2e-3, 512 tokens a step are unstable
+    "optimizer.schedule.warmup_steps=100",
 ]
 MODELS = {"tiny": [], "larger": LARGER}
 PAIRS = [("tiny", variant) for variant in VARIANTS]
