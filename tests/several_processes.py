@@ -50,9 +50,10 @@ def start(
             "jax_persistent_cache_min_compile_time_secs",
         )
     }
+    flags = os.environ["XLA_FLAGS"], f"--xla_force_host_platform_device_count={devices}"
     variables = {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": " ".join(flags),  # of two alike, the last one counts
         "PYTHONPATH": str(root),
     }
     return subprocess.Popen(
