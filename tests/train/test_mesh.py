@@ -48,6 +48,7 @@ def run(smallest) -> RunConfig:
         smallest,
         [
             "model.vocab_size=304",
+            "data.sequence_length=16",
             "model.attention.num_heads=16",
             "model.moe.router.num_experts=16",
             "model.moe.router.auxiliary_loss=switch",

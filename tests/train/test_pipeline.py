@@ -48,6 +48,7 @@ def run(smallest) -> RunConfig:
         smallest,
         [
             "model.vocab_size=304",
+            "data.sequence_length=16",
             "model.num_layers=5",
             "model.num_dense_layers=2",
             "model.attention.num_heads=4",
