@@ -49,7 +49,6 @@ from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 TILE_M, TILE_O, TILE_I = 128, 128, 64
 STAGES = 4  # steps whose operands are under way from memory
 
-
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
 
