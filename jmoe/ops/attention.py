@@ -8,8 +8,8 @@ backward one recomputes each block's probabilities from the saved log-sum-exp (i
 appendix B.2). Both walk the same list of block pairs; pairs above the diagonal are not
 in it, so a causal mask costs half the work instead of being thrown away.
 
-Compiled for a GPU in bfloat16, with the `gpu` extra, both passes are kernels instead,
-which `jmoe.ops.kernels.attention` calls; that GPU must be a Hopper, or compiling fails.
+Compiled for a Hopper GPU in bfloat16, with the `gpu` extra, both passes are kernels
+instead, which `jmoe.ops.kernels.attention` calls (`jmoe.ops.by_platform`).
 """
 
 import functools

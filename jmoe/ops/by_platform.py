@@ -1,24 +1,35 @@
-"""An op is a kernel when compiled for a GPU, and its reference elsewhere.
+"""An op is a kernel when compiled for a Hopper GPU, and its reference elsewhere.
 
-Chosen when lowered, which may be for a GPU that isn't here.
+Chosen when lowered, which may be for a GPU that isn't here: that must be a Hopper, or
+compiling fails. GPUs that are here may be of any kind.
 """
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import jax
 from jax import lax
 
 # What must be installed, both by the `gpu` extra:
 OURS = "jax_cuda13_plugin"  # for kernels of jmoe's own
 TOKAMAX = "tokamax"
 
+# A compute capability; older GPUs and newer ones lack what kernels use.
+HOPPER = "9.0"
+
 
 @functools.cache
 def has(package: str) -> bool:
     """Whether it is installed; it is not imported."""
     return importlib.util.find_spec(package) is not None
+
+
+def suit(devices: Iterable[jax.Device]) -> bool:
+    """Whether those of the devices that are GPUs can run the kernels."""
+    gpus = [device for device in devices if device.platform == "gpu"]
+    return all(gpu.compute_capability == HOPPER for gpu in gpus)
 
 
 def by_platform(
@@ -28,11 +39,11 @@ def by_platform(
     needs: str,
     fits: bool = True,
 ) -> Any:
-    """The kernel's result if what it `needs` is there, it `fits`, and on a GPU.
+    """The kernel's result if what it `needs` is there, it `fits`, and on a Hopper.
 
     Otherwise the reference's, of the same shapes. The kernel is imported by `kernel`
     when it is traced, as its module can't be where the package is missing.
     """
-    if not (has(needs) and fits):
+    if not (fits and has(needs) and suit(jax.local_devices())):
         return reference(*operands)
     return lax.platform_dependent(*operands, cuda=kernel, default=reference)

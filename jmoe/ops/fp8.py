@@ -160,7 +160,7 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
     Both operands have what is summed last, as tensor cores take e4m3. Where a has ROW
     scales and b ROW or SQUARE ones, and the `gpu` extra is installed, it is a kernel
-    when compiled for a GPU; that must be a Hopper, or compiling fails.
+    when compiled for a Hopper GPU (`jmoe.ops.by_platform`).
     """
 
     def kernel(a, b):

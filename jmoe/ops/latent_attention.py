@@ -38,7 +38,7 @@ def latent_decode(
     """Each head's mean of the cache's values, [B, H, value_dim] in q's dtype.
 
     In bfloat16, where the `gpu` extra is installed, it is a kernel when compiled for a
-    GPU; that must be a Hopper, or compiling fails. It has no gradient.
+    Hopper GPU (`jmoe.ops.by_platform`). It has no gradient.
 
     Args:
       length_B: int32, at most S: how many positions of the cache are there; others
