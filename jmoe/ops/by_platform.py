@@ -26,8 +26,8 @@ def has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def suit(devices: Iterable[jax.Device]) -> bool:
-    """Whether those of the devices that are GPUs can run the kernels."""
+def suit(devices: Iterable[Any]) -> bool:
+    """Whether those of the `jax.Device`s that are GPUs can run the kernels."""
     gpus = [device for device in devices if device.platform == "gpu"]
     return all(gpu.compute_capability == HOPPER for gpu in gpus)
 
