@@ -30,7 +30,7 @@ does a native one whose sums have another order. Differences are at most and on 
 So 2,048 tokens a step can't tell recipes apart that differ by less than some tenths of
 a percent, and small models, whose activations have no outliers, don't show what larger
 ones suffer from. At the tiny model's learning rate, the larger one was unstable: two
-runs parted by 9% within their first steps, FP8's ending 8% below the native one.
+runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one.
 """
 
 import json

@@ -35,12 +35,12 @@ from experiments.benchmarks.gpu_timing import (
     Outcome,
 )
 from experiments.benchmarks.report import Report
+from jmoe.ops.by_platform import HOPPER
 
 SECONDS = 510  # of the whole call
 KERNEL_SECONDS = 270  # after which only training steps are started
 CONTENDER_SECONDS = 60  # that one may take at most: compiling, checking, timing
 
-HOPPER = "9.0"  # compute capability
 OPTIONAL = ("tokamax", "torch", "transformers")
 
 _JAX = "experiments.benchmarks.gpu_jax.side"

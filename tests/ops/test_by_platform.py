@@ -1,7 +1,7 @@
 """When an op is a kernel. What kernels compute is tested beside their references."""
 
 import sys
-from typing import NamedTuple
+import types
 
 import jax
 import jax.numpy as jnp
@@ -9,20 +9,15 @@ import pytest
 
 from jmoe.ops import by_platform as choice
 
-
-class Device(NamedTuple):
-    platform: str
-    compute_capability: str = ""
-
-
-CPU, HOPPER = Device("cpu"), Device("gpu", "9.0")
-AMPERE, BLACKWELL = Device("gpu", "8.0"), Device("gpu", "10.0")
+HOPPER, AMPERE, BLACKWELL = (
+    types.SimpleNamespace(compute_capability=number)
+    for number in ("9.0", "8.0", "10.0")
+)
 
 
 @pytest.mark.parametrize(
     ("devices", "suits"),
     [
-        ([CPU], True),  # what is compiled there for a GPU is for a Hopper
         ([HOPPER, HOPPER], True),
         ([AMPERE], False),
         ([BLACKWELL], False),
@@ -54,6 +49,10 @@ def test_a_kernel_is_lowered_where_it_can_run_and_else_its_reference(
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("stablehlo.sine" in lowered) == is_kernel
     assert ("stablehlo.cosine" in lowered) != is_kernel
+
+
+def test_without_a_gpu_what_is_compiled_for_one_is_for_a_hopper():
+    assert choice.suit(jax.devices())
 
 
 def test_elsewhere_it_is_the_reference():
