@@ -11,7 +11,7 @@ from jmoe.decode.sampling import sample
 
 DRAWS = 20_000
 PROBABILITY_V = np.array([0.1, 0.4, 0.2, 0.25, 0.05], np.float32)
-LOGITS_V = jnp.log(PROBABILITY_V) + 3.0  # logits are known up to a constant
+LOGITS_V = np.log(PROBABILITY_V) + 3.0  # logits are known up to a constant
 
 
 def shares(temperature: float, top_p: float, seed: int = 0) -> np.ndarray:

@@ -7,19 +7,12 @@ once, however many there are.
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import pytest
 
 from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig, RunConfig
 from jmoe.plan import aot, programs, summary
 from jmoe.plan.device import H20
 from tests.hopper import compiled
-
-
-@pytest.fixture(scope="session", autouse=True)
-def no_compilation_cache():
-    """JAX can't read back what it has compiled for devices that aren't here."""
-    jax.config.update("jax_enable_compilation_cache", False)
 
 
 @pytest.fixture
