@@ -16,7 +16,8 @@ from jmoe.parallel import collectives, pipeline
 from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.schedule import SCHEDULES, build
 from jmoe.parallel.schedule.ticks import SELF, as_ticks, forward_only
-from tests.parallel.toy_pipeline import KINDS, Cut, M, arguments, enter, leave
+from jmoe.plan import copies
+from tests.parallel.toy_pipeline import KINDS, B, Cut, D, M, arguments, enter, leave
 from tests.programs import equations
 
 each_schedule = pytest.mark.parametrize("name", SCHEDULES)
@@ -57,8 +58,13 @@ def evaluation(name, ranks):
     return cut, jax.jit(program(cut, run)).trace(*arguments(cut))
 
 
+@functools.cache
+def compiled(traced):
+    return traced.lower().compile()
+
+
 def result(cut, traced):
-    return traced.lower().compile()(*arguments(cut))
+    return compiled(traced)(*arguments(cut))
 
 
 def in_a_row(weights, state, shared, batches):
@@ -162,3 +168,13 @@ def test_a_tick_has_one_ppermute_for_each_way_and_none_that_a_rank_may_skip(
         ways = [way for way in ticks.ways("F") + ticks.ways("B") if way != SELF]
         found = list(permutations(traced.jaxpr.jaxpr))
         assert found == [("shard_map", "scan")] * len(ways)
+
+
+@each_size
+@each_schedule
+def test_no_loop_copies_what_microbatches_have_left(name, ranks):
+    cut, traced = training(name, ranks)
+    _, _, count_PH = cut.rows["wide"]
+    slots = as_ticks(cut.schedule).kept_slots
+    hidden_bytes = slots * count_PH.max() * B * 2 * D * 4
+    assert copies.largest_in_loops(compiled(traced).as_text()) < hidden_bytes

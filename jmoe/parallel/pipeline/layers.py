@@ -138,12 +138,7 @@ class Layers:
         (f, batch_f), (b, batch_b) = forward, backward
 
         def body(i, carry):
-            store, x, d = carry
-            kept = self._read_kept(store, b, i)
-            # F writes after this has been read, and not one by one where B and W need
-            # it; else all that is stored would be copied.
-            stored, kept = lax.optimization_barrier((store.kept, kept))
-            store = store._replace(kept=stored)
+            store, x, d, kept = carry
             with jax.named_scope("backward"):
                 d, owed = self._backward(kept, d, b, i, batch_b)
             with jax.named_scope("weight"):
@@ -155,9 +150,13 @@ class Layers:
             store = store._replace(gradients=gradients)
             with jax.named_scope("forward"):
                 store, x = self._forward(store, x, i, f, batch_f)
-            return store, x, d
+            return store, x, d, self._read_kept(store, b, i + 1)
 
-        return lax.fori_loop(0, pairs, body, (store, x, d))
+        # What B and W need is read a layer ahead, from what F has written: so nothing
+        # that is stored is both read and written at a time, and none of it is copied.
+        carry = (store, x, d, self._read_kept(store, b, 0))
+        store, x, d, _ = lax.fori_loop(0, pairs, body, carry)
+        return store, x, d
 
     def evaluate(
         self, store: Store, x: jax.Array, f: Instruction, batch: Any
