@@ -150,10 +150,12 @@ class Layers:
             store = store._replace(gradients=gradients)
             with jax.named_scope("forward"):
                 store, x = self._forward(store, x, i, f, batch_f)
+            # What B and W need is read a layer ahead, from what F has written, and once
+            # they are done with this layer's: so no array is both read and written at a
+            # time, and none is copied.
+            store, d = lax.optimization_barrier((store, d))
             return store, x, d, self._read_kept(store, b, i + 1)
 
-        # What B and W need is read a layer ahead, from what F has written: so nothing
-        # that is stored is both read and written at a time, and none of it is copied.
         carry = (store, x, d, self._read_kept(store, b, 0))
         store, x, d, _ = lax.fori_loop(0, pairs, body, carry)
         return store, x, d
