@@ -53,6 +53,7 @@ class Program:
     text: str
     memory: Memory
     seconds: float  # to trace, lower and compile
+    cpu_seconds: float  # the CPU's meanwhile, in this process's threads
     host_bytes: int  # this process's most, ever
 
 
@@ -76,12 +77,13 @@ def absent_devices(device: Device, count: int) -> Sequence[Any]:
 
 def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     """The training step of `run` for `run.mesh` made of `devices`."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     step, state, batch = abstract_step(run, devices)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     options = compiler.options(devices[0].platform)
     compiled: Any = lowered.compile(compiler_options=options)
     seconds = time.perf_counter() - start
+    cpu_seconds = time.process_time() - cpu_start
     text, stats = compiled.as_text(), compiled.memory_analysis()
     memory = Memory(
         parameters=device_bytes(state.params),
@@ -92,7 +94,11 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
         temporaries=stats.temp_size_in_bytes,
     )
     return Program(
-        text=text, memory=memory, seconds=seconds, host_bytes=_peak_host_bytes()
+        text=text,
+        memory=memory,
+        seconds=seconds,
+        cpu_seconds=cpu_seconds,
+        host_bytes=_peak_host_bytes(),
     )
 
 

@@ -52,6 +52,7 @@ class Summary:
     collectives: Sequence[Collective]
     copied_bytes: int
     seconds: float
+    cpu_seconds: float
     host_bytes: int
 
     @property
@@ -91,6 +92,7 @@ class Summary:
             "traffic": [dataclasses.asdict(row) for row in self.traffic()],
             "copied_bytes": self.copied_bytes,
             "compile_seconds": self.seconds,
+            "compile_cpu_seconds": self.cpu_seconds,
             "host_bytes": self.host_bytes,
         }
 
@@ -110,6 +112,7 @@ def summarise(run: RunConfig, device: Device, program: aot.Program) -> Summary:
         collectives=traffic.collectives(program.text, run.mesh.shape),
         copied_bytes=copies.largest_in_loops(program.text),
         seconds=program.seconds,
+        cpu_seconds=program.cpu_seconds,
         host_bytes=program.host_bytes,
     )
 

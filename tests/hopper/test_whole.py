@@ -1,5 +1,6 @@
 """Whole models: do they fit, and does compiling them stay within what is allowed."""
 
+import dataclasses
 import json
 
 import pytest
@@ -19,7 +20,9 @@ def v2_lite():
 
 @pytest.fixture(scope="module")
 def v3():
-    return summary.apart(summary.compile_run, programs.v3_2048())
+    """`seconds` as on cores of its own, where other tests have none: the CPU's time."""
+    found = summary.apart(summary.compile_run, programs.v3_2048())
+    return dataclasses.replace(found, seconds=found.cpu_seconds)
 
 
 def test_v2_lite_fits_on_16_h20s(v2_lite):

@@ -93,6 +93,7 @@ def test_traffic_adds_up_what_is_of_one_phase_kind_and_axes(compiled):
         ],
         copied_bytes=0,
         seconds=1.0,
+        cpu_seconds=1.0,
         host_bytes=1,
     )
     rows = [(t.phase, t.axes, t.times, t.sent_bytes) for t in made_up.traffic()]
