@@ -137,8 +137,7 @@ class Layers:
         """
         (f, batch_f), (b, batch_b) = forward, backward
 
-        def body(i, carry):
-            store, x, d, kept = carry
+        def layer(i, kept, store, x, d):
             with jax.named_scope("backward"):
                 d, owed = self._backward(kept, d, b, i, batch_b)
             with jax.named_scope("weight"):
@@ -150,15 +149,30 @@ class Layers:
             store = store._replace(gradients=gradients)
             with jax.named_scope("forward"):
                 store, x = self._forward(store, x, i, f, batch_f)
-            # What B and W need is read a layer ahead, from what F has written, and once
-            # they are done with this layer's: so no array is both read and written at a
-            # time, and none is copied.
-            store, d = lax.optimization_barrier((store, d))
-            return store, x, d, self._read_kept(store, b, i + 1)
+            return store, x, d
 
-        carry = (store, x, d, self._read_kept(store, b, 0))
-        store, x, d, _ = lax.fori_loop(0, pairs, body, carry)
-        return store, x, d
+        # F must write after B and W have read, or all that is stored would be copied.
+        def fenced(store, x, d):
+            def body(i, carry):
+                store, x, d = carry
+                kept = self._read_kept(store, b, i)
+                stored, kept = lax.optimization_barrier((store.kept, kept))
+                return layer(i, kept, store._replace(kept=stored), x, d)
+
+            return lax.fori_loop(0, pairs, body, (store, x, d))
+
+        # XLA for CPUs drops the barrier too early. So there, the next layer's is read
+        # from what F has written.
+        def ahead(store, x, d):
+            def body(i, carry):
+                store, x, d, kept = carry
+                store, x, d = layer(i, kept, store, x, d)
+                return store, x, d, self._read_kept(store, b, i + 1)
+
+            carry = (store, x, d, self._read_kept(store, b, 0))
+            return lax.fori_loop(0, pairs, body, carry)[:3]
+
+        return lax.platform_dependent(store, x, d, cpu=ahead, default=fenced)
 
     def evaluate(
         self, store: Store, x: jax.Array, f: Instruction, batch: Any

@@ -25,17 +25,14 @@ def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
     """
     rank = _Rank(model, again=recompute, overlaps=ticks.has("F&BW"))
 
-    def tick(buffers: _Buffers, now: tuple[Row, jax.Array]):
-        row, next_source = now
+    def tick(buffers: _Buffers, row: Row):
         buffers, y, d_x = rank.train(buffers, row)
         for_f = _hand_over(buffers.for_f, y, row.for_f)
         for_b = _hand_over(buffers.for_b, d_x, row.for_b)
-        for_loss = arrays.pick(for_f, next_source)
-        return buffers._replace(for_f=for_f, for_b=for_b, for_loss=for_loss), None
+        return buffers._replace(for_f=for_f, for_b=for_b), None
 
     rows = own_rows(ticks, model.groups, AXIS)
-    next_source = jnp.roll(rows.b.source, -1)
-    return lax.scan(tick, rank.buffers(ticks), (rows, next_source))[0].result
+    return lax.scan(tick, rank.buffers(ticks), rows)[0].result
 
 
 def evaluate(ticks: Ticks, model: Model) -> Result:
@@ -65,15 +62,12 @@ def _hand_over(inbox: jax.Array, value: jax.Array, slots: dict[int, Any]) -> jax
 class _Buffers(NamedTuple):
     """What a rank carries from tick to tick.
 
-    for_loss: what the last stage's B takes from `for_f`. It is read once that has been
-    written, as it would be copied if it were still to be read by then.
     entered: the inputs of stages that are computed again. It and the inboxes have one
     slot more than the schedule uses, for ticks in which there is nothing to store.
     """
 
     for_f: jax.Array
     for_b: jax.Array
-    for_loss: jax.Array
     entered: jax.Array
     shared: Any
     left: Any
@@ -115,7 +109,6 @@ class _Rank:
         return _Buffers(
             for_f=slots(ticks.forward_slots + 1),
             for_b=slots(ticks.backward_slots + 1),
-            for_loss=jnp.zeros(self._x.shape, self._x.dtype),
             entered=slots(ticks.kept_slots + 1 if self._again else 0),
             shared=arrays.zeros(self._model.shared, jnp.float32),
             left=arrays.zeros(self._left),
@@ -213,7 +206,7 @@ class _Rank:
 
         def lose(i, carry):
             _, shared, left = carry
-            y = arrays.within(i, buffers.for_loss)
+            y = arrays.pick(buffers.for_f, arrays.within(i, b.source))
             total, pull, found = jax.vjp(
                 lambda shared, y: model.leave(shared, batch, y),
                 model.shared,
