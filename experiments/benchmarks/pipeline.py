@@ -14,7 +14,7 @@ tasks' own times.
 Eight layers of the `bench_s` shape with 32 experts, in float32, on 4 ranks; a step has
 8 microbatches of one sequence. Weights are at rest before, and gradients after: the
 step without the optimizer. One schedule after another takes turns with the tasks alone:
-a step needs 7 to 12 GiB, so that not all of them can wait side by side.
+a step needs 6 to 12 GiB, so that not all of them can wait side by side.
 """
 
 import itertools
