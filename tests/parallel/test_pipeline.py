@@ -132,6 +132,21 @@ def test_every_schedule_finds_the_gradients_and_sums_of_layers_in_a_row(name, ra
     assert_trained(cut, result(cut, traced))
 
 
+@each_size
+@pytest.mark.parametrize("name", ["dualpipe", "dualpipe_v"])
+def test_so_does_the_overlapped_loop_that_gpus_run(name, ranks, monkeypatch):
+    taken = []
+
+    def as_on_gpus(*operands, cpu, default):
+        taken.append(default)
+        return default(*operands)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", as_on_gpus)
+    cut, traced = training.__wrapped__(name, ranks)
+    assert_trained(cut, result(cut, traced))
+    assert taken
+
+
 @each_schedule
 def test_so_does_one_that_computes_its_stages_again(name):
     cut, traced = training(name, 2, recompute=True)

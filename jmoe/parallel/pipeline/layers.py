@@ -137,7 +137,7 @@ class Layers:
         """
         (f, batch_f), (b, batch_b) = forward, backward
 
-        def layer(i, kept, store, x, d):
+        def both_ways(i, kept, store, x, d):
             with jax.named_scope("backward"):
                 d, owed = self._backward(kept, d, b, i, batch_b)
             with jax.named_scope("weight"):
@@ -157,7 +157,7 @@ class Layers:
                 store, x, d = carry
                 kept = self._read_kept(store, b, i)
                 stored, kept = lax.optimization_barrier((store.kept, kept))
-                return layer(i, kept, store._replace(kept=stored), x, d)
+                return both_ways(i, kept, store._replace(kept=stored), x, d)
 
             return lax.fori_loop(0, pairs, body, (store, x, d))
 
@@ -166,7 +166,7 @@ class Layers:
         def ahead(store, x, d):
             def body(i, carry):
                 store, x, d, kept = carry
-                store, x, d = layer(i, kept, store, x, d)
+                store, x, d = both_ways(i, kept, store, x, d)
                 return store, x, d, self._read_kept(store, b, i + 1)
 
             carry = (store, x, d, self._read_kept(store, b, 0))
