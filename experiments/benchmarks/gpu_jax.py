@@ -1,5 +1,6 @@
-"""JAX's side of the GPU benchmark: a process that measures contenders when asked."""
+"""JAX's side of the GPU benchmark: processes that measure contenders when asked."""
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from experiments.benchmarks import gpu_attention, gpu_products, gpu_shapes
-from experiments.benchmarks.gpu_measure import Subject, measure
+from experiments.benchmarks.gpu_measure import Subject, prepare
 from experiments.benchmarks.gpu_timing import (
     Contender,
     Failed,
@@ -19,6 +20,11 @@ from experiments.benchmarks.gpu_timing import (
     first_line,
 )
 from experiments.benchmarks.workers import Tasks
+
+Prepared = Callable[[int], Measured]
+
+AHEAD = ("ours", "tokamax")
+"""Systems whose programs XLA doesn't time while it compiles them, or hardly."""
 
 _SUBJECTS: dict[type, Callable[[Any], Iterator[Subject]]] = {
     gpu_shapes.Ceilings: gpu_products.ceilings,
@@ -35,9 +41,9 @@ def subjects(case: gpu_shapes.Case) -> Iterator[Subject]:
 
 
 def contenders(
-    cases: Sequence[gpu_shapes.Case], seed: int, rounds: int
-) -> dict[Contender, Callable[[], Measured]]:
-    """What measures each."""
+    cases: Sequence[gpu_shapes.Case], seed: int
+) -> dict[Contender, Callable[[], Prepared]]:
+    """What prepares each."""
     found = {}
     for case in cases:
         # Contenders of one case are given the same numbers.
@@ -47,17 +53,43 @@ def contenders(
         for subject in subjects(case):
             is_checked = subject.reference is not None
             name = Contender(case.name, subject.operation, subject.system, is_checked)
-            found[name] = functools.partial(measure, subject, key, rounds)
+            found[name] = functools.partial(prepare, subject, key)
     return found
 
 
-def side(cases: Sequence[gpu_shapes.Case], seed: int, rounds: int) -> Tasks:
-    """`contenders` lists them, `device` says what JAX computes on, others measure."""
+def side(
+    cases: Sequence[gpu_shapes.Case], seed: int, rounds: int, share: tuple[int, int]
+) -> Tasks:
+    """A process that measures a share of them: the i-th of n parts.
+
+    `contenders` lists them, `device` says what JAX computes on, `prepare` compiles
+    what doesn't need the GPU for itself, and the others measure.
+    """
     # For `tokamax`, which asks for some, and would read the parent's.
     flags.FLAGS.mark_as_parsed()
-    found = contenders(cases, seed, rounds)
-    tasks = {str(name): functools.partial(attempt, run) for name, run in found.items()}
-    return tasks | {"contenders": lambda: list(found), "device": device}
+    found = contenders(cases, seed)
+    part, parts = share
+    names = list(found)[part * len(found) // parts : (part + 1) * len(found) // parts]
+    prepared: dict[Contender, Prepared] = {}
+
+    def prepare_all() -> None:
+        for name in names:
+            if name.system.startswith(AHEAD):
+                with contextlib.suppress(Exception):  # it will be told when measured
+                    prepared[name] = found[name]()
+
+    def measure(name: Contender) -> Outcome:
+        ready = prepared.pop(name, None)
+        return attempt(lambda: (ready or found[name]())(rounds))
+
+    tasks: dict[str, Callable[[], Any]] = {
+        str(name): functools.partial(measure, name) for name in names
+    }
+    return tasks | {
+        "contenders": lambda: names,
+        "device": device,
+        "prepare": prepare_all,
+    }
 
 
 def device() -> dict[str, Any]:

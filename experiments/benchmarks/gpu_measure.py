@@ -42,22 +42,29 @@ class Subject(NamedTuple):
     tolerance: float = PRODUCT
 
 
-def measure(subject: Subject, key: jax.Array, rounds: int) -> Measured:
-    """Its error, if it has a reference, and its times."""
-    make = jax.jit(subject.make)
-    sets = [make(k) for k in jax.random.split(key, num_sets(subject))]
-    run = over_sets(subject.function)
-    result = jax.block_until_ready(run(sets))
-    check = checker(subject, sets[0])
-    errors = [check(result[0])]
-    del result
-    seconds = time_calls(
-        lambda: run(sets), jax.block_until_ready, rounds, calls=len(sets)
-    )
-    errors.append(check(run(sets)[0]))
-    if subject.reference is None:
-        return Measured(seconds)
-    return Measured(seconds, max(errors), subject.tolerance)
+def prepare(subject: Subject, key: jax.Array) -> Callable[[int], Measured]:
+    """Compiles all it takes; what is returned measures it, in so many rounds."""
+    inputs = jax.eval_shape(subject.make, key)
+    count = num_sets(subject)
+    make = jax.jit(subject.make).lower(key).compile()
+    run = over_sets(subject.function).lower([inputs] * count).compile()
+    start_check = checker(subject, inputs)
+
+    def measure(rounds: int) -> Measured:
+        sets = [make(k) for k in jax.random.split(key, count)]
+        result = jax.block_until_ready(run(sets))
+        check = start_check(sets[0])
+        errors = [check(result[0])]
+        del result
+        seconds = time_calls(
+            lambda: run(sets), jax.block_until_ready, rounds, calls=count
+        )
+        errors.append(check(run(sets)[0]))
+        if subject.reference is None:
+            return Measured(seconds)
+        return Measured(seconds, max(errors), subject.tolerance)
+
+    return measure
 
 
 def num_sets(subject: Subject) -> int:
@@ -73,17 +80,31 @@ def over_sets(function: Callable[..., Any]) -> Callable[[Sequence[Any]], list[An
     return jax.jit(lambda sets: [alone(*inputs) for inputs in sets])
 
 
-def checker(subject: Subject, inputs: tuple[Any, ...]) -> Callable[[Any], float]:
-    """The error of a result on these inputs; WRONG if it isn't finite or is worse."""
+def checker(
+    subject: Subject, shapes: tuple[Any, ...]
+) -> Callable[[tuple[Any, ...]], Callable[[Any], float]]:
+    """Of inputs, and then of a result on them, the error; compiled here.
+
+    WRONG, if the result isn't finite or is worse.
+    """
     if subject.reference is None:
-        return lambda result: 0.0
-    want = jax.jit(subject.reference)(*inputs)
+        return lambda inputs: lambda result: 0.0
+    reference = jax.jit(subject.reference).lower(*shapes).compile()
+    compared = (
+        jax.eval_shape(f, *shapes) for f in (subject.function, subject.reference)
+    )
+    compare = worst_tile.lower(*compared).compile()
 
-    def error(result: Any) -> float:
-        worst = float(worst_tile(result, want))
-        return worst if worst < WRONG else WRONG
+    def start(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
+        want = reference(*inputs)
 
-    return error
+        def error(result: Any) -> float:
+            worst = float(compare(result, want))
+            return worst if worst < WRONG else WRONG
+
+        return error
+
+    return start
 
 
 @jax.jit

@@ -150,7 +150,8 @@ def _ours_fp8(case: Grouped, operation: str) -> Iterator[Subject]:
 
     def rounded(left, w, size_E):
         wide = _wide_dot if operation == FORWARD else _wide_transposed
-        return wide(_wide(fp8.quantize(left)), _wide(w), size_E)
+        rounded_left = RECIPE.round(left.astype(jnp.float32), RECIPE.activations)
+        return wide(rounded_left, _wide(w), size_E)
 
     yield Subject(operation, "ours FP8", ready, kernel, reference, FP8_PRODUCT)
     if case.compared:
@@ -275,7 +276,7 @@ def _rounded_outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.
         def along_rows(rows, block):
             its_rows = jnp.where(_is_own(rows.shape[0], *own), rows, 0)
             first_M = jnp.roll(its_rows, -own[0], axis=0)
-            return _wide(RECIPE.quantize(first_M.T, block))
+            return RECIPE.round(first_M.T.astype(jnp.float32), block)
 
         x_IM = along_rows(x_MI, RECIPE.activations)
         dy_OM = along_rows(dy_MO, RECIPE.gradients)

@@ -35,7 +35,7 @@ class Side:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stop()
+        self.close()
 
     def ask(self, task: str, limit: float = START_SECONDS) -> Any:
         """The task's result.
@@ -53,10 +53,11 @@ class Side:
                 )
             return self._worker.run(task, limit=limit).result
         except RuntimeError:
-            self._stop()
+            self.close()
             raise
 
-    def _stop(self) -> None:
+    def close(self) -> None:
+        """Ends the process, whose memory is then free."""
         if self._worker is not None:
             self._worker.__exit__()
         self._worker = None

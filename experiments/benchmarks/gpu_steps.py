@@ -5,16 +5,17 @@ doesn't have, on the same tokens: forward, backward, clipping, AdamW. jmoe keeps
 weights and moments, as it always does; transformers' model is all bfloat16, which is
 its fastest. Its step is taken as it is, and by torch.compile; the faster one counts.
 
-Each is a process that has the GPU to itself, and none starts once time is over.
+Each is a process of its own. Two start side by side, and then take turns.
 """
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent import futures
 from typing import Any, NamedTuple
 
 from rich import markup
 
-from experiments.benchmarks.gpu_side import environment
+from experiments.benchmarks.gpu_side import SHARED, environment
 from experiments.benchmarks.gpu_timing import (
     Clock,
     Contender,
@@ -50,12 +51,14 @@ def _step(system: str) -> Contender:
 OURS, OURS_FP8 = _step("ours"), _step("ours FP8")
 EAGER, COMPILED = _step("transformers"), _step("transformers, compiled")
 
-_OF_TORCH = ("torch", "transformers")
+OF_JAX, OF_TORCH = (OURS, OURS_FP8), (EAGER, COMPILED)
+
+_NEEDED = ("torch", "transformers")
 SIDES = {
     OURS: Side(_OURS, {"precision": "native"}),
-    EAGER: Side(_THEIRS, {"kind": "eager"}, _OF_TORCH),
+    EAGER: Side(_THEIRS, {"kind": "eager"}, _NEEDED),
     OURS_FP8: Side(_OURS, {"precision": "fp8"}),
-    COMPILED: Side(_THEIRS, {"kind": "compiled"}, _OF_TORCH),
+    COMPILED: Side(_THEIRS, {"kind": "compiled"}, _NEEDED),
 }
 
 
@@ -70,36 +73,56 @@ def settings() -> dict[str, Any]:
     return {"step_model": ["small", *CHANGES], "step_batch": [BATCH, LENGTH]}
 
 
-def measure(
-    rounds: int, clock: Clock, missing: Sequence[str], say: Callable[[str], None]
-) -> tuple[dict[Contender, Outcome], list[Contender]]:
-    """What each took, and those that were left out, for time was over."""
-    outcomes: dict[Contender, Outcome] = {}
-    left_out = []
-    for contender, side in SIDES.items():
+def start(
+    contenders: Sequence[Contender], missing: Sequence[str], clock: Clock
+) -> dict[Contender, Worker | Failed]:
+    """Processes that have compiled and taken their first steps, made side by side."""
+
+    def start_one(contender: Contender) -> Worker | Failed:
+        side = SIDES[contender]
         if lacking := [name for name in side.needs if name in missing]:
-            outcomes[contender] = Failed(f"{' and '.join(lacking)} is not installed")
-            continue
-        if clock.left() <= 0:
-            say(f"left out, for time was over: {contender}")
-            left_out.append(contender)
-            continue
-        say(f"{contender} ({clock.left():.0f} s left)")
+            return Failed(f"{' and '.join(lacking)} is not installed")
         try:
-            outcomes[contender] = _measure(side, rounds, clock)
+            return Worker(
+                side.function,
+                environment=environment() | SHARED,
+                limit=max(clock.left(), 0),
+                workload=workload(),
+                **side.options,
+            )
         except RuntimeError as error:
-            outcomes[contender] = Failed(first_line(error))
-            say(f"  {markup.escape(str(error))}")
-    return outcomes, left_out
+            return Failed(first_line(error))
+
+    with futures.ThreadPoolExecutor(len(contenders)) as pool:
+        return dict(zip(contenders, pool.map(start_one, contenders), strict=True))
 
 
-def _measure(side: Side, rounds: int, clock: Clock) -> Measured:
-    options = {"workload": workload(), **side.options}
-    with Worker(
-        side.function, environment=environment(), limit=clock.left(), **options
-    ) as worker:
-        turns = [
-            worker.run("step", STEPS_A_TURN, limit=max(clock.left(), 0))
-            for _ in range(rounds)
-        ]
-    return Measured([statistics.median(turn.seconds) for turn in turns])
+def measure(
+    workers: Mapping[Contender, Worker | Failed],
+    rounds: int,
+    clock: Clock,
+    say: Callable[[str], None],
+) -> dict[Contender, Outcome]:
+    """What each took, in turns; ends the processes."""
+    outcomes: dict[Contender, Outcome] = {
+        name: worker for name, worker in workers.items() if isinstance(worker, Failed)
+    }
+    turns: dict[Contender, list[float]] = {}
+    running = {n: w for n, w in workers.items() if isinstance(w, Worker)}
+    for _ in range(rounds):
+        for name, worker in running.items():
+            if name in outcomes:
+                continue
+            try:
+                turn = worker.run("step", STEPS_A_TURN, limit=max(clock.left(), 0))
+            except RuntimeError as error:
+                outcomes[name] = Failed(first_line(error))
+            else:
+                turns.setdefault(name, []).append(statistics.median(turn.seconds))
+    for name, worker in running.items():
+        worker.__exit__()
+        outcomes.setdefault(name, Measured(turns.get(name, [])))
+    for name, outcome in outcomes.items():
+        told = outcome.reason if isinstance(outcome, Failed) else f"{outcome.median} s"
+        say(f"{name}: {markup.escape(told)}")
+    return outcomes

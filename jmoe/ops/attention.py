@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.ops.by_platform import TOKAMAX, by_platform, has
+from jmoe.ops.by_platform import OURS, by_platform, has
 
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
 
@@ -76,7 +76,7 @@ def attention(
     size = min(block_size, length)
     blocks = _Blocks(-(-length // size), size, scale)
     in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTHQ, v_BTHV))
-    if in_bfloat16 and has(TOKAMAX):
+    if in_bfloat16 and has(OURS):
         return _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)
     out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), blocks)
     return blocks.join(out, HEADS_FIRST, length)
@@ -200,7 +200,7 @@ def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
         return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
 
     operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
-    out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands, needs=TOKAMAX)
+    out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands, needs=OURS)
     return out_BTHV, (*operands, out_BTHV, log_sum_BHT)
 
 
@@ -219,7 +219,7 @@ def _backward_by_platform(blocks, saved, d_out_BTHV):
         return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)
 
     operands = *saved, d_out_BTHV
-    dq, dk, dv = by_platform(kernel, reference, *operands, needs=TOKAMAX)
+    dq, dk, dv = by_platform(kernel, reference, *operands, needs=OURS)
     return dq, dk, dv, None
 
 

@@ -109,9 +109,29 @@ def num_blocks(dim: int) -> int:
 def quantize(
     x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
 ) -> Quantized:
-    """Blocks along the last dimensions; the last one of each may be shorter."""
-    tiles, scale, axes = _scaled(x, block, power_of_two)
-    return Quantized(_from_tiles(_convert(tiles), axes, x.shape), scale.squeeze(axes))
+    """Blocks along the last dimensions; the last one of each may be shorter.
+
+    Of a bfloat16 matrix's rows it is a kernel when compiled for a Hopper GPU.
+    """
+
+    def kernel(x):
+        from jmoe.ops.kernels import fp8_quantize
+
+        return Quantized(*fp8_quantize.rows(x))
+
+    def reference(x):
+        tiles, scale, axes = _scaled(x, block, power_of_two)
+        data = _from_tiles(_convert(tiles), axes, x.shape)
+        return Quantized(data, scale.squeeze(axes))
+
+    fits = is_for_kernel(x, block, power_of_two)
+    return by_platform(kernel, reference, x, needs=OURS, fits=fits)
+
+
+def is_for_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
+    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
+    is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
+    return is_matrix and block == ROW and not power_of_two
 
 
 @functools.partial(jax.jit, static_argnames=("block", "power_of_two"))

@@ -8,8 +8,8 @@ for Hopper GPUs (`jmoe.ops.kernels.fp8_grouped`), chosen when lowered, as in
 `jmoe.ops.fp8.matmul`. The reference is `lax.ragged_dot` of what the operands stand for,
 in float32.
 
-Shapes: M row, E expert, K summed and N output of dot, I input and O output of outer; P
-row, where each expert's rows start at a multiple of BLOCK.
+Shapes: M row, E expert, K summed and N output of dot, I input and O output of outer; T
+tile of rows, P row of all tiles.
 """
 
 import functools
@@ -21,8 +21,7 @@ from jax import lax
 from jmoe.ops import fp8
 from jmoe.ops.by_platform import OURS, by_platform
 from jmoe.ops.fp8 import BLOCK, Quantized, Recipe, num_blocks
-from jmoe.ops.row_tasks import first_rows
-from jmoe.ops.rows import DOT_TRANSPOSED, OUTER
+from jmoe.ops.rows import DOT_TRANSPOSED, OUTER, num_row_tiles, row_tiles
 
 
 def dot(
@@ -47,54 +46,54 @@ def outer(
 ) -> jax.Array:
     """[E, I, O] in x's dtype; both operands are quantized here, along the rows.
 
-    Blocks start with each expert's first row.
+    A block is what an expert has of a tile of 128 rows.
     """
-    row_P, is_owned_P1 = _spaced(size_E, x_MI.shape[0])
+    tile_T4 = row_tiles(size_E, x_MI.shape[0], aligned=BLOCK)
+    count_E = num_row_tiles(size_E, aligned=BLOCK)
 
-    def along_rows(rows, block):
-        rows_P = rows.at[row_P].get(mode="promise_in_bounds")
-        return recipe.quantize(jnp.where(is_owned_P1, rows_P, 0).T, block)
-
-    def kernel(x, dy, size_E):
+    def kernel(x, dy, count_E):
         from jmoe.ops.kernels import fp8_grouped
 
-        return fp8_grouped.outer(*x, *dy, size_E, dtype=x_MI.dtype)
+        return fp8_grouped.outer(*x, *dy, count_E, dtype=x_MI.dtype)
 
-    x = along_rows(x_MI, recipe.activations)
-    dy = along_rows(dy_MO, recipe.gradients)
+    x = _along_rows(x_MI, tile_T4, recipe, recipe.activations)
+    dy = _along_rows(dy_MO, tile_T4, recipe, recipe.gradients)
     of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
     fits = [x.scale.shape, dy.scale.shape] == of_blocks
     reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
-    return by_platform(kernel, reference, x, dy, size_E, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, x, dy, count_E, needs=OURS, fits=fits)
 
 
-def _spaced(size_E: jax.Array, num_rows: int) -> tuple[jax.Array, jax.Array]:
-    """Which row each of P is, and whether it is anybody's, [P, 1]."""
-    length = (num_blocks(num_rows) + size_E.shape[0]) * BLOCK
-    whole_E = _whole(size_E)
-    end_E = jnp.cumsum(whole_E)
-    index_P = jnp.arange(length, dtype=jnp.int32)
-    expert_P = jnp.searchsorted(end_E, index_P, side="right").astype(jnp.int32)
-    is_there_P = expert_P < size_E.shape[0]
-    expert_P = jnp.where(is_there_P, expert_P, 0)
-    nth_P = index_P - (end_E - whole_E)[expert_P]
-    is_owned_P = is_there_P & (nth_P < size_E[expert_P])
-    row_P = jnp.where(is_owned_P, first_rows(size_E)[expert_P] + nth_P, 0)
-    return row_P, is_owned_P[:, None]
+def _along_rows(
+    x_MI: jax.Array, tile_T4: jax.Array, recipe: Recipe, block: fp8.Block
+) -> Quantized:
+    """[I, P] of the tiles' own rows, one tile after another."""
 
+    def kernel(x_MI, tile_T4):
+        from jmoe.ops.kernels import fp8_quantize
 
-def _whole(size_E: jax.Array) -> jax.Array:
-    """Rows of each expert, filled to blocks."""
-    return -(-size_E // BLOCK) * BLOCK
+        return Quantized(*fp8_quantize.columns(x_MI, tile_T4))
+
+    def reference(x_MI, tile_T4):
+        row_TR = tile_T4[:, 1:2] + jnp.arange(BLOCK, dtype=jnp.int32)
+        is_own_TR = (row_TR >= tile_T4[:, 2:3]) & (row_TR < tile_T4[:, 3:])
+        row_P, is_own_P = (
+            jnp.where(is_own_TR, row_TR, 0).reshape(-1),
+            is_own_TR.reshape(-1),
+        )
+        rows_PI = x_MI.at[row_P].get(mode="promise_in_bounds")
+        return recipe.quantize(jnp.where(is_own_P[:, None], rows_PI, 0).T, block)
+
+    fits = fp8.is_for_kernel(x_MI, block, recipe.power_of_two)
+    return by_platform(kernel, reference, x_MI, tile_T4, needs=OURS, fits=fits)
 
 
 def _dot_reference(x, w, size_E, *, dtype):
     return _ragged_dot(DOT_TRANSPOSED, _wide(x), _wide(w), size_E).astype(dtype)
 
 
-def _outer_reference(x, dy, size_E, *, dtype):
-    whole_E = _whole(size_E)
-    return _ragged_dot(OUTER, _wide(x).T, _wide(dy).T, whole_E).astype(dtype)
+def _outer_reference(x, dy, count_E, *, dtype):
+    return _ragged_dot(OUTER, _wide(x).T, _wide(dy).T, count_E * BLOCK).astype(dtype)
 
 
 def _wide(x: Quantized) -> jax.Array:

@@ -22,8 +22,9 @@ pipeline's schedule puts off. What both need of the first segment is computed on
 later one it is computed in each loop, so that no array need hold it for all: seven
 products instead of five.
 
-Products are `tokamax`'s kernels when compiled for a GPU in bfloat16. Elsewhere, or
-without the `gpu` extra, they are `lax.ragged_dot`, whose cost grows with E. Weights
+Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
+bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
+grows with E. Weights
 that are kept in fewer bits are dequantized before, all of a layer's.
 
 In FP8, weights are quantized once a pass, and rows by each product, whose kernels are
@@ -31,7 +32,6 @@ our own (`jmoe.ops.grouped_fp8`). All else is computed as it is without: gates h
 gradients of activations that weren't rounded. In the weights' gradients, blocks start
 with an expert's first row in the segment.
 """
-# pyright: reportMissingImports=false
 
 import functools
 from collections.abc import Callable
@@ -42,12 +42,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8, grouped_fp8, stored
-from jmoe.ops.by_platform import TOKAMAX, by_platform
+from jmoe.ops.by_platform import OURS, by_platform
 from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
-# What a block of GPU threads works on at a time: rows x outputs, in steps of inputs.
-TILE_M, TILE_O, TILE_I = 128, 128, 64
-STAGES = 4  # steps whose operands are under way from memory
+TILE = 128  # rows that a block of GPU threads works on at a time
+
+_DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED, "outer": OUTER}
 
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
@@ -232,7 +232,7 @@ def _after(other: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def _segment_length(tokens: int) -> int:
-    return -(-tokens // TILE_M) * TILE_M
+    return -(-tokens // TILE) * TILE
 
 
 def _plan(expert_TK: jax.Array, num_experts: int, length: int) -> Plan:
@@ -296,7 +296,7 @@ def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.A
     What nobody's rows have must be finite, and the result has anything there.
     """
     if recipe is None:
-        return _product(_dot_kernel, DOT, x_MI, w_EIO, segment.size_E)
+        return _product("dot", x_MI, w_EIO, segment.size_E)
     x = recipe.quantize(x_MI, recipe.activations)
     return grouped_fp8.dot(x, w_EIO.mT, segment.size_E, x_MI.dtype)
 
@@ -306,9 +306,7 @@ def _dot_transposed(
 ) -> jax.Array:
     """Each expert's rows times its weights' transpose, likewise."""
     if recipe is None:
-        return _product(
-            _transposed_kernel, DOT_TRANSPOSED, dy_MO, w_EIO, segment.size_E
-        )
+        return _product("dot_transposed", dy_MO, w_EIO, segment.size_E)
     dy = recipe.quantize(dy_MO, recipe.gradients)
     return grouped_fp8.dot(dy, w_EIO, segment.size_E, dy_MO.dtype)
 
@@ -321,62 +319,18 @@ def _outer(
     One of the operands must be zero in nobody's rows, and the other finite.
     """
     if recipe is None:
-        return _product(_outer_kernel, OUTER, x_MI, dy_MO, segment.size_E)
+        return _product("outer", x_MI, dy_MO, segment.size_E)
     return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe)
 
 
-def _product(kernel, dimensions, left, right, size_E):
+def _product(name: str, left: jax.Array, right: jax.Array, size_E: jax.Array):
+    def kernel(*operands):
+        from jmoe.ops.kernels import grouped
+
+        return getattr(grouped, name)(*operands)
+
     def reference(left, right, size_E):
-        return lax.ragged_dot_general(left, right, size_E, dimensions)
+        return lax.ragged_dot_general(left, right, size_E, _DIMENSIONS[name])
 
     operands, fits = (left, right, size_E), left.dtype == jnp.bfloat16
-    return by_platform(kernel, reference, *operands, needs=TOKAMAX, fits=fits)
-
-
-def _dot_kernel(x_MI, w_EIO, size_E):
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_kernel_sm90 as sm90
-
-    width = w_EIO.shape[2]
-    x_MI, w_EIO = _fill_steps(x_MI, 1), _fill_steps(w_EIO, 1, 2)
-    y_MO = sm90.ragged_dot_kernel(x_MI, w_EIO, size_E, x_MI.dtype, _tiles())
-    return y_MO[:, :width]
-
-
-def _transposed_kernel(dy_MO, w_EIO, size_E):
-    return _dot_kernel(dy_MO, w_EIO.mT, size_E)
-
-
-def _outer_kernel(x_MI, dy_MO, size_E):
-    from tokamax._src.ops.ragged_dot import pallas_mosaic_gpu_kernel_sm90 as sm90
-
-    inputs, outputs = x_MI.shape[1], dy_MO.shape[1]
-    x_MI, dy_MO = _fill_steps(x_MI, 1), _fill_steps(dy_MO, 1)
-    d_w_EIO = sm90.ragged_contracting_dim_dot_kernel(
-        x_MI, dy_MO, size_E, x_MI.dtype, _tiles()
-    )
-    return d_w_EIO[:, :inputs, :outputs]
-
-
-def _fill_steps(x: jax.Array, *dims: int) -> jax.Array:
-    """With zeros after these dimensions, to a multiple of TILE_I.
-
-    Of others, the kernels leave out the last numbers that are summed, and can't be
-    compiled.
-    """
-    missing = [-size % TILE_I if dim in dims else 0 for dim, size in enumerate(x.shape)]
-    return jnp.pad(x, [(0, count) for count in missing])
-
-
-def _tiles() -> Any:
-    """`tokamax`'s record; given, it need not ask which device is there."""
-    from tokamax._src.ops.ragged_dot.pallas_mosaic_gpu_common import Config
-
-    return Config(
-        block_m=TILE_M,
-        block_n=TILE_O,
-        block_k=TILE_I,
-        num_stages=STAGES,
-        split_k=1,
-        persistent=False,
-        warp_specialized=False,
-    )
+    return by_platform(kernel, reference, *operands, needs=OURS, fits=fits)

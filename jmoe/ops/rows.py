@@ -46,3 +46,39 @@ def sort_rows(expert_TK: jax.Array, num_experts: int, *, spare: int) -> Rows:
     choice_N = jnp.pad(choice_N, (0, spare))
     size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
+
+
+ROW_TILE = 128
+
+
+def row_tiles(size_E: jax.Array, num_rows: int, *, aligned: int) -> jax.Array:
+    """Tiles of ROW_TILE rows, each of one expert, that together have all of its rows.
+
+    [T, 4] int32: the expert, the tile's first row, and from which to before which row
+    it is the expert's. Its tiles start at the last multiple of `aligned`, which divides
+    ROW_TILE, before its rows. Tiles are in the order of rows; those of none come last.
+    """
+    size_E = size_E.astype(jnp.int32)
+    end_E = jnp.cumsum(size_E)
+    first_E = end_E - size_E
+    start_E = first_E // aligned * aligned
+    end_tile_E = jnp.cumsum(num_row_tiles(size_E, aligned=aligned))
+    # Of each expert, at most this many rows are added to fill up its first and last.
+    most = num_rows + (aligned - 1 + ROW_TILE - 1) * size_E.shape[0]
+    tile_T = jnp.arange(most // ROW_TILE, dtype=jnp.int32)
+    expert_T = jnp.searchsorted(end_tile_E, tile_T, side="right").astype(jnp.int32)
+    is_tile_T = expert_T < size_E.shape[0]
+    expert_T = jnp.where(is_tile_T, expert_T, 0)
+    before_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_tile_E[:-1]])
+    start_T = start_E[expert_T] + (tile_T - before_E[expert_T]) * ROW_TILE
+    start_T = jnp.where(is_tile_T, start_T, 0)
+    own_T = jnp.maximum(first_E[expert_T], start_T)
+    end_T = jnp.minimum(end_E[expert_T], start_T + ROW_TILE)
+    return jnp.stack([expert_T, start_T, own_T, jnp.where(is_tile_T, end_T, 0)], 1)
+
+
+def num_row_tiles(size_E: jax.Array, *, aligned: int) -> jax.Array:
+    """Of each expert."""
+    end_E = jnp.cumsum(size_E)
+    start_E = (end_E - size_E) // aligned * aligned
+    return jnp.where(size_E > 0, -(-(end_E - start_E) // ROW_TILE), 0)

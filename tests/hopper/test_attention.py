@@ -49,9 +49,9 @@ def test_both_passes_are_three_kernels_and_spill_nothing(
 def test_a_document_starts_where_its_run_of_positions_does():
     from jmoe.ops.kernels import attention as kernels
 
-    start_B1T = kernels._starts(jnp.array([[4, 4, 0, 0, 0, 1], [2] * 6], jnp.int32))
-    assert start_B1T[:, 0, :6].tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
-    assert start_B1T.shape == (2, 1, kernels.TILE)
+    start_BT = kernels._starts(jnp.array([[4, 4, 0, 0, 0, 1], [2] * 6], jnp.int32))
+    assert start_BT[:, :6].tolist() == [[0, 0, 2, 2, 2, 5], [0] * 6]
+    assert start_BT.shape == (2, kernels.TILE)
 
 
 def test_in_float32_there_is_no_kernel(compile_kernels):

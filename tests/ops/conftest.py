@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.ops.kernels import tensor_cores
+from jmoe.ops.kernels import stream, tensor_cores
 
 
 @pytest.fixture
-def interpreted():
+def interpreted(monkeypatch):
     """Kernels that are called meanwhile are interpreted, as if for a small GPU."""
+    monkeypatch.setattr(stream, "num_sms", lambda: 4)
     if not hasattr(plgpu, "force_gpu_interpret_mode"):
         pytest.skip(f"JAX {jax.__version__} can't interpret these kernels.")
     device = jax.sharding.AbstractDevice(

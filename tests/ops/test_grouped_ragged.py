@@ -13,7 +13,7 @@ from jmoe.ops import grouped, grouped_ragged
 
 T, K, D, E, F = 300, 3, 16, 5, 8
 NOBODY = E
-SEGMENT = 3 * grouped_ragged.TILE_M  # holds T
+SEGMENT = 3 * grouped_ragged.TILE  # holds T
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -42,9 +42,9 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
 ):
     product = grouped_ragged._product
 
-    def leaves_memory_as_it_was(kernel, dimensions, left, right, size_E):
-        out = product(kernel, dimensions, left, right, size_E)
-        if dimensions is grouped_ragged.OUTER:
+    def leaves_memory_as_it_was(name, left, right, size_E):
+        out = product(name, left, right, size_E)
+        if name == "outer":
             assert left.shape[0] == right.shape[0] == SEGMENT
             # A kernel multiplies whole tiles, in which nobody's rows count as zero.
             return out + 0 * (left.sum() + right.sum())

@@ -10,11 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from jmoe.ops import fp8
-from jmoe.ops.kernels import fp8_grouped, fp8_matmul
+from jmoe.ops.kernels import fp8_grouped, fp8_matmul, fp8_quantize, grouped
+from jmoe.ops.rows import row_tiles
 
 
 def numbers(seed, *shape):
@@ -99,7 +98,8 @@ def test_an_expert_that_is_not_finite_spoils_its_own_rows_only(interpreted):
 @each_size
 def test_each_expert_gets_the_outer_products_of_its_rows(size_E, interpreted):
     size_E = np.array(size_E)
-    whole_E = fp8.BLOCK * -(-size_E // fp8.BLOCK)
+    count_E = -(-size_E // fp8.BLOCK)
+    whole_E = fp8.BLOCK * count_E
     end_E = np.cumsum(whole_E)
     start_E = end_E - whole_E
     row_M = np.arange(end_E[-1] + 5)  # the last ones are nobody's
@@ -108,7 +108,7 @@ def test_each_expert_gets_the_outer_products_of_its_rows(size_E, interpreted):
         is_owned_M |= (start <= row_M) & (row_M < start + size)
     x = fp8.quantize(numbers(0, 140, len(row_M)) * is_owned_M)
     dy = fp8.quantize(numbers(1, 70, len(row_M)))
-    got = fp8_grouped.outer(*x, *dy, jnp.asarray(size_E), dtype=jnp.float32)
+    got = fp8_grouped.outer(*x, *dy, jnp.asarray(count_E), dtype=jnp.float32)
     want = [
         wide(x)[:, start:end] @ wide(dy)[:, start:end].T
         for start, end in zip(start_E, end_E, strict=True)
@@ -116,27 +116,65 @@ def test_each_expert_gets_the_outer_products_of_its_rows(size_E, interpreted):
     assert_close(got, jnp.asarray(np.stack(want)), jnp.float32)
 
 
-@pytest.mark.parametrize("experts", [1, 6])
-def test_tasks_take_each_row_once_for_its_expert(experts):
-    num_rows = 300 * experts
-    tasks = jax.jit(fp8_grouped.tasks, static_argnums=1)
+def numbers_16(seed, *shape):
+    return numbers(seed, *shape).astype(jnp.bfloat16)
 
-    @settings(deadline=None)
-    @given(st.lists(st.integers(0, 300), min_size=experts, max_size=experts))
-    def check(size_E):
-        task_T4 = np.asarray(tasks(jnp.asarray(size_E), num_rows))
-        assert len(task_T4) == -(-num_rows // fp8_grouped.TILE) + experts - 1
-        nobody = -1
-        expert_M = np.full(num_rows, nobody)
-        for expert, tile, first, end in task_T4:
-            if first < end:
-                rows_of_tile = range(tile * fp8_grouped.TILE, num_rows)[
-                    : fp8_grouped.TILE
-                ]
-                assert first in rows_of_tile and end - 1 in rows_of_tile
-                assert (expert_M[first:end] == nobody).all()
-                expert_M[first:end] = expert
-        want = np.repeat([*range(experts), nobody], [*size_E, num_rows - sum(size_E)])
-        np.testing.assert_array_equal(expert_M, want)
 
-    check()
+@each_size
+@pytest.mark.parametrize("transposed", [False, True], ids=["w", "w.T"])
+def test_in_bfloat16_too(size_E, transposed, interpreted):
+    expert_M = np.repeat(np.arange(len(size_E)), size_E)
+    owned = len(expert_M)
+    x_MK, w_EKN = numbers_16(0, owned + 30, 130), numbers_16(1, len(size_E), 130, 520)
+    sizes = jnp.asarray(size_E)
+    if transposed:
+        got = grouped.dot_transposed(x_MK, w_EKN.mT, sizes)
+    else:
+        got = grouped.dot(x_MK, w_EKN, sizes)
+    assert got.shape == (owned + 30, 520)
+    x, w = (np.asarray(x, np.float32) for x in (x_MK, w_EKN))
+    want = np.einsum("mk,mkn->mn", x[:owned], w[expert_M])
+    if owned:
+        assert_close(got[:owned], jnp.asarray(want, jnp.bfloat16), jnp.bfloat16)
+
+
+@each_size
+def test_outer_products_in_bfloat16_are_of_each_experts_rows_only(size_E, interpreted):
+    expert_M = np.repeat(np.arange(len(size_E)), size_E)
+    owned = len(expert_M)
+    x_MI, dy_MO = numbers_16(0, owned + 30, 140), numbers_16(1, owned + 30, 270)
+    got = grouped.outer(x_MI, dy_MO, jnp.asarray(size_E))
+    x, dy = (np.asarray(x, np.float32)[:owned] for x in (x_MI, dy_MO))
+    each = [expert_M == e for e in range(len(size_E))]
+    want = np.stack([x[own].T @ dy[own] for own in each])
+    assert_close(got, jnp.asarray(want, jnp.bfloat16), jnp.bfloat16)
+
+
+def bits(x):
+    return np.asarray(x).view(np.uint8 if x.dtype == fp8.DTYPE else np.uint32)
+
+
+def test_rows_are_quantized_bit_for_bit(interpreted):
+    x_MK = numbers_16(0, 140, 300).at[:, 128:256].set(0)
+    got = fp8_quantize.rows(x_MK)
+    want = fp8.quantize(x_MK.astype(jnp.float32))  # not by the kernel
+    for x, y in zip(got, want, strict=True):
+        np.testing.assert_array_equal(bits(x), bits(y))
+
+
+@pytest.mark.parametrize("reads_transposed", [True, False])
+def test_columns_are_quantized_bit_for_bit(reads_transposed, interpreted, monkeypatch):
+    monkeypatch.setattr(fp8_quantize, "READS_TRANSPOSED", reads_transposed)
+    jax.clear_caches()
+    x_MI = jnp.abs(numbers_16(0, 300, 200))  # else zeros may have a sign
+    tile_T4 = row_tiles(jnp.asarray([40, 0, 100, 1, 120]), 300, aligned=fp8.BLOCK)
+    data_IP, scale_IT = fp8_quantize.columns(x_MI, tile_T4)
+    for t, (_, row, first, end) in enumerate(np.asarray(tile_T4)):
+        if first == end == 0:
+            continue
+        rows_TI = np.zeros((fp8.BLOCK, 200), np.float32)
+        rows_TI[first - row : end - row] = x_MI[first:end].astype(jnp.float32)
+        want = fp8.quantize(jnp.asarray(rows_TI.T))
+        got_IT = data_IP[:, t * fp8.BLOCK : (t + 1) * fp8.BLOCK]
+        np.testing.assert_array_equal(bits(got_IT), bits(want.data))
+        np.testing.assert_array_equal(bits(scale_IT[:, t]), bits(want.scale[:, 0]))

@@ -2,11 +2,11 @@
 
     y = a @ b.T,   a [M, K], b [N, K] e4m3, scales along K for each 128 of it
 
-A block of threads computes TILE x TILE results. One warpgroup fetches steps of BLOCK
-along K to shared memory, STAGES ahead. Two others multiply, half of the rows each: what
-tensor cores sum in a step, with the 14 bits or so that they keep, is multiplied by the
-step's scales and added up in float32 registers (DeepSeek-V3, arXiv 2412.19437, section
-3.3.2). While one of them does so, the other keeps the tensor cores busy.
+A tile is TILE x TILE results, of which a warpgroup has half of the rows: what tensor
+cores sum in a step of BLOCK along K, with the 14 bits or so that they keep, is
+multiplied by the step's scales and added up in float32 registers (DeepSeek-V3, arXiv
+2412.19437, section 3.3.2). While one warpgroup does so, the other keeps the tensor
+cores busy.
 
 Tiles are as large as registers allow: of a thread's, 64 hold sums, as many the step's
 products, and of ROW scales of b there are 32 more.
@@ -25,13 +25,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.ops.kernels import stream
+from jmoe.ops.kernels.stream import fill
+
 BLOCK = 128  # that a scale covers
 TILE = 128  # rows of a and of b
-STAGES = 4  # steps whose operands are under way from memory
-WARPGROUPS = 2  # that multiply
-ROWS = TILE // WARPGROUPS
-SNAKE = 8  # tiles along N, of which all are computed before the next ones
-FETCH_REGISTERS = 40  # of a thread that fetches; those that multiply share the rest
+ROWS = TILE // stream.WARPGROUPS
+STAGES = 4  # steps whose operands are in shared memory
+CLUSTER = 2
+SNAKE = 8
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -52,98 +54,112 @@ def matmul(
     by_row = b_scale.shape[0] == N and N > 1
     a_MK, b_NK = (fill(x, TILE, BLOCK) for x in (a_MK, b_NK))
     b_scale = row_scale(b_scale) if by_row else b_scale
-    tiles = tiles_of(a_MK, 0), tiles_of(b_NK, 0)
+    tiles = tiles_of(tile_count(a_MK, 0), b_NK.shape[0])
 
-    def kernel(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, y_smem):
-        m, n = snake(lax.axis_index("tile"), tiles)
-        a = Operand(a_gmem, a_scale_gmem, lambda k: (m, k))
-        b = Operand(b_gmem, b_scale_gmem, lambda k: (n, k), by_row)
+    def kernel(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, *shared):
+        steps = tile_count(a_gmem, 1)
 
-        def store(total):
-            store_tile(
-                total, y_smem, lambda rows, columns: y_gmem.at[rows, columns], m, n
-            )
+        def fetch(index, k, stage, copies):
+            m, n = tiles.place(index)
+            copies.a(a_gmem.at[tile(m), tile(k)], a_scale_gmem.at[k, tile(m)])
+            of_row = (b_scale_gmem.at[k, tile(n)],) if by_row else ()
+            copies.b(b_gmem.at[tile(n), tile(k)], *of_row)
 
-        multiply(a, b, store, steps=tiles_of(a_gmem, 1))
+        def scale_of(index):
+            _, n = tiles.place(index)
+            return lambda k: 1.0 if by_row else b_scale_gmem[n, k]
+
+        def store(index, total, y_smem):
+            m, n = tiles.place(index)
+            store_rows(total, y_smem, y_gmem.at[tile(m), tile(n)])
+
+        run(tiles, lambda index: steps, fetch, scale_of, store, shared, by_row)
 
     shape = a_MK.shape[0], b_NK.shape[0]
-    call = make(kernel, "fp8_matmul", shape, dtype, tile=tiles[0] * tiles[1])
+    call = make(kernel, "fp8_matmul", shape, dtype, tiles, by_row)
     return call(a_MK, row_scale(a_scale_MB), b_NK, b_scale)[:M, :N]
 
 
-class Operand(NamedTuple):
-    """e4m3 in memory, and the tile of it to multiply at each step.
+class Copies(NamedTuple):
+    """Starts those of a step's operands to their stage."""
 
-    scale: of whole rows' blocks as `row_scale` makes it; else one for each tile.
-    place: of a step k, the tile's place, counted in tiles in the last two dimensions.
+    a_smem: Any
+    a_scale_smem: Any
+    b_smem: Any
+    b_scale_smem: list[Any]
+    barrier: Any
+    shared: Any  # the axis of blocks that need the same a
+
+    def a(self, data: Any, scale: Any) -> None:
+        for x, smem in ((data, self.a_smem), (scale, self.a_scale_smem)):
+            plgpu.copy_gmem_to_smem(x, smem, self.barrier, collective_axes=self.shared)
+
+    def b(self, *refs: Any) -> None:
+        """The data, and the scales if they are of rows."""
+        for x, smem in zip(refs, (self.b_smem, *self.b_scale_smem), strict=True):
+            plgpu.copy_gmem_to_smem(x, smem, self.barrier)
+
+
+def run(
+    tiles: stream.Tiles,
+    steps: Callable[[Any], Any],
+    fetch: Callable[[Any, Any, Any, Copies], None],
+    scale_of: Callable[[Any], Callable[[Any], Any]],
+    store: Callable[[Any, Any, Any], None],
+    shared: Any,
+    by_row: bool,
+) -> None:
+    """Sums the products of tiles of a and b, for all of this block's tiles.
+
+    Args:
+      steps, fetch: as `stream.run` wants them; the latter is given `Copies`.
+      scale_of: of a tile, and then a step, the scale of b's square, or 1.
+      store: of a tile, stores this warpgroup's [ROWS, TILE] float32, through its memory.
+      by_row: whether b's scales are of rows.
     """
+    a_smem, a_scale_smem, b_smem, *b_scale_smem, ready, consumed, y_smem = shared
 
-    data: Any
-    scale: Any
-    place: Callable[[jax.Array], tuple[Any, ...]]
-    by_row: bool = True
+    def copy(index, k, stage, barrier):
+        at_stage = [x.at[stage] for x in (a_smem, a_scale_smem, b_smem)]
+        of_rows = [x.at[stage] for x in b_scale_smem]
+        fetch(index, k, stage, Copies(*at_stage, of_rows, barrier, tiles.shared))
 
-    def specs(self) -> list[plgpu.BlockSpec]:
-        """What is fetched to shared memory at each step."""
-        lead = [None] * (len(self.data.shape) - 2)
-        data = plgpu.BlockSpec((*lead, TILE, BLOCK), self.place)
-        scale = plgpu.BlockSpec((None, TILE), lambda k: self.place(k)[::-1])
-        return [data, scale] if self.by_row else [data]
+    def compute(index, loop):
+        warpgroup = lax.axis_index("warpgroup")
+        rows = pl.ds(warpgroup * ROWS, ROWS)
+        of_tile = scale_of(index)
 
-    def refs(self) -> list[Any]:
-        return [self.data, self.scale] if self.by_row else [self.data]
+        def step(k, stage, release, sum_RN):
+            # Read before the product, so that memory's answer isn't waited for after.
+            scale_R = a_scale_smem[stage, rows] * of_tile(k)
+            scale_N = [x[stage] for x in b_scale_smem]
 
+            def product(acc):
+                plgpu.wgmma(acc, a_smem.at[stage, rows], b_smem.at[stage].T)
+                return acc[...]
 
-def multiply(a: Operand, b: Operand, store: Callable[[Any], None], *, steps: Any):
-    """Sums the products of a's and b's tiles over `steps`; a's scales are by row.
+            accumulator = plgpu.ACC(sum_RN.shape, jnp.float32)
+            product_RN = pl.run_scoped(product, accumulator)
+            release()
+            for scale in scale_N:
+                product_RN *= lax.broadcast_in_dim(scale, sum_RN.shape, (1,))
+            return sum_RN + product_RN * lax.broadcast_in_dim(
+                scale_R, sum_RN.shape, (0,)
+            )
 
-    To be called by all warpgroups. Those that multiply call `store` with what returns
-    their sums, [ROWS, TILE] float32.
-    """
-    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+        total = loop(step, jnp.zeros((ROWS, TILE), jnp.float32))
+        store(index, total, y_smem.at[warpgroup])
 
-    def step(indices, a_smem, a_scale_smem, b_smem, *rest):
-        *b_scale_smem, sum_RN = rest
-        # Read before the product, so that memory's answer isn't waited for after it.
-        scale_R = a_scale_smem[rows]
-        of_tile = 1.0 if b.by_row else b.scale[b.place(*indices)]
-
-        def product(acc):
-            plgpu.wgmma(acc, a_smem.at[rows], b_smem.T)
-            return acc[...]
-
-        accumulator = plgpu.WGMMAAccumulatorRef(sum_RN.shape, jnp.float32)
-        product_RN = pl.run_scoped(product, accumulator)
-        scale_R *= of_tile
-        product_RN *= lax.broadcast_in_dim(scale_R, sum_RN.shape, (0,))
-        for scale in b_scale_smem:
-            product_RN *= lax.broadcast_in_dim(scale[...], sum_RN.shape, (1,))
-        return sum_RN + product_RN
-
-    def total(pipeline):
-        store(lambda: pipeline(jnp.zeros((ROWS, TILE), jnp.float32)))
-
-    pipeline = plgpu.emit_pipeline_warp_specialized(
-        step,
-        grid=(steps,),
-        in_specs=a.specs() + b.specs(),
-        max_concurrent_steps=STAGES,
-        wg_axis="warpgroup",
-        num_compute_wgs=WARPGROUPS,
-        memory_registers=FETCH_REGISTERS,
-        compute_context=total,
-    )
-    pipeline(*a.refs(), *b.refs())
+    stream.run(tiles, steps, copy, compute, ready, consumed, STAGES)
 
 
-def store_tile(total: Any, y_smem: Any, y_at: Any, m: Any, n: Any):
-    """This warpgroup's rows of tile (m, n), to `y_at(rows, columns)` in memory."""
-    warpgroup = lax.axis_index("warpgroup")
-    y_smem[warpgroup] = total().astype(y_smem.dtype)
-    plgpu.commit_smem()
-    to = y_at(pl.ds(m * TILE + warpgroup * ROWS, ROWS), pl.ds(n * TILE, TILE))
-    plgpu.copy_smem_to_gmem(y_smem.at[warpgroup], to)
+def store_rows(total: Any, y_smem: Any, y_gmem: Any) -> None:
+    """This warpgroup's rows of a tile."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    y_smem[...] = total.astype(y_smem.dtype)
+    plgpu.commit_smem()
+    rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
+    plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[rows])
 
 
 def make(
@@ -151,43 +167,34 @@ def make(
     name: str,
     shape: tuple[int, ...],
     dtype: jax.typing.DTypeLike,
-    **grid: int,
+    tiles: stream.Tiles,
+    by_row: bool,
 ) -> Callable[..., jax.Array]:
-    """A function of arrays from a kernel of them, its result [shape] and a tile of it.
+    """A function of arrays from a kernel of them, its result [shape] and what `run` has.
 
-    The tile is shared memory, [WARPGROUPS, ROWS, TILE]; `grid` is the blocks of
-    threads, by the names of their axes.
+    Args:
+      by_row: whether b's scales are of rows.
     """
-    return plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_types=[plgpu.SMEM((WARPGROUPS, ROWS, TILE), dtype)],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )
+    data = jax.ShapeDtypeStruct((TILE, BLOCK), jnp.float8_e4m3fn)
+    scale = jax.ShapeDtypeStruct((TILE,), jnp.float32)
+    operands = [data, scale, data] + [scale] * by_row
+    out = jax.ShapeDtypeStruct(shape, dtype)
+    results = plgpu.SMEM((stream.WARPGROUPS, ROWS, TILE), dtype)
+    return stream.make(kernel, name, out, tiles, operands, [results], STAGES)
 
 
-def snake(index: Any, tiles: tuple[int, int]) -> tuple[Any, Any]:
-    """A tile's place; blocks that run at the same time share operands, then cached."""
-    return plgpu.planar_snake(index, tiles, 1, SNAKE)
+def tiles_of(rows: int, outputs: int) -> stream.Tiles:
+    columns = outputs // TILE
+    return stream.Tiles(rows, columns, 1 if columns % CLUSTER else CLUSTER, SNAKE)
 
 
-def tiles_of(x: Any, dim: int) -> int:
-    """How many there are of a size that is a multiple of TILE."""
+def tile(index: Any) -> Any:
+    return pl.ds(index * TILE, TILE)
+
+
+def tile_count(x: Any, dim: int) -> int:
+    """Of a size that is a multiple of TILE."""
     return x.shape[dim] // TILE
-
-
-def fill(x: jax.Array, *multiples: int) -> jax.Array:
-    """With zeros after the end, to multiples of these sizes."""
-    missing = (-size % of for size, of in zip(x.shape, multiples, strict=True))
-    return jnp.pad(x, [(0, count) for count in missing])
 
 
 def row_scale(scale_MB: jax.Array) -> jax.Array:

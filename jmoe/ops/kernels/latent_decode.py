@@ -33,7 +33,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import tensor_cores
-from jmoe.ops.kernels.fp8_matmul import fill
+from jmoe.ops.kernels.stream import fill
 
 ROWS = 64  # that tensor cores multiply at a time
 FEW = 32  # heads that are columns

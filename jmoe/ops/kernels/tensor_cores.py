@@ -1,5 +1,6 @@
-"""A product of bfloat16 tiles by a warpgroup's tensor cores."""
+"""Products of bfloat16 tiles by a warpgroup's tensor cores."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,3 +23,29 @@ def product(a: Any, b_smem: Any, start: jax.Array | None = None) -> jax.Array:
 
     shape = a.shape[0], b_smem.shape[1]
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def products(
+    first: tuple[Any, Any],
+    second: tuple[jax.Array, Any, jax.Array],
+    meanwhile: Callable[[jax.Array], Any],
+) -> tuple[jax.Array, Any]:
+    """The second product, as `product` takes it, and `meanwhile` of the first.
+
+    Both begin at once: the second may still be under way when the first is there. Until
+    both are there, nothing may be put where the second's operands are: so what is the
+    next one's operand is to be converted to bfloat16 afterwards.
+    """
+    p, b_smem, start = second
+
+    def multiply(first_sum, second_sum):
+        second_sum[...] = start
+        plgpu.wgmma(first_sum, *first)
+        plgpu.wgmma(second_sum, p, b_smem)
+        made = meanwhile(plgpu.wgmma_accumulator_load(first_sum, wait_n=1))
+        return second_sum[...], made
+
+    shapes = (first[0].shape[0], first[1].shape[1]), start.shape
+    return pl.run_scoped(
+        multiply, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes)
+    )
