@@ -81,11 +81,12 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
         with futures.ThreadPoolExecutor(1) as pool:
             steps = pool.submit(gpu_steps.start, gpu_steps.OF_JAX, missing, clock)
             prepare(ours, say)
-        of_steps = gpu_steps.measure(steps.result(), rounds, clock, say)
+        kernels: dict[str, Any] = {}
+        of_steps = gpu_steps.measure(steps.result(), rounds, clock, kernels, say)
         outcomes, left_out = measure(contenders, of_kernels, say)
     if clock.left() > 0:
         theirs_started = gpu_steps.start(gpu_steps.OF_TORCH, missing, clock)
-        of_steps |= gpu_steps.measure(theirs_started, rounds, clock, say)
+        of_steps |= gpu_steps.measure(theirs_started, rounds, clock, kernels, say)
     return make_report(
         outcomes | of_steps,
         settings={
@@ -96,6 +97,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
             "left_out": list(map(str, left_out)),
             **gpu_steps.settings(),
         },
+        kernels=kernels,
     )
 
 
@@ -114,7 +116,9 @@ def prepare(sides: Sequence[Side], say: Callable[[str], None]) -> None:
             say(markup.escape(trouble))
 
 
-def make_report(outcomes: Mapping[Contender, Outcome], settings: Any) -> Report:
+def make_report(
+    outcomes: Mapping[Contender, Outcome], settings: Any, kernels: Any = None
+) -> Report:
     """Figures of what was measured, and the reasons of what was not."""
     failed = {c: o for c, o in outcomes.items() if isinstance(o, Failed)}
     wrong = [f"{c}: {o.reason}" for c, o in failed.items() if c.is_checked] + [
@@ -134,6 +138,7 @@ def make_report(outcomes: Mapping[Contender, Outcome], settings: Any) -> Report:
                 if isinstance(o, Measured)
             },
             "failed": {str(c): o.reason for c, o in failed.items()},
+            "kernels of a step: name, milliseconds, launches": kernels or {},
         },
         wrong=tuple(wrong),
     )

@@ -270,13 +270,12 @@ def _wide_outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Arr
 
 
 def _rounded_outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Of operands in blocks along the rows that start with each expert's first."""
+    """Of operands in blocks along the rows: what the expert has of 128 of them."""
 
     def of_expert(own):
         def along_rows(rows, block):
             its_rows = jnp.where(_is_own(rows.shape[0], *own), rows, 0)
-            first_M = jnp.roll(its_rows, -own[0], axis=0)
-            return RECIPE.round(first_M.T.astype(jnp.float32), block)
+            return RECIPE.round(its_rows.T.astype(jnp.float32), block)
 
         x_IM = along_rows(x_MI, RECIPE.activations)
         dy_OM = along_rows(dy_MO, RECIPE.gradients)

@@ -17,11 +17,17 @@ START_SECONDS = 90  # that a process may take until it can be asked
 def environment() -> dict[str, str]:
     """Makes JAX keep what it compiles, where the user chose or the package does.
 
-    Cases that differ in numbers only share programs, and so does the next call.
+    Cases that differ in numbers only share programs, and so does the next call. Of a
+    product's implementations, XLA takes the fastest of cuBLAS's; it would compile many
+    of its own first.
     """
     compiled = cache.directory(DataConfig()) / runtime.COMPILED
-    name = "JAX_COMPILATION_CACHE_DIR"
-    return {name: os.environ.get(name, str(compiled))}
+    directory, flags = "JAX_COMPILATION_CACHE_DIR", os.environ.get("XLA_FLAGS", "")
+    return {
+        directory: os.environ.get(directory, str(compiled)),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "XLA_FLAGS": f"{flags} --xla_gpu_enable_triton_gemm=false".strip(),
+    }
 
 
 class Side:

@@ -17,6 +17,7 @@ from flax.core import meta
 from jax import lax
 
 from experiments.benchmarks import gshard
+from experiments.benchmarks.kernel_times import kernel_times
 from experiments.benchmarks.workers import Tasks, warm_up
 from experiments.benchmarks.workload import Linear, Workload
 from jmoe.config import MeshConfig
@@ -51,7 +52,8 @@ def train_step(
 ) -> Tasks:
     """`step`, as scripts/train.py takes it, returns the loss; `parameters`, how many.
 
-    AdamW after a clip by global norm, and the update of the selection bias.
+    AdamW after a clip by global norm, and the update of the selection bias. `kernels`
+    tells what a GPU's time goes to in a step.
     """
     run = workload.run(mesh=mesh, precision=precision)
     step_after_step()  # as scripts/train.py does
@@ -75,7 +77,11 @@ def train_step(
         return float(metrics["loss"])
 
     warm_up(step)
-    return {"step": step, "parameters": lambda: parameters}
+    return {
+        "step": step,
+        "parameters": lambda: parameters,
+        "kernels": lambda: kernel_times(step),
+    }
 
 
 def moe_layer(workload: Workload) -> Tasks:

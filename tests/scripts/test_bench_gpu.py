@@ -72,7 +72,7 @@ def short(monkeypatch):
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_every_system_computes_what_its_reference_does(subject, short):
-    measured = gpu_measure.measure(subject, jax.random.key(time.time_ns()), 2)
+    measured = gpu_measure.prepare(subject, jax.random.key(time.time_ns()))(2)
     assert len(measured.seconds) == 2 and min(measured.seconds) > 0
     assert (measured.error is None) == (subject.reference is None)
     assert measured.is_right, measured
@@ -99,7 +99,7 @@ def test_a_result_that_is_wrong_is_said_to_be(change, short):
     broken = subject._replace(
         function=lambda *inputs: change(subject.function(*inputs))
     )
-    measured = gpu_measure.measure(broken, jax.random.key(0), 1)
+    measured = gpu_measure.prepare(broken, jax.random.key(0))(1)
     contender = Contender("grouped", FORWARD, "ours", is_checked=True)
     report = gpu.make_report({contender: measured}, {})
     (figure,) = gpu_figures.errors({contender: measured})
@@ -119,9 +119,19 @@ def test_a_checked_contender_without_a_result_is_wrong_and_others_are_not():
 
 
 def test_what_another_package_refuses_is_its_result():
-    contenders = gpu_jax.contenders((ATTENTION,), 0, 1)
-    run = contenders[Contender("attention", FORWARD, "cuDNN")]
-    assert isinstance(gpu_jax.attempt(run), Failed)
+    contenders = gpu_jax.contenders((ATTENTION,), 0)
+    prepare = contenders[Contender("attention", FORWARD, "cuDNN")]
+    assert isinstance(gpu_jax.attempt(lambda: prepare()(1)), Failed)
+
+
+def test_each_contender_is_in_one_share_and_can_be_compiled_ahead(short):
+    shares = [gpu_jax.side(CASES[:2], 0, 1, (part, 3)) for part in range(3)]
+    listed = [name for tasks in shares for name in tasks["contenders"]()]
+    assert listed == list(gpu_jax.contenders(CASES[:2], 0))
+    for tasks in shares:
+        tasks["prepare"]()
+        for name in tasks["contenders"]():
+            assert min(tasks[str(name)]().seconds) > 0
 
 
 def test_torch_times_every_operation_too(short):
@@ -248,7 +258,7 @@ class Answers:
     """A side without a process."""
 
     def __init__(self, *answers):
-        self.answers, self.asked = iter(answers), []
+        self.answers, self.asked, self.closed = iter(answers), [], 0
 
     def ask(self, task, limit=None):
         self.asked.append(task)
@@ -256,6 +266,9 @@ class Answers:
         if isinstance(answer, Exception):
             raise answer
         return answer
+
+    def close(self):
+        self.closed += 1
 
 
 NAMES = [Contender("one", FORWARD, "ours"), Contender("two", FORWARD, "ours")]
@@ -265,7 +278,7 @@ def test_a_broken_contender_costs_its_own_result_only():
     side = Answers(RuntimeError("it hangs"), measured(1.0))
     found, left_out = gpu.measure([(c, side) for c in NAMES], Clock(60), print)
     assert found == {NAMES[0]: Failed("it hangs"), NAMES[1]: measured(1.0)}
-    assert left_out == []
+    assert left_out == [] and side.closed == 1
 
 
 def test_none_is_started_once_time_is_over(monkeypatch):
@@ -276,9 +289,14 @@ def test_none_is_started_once_time_is_over(monkeypatch):
     found, left_out = gpu.measure([(c, side) for c in NAMES], clock, said.append)
     assert (list(found), left_out) == (NAMES[:1], NAMES[1:])
     assert any("left out" in line and str(NAMES[1]) in line for line in said)
-    steps, steps_left_out = gpu_steps.measure(1, clock, ["torch"], said.append)
-    assert steps_left_out == [gpu_steps.OURS, gpu_steps.OURS_FP8]
-    assert steps[gpu_steps.EAGER] == Failed("torch is not installed")
+
+
+def test_a_step_that_cannot_start_is_told_of():
+    started = gpu_steps.start(gpu_steps.OF_TORCH, ["torch"], Clock(60))
+    said = []
+    found = gpu_steps.measure(started, 1, Clock(60), {}, said.append)
+    assert found[gpu_steps.EAGER] == Failed("torch is not installed")
+    assert len(found) == len(said) == 2
 
 
 SIDE = """
@@ -350,8 +368,8 @@ def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "check_device", lambda device: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))
     monkeypatch.setattr(gpu_steps, "workload", lambda: SMALL)
-    of_theirs = {gpu_steps.EAGER: gpu_steps.SIDES[gpu_steps.EAGER]}
-    monkeypatch.setattr(gpu_steps, "SIDES", of_theirs)
+    monkeypatch.setattr(gpu_steps, "OF_JAX", (gpu_steps.OURS,))
+    monkeypatch.setattr(gpu_steps, "OF_TORCH", (gpu_steps.EAGER,))
     said = []
     report = gpu.run(1, said.append)
     written = json.loads(report.write(tmp_path).read_text())
@@ -361,6 +379,9 @@ def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
     assert figures["dense: forward, FP8 / bf16"]["at_least"] == 1.5
     assert figures["error of dense: forward, ours FP8"]["met"]
     assert str(gpu_steps.EAGER) in written["samples"]["failed"]
+    assert figures[str(gpu_steps.OURS)]["value"] > 0
+    (kernels,) = (v for k, v in written["samples"].items() if k.startswith("kernels"))
+    assert kernels == {str(gpu_steps.OURS): []}  # a GPU's
     assert str(written["settings"]["seed"]) in said[0]
 
 

@@ -62,13 +62,16 @@ def dot(
             exists = task_gmem[task, 2] < task_gmem[task, 3]
             return jnp.where(exists, tile_count(x_gmem, 1), 0)
 
-        def fetch(index, k, stage, copies):
+        def fetch(index):
             task, n = tiles.place(index)
-            expert = task_gmem[task, 0]
-            row = pl.multiple_of(task_gmem[task, 1], grouped.ALIGNED)
-            rows = pl.ds(row, TILE)
-            copies.a(x_gmem.at[rows, tile(k)], x_scale_gmem.at[k, rows])
-            copies.b(w_gmem.at[expert, tile(n), tile(k)])
+            expert, row = task_gmem[task, 0], task_gmem[task, 1]
+            rows = pl.ds(pl.multiple_of(row, grouped.ALIGNED), TILE)
+
+            def of_step(k, copies):
+                copies.a(x_gmem.at[rows, tile(k)], x_scale_gmem.at[k, rows])
+                copies.b(w_gmem.at[expert, tile(n), tile(k)])
+
+            return of_step
 
         def scale_of(index):
             task, n = tiles.place(index)
@@ -124,11 +127,18 @@ def outer(
             expert, _, _ = place(index)
             return step_gmem[expert, 1]
 
-        def fetch(index, k, stage, copies):
+        def fetch(index):
             expert, i, o = place(index)
-            block = step_gmem[expert, 0] + k
-            copies.a(x_gmem.at[tile(i), tile(block)], x_scale_gmem.at[block, tile(i)])
-            copies.b(dy_gmem.at[tile(o), tile(block)], dy_scale_gmem.at[block, tile(o)])
+            first = step_gmem[expert, 0]
+
+            def of_step(k, copies):
+                rows = tile(first + k)
+                copies.a(x_gmem.at[tile(i), rows], x_scale_gmem.at[first + k, tile(i)])
+                copies.b(
+                    dy_gmem.at[tile(o), rows], dy_scale_gmem.at[first + k, tile(o)]
+                )
+
+            return of_step
 
         def store(index, total, w_smem):
             expert, i, o = place(index)

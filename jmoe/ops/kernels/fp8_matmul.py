@@ -59,11 +59,15 @@ def matmul(
     def kernel(a_gmem, a_scale_gmem, b_gmem, b_scale_gmem, y_gmem, *shared):
         steps = tile_count(a_gmem, 1)
 
-        def fetch(index, k, stage, copies):
+        def fetch(index):
             m, n = tiles.place(index)
-            copies.a(a_gmem.at[tile(m), tile(k)], a_scale_gmem.at[k, tile(m)])
-            of_row = (b_scale_gmem.at[k, tile(n)],) if by_row else ()
-            copies.b(b_gmem.at[tile(n), tile(k)], *of_row)
+
+            def of_step(k, copies):
+                of_row = (b_scale_gmem.at[k, tile(n)],) if by_row else ()
+                copies.a(a_gmem.at[tile(m), tile(k)], a_scale_gmem.at[k, tile(m)])
+                copies.b(b_gmem.at[tile(n), tile(k)], *of_row)
+
+            return of_step
 
         def scale_of(index):
             _, n = tiles.place(index)
@@ -91,8 +95,10 @@ class Copies(NamedTuple):
     shared: Any  # the axis of blocks that need the same a
 
     def a(self, data: Any, scale: Any) -> None:
-        for x, smem in ((data, self.a_smem), (scale, self.a_scale_smem)):
-            plgpu.copy_gmem_to_smem(x, smem, self.barrier, collective_axes=self.shared)
+        plgpu.copy_gmem_to_smem(
+            data, self.a_smem, self.barrier, collective_axes=self.shared
+        )
+        plgpu.copy_gmem_to_smem(scale, self.a_scale_smem, self.barrier)
 
     def b(self, *refs: Any) -> None:
         """The data, and the scales if they are of rows."""
@@ -103,7 +109,7 @@ class Copies(NamedTuple):
 def run(
     tiles: stream.Tiles,
     steps: Callable[[Any], Any],
-    fetch: Callable[[Any, Any, Any, Copies], None],
+    fetch: Callable[[Any], Callable[[Any, Copies], None]],
     scale_of: Callable[[Any], Callable[[Any], Any]],
     store: Callable[[Any, Any, Any], None],
     shared: Any,
@@ -112,17 +118,23 @@ def run(
     """Sums the products of tiles of a and b, for all of this block's tiles.
 
     Args:
-      steps, fetch: as `stream.run` wants them; the latter is given `Copies`.
+      steps: of a tile's index, how many there are.
+      fetch: of a tile's index, what starts the copies of a step.
       scale_of: of a tile, and then a step, the scale of b's square, or 1.
       store: of a tile, stores this warpgroup's [ROWS, TILE] float32, through its memory.
       by_row: whether b's scales are of rows.
     """
     a_smem, a_scale_smem, b_smem, *b_scale_smem, ready, consumed, y_smem = shared
 
-    def copy(index, k, stage, barrier):
-        at_stage = [x.at[stage] for x in (a_smem, a_scale_smem, b_smem)]
-        of_rows = [x.at[stage] for x in b_scale_smem]
-        fetch(index, k, stage, Copies(*at_stage, of_rows, barrier, tiles.shared))
+    def copy(index):
+        of_tile = fetch(index)
+
+        def of_step(k, stage, barrier):
+            at_stage = [x.at[stage] for x in (a_smem, a_scale_smem, b_smem)]
+            of_rows = [x.at[stage] for x in b_scale_smem]
+            of_tile(k, Copies(*at_stage, of_rows, barrier, tiles.shared))
+
+        return of_step
 
     def compute(index, loop):
         warpgroup = lax.axis_index("warpgroup")

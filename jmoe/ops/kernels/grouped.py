@@ -39,6 +39,7 @@ SLOTS = 2  # of them
 CLUSTER = 2
 SNAKE = 4
 ALIGNED = 8
+PART_ROWS = 8, 1  # that are stored at a time of a tile that is only partly its own
 
 
 @functools.partial(jax.jit, static_argnames="transposed")
@@ -67,19 +68,26 @@ def dot(
             exists = task_gmem[task, 2] < task_gmem[task, 3]
             return jnp.where(exists, x_gmem.shape[1] // STEP, 0)
 
-        def fetch(index, k, stage, barrier):
+        def fetch(index):
             task, n = tiles.place(index)
-            expert, row = (
-                task_gmem[task, 0],
-                pl.multiple_of(task_gmem[task, 1], ALIGNED),
-            )
-            summed, columns = pl.ds(k * STEP, STEP), pl.ds(n * COLUMNS, COLUMNS)
-            x = x_gmem.at[pl.ds(row, ROWS), summed]
-            of_w = (columns, summed) if transposed else (summed, columns)
-            plgpu.copy_gmem_to_smem(
-                x, x_smem.at[stage], barrier, collective_axes=tiles.shared
-            )
-            plgpu.copy_gmem_to_smem(w_gmem.at[expert, *of_w], w_smem.at[stage], barrier)
+            expert, row = task_gmem[task, 0], task_gmem[task, 1]
+            rows = pl.ds(pl.multiple_of(row, ALIGNED), ROWS)
+            columns = pl.ds(n * COLUMNS, COLUMNS)
+
+            def of_step(k, stage, barrier):
+                summed = pl.ds(k * STEP, STEP)
+                of_w = (columns, summed) if transposed else (summed, columns)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[rows, summed],
+                    x_smem.at[stage],
+                    barrier,
+                    collective_axes=tiles.shared,
+                )
+                plgpu.copy_gmem_to_smem(
+                    w_gmem.at[expert, *of_w], w_smem.at[stage], barrier
+                )
+
+            return of_step
 
         def compute(index, loop):
             own = pl.ds(lax.axis_index("warpgroup") * OWN_ROWS, OWN_ROWS)
@@ -139,15 +147,25 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
             start, first, end = rows_of(index)
             return jnp.where(first < end, lax.div(end - start + STEP - 1, STEP), 0)
 
-        def fetch(index, k, stage, barrier):
+        def fetch(index):
             _, i, o = place(index)
-            row = pl.multiple_of(rows_of(index)[0] + k * STEP, ALIGNED)
-            x = x_gmem.at[pl.ds(row, STEP), pl.ds(i * ROWS, ROWS)]
-            dy = dy_gmem.at[pl.ds(row, STEP), pl.ds(o * COLUMNS, COLUMNS)]
-            plgpu.copy_gmem_to_smem(
-                x, x_smem.at[stage], barrier, collective_axes=tiles.shared
-            )
-            plgpu.copy_gmem_to_smem(dy, dy_smem.at[stage], barrier)
+            start, _, _ = rows_of(index)
+
+            def of_step(k, stage, barrier):
+                rows = pl.ds(pl.multiple_of(start + k * STEP, ALIGNED), STEP)
+                plgpu.copy_gmem_to_smem(
+                    x_gmem.at[rows, pl.ds(i * ROWS, ROWS)],
+                    x_smem.at[stage],
+                    barrier,
+                    collective_axes=tiles.shared,
+                )
+                plgpu.copy_gmem_to_smem(
+                    dy_gmem.at[rows, pl.ds(o * COLUMNS, COLUMNS)],
+                    dy_smem.at[stage],
+                    barrier,
+                )
+
+            return of_step
 
         def compute(index, loop):
             own = pl.ds(lax.axis_index("warpgroup") * OWN_ROWS, OWN_ROWS)
@@ -220,21 +238,21 @@ def copy_range(
 ) -> None:
     """This warpgroup's rows of a tile that starts at `row`: from `first` to before `end`.
 
-    A copy's size is to be known to the compiler: sizes are the number's binary digits.
+    A copy's size is to be known to the compiler, which takes its time for each.
     """
     rows = smem.shape[0]
     start = row + lax.axis_index("warpgroup") * rows
     at = jnp.clip(first - start, 0, rows)
     left = jnp.clip(end - start, 0, rows) - at
-    for size in (2**digit for digit in reversed(range(rows.bit_length()))):
-        here = left & size
+    for size in (rows, *PART_ROWS):
 
-        @pl.when(here != 0)
-        def _(at=at, size=size):
+        def copy(i, at, size=size):
             to = y_gmem.at[pl.ds(start + at, size), columns]
             plgpu.copy_smem_to_gmem(smem.at[pl.ds(at, size)], to, commit_group=False)
+            return at + size
 
-        at += here
+        at = lax.fori_loop(0, lax.div(left, jnp.int32(size)), copy, at)
+        left = lax.rem(left, jnp.int32(size))
     plgpu.commit_smem_to_gmem_group()
 
 

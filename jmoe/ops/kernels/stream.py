@@ -107,7 +107,7 @@ class Loop(NamedTuple):
 def run(
     tiles: Tiles,
     steps: Callable[[Any], Any],
-    fetch: Callable[[Any, Any, Any, Any], None],
+    fetch: Callable[[Any], Callable[[Any, Any, Any], None]],
     compute: Callable[[Any, Loop], None],
     ready: Any,
     consumed: Any,
@@ -117,8 +117,8 @@ def run(
 
     Args:
       steps: of a tile's index, how many there are.
-      fetch: starts the copies of tile `index`'s step k to a stage; the last argument is
-        the barrier that they arrive at.
+      fetch: of a tile's index, what starts the copies of its step k to a stage; they
+        arrive at the barrier that it is given.
       compute: calls the loop and stores what it made of tile `index`.
     """
     first = lax.axis_index("block")
@@ -132,6 +132,7 @@ def run(
 
         def of_tile(i, start):
             index = index_of(i)
+            fetch_step = fetch(index)
 
             def of_step(k, position):
                 stage = lax.rem(position, stages)
@@ -140,7 +141,7 @@ def run(
                 def _():
                     plgpu.barrier_wait(consumed.at[stage])
 
-                fetch(index, k, stage, ready.at[stage])
+                fetch_step(k, stage, ready.at[stage])
                 return position + 1
 
             return lax.fori_loop(0, steps(index), of_step, start)
