@@ -49,8 +49,6 @@ python=$environment_python
 install pytest pytest-xdist hypothesis -e "$repository[gpu]"
 
 JAX_PLATFORMS=cpu "$python" - <<'PYTHON' || fail "$directory can't compile for GPUs."
-import tokamax
-
 from jmoe.plan import aot, device
 
 aot.absent_devices(device.H20, 16)

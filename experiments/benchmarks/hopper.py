@@ -47,7 +47,7 @@ def make_report(
     figures = [figure for found in summaries for figure in _figures(found)]
     return Report(
         suite="hopper",
-        compared=("tokamax", "jax-cuda13-plugin"),
+        compared=("jax-cuda13-plugin",),
         settings={"options": compiler.GPU_OPTIONS},
         figures=[*figures, _zero(optimizer_by_data)],
         samples={found.run.name: found.to_dict() for found in summaries}

@@ -36,7 +36,7 @@ def make_report(summaries: Sequence[Summary]) -> Report:
     """Figures with their bounds, and the programs in full."""
     return Report(
         suite="hopper_pipeline",
-        compared=("tokamax", "jax-cuda13-plugin"),
+        compared=("jax-cuda13-plugin",),
         settings={"options": compiler.GPU_OPTIONS},
         figures=[figure for found in summaries for figure in _figures(found)],
         samples={found.run.name: _sample(found) for found in summaries},

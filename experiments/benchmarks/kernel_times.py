@@ -21,8 +21,8 @@ def kernel_times(call: Callable[[], Any]) -> list[tuple[str, float, int]]:
             call()
         (path,) = pathlib.Path(directory).rglob("*.xplane.pb")
         profile = jax.profiler.ProfileData.from_file(str(path))
-    total: dict[str, float] = collections.Counter()
-    launches: dict[str, int] = collections.Counter()
+    total: dict[str, float] = collections.defaultdict(float)
+    launches: dict[str, int] = collections.defaultdict(int)
     for plane in profile.planes:
         if not plane.name.startswith("/device:GPU"):
             continue
@@ -32,5 +32,5 @@ def kernel_times(call: Callable[[], Any]) -> list[tuple[str, float, int]]:
             for event in line.events:
                 total[event.name] += event.duration_ns / 1e6
                 launches[event.name] += 1
-    names = sorted(total, key=total.__getitem__, reverse=True)[:MOST]
+    names = sorted(total, key=lambda name: total[name], reverse=True)[:MOST]
     return [(name, total[name], launches[name]) for name in names]

@@ -19,9 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.ops.by_platform import OURS, by_platform, has
+from jmoe.ops.by_platform import by_platform, has_plugin
 
 MASKED = -1e30  # finite, so that a fully masked block stays free of NaN
+
+MAX_KERNEL_QK_DIM, MAX_KERNEL_VALUE_DIM = 192, 128
 
 
 class _Blocks(NamedTuple):
@@ -76,10 +78,15 @@ def attention(
     size = min(block_size, length)
     blocks = _Blocks(-(-length // size), size, scale)
     in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTHQ, v_BTHV))
-    if in_bfloat16 and has(OURS):
+    if in_bfloat16 and has_plugin() and _fits(q_BTHQ.shape[-1], v_BTHV.shape[-1]):
         return _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)
     out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), blocks)
     return blocks.join(out, HEADS_FIRST, length)
+
+
+def _fits(qk_dim: int, value_dim: int) -> bool:
+    """Whether kernels have shared memory for these."""
+    return qk_dim <= MAX_KERNEL_QK_DIM and value_dim <= MAX_KERNEL_VALUE_DIM
 
 
 def _cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT):
@@ -200,7 +207,7 @@ def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
         return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
 
     operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
-    out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands, needs=OURS)
+    out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands)
     return out_BTHV, (*operands, out_BTHV, log_sum_BHT)
 
 
@@ -219,7 +226,7 @@ def _backward_by_platform(blocks, saved, d_out_BTHV):
         return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)
 
     operands = *saved, d_out_BTHV
-    dq, dk, dv = by_platform(kernel, reference, *operands, needs=OURS)
+    dq, dk, dv = by_platform(kernel, reference, *operands)
     return dq, dk, dv, None
 
 

@@ -12,18 +12,17 @@ from typing import Any
 import jax
 from jax import lax
 
-# What must be installed, both by the `gpu` extra:
-OURS = "jax_cuda13_plugin"  # for kernels of jmoe's own
-TOKAMAX = "tokamax"
+PLUGIN = "jax_cuda13_plugin"
+"""What compiles kernels; the `gpu` extra installs it."""
 
 # A compute capability; older GPUs and newer ones lack what kernels use.
 HOPPER = "9.0"
 
 
 @functools.cache
-def has(package: str) -> bool:
+def has_plugin() -> bool:
     """Whether it is installed; it is not imported."""
-    return importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(PLUGIN) is not None
 
 
 def suit(devices: Iterable[Any]) -> bool:
@@ -36,14 +35,13 @@ def by_platform(
     kernel: Callable[..., Any],
     reference: Callable[..., Any],
     *operands: Any,
-    needs: str,
     fits: bool = True,
 ) -> Any:
-    """The kernel's result if what it `needs` is there, it `fits`, and on a Hopper.
+    """The kernel's result if it can be compiled, `fits`, and on a Hopper.
 
     Otherwise the reference's, of the same shapes. The kernel is imported by `kernel`
-    when it is traced, as its module can't be where the package is missing.
+    when it is traced, as its module can't be where the plugin is missing.
     """
-    if not (fits and has(needs) and suit(jax.local_devices())):
+    if not (fits and has_plugin() and suit(jax.local_devices())):
         return reference(*operands)
     return lax.platform_dependent(*operands, cuda=kernel, default=reference)

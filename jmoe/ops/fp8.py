@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jmoe.ops.by_platform import OURS, by_platform
+from jmoe.ops.by_platform import by_platform
 
 BLOCK = 128
 DTYPE = jnp.float8_e4m3fn
@@ -125,7 +125,7 @@ def quantize(
         return Quantized(data, scale.squeeze(axes))
 
     fits = is_for_kernel(x, block, power_of_two)
-    return by_platform(kernel, reference, x, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, x, fits=fits)
 
 
 def is_for_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
@@ -190,7 +190,7 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
     reference = functools.partial(_reference, dtype=dtype)
     fits = _is_for_kernel(a, b)
-    return by_platform(kernel, reference, a, b, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, a, b, fits=fits)
 
 
 def _is_for_kernel(a: Quantized, b: Quantized) -> bool:

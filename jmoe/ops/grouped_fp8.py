@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8
-from jmoe.ops.by_platform import OURS, by_platform
+from jmoe.ops.by_platform import by_platform
 from jmoe.ops.fp8 import BLOCK, Quantized, Recipe, num_blocks
 from jmoe.ops.rows import DOT_TRANSPOSED, OUTER, num_row_tiles, row_tiles
 
@@ -38,7 +38,7 @@ def dot(
         return fp8_grouped.dot(*x, *w, size_E, dtype=dtype)
 
     reference = functools.partial(_dot_reference, dtype=dtype)
-    return by_platform(kernel, reference, x, w, size_E, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, x, w, size_E, fits=fits)
 
 
 def outer(
@@ -61,7 +61,7 @@ def outer(
     of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
     fits = [x.scale.shape, dy.scale.shape] == of_blocks
     reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
-    return by_platform(kernel, reference, x, dy, count_E, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, x, dy, count_E, fits=fits)
 
 
 def _along_rows(
@@ -85,7 +85,7 @@ def _along_rows(
         return recipe.quantize(jnp.where(is_own_P[:, None], rows_PI, 0).T, block)
 
     fits = fp8.is_for_kernel(x_MI, block, recipe.power_of_two)
-    return by_platform(kernel, reference, x_MI, tile_T4, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, x_MI, tile_T4, fits=fits)
 
 
 def _dot_reference(x, w, size_E, *, dtype):

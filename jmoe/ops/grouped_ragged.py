@@ -24,13 +24,13 @@ products instead of five.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
-grows with E. Weights
-that are kept in fewer bits are dequantized before, all of a layer's.
+grows with E. Weights that are kept in fewer bits are dequantized before, all of a
+layer's.
 
 In FP8, weights are quantized once a pass, and rows by each product, whose kernels are
 our own (`jmoe.ops.grouped_fp8`). All else is computed as it is without: gates have the
-gradients of activations that weren't rounded. In the weights' gradients, blocks start
-with an expert's first row in the segment.
+gradients of activations that weren't rounded. In the weights' gradients, a block is
+what an expert has of 128 rows of the segment.
 """
 
 import functools
@@ -42,7 +42,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8, grouped_fp8, stored
-from jmoe.ops.by_platform import OURS, by_platform
+from jmoe.ops.by_platform import by_platform
 from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 TILE = 128  # rows that a block of GPU threads works on at a time
@@ -333,4 +333,4 @@ def _product(name: str, left: jax.Array, right: jax.Array, size_E: jax.Array):
         return lax.ragged_dot_general(left, right, size_E, _DIMENSIONS[name])
 
     operands, fits = (left, right, size_E), left.dtype == jnp.bfloat16
-    return by_platform(kernel, reference, *operands, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, *operands, fits=fits)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops.attention import MASKED
-from jmoe.ops.by_platform import OURS, by_platform
+from jmoe.ops.by_platform import by_platform
 
 BLOCK = 512  # positions scored at a time
 
@@ -55,7 +55,7 @@ def latent_decode(
     reference = functools.partial(_reference, value_dim=value_dim, scale=scale)
     fits = _is_for_kernel(q_BHX, cache_BSX, value_dim)
     operands = q_BHX, cache_BSX, length_B
-    return by_platform(kernel, reference, *operands, needs=OURS, fits=fits)
+    return by_platform(kernel, reference, *operands, fits=fits)
 
 
 def _is_for_kernel(q_BHX: jax.Array, cache_BSX: jax.Array, value_dim: int) -> bool:

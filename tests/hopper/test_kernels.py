@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops import fp8, grouped
-from jmoe.ops.kernels import fp8_grouped, fp8_matmul
+from jmoe.ops.kernels import fp8_grouped, fp8_matmul, fp8_quantize
+from jmoe.ops.kernels import grouped as grouped_kernels
 from tests.hopper.compiled import Kernel, compile_text
 
 pytestmark = pytest.mark.hopper
 
+BF16 = "wgmma.mma_async.sync.aligned.m64n256k16.f32.bf16.bf16"
 E4M3 = "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3"
 
 
@@ -68,9 +70,38 @@ def test_grouped_products_are_alike(sizes, product, dtype, compile_kernels):
     check(kernel)
 
 
+@pytest.mark.parametrize("product", ["dot", "dot_transposed", "outer"])
+@pytest.mark.parametrize("sizes", [(8192, 7168, 4096), (1000, 2048, 2816), (9, 130, 7)])
+def test_those_in_bfloat16_spill_nothing_either(sizes, product, compile_kernels):
+    M, I, O = sizes  # noqa: E741
+    shapes = {
+        "dot": [(M, I), (32, I, O)],
+        "dot_transposed": [(M, O), (32, I, O)],
+        "outer": [(M, I), (M, O)],
+    }
+    (kernel,) = compile_kernels(
+        getattr(grouped_kernels, product),
+        *((shape, jnp.bfloat16) for shape in shapes[product]),
+        ((32,), jnp.int32),
+    )
+    kernel.check()
+    assert set(kernel.products) == {BF16}
+
+
+@pytest.mark.parametrize("kind", ["rows", "columns"])
+@pytest.mark.parametrize("sizes", [(8192, 7168), (9, 130)])
+def test_quantizing_spills_nothing(sizes, kind, compile_kernels):
+    tiles = [] if kind == "rows" else [((70, 4), jnp.int32)]
+    (kernel,) = compile_kernels(
+        getattr(fp8_quantize, kind), (sizes, jnp.bfloat16), *tiles
+    )
+    assert kernel.spills == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("recipe", "kernels"),
-    [("fp8", 3), ("fp8_power_of_two", 3), ("fp8_square_gradients", 2)],
+    # Rows of bfloat16 are quantized by kernels too: x, dy and dy's transpose.
+    [("fp8", 3 + 3), ("fp8_power_of_two", 3), ("fp8_square_gradients", 2 + 1)],
 )
 def test_a_linear_layers_products_are_kernels(recipe, kernels):
     def gradients(x, w, dy):

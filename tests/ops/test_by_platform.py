@@ -29,21 +29,22 @@ def test_kernels_are_for_hoppers_alone(devices, suits):
 
 
 @pytest.mark.parametrize(
-    ("needs", "fits", "suits", "is_kernel"),
+    ("has_plugin", "fits", "suits", "is_kernel"),
     [
-        ("pytest", True, True, True),
-        ("a_package_that_is_not_there", True, True, False),
-        ("pytest", False, True, False),
-        ("pytest", True, False, False),
+        (True, True, True, True),
+        (False, True, True, False),
+        (True, False, True, False),
+        (True, True, False, False),
     ],
 )
 def test_a_kernel_is_lowered_where_it_can_run_and_else_its_reference(
-    needs, fits, suits, is_kernel, monkeypatch
+    has_plugin, fits, suits, is_kernel, monkeypatch
 ):
     monkeypatch.setattr(choice, "suit", lambda devices: suits)
+    monkeypatch.setattr(choice, "has_plugin", lambda: has_plugin)
 
     def op(x):
-        return choice.by_platform(jnp.sin, jnp.cos, x, needs=needs, fits=fits)
+        return choice.by_platform(jnp.sin, jnp.cos, x, fits=fits)
 
     traced = jax.jit(op).trace(1.0)
     lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -55,11 +56,13 @@ def test_without_a_gpu_what_is_compiled_for_one_is_for_a_hopper():
     assert choice.suit(jax.devices())
 
 
-def test_elsewhere_it_is_the_reference():
-    got = choice.by_platform(jnp.sin, jnp.cos, 1.0, needs="pytest")
+def test_elsewhere_it_is_the_reference(monkeypatch):
+    monkeypatch.setattr(choice, "has_plugin", lambda: True)
+    got = choice.by_platform(jnp.sin, jnp.cos, 1.0)
     assert got == jnp.cos(1.0)
 
 
-def test_a_package_is_found_and_not_imported():
-    assert choice.has("antigravity")
+def test_the_plugin_is_found_and_not_imported(monkeypatch):
+    monkeypatch.setattr(choice, "PLUGIN", "antigravity")
+    assert choice.has_plugin.__wrapped__()
     assert "antigravity" not in sys.modules

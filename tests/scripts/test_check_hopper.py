@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("tokamax") is not None, reason="it can compile here"
+    importlib.util.find_spec("jax_cuda13_plugin") is not None,
+    reason="it can compile here",
 )
 def test_an_environment_that_cannot_be_made_ends_it_with_the_reason(tmp_path):
     (tmp_path / "file").write_text("not an environment")

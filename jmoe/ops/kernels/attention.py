@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops.kernels import attention_keys, attention_queries
-from jmoe.ops.kernels.fp8_matmul import fill
+from jmoe.ops.kernels.stream import fill
 
 TILE = attention_queries.TILE  # and attention_keys.TILE
 DIM = 64  # that head dimensions are multiples of

@@ -38,10 +38,6 @@ KEYS = 128  # in a step forward
 STAGES = 2  # steps whose operands are in shared memory
 GRADIENT_KEYS = 64  # in a step backward, for which there are registers
 GRADIENT_STAGES = 3
-# To be timed:
-OVERLAPS = True  # a tile's softmax and the product with the last one's values
-SKIPS_LAST = True  # when overlapping: in the step more, the product with keys
-TAKES_TURNS = False  # when overlapping: warpgroups begin their products alternately
 FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the rest
 
 MASKED = -1e30  # finite, so that no difference is NaN
@@ -77,7 +73,6 @@ def forward(
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.SMEM((WARPGROUPS, KEYS), jnp.int32),
             plgpu.Barrier(num_arrivals=1 + len(starts), num_barriers=WARPGROUPS),
-            plgpu.Barrier(num_barriers=WARPGROUPS),
             *_rows_of(starts),
         ],
     )
@@ -236,55 +231,34 @@ class _Queries(NamedTuple):
 
 
 def _forward(scale, q_gmem, k_gmem, v_gmem, *rest):
-    starts, rest, start_rows = _split(rest, 7)
-    out_gmem, log_sum_gmem, q_smem, log_sum_smem, columns_smem, barrier, turn = rest
+    starts, rest, start_rows = _split(rest, 6)
+    out_gmem, log_sum_gmem, q_smem, log_sum_smem, columns_smem, barrier = rest
     here = _Queries.here(q_gmem.shape[1], columns_smem, starts, start_rows)
     q_smem, log_sum_smem, barrier = (
         x.at[here.warpgroup] for x in (q_smem, log_sum_smem, barrier)
     )
     by_log2 = scale * math.log2(math.e)
 
-    def softmax(s_RC, index, top_R, total_R):
-        s_RC = here.mask(s_RC, index)
-        new_top_R = jnp.maximum(top_R, by_log2 * s_RC.max(axis=1))
-        shrink_R = jnp.exp2(top_R - new_top_R)
-        p_RC = jnp.exp2(by_log2 * s_RC - _across(new_top_R, s_RC))
-        total_R = total_R * shrink_R + p_RC.sum(axis=1)
-        return new_top_R, total_R, shrink_R, p_RC
-
     def step(indices, k_smem, v_smem, carry) -> Any:
-        out_RV, top_R, total_R = carry
-        s_RC = tensor_cores.product(q_smem, k_smem.T)
-        top_R, total_R, shrink_R, p_RC = softmax(s_RC, indices[0], top_R, total_R)
-        out_RV *= _across(shrink_R, out_RV)
-        p_RC = p_RC.astype(v_smem.dtype)
-        return tensor_cores.product(p_RC, v_smem, out_RV), top_R, total_R
-
-    def overlapped(indices, k_smem, v_smem, carry) -> Any:
         out_RV, top_R, total_R, p_RC = carry
 
-        def meanwhile(s_RC):
-            if TAKES_TURNS:
-                plgpu.barrier_arrive(turn.at[1 - here.warpgroup])
-            return softmax(s_RC, indices[0], top_R, total_R)
-
-        if TAKES_TURNS:
-            plgpu.barrier_wait(turn.at[here.warpgroup])
+        def softmax(s_RC):
+            s_RC = here.mask(s_RC, indices[0])
+            new_top_R = jnp.maximum(top_R, by_log2 * s_RC.max(axis=1))
+            shrink_R = jnp.exp2(top_R - new_top_R)
+            p_RC = jnp.exp2(by_log2 * s_RC - _across(new_top_R, s_RC))
+            return new_top_R, total_R * shrink_R + p_RC.sum(axis=1), shrink_R, p_RC
 
         def both():
             out, (top, total, shrink_R, p) = tensor_cores.products(
-                (q_smem, k_smem.T), (p_RC, v_smem, out_RV), meanwhile
+                (q_smem, k_smem.T), (p_RC, v_smem, out_RV), softmax
             )
             out *= _across(shrink_R, out)
             return out, top, total, p.astype(v_smem.dtype)
 
         def last():
-            if TAKES_TURNS:
-                plgpu.barrier_arrive(turn.at[1 - here.warpgroup])
             return tensor_cores.product(p_RC, v_smem, out_RV), top_R, total_R, p_RC
 
-        if not SKIPS_LAST:
-            return both()
         return lax.cond(indices[0] < here.steps, both, last)
 
     def compute(pipeline):
@@ -295,14 +269,9 @@ def _forward(scale, q_gmem, k_gmem, v_gmem, *rest):
             jnp.zeros((ROWS, v_gmem.shape[-1]), jnp.float32),
             jnp.full((ROWS,), LOWEST, jnp.float32),
             jnp.zeros((ROWS,), jnp.float32),
+            jnp.zeros((ROWS, KEYS), v_gmem.dtype),
         )
-        if OVERLAPS:
-            carry = (*carry, jnp.zeros((ROWS, KEYS), v_gmem.dtype))
-        if TAKES_TURNS:
-            pl.when(here.warpgroup == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
-        out_RV, top_R, total_R, *_ = pipeline(carry)
-        if TAKES_TURNS:
-            pl.when(here.warpgroup == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+        out_RV, top_R, total_R, _ = pipeline(carry)
         log_sum_smem[...] = top_R * math.log(2) + jnp.log(total_R)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
@@ -312,10 +281,7 @@ def _forward(scale, q_gmem, k_gmem, v_gmem, *rest):
         out_gmem[here.b, here.rows, here.h] = out_RV.astype(out_gmem.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    if OVERLAPS:
-        here.walk(overlapped, compute, STAGES, k_gmem, v_gmem, ahead=1)
-    else:
-        here.walk(step, compute, STAGES, k_gmem, v_gmem)
+    here.walk(step, compute, STAGES, k_gmem, v_gmem, ahead=1)
 
 
 def _gradient(

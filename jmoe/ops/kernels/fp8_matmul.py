@@ -121,7 +121,8 @@ def run(
       steps: of a tile's index, how many there are.
       fetch: of a tile's index, what starts the copies of a step.
       scale_of: of a tile, and then a step, the scale of b's square, or 1.
-      store: of a tile, stores this warpgroup's [ROWS, TILE] float32, through its memory.
+      store: of a tile, stores this warpgroup's sums, float32 [ROWS, TILE], through its
+        shared memory.
       by_row: whether b's scales are of rows.
     """
     a_smem, a_scale_smem, b_smem, *b_scale_smem, ready, consumed, y_smem = shared
@@ -130,9 +131,15 @@ def run(
         of_tile = fetch(index)
 
         def of_step(k, stage, barrier):
-            at_stage = [x.at[stage] for x in (a_smem, a_scale_smem, b_smem)]
-            of_rows = [x.at[stage] for x in b_scale_smem]
-            of_tile(k, Copies(*at_stage, of_rows, barrier, tiles.shared))
+            copies = Copies(
+                a_smem.at[stage],
+                a_scale_smem.at[stage],
+                b_smem.at[stage],
+                [x.at[stage] for x in b_scale_smem],
+                barrier,
+                tiles.shared,
+            )
+            of_tile(k, copies)
 
         return of_step
 
@@ -150,7 +157,7 @@ def run(
                 plgpu.wgmma(acc, a_smem.at[stage, rows], b_smem.at[stage].T)
                 return acc[...]
 
-            accumulator = plgpu.ACC(sum_RN.shape, jnp.float32)
+            accumulator = plgpu.WGMMAAccumulatorRef((ROWS, TILE), jnp.float32)
             product_RN = pl.run_scoped(product, accumulator)
             release()
             for scale in scale_N:
@@ -182,7 +189,7 @@ def make(
     tiles: stream.Tiles,
     by_row: bool,
 ) -> Callable[..., jax.Array]:
-    """A function of arrays from a kernel of them, its result [shape] and what `run` has.
+    """A function of arrays from a kernel of them, its result and what `run` is given.
 
     Args:
       by_row: whether b's scales are of rows.

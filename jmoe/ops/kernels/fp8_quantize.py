@@ -3,9 +3,9 @@
     rows       [M, K] to e4m3 [M, K], a scale for each 128 of a row
     columns    [M, I] to e4m3 [I, P], a scale for each tile of a column
 
-What is read, and what is written, goes through shared memory once, a tile of TILE x TILE
-at a time. Columns are transposed on the way, for tensor cores want e4m3 with what they
-sum last.
+What is read, and what is written, goes through shared memory once, TILE x TILE at a
+time. Columns are transposed on the way, for tensor cores want e4m3 with what they sum
+last.
 
 Dimensions: M row, K and I column, B block of K, T tile of rows, P = T * TILE.
 """
@@ -26,7 +26,7 @@ DTYPE = jnp.float8_e4m3fn
 
 
 # JAX 0.10 can't read shared memory transposed, but for tensor cores.
-READS_TRANSPOSED = jax.version.__version_info__ >= (0, 11)
+READS_TRANSPOSED = jax.__version_info__ >= (0, 11)
 
 
 @jax.jit

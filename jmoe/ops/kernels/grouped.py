@@ -38,7 +38,7 @@ STORED = 64  # columns of results that are in shared memory at a time
 SLOTS = 2  # of them
 CLUSTER = 2
 SNAKE = 4
-ALIGNED = 8
+ALIGNED = 8  # rows that copies start at, and columns that arrays have
 PART_ROWS = 8, 1  # that are stored at a time of a tile that is only partly its own
 
 
@@ -56,7 +56,7 @@ def dot(
     """
     M, N = x_MK.shape[0], w.shape[1 if transposed else 2]
     x_MK = fill(x_MK, 1, STEP)
-    w = fill(w, 1, *(1, STEP)[:: 1 if transposed else -1])
+    w = fill(w, 1, ALIGNED, STEP) if transposed else fill(w, 1, STEP, ALIGNED)
     task_T4 = row_tiles(size_E, M, aligned=ALIGNED)
     tiles = tiles_of(task_T4.shape[0], N)
 
@@ -109,9 +109,10 @@ def dot(
 
         stream.run(tiles, steps, fetch, compute, ready, consumed, STAGES)
 
-    w_block = (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
-    call = make(kernel, "grouped_dot", (M, N), x_MK.dtype, tiles, (ROWS, STEP), w_block)
-    return call(task_T4, x_MK, w)
+    shape = M, w.shape[1 if transposed else 2]
+    blocks = (ROWS, STEP), (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
+    call = make(kernel, "grouped_dot", shape, x_MK.dtype, tiles, *blocks)
+    return call(task_T4, x_MK, w)[:, :N]
 
 
 def dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax.Array:
@@ -195,10 +196,10 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
 
         stream.run(tiles, steps, fetch, compute, ready, consumed, STAGES)
 
-    shape = experts, inputs, outputs
+    shape = experts, x_MI.shape[1], dy_MO.shape[1]
     blocks = (STEP, ROWS), (STEP, COLUMNS)
     call = make(kernel, "grouped_outer", shape, x_MI.dtype, tiles, *blocks)
-    return call(range_E2, x_MI, dy_MO)
+    return call(range_E2, x_MI, dy_MO)[:, :inputs, :outputs]
 
 
 def tiles_of(rows: int, outputs: int) -> stream.Tiles:
@@ -213,7 +214,7 @@ def summed_up(loop: stream.Loop, product: Any) -> Any:
         loop.accumulate(functools.partial(product, acc))
         return acc[...]
 
-    return pl.run_scoped(scope, plgpu.ACC((OWN_ROWS, COLUMNS), jnp.float32))
+    return pl.run_scoped(scope, plgpu.WGMMAAccumulatorRef((OWN_ROWS, COLUMNS)))
 
 
 def place_of_expert(tiles: stream.Tiles, tiles_I: int, index: Any):
@@ -224,7 +225,7 @@ def place_of_expert(tiles: stream.Tiles, tiles_I: int, index: Any):
 
 
 def store(result: Any, y_smem: Any, n: Any, to: Callable[[Any, Any], None]) -> None:
-    """This warpgroup's rows of tile n, by `to(shared memory, columns of the result)`."""
+    """This warpgroup's rows of tile n, by `to(shared memory, the result's columns)`."""
     for part in range(COLUMNS // STORED):
         smem = y_smem.at[lax.axis_index("warpgroup"), part % SLOTS]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
@@ -236,7 +237,7 @@ def store(result: Any, y_smem: Any, n: Any, to: Callable[[Any, Any], None]) -> N
 def copy_range(
     smem: Any, y_gmem: Any, columns: Any, row: Any, first: Any, end: Any
 ) -> None:
-    """This warpgroup's rows of a tile that starts at `row`: from `first` to before `end`.
+    """Of a tile that starts at `row`, this warpgroup's rows in a range, [first, end).
 
     A copy's size is to be known to the compiler, which takes its time for each.
     """

@@ -45,7 +45,8 @@ def products(
         made = meanwhile(plgpu.wgmma_accumulator_load(first_sum, wait_n=1))
         return second_sum[...], made
 
-    shapes = (first[0].shape[0], first[1].shape[1]), start.shape
+    rows, columns = start.shape
+    shapes = (first[0].shape[0], first[1].shape[1]), (rows, columns)
     return pl.run_scoped(
         multiply, *(plgpu.WGMMAAccumulatorRef(shape, jnp.float32) for shape in shapes)
     )
