@@ -7,9 +7,9 @@ A tile is ROWS x COLUMNS results, of which a warpgroup has half of the rows. Wei
 rows are taken as they lie in memory: tensor cores read bfloat16 transposed as well.
 
 Rows are sorted by expert. `dot` has tiles of each expert's rows, and stores those only.
-`outer` sums an expert's rows from the first one on. TMA wants rows to start at
-a multiple of ALIGNED, so that the first step, too, may hold others' rows; `outer` sets
-them to zero in shared memory.
+`outer` sums an expert's rows from the first one on. Copies start at a multiple of
+ALIGNED, so that the first step, too, may hold others' rows; `outer` sets them to zero
+in shared memory.
 
 Dimensions: M row, E expert, K summed and N output of dot, I input and O output of
 outer, T task.
@@ -124,7 +124,7 @@ def dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax
 def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
     """Each expert's sum of its rows' outer products, [E, I, O] in x's dtype.
 
-    What nobody's rows have must be finite.
+    Rows must be finite: what isn't can spoil their neighbours' experts, too.
     """
     inputs, outputs, experts = x_MI.shape[1], dy_MO.shape[1], size_E.shape[0]
     size_E = size_E.astype(jnp.int32)
@@ -136,7 +136,6 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
 
     def kernel(range_gmem, x_gmem, dy_gmem, w_gmem, x_smem, dy_smem, *rest):
         ready, consumed, w_smem = rest
-
         place = functools.partial(place_of_expert, tiles, tiles_I)
 
         def rows_of(index):

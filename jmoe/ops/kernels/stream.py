@@ -26,7 +26,8 @@ SMS = 132  # of an H100 and an H200
 
 def num_sms() -> int:
     """Of the GPU that is there, or of an H100."""
-    return getattr(jax.local_devices()[0], "core_count", None) or SMS
+    device: Any = jax.local_devices()[0]
+    return device.core_count if device.platform == "gpu" else SMS
 
 
 class Tiles(NamedTuple):
