@@ -32,13 +32,13 @@ from jmoe.ops.rows import ROW_TILE, row_tiles
 ROWS = ROW_TILE
 OWN_ROWS = ROWS // stream.WARPGROUPS
 COLUMNS = 256
-STEP = 64  # of what is summed
+STEP = 64  # of what is summed; columns of arrays are a multiple of it
 STAGES = 4  # steps whose operands are in shared memory
 STORED = 64  # columns of results that are in shared memory at a time
 SLOTS = 2  # of them
 CLUSTER = 2
 SNAKE = 4
-ALIGNED = 8  # rows that copies start at, and columns that arrays have
+ALIGNED = 8  # rows that copies start at
 PART_ROWS = 8, 1  # that are stored at a time of a tile that is only partly its own
 
 
@@ -55,8 +55,7 @@ def dot(
       w: [E, K, N], or [E, N, K] if transposed.
     """
     M, N = x_MK.shape[0], w.shape[1 if transposed else 2]
-    x_MK = fill(x_MK, 1, STEP)
-    w = fill(w, 1, ALIGNED, STEP) if transposed else fill(w, 1, STEP, ALIGNED)
+    x_MK, w = fill(x_MK, ALIGNED, STEP), fill(w, 1, STEP, STEP)
     task_T4 = row_tiles(size_E, M, aligned=ALIGNED)
     tiles = tiles_of(task_T4.shape[0], N)
 
@@ -109,10 +108,10 @@ def dot(
 
         stream.run(tiles, steps, fetch, compute, ready, consumed, STAGES)
 
-    shape = M, w.shape[1 if transposed else 2]
+    shape = x_MK.shape[0], w.shape[1 if transposed else 2]
     blocks = (ROWS, STEP), (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
     call = make(kernel, "grouped_dot", shape, x_MK.dtype, tiles, *blocks)
-    return call(task_T4, x_MK, w)[:, :N]
+    return call(task_T4, x_MK, w)[:M, :N]
 
 
 def dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax.Array:
@@ -130,7 +129,7 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
     size_E = size_E.astype(jnp.int32)
     end_E = jnp.cumsum(size_E)
     range_E2 = jnp.stack([end_E - size_E, end_E], 1)
-    x_MI, dy_MO = (fill(x, 1, ALIGNED) for x in (x_MI, dy_MO))
+    x_MI, dy_MO = (fill(x, ALIGNED, STEP) for x in (x_MI, dy_MO))
     tiles_I = -(-inputs // ROWS)
     tiles = tiles_of(experts * tiles_I, outputs)
 
