@@ -85,9 +85,11 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     for steps in (gpu_steps.OF_JAX, gpu_steps.OF_TORCH):
         if clock.left() <= 0:
             left_out += steps
+            _tell_left_out(steps, say)
             continue
         started = gpu_steps.start(steps, missing, clock)
-        of_steps |= gpu_steps.measure(started, rounds, clock, kernels, say)
+        found, their_kernels = gpu_steps.measure(started, rounds, clock, say)
+        of_steps, kernels = of_steps | found, kernels | their_kernels
     return make_report(
         outcomes | of_steps,
         settings={
@@ -199,7 +201,7 @@ def measure(
     """What each of them has shown, and those that were left out, for time was over."""
     outcomes: dict[Contender, Outcome] = {}
     left_out, case = [], None
-    last = {id(side): i for i, (_, side) in enumerate(contenders)}
+    last = {side: i for i, (_, side) in enumerate(contenders)}
     for i, (contender, side) in enumerate(contenders):
         if clock.left() <= 0:
             left_out.append(contender)
@@ -213,11 +215,15 @@ def measure(
         except RuntimeError as error:
             outcomes[contender] = Failed(str(error))
         _tell(contender, outcomes[contender], time.monotonic() - start, say)
-        if last[id(side)] == i:
+        if last[side] == i:
             side.close()
-    for contender in left_out:
-        say(f"left out, for time was over: {contender}")
+    _tell_left_out(left_out, say)
     return outcomes, left_out
+
+
+def _tell_left_out(contenders: Sequence[Contender], say: Callable[[str], None]) -> None:
+    for contender in contenders:
+        say(f"left out, for time was over: {contender}")
 
 
 def _tell(

@@ -104,14 +104,10 @@ def measure(
     workers: Mapping[Contender, Worker | Failed],
     rounds: int,
     clock: Clock,
-    kernels: dict[str, Any],
     say: Callable[[str], None],
-) -> dict[Contender, Outcome]:
-    """What each took, in turns; ends the processes.
-
-    Args:
-      kernels: is given, for each of JAX's, what the GPU's time went to in a step.
-    """
+) -> tuple[dict[Contender, Outcome], dict[str, Any]]:
+    """What each took, in turns, and what the GPU's time went to; ends the processes."""
+    kernels: dict[str, Any] = {}
     outcomes: dict[Contender, Outcome] = {
         name: worker for name, worker in workers.items() if isinstance(worker, Failed)
     }
@@ -137,4 +133,4 @@ def measure(
     for name, outcome in outcomes.items():
         told = outcome.reason if isinstance(outcome, Failed) else f"{outcome.median} s"
         say(f"{name}: {markup.escape(told)}")
-    return outcomes
+    return outcomes, kernels

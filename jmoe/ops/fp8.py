@@ -124,11 +124,11 @@ def quantize(
         data = _from_tiles(_convert(tiles), axes, x.shape)
         return Quantized(data, scale.squeeze(axes))
 
-    fits = is_for_kernel(x, block, power_of_two)
+    fits = has_kernel(x, block, power_of_two)
     return by_platform(kernel, reference, x, fits=fits)
 
 
-def is_for_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
+def has_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
     """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
     is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
     return is_matrix and block == ROW and not power_of_two

@@ -77,14 +77,11 @@ def _along_rows(
     def reference(x_MI, tile_T4):
         row_TR = tile_T4[:, 1:2] + jnp.arange(BLOCK, dtype=jnp.int32)
         is_own_TR = (row_TR >= tile_T4[:, 2:3]) & (row_TR < tile_T4[:, 3:])
-        row_P, is_own_P = (
-            jnp.where(is_own_TR, row_TR, 0).reshape(-1),
-            is_own_TR.reshape(-1),
-        )
+        row_P = jnp.where(is_own_TR, row_TR, 0).reshape(-1)
         rows_PI = x_MI.at[row_P].get(mode="promise_in_bounds")
-        return recipe.quantize(jnp.where(is_own_P[:, None], rows_PI, 0).T, block)
+        return recipe.quantize(jnp.where(is_own_TR.reshape(-1, 1), rows_PI, 0).T, block)
 
-    fits = fp8.is_for_kernel(x_MI, block, recipe.power_of_two)
+    fits = fp8.has_kernel(x_MI, block, recipe.power_of_two)
     return by_platform(kernel, reference, x_MI, tile_T4, fits=fits)
 
 

@@ -62,15 +62,16 @@ def row_tiles(size_E: jax.Array, num_rows: int, *, aligned: int) -> jax.Array:
     end_E = jnp.cumsum(size_E)
     first_E = end_E - size_E
     start_E = first_E // aligned * aligned
-    end_tile_E = jnp.cumsum(num_row_tiles(size_E, aligned=aligned))
+    count_E = num_row_tiles(size_E, aligned=aligned)
+    end_tile_E = jnp.cumsum(count_E)
     # Of each expert, at most this many rows are added to fill up its first and last.
     most = num_rows + (aligned - 1 + ROW_TILE - 1) * size_E.shape[0]
     tile_T = jnp.arange(most // ROW_TILE, dtype=jnp.int32)
     expert_T = jnp.searchsorted(end_tile_E, tile_T, side="right").astype(jnp.int32)
     is_tile_T = expert_T < size_E.shape[0]
     expert_T = jnp.where(is_tile_T, expert_T, 0)
-    before_E = jnp.concatenate([jnp.zeros(1, jnp.int32), end_tile_E[:-1]])
-    start_T = start_E[expert_T] + (tile_T - before_E[expert_T]) * ROW_TILE
+    nth_T = tile_T - (end_tile_E - count_E)[expert_T]
+    start_T = start_E[expert_T] + nth_T * ROW_TILE
     start_T = jnp.where(is_tile_T, start_T, 0)
     own_T = jnp.maximum(first_E[expert_T], start_T)
     end_T = jnp.minimum(end_E[expert_T], start_T + ROW_TILE)

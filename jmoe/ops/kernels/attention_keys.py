@@ -27,11 +27,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import tensor_cores
+from jmoe.ops.kernels.launch import WARPGROUPS, launcher
 
 ROWS = 64
 COLUMNS = 64
 STAGES = 2  # steps whose operands are in shared memory
-WARPGROUPS = 2  # that multiply
 TILE = WARPGROUPS * ROWS
 FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the rest
 
@@ -59,23 +59,17 @@ def gradients(
     """
     batch, length, heads, qk_dim = q_BTHQ.shape
     grid = {"head": heads, "tile": length // TILE, "batch": batch}
-    call: Any = plgpu.kernel(
+    call = launcher(
         functools.partial(_kernel, scale),
-        out_type=(k_BTHQ, v_BTHV),
-        scratch_types=[
+        "attention_keys",
+        (k_BTHQ, v_BTHV),
+        [
             plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), k_BTHQ.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, v_BTHV.shape[-1]), v_BTHV.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         ],
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name="attention_keys",
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        grid,
+        approx_math=True,
     )
     position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     ranges = [position_BT] if start_BT is None else [position_BT, start_BT]

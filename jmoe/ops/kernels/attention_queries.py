@@ -30,9 +30,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import tensor_cores
+from jmoe.ops.kernels.launch import WARPGROUPS, launcher
 
 ROWS = 64
-WARPGROUPS = 2  # that multiply
 TILE = WARPGROUPS * ROWS
 KEYS = 128  # in a step forward
 STAGES = 2  # steps whose operands are in shared memory
@@ -63,10 +63,9 @@ def forward(
     """
     batch, length, heads, qk_dim = q_BTHQ.shape
     starts = [] if start_BT is None else [start_BT]
-    call = _kernel(
+    call = launcher(
         functools.partial(_forward, scale),
         "attention_forward",
-        (heads, length // TILE, batch),
         (v_BTHV, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)),
         [
             plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), q_BTHQ.dtype),
@@ -75,6 +74,8 @@ def forward(
             plgpu.Barrier(num_arrivals=1 + len(starts), num_barriers=WARPGROUPS),
             *_rows_of(starts),
         ],
+        _grid(q_BTHQ),
+        approx_math=True,
     )
     return call(q_BTHQ, k_BTHQ, v_BTHV, *starts)
 
@@ -97,12 +98,10 @@ def gradient(
       log_sum_BHT: float32, of the exponentials of a query's scaled logits.
       delta_BHT: float32, the output times its gradient, summed over V.
     """
-    batch, length, heads, qk_dim = q_BTHQ.shape
-    starts = [] if start_BT is None else [start_BT]
-    call = _kernel(
+    qk_dim, starts = q_BTHQ.shape[-1], [] if start_BT is None else [start_BT]
+    call = launcher(
         functools.partial(_gradient, scale),
         "attention_queries",
-        (heads, length // TILE, batch),
         q_BTHQ,
         [
             plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), q_BTHQ.dtype),
@@ -113,31 +112,21 @@ def gradient(
             plgpu.Barrier(num_arrivals=4 + len(starts), num_barriers=WARPGROUPS),
             *_rows_of(starts),
         ],
+        _grid(q_BTHQ),
+        approx_math=True,
     )
     log_sum_BHT *= math.log2(math.e)
     operands = q_BTHQ, k_BTHQ, v_BTHV, d_out_BTHV, log_sum_BHT, delta_BHT
     return call(*operands, *starts)
 
 
+def _grid(x_BTHD: jax.Array) -> dict[str, int]:
+    batch, length, heads, _ = x_BTHD.shape
+    return {"head": heads, "tile": length // TILE, "batch": batch}
+
+
 def _rows_of(starts):
     return [plgpu.SMEM((WARPGROUPS, ROWS), x.dtype) for x in starts]
-
-
-def _kernel(function, name, grid, out_type, scratch_types) -> Any:
-    return plgpu.kernel(
-        function,
-        out_type=out_type,
-        scratch_types=scratch_types,
-        grid=grid,
-        grid_names=("head", "tile", "batch"),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )
 
 
 class _Queries(NamedTuple):

@@ -18,13 +18,13 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import grouped
 from jmoe.ops.kernels.fp8_matmul import (
     BLOCK,
     TILE,
     make,
+    put,
     row_scale,
     run,
     store_rows,
@@ -84,12 +84,10 @@ def dot(
 
             @pl.when(first < end)
             def _():
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                y_smem[...] = total.astype(y_smem.dtype)
-                plgpu.commit_smem()
+                put(total, y_smem)
                 grouped.copy_range(y_smem, y_gmem, tile(n), row, first, end)
 
-        run(tiles, steps, fetch, scale_of, store, shared, by_row=False)
+        run(tiles, steps, fetch, scale_of, store, shared)
 
     shape = x_MK.shape[0], w_ENK.shape[1]
     call = make(kernel, "fp8_grouped_dot", shape, dtype, tiles, by_row=False)
@@ -144,9 +142,7 @@ def outer(
             expert, i, o = place(index)
             store_rows(total, w_smem, w_gmem.at[expert, tile(i), tile(o)])
 
-        run(
-            tiles, steps, fetch, lambda index: lambda k: 1.0, store, shared, by_row=True
-        )
+        run(tiles, steps, fetch, lambda index: lambda k: 1.0, store, shared)
 
     shape = experts, x_IM.shape[0], dy_OM.shape[0]
     call = make(kernel, "fp8_grouped_outer", shape, dtype, tiles, by_row=True)

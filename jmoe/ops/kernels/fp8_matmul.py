@@ -26,13 +26,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import stream
+from jmoe.ops.kernels.launch import WARPGROUPS
 from jmoe.ops.kernels.stream import fill
 
 BLOCK = 128  # that a scale covers
 TILE = 128  # rows of a and of b
-ROWS = TILE // stream.WARPGROUPS
+ROWS = TILE // WARPGROUPS
 STAGES = 4  # steps whose operands are in shared memory
-CLUSTER = 2
 SNAKE = 8
 
 
@@ -77,7 +77,7 @@ def matmul(
             m, n = tiles.place(index)
             store_rows(total, y_smem, y_gmem.at[tile(m), tile(n)])
 
-        run(tiles, lambda index: steps, fetch, scale_of, store, shared, by_row)
+        run(tiles, lambda index: steps, fetch, scale_of, store, shared)
 
     shape = a_MK.shape[0], b_NK.shape[0]
     call = make(kernel, "fp8_matmul", shape, dtype, tiles, by_row)
@@ -113,7 +113,6 @@ def run(
     scale_of: Callable[[Any], Callable[[Any], Any]],
     store: Callable[[Any, Any, Any], None],
     shared: Any,
-    by_row: bool,
 ) -> None:
     """Sums the products of tiles of a and b, for all of this block's tiles.
 
@@ -123,7 +122,7 @@ def run(
       scale_of: of a tile, and then a step, the scale of b's square, or 1.
       store: of a tile, stores this warpgroup's sums, float32 [ROWS, TILE], through its
         shared memory.
-      by_row: whether b's scales are of rows.
+      shared: what `make` gives a kernel; b's scales are in it, if they are of rows.
     """
     a_smem, a_scale_smem, b_smem, *b_scale_smem, ready, consumed, y_smem = shared
 
@@ -172,11 +171,16 @@ def run(
     stream.run(tiles, steps, copy, compute, ready, consumed, STAGES)
 
 
-def store_rows(total: Any, y_smem: Any, y_gmem: Any) -> None:
-    """This warpgroup's rows of a tile."""
+def put(total: Any, y_smem: Any) -> None:
+    """In this warpgroup's shared memory, to be copied, once the last tile's are."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     y_smem[...] = total.astype(y_smem.dtype)
     plgpu.commit_smem()
+
+
+def store_rows(total: Any, y_smem: Any, y_gmem: Any) -> None:
+    """This warpgroup's rows of a tile."""
+    put(total, y_smem)
     rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[rows])
 
@@ -198,13 +202,12 @@ def make(
     scale = jax.ShapeDtypeStruct((TILE,), jnp.float32)
     operands = [data, scale, data] + [scale] * by_row
     out = jax.ShapeDtypeStruct(shape, dtype)
-    results = plgpu.SMEM((stream.WARPGROUPS, ROWS, TILE), dtype)
+    results = plgpu.SMEM((WARPGROUPS, ROWS, TILE), dtype)
     return stream.make(kernel, name, out, tiles, operands, [results], STAGES)
 
 
 def tiles_of(rows: int, outputs: int) -> stream.Tiles:
-    columns = outputs // TILE
-    return stream.Tiles(rows, columns, 1 if columns % CLUSTER else CLUSTER, SNAKE)
+    return stream.Tiles(rows, outputs // TILE, SNAKE)
 
 
 def tile(index: Any) -> Any:

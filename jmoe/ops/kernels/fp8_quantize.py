@@ -18,12 +18,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jmoe.ops.fp8 import BLOCK, DTYPE, LARGEST
+from jmoe.ops.kernels.launch import launcher
 from jmoe.ops.kernels.stream import fill
 
-TILE = 128
-LARGEST = 448.0
-DTYPE = jnp.float8_e4m3fn
-
+TILE = BLOCK
 
 # JAX 0.10 can't read shared memory transposed, but for tensor cores.
 READS_TRANSPOSED = jax.__version_info__ >= (0, 11)
@@ -132,23 +131,15 @@ def make(
     dtype: Any,
 ) -> Any:
     """A function of arrays from a kernel of their refs, the results' and memory's."""
-    return plgpu.kernel(
-        kernel,
-        out_type=(
-            jax.ShapeDtypeStruct(shape, DTYPE),
-            jax.ShapeDtypeStruct(scale_shape, jnp.float32),
-        ),
-        scratch_types=[
-            plgpu.SMEM((TILE, TILE), dtype),
-            plgpu.SMEM((TILE, TILE), DTYPE),
-            plgpu.SMEM((TILE,), jnp.float32),
-            plgpu.Barrier(),
-        ],
-        grid=grid,
-        grid_names=("row", "column"),
-        kernel_name=name,
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+    out = (
+        jax.ShapeDtypeStruct(shape, DTYPE),
+        jax.ShapeDtypeStruct(scale_shape, jnp.float32),
     )
+    shared = [
+        plgpu.SMEM((TILE, TILE), dtype),
+        plgpu.SMEM((TILE, TILE), DTYPE),
+        plgpu.SMEM((TILE,), jnp.float32),
+        plgpu.Barrier(),
+    ]
+    blocks = {"row": grid[0], "column": grid[1]}
+    return launcher(kernel, name, out, shared, blocks, warpgroups=1)

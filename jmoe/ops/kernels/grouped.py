@@ -26,17 +26,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import stream
+from jmoe.ops.kernels.launch import WARPGROUPS
 from jmoe.ops.kernels.stream import fill
 from jmoe.ops.rows import ROW_TILE, row_tiles
 
 ROWS = ROW_TILE
-OWN_ROWS = ROWS // stream.WARPGROUPS
+OWN_ROWS = ROWS // WARPGROUPS
 COLUMNS = 256
 STEP = 64  # of what is summed; columns of arrays are a multiple of it
 STAGES = 4  # steps whose operands are in shared memory
 STORED = 64  # columns of results that are in shared memory at a time
 SLOTS = 2  # of them
-CLUSTER = 2
 SNAKE = 4
 ALIGNED = 8  # rows that copies start at
 PART_ROWS = 8, 1  # that are stored at a time of a tile that is only partly its own
@@ -201,8 +201,7 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
 
 
 def tiles_of(rows: int, outputs: int) -> stream.Tiles:
-    columns = -(-outputs // COLUMNS)
-    return stream.Tiles(rows, columns, 1 if columns % CLUSTER else CLUSTER, SNAKE)
+    return stream.Tiles(rows, -(-outputs // COLUMNS), SNAKE)
 
 
 def summed_up(loop: stream.Loop, product: Any) -> Any:
@@ -262,6 +261,6 @@ def make(kernel, name, shape, dtype, tiles, *blocks) -> Any:
         jax.ShapeDtypeStruct(shape, dtype),
         tiles,
         [jax.ShapeDtypeStruct(block, dtype) for block in blocks],
-        [plgpu.SMEM((stream.WARPGROUPS, SLOTS, OWN_ROWS, STORED), dtype)],
+        [plgpu.SMEM((WARPGROUPS, SLOTS, OWN_ROWS, STORED), dtype)],
         STAGES,
     )

@@ -33,17 +33,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jmoe.ops.kernels import tensor_cores
-from jmoe.ops.kernels.stream import fill
+from jmoe.ops.kernels.launch import WARPGROUPS, launcher
+from jmoe.ops.kernels.stream import SMS, fill
 
 ROWS = 64  # that tensor cores multiply at a time
 FEW = 32  # heads that are columns
 COLUMNS = 16  # that the two warpgroups can fetch
 POSITIONS = 64  # in a step
 STAGES = 2  # steps whose positions are in shared memory
-WARPGROUPS = 2  # that multiply
 FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the rest
 
-SMS = 132  # of an H100
 EXTRA_STEPS = 4  # that starting a block, and storing and adding its result, takes
 MASKED = -1e30  # finite, so that no difference is NaN
 
@@ -107,27 +106,21 @@ def latent_decode(
     tiles = q_BHX.shape[1] // form.heads
     parts = num_parts(batch * tiles, -(-cache_BSX.shape[1] // POSITIONS))
     outputs = batch, parts, *form.outputs(q_BHX.shape[1], value_dim)
-    call: Any = plgpu.kernel(
+    call = launcher(
         functools.partial(_kernel, form, scale, tiles),
-        out_type=(
+        "latent_decode",
+        (
             jax.ShapeDtypeStruct(outputs, jnp.float32),
             jax.ShapeDtypeStruct((batch, parts, q_BHX.shape[1]), jnp.float32),
         ),
-        scratch_types=[
+        [
             plgpu.SMEM((form.heads, dim), q_BHX.dtype),
             plgpu.SMEM((WARPGROUPS, form.heads), jnp.float32),
             plgpu.Barrier(num_arrivals=WARPGROUPS),
             *form.probabilities(q_BHX.dtype),
         ],
-        grid=(batch * parts * tiles,),
-        grid_names=("block",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name="latent_decode",
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
+        {"block": batch * parts * tiles},
+        approx_math=True,
     )
     out, log_sum_BPH = call(length_B.astype(jnp.int32), q_BHX, cache_BSX)
     weight_BPH = jax.nn.softmax(log_sum_BPH, axis=1)

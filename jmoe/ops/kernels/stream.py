@@ -18,7 +18,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-WARPGROUPS = 2  # that multiply
+from jmoe.ops.kernels.launch import WARPGROUPS, launcher
+
+CLUSTER = 2  # blocks, where the columns' tiles can be divided by it
 FETCH_REGISTERS = 40  # of a thread that fetches
 REGISTERS = 232  # of one that multiplies
 SMS = 132  # of an H100 and an H200
@@ -31,12 +33,16 @@ def num_sms() -> int:
 
 
 class Tiles(NamedTuple):
-    """How many a result has, and how many blocks along the columns make a cluster."""
+    """How many a result has."""
 
     rows: int
     columns: int
-    cluster: int
     snake: int  # clusters along the columns that are computed before the next rows
+
+    @property
+    def cluster(self) -> int:
+        """Blocks of threads in one: they have neighbours of a row."""
+        return 1 if self.columns % CLUSTER else CLUSTER
 
     @property
     def clusters(self) -> int:
@@ -198,27 +204,14 @@ def make(
         )
     else:
         consumed = plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
-    return plgpu.kernel(
-        kernel,
-        out_type=out,
-        scratch_types=[
-            *(plgpu.SMEM((stages, *x.shape), x.dtype) for x in operands),
-            plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
-            consumed,
-            *scratch,
-        ],
-        grid=(num_blocks(tiles),),
-        grid_names=("block",),
-        cluster=(tiles.cluster,),
-        cluster_names=("cluster",),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        # Layouts are inferred: the default from JAX 0.12 on.
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Warpgroup
-        ),
-    )
+    shared = [
+        *(plgpu.SMEM((stages, *x.shape), x.dtype) for x in operands),
+        plgpu.Barrier(num_arrivals=len(operands), num_barriers=stages),
+        consumed,
+        *scratch,
+    ]
+    grid = {"block": num_blocks(tiles)}
+    return launcher(kernel, name, out, shared, grid, cluster=tiles.cluster)
 
 
 def fill(x: jax.Array, *multiples: int) -> jax.Array:
