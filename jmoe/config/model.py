@@ -67,7 +67,9 @@ class AttentionConfig:
     rope_theta: float = 10_000.0
     yarn: YarnConfig | None = None
     latent_norm_eps: float = 1e-6  # not norm_eps: DeepSeek fixes it
-    block_size: int = 128  # keys (and queries) scored at a time
+    # Keys, and queries, that are scored at a time. XLA for CPUs gives smaller blocks
+    # one core each.
+    block_size: int = 512
 
     def __post_init__(self):
         checks.at_least(

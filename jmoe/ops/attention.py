@@ -100,15 +100,19 @@ def _attend(q, k, v, segment, blocks):
 
 
 def _forward(q, k, v, segment, blocks):
-    """Output and its float32 log-sum-exp, in blocks as the arguments are."""
+    """Output and its float32 level, in blocks as the arguments are.
+
+    The level is the log-sum-exp of a row's scaled logits, divided by the scale: where
+    logits lie, before they are scaled.
+    """
 
     def visit(carry, pair):
         out, top, total = carry
         i, j = pair
         logits = _logits(q, k, segment, i, j, blocks)
         new_top = jnp.maximum(top[i], logits.max(-1))
-        weight = jnp.exp(logits - new_top[..., None])
-        shrink = jnp.exp(top[i] - new_top)
+        weight = jnp.exp(blocks.scale * (logits - new_top[..., None]))
+        shrink = jnp.exp(blocks.scale * (top[i] - new_top))
         value = jnp.einsum(
             "bhqk,bhkv->bhqv",
             weight.astype(v.dtype),
@@ -128,11 +132,13 @@ def _forward(q, k, v, segment, blocks):
         jnp.zeros(rows, jnp.float32),
     )
     (out, top, total), _ = _walk(visit, start, blocks)
-    return (out / total[..., None]).astype(v.dtype), top + jnp.log(total)
+    level = top + jnp.log(total) / blocks.scale
+    return (out / total[..., None]).astype(v.dtype), level
 
 
 def _logits(q, k, segment, i, j, blocks):
-    logits = blocks.scale * jnp.einsum(
+    """Not scaled: that costs nothing where they are read."""
+    logits = jnp.einsum(
         "bhqd,bhkd->bhqk", q[i], k[j], preferred_element_type=jnp.float32
     )
     within = jnp.arange(blocks.size)
@@ -151,23 +157,23 @@ def _walk(visit, start, blocks):
 
 
 def _attend_fwd(q, k, v, segment, blocks):
-    out, log_sum = _forward(q, k, v, segment, blocks)
-    return out, (q, k, v, segment, out, log_sum)
+    out, level = _forward(q, k, v, segment, blocks)
+    return out, (q, k, v, segment, out, level)
 
 
 def _attend_bwd(blocks, saved, d_out):
-    q, k, v, segment, out, log_sum = saved
+    q, k, v, segment, out, level = saved
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def visit(carry, pair):
         dq, dk, dv = carry
         i, j = pair
         logits = _logits(q, k, segment, i, j, blocks)
-        weight = jnp.exp(logits - log_sum[i][..., None])
+        weight = jnp.exp(blocks.scale * (logits - level[i][..., None]))
         d_weight = jnp.einsum(
             "bhqv,bhkv->bhqk", d_out[i], v[j], preferred_element_type=jnp.float32
         )
-        d_logits = blocks.scale * weight * (d_weight - delta[i][..., None])
+        d_logits = weight * (d_weight - delta[i][..., None])
         d_logits, weight = d_logits.astype(q.dtype), weight.astype(q.dtype)
         accumulate = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         return (
@@ -176,12 +182,13 @@ def _attend_bwd(blocks, saved, d_out):
             dv.at[j].add(accumulate("bhvq,bhqk->bhvk", d_out_across[i], weight)),
         ), None
 
-    # A CPU multiplies a block of scores by what lies across it thrice as fast as it
-    # multiplies the block's transpose.
+    # A CPU multiplies a block of scores by what lies across it faster than it multiplies
+    # the block's transpose.
     q_across, d_out_across = q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)
     shapes = q.shape, q_across.shape, d_out_across.shape
     start = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
     (dq, dk, dv), _ = _walk(visit, start, blocks)
+    dq, dk = blocks.scale * dq, blocks.scale * dk
     dk, dv = dk.swapaxes(-1, -2), dv.swapaxes(-1, -2)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
@@ -201,9 +208,9 @@ def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
         return kernels.forward(*operands, scale=blocks.scale)
 
     def reference(*operands):
-        out, log_sum = _forward(*_cut(blocks, *operands), blocks)
+        out, level = _forward(*_cut(blocks, *operands), blocks)
         length = q_BTHQ.shape[1]
-        log_sum_BTH = blocks.join(log_sum, SUMS, length)
+        log_sum_BTH = blocks.join(blocks.scale * level, SUMS, length)
         return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
 
     operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
@@ -219,8 +226,8 @@ def _backward_by_platform(blocks, saved, d_out_BTHV):
 
     def reference(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, out_BTHV, log_sum_BHT, d_out):
         out, d_out = (blocks.cut(x, HEADS_FIRST) for x in (out_BTHV, d_out))
-        log_sum = blocks.cut(log_sum_BHT.swapaxes(1, 2), SUMS)
-        saved = *_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), out, log_sum
+        level = blocks.cut(log_sum_BHT.swapaxes(1, 2), SUMS) / blocks.scale
+        saved = *_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), out, level
         *gradients, _ = _attend_bwd(blocks, saved, d_out)
         length = q_BTHQ.shape[1]
         return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)

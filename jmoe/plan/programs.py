@@ -28,14 +28,13 @@ def run_on(
     exchange: ExchangeConfig,
     length: int = LENGTH,
 ) -> RunConfig:
-    """A run of `model` on `mesh`, with attention and experts as GPUs want them."""
-    attention = dataclasses.replace(model.attention, block_size=512)
+    """A run of `model` on `mesh`, with experts as GPUs want them."""
     moe = dataclasses.replace(model.moe, backend="ragged", exchange=exchange)
     sequences = mesh.batch_parts
     count = MICROBATCHES if mesh.pipe == 1 else 4 * mesh.pipe
     return RunConfig(
         name=name,
-        model=dataclasses.replace(model, attention=attention, moe=moe),
+        model=dataclasses.replace(model, moe=moe),
         data=DataConfig(sequence_length=length),
         train=TrainConfig(
             steps=10_000,
