@@ -5,7 +5,9 @@
 All ranks share the same cores, so that a rank which idles costs nothing, and a schedule
 shows what it *does*: the tasks, and on top of them the executor's reading and writing
 of slots, the hand-overs, and for DualPipe a second copy of the weights. The tasks' own
-times are those of the same loops, called one by one on one device.
+times are those of the same loops, called one by one on one device. A rank that waits
+for another keeps one of XLA's threads; so there are as many more threads than cores as
+there are ranks, and the last one at work in a tick has all cores.
 
 What a schedule costs where each rank has cores of its own is in its ticks, of which
 each takes as long as its longest task: `time in ticks` is the sum of these, by the
@@ -18,6 +20,7 @@ a step needs 6 to 12 GiB, so that not all of them can wait side by side.
 """
 
 import itertools
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -100,10 +103,14 @@ def measure(
 
 
 def _worker(side: str, devices: int, **options) -> Worker:
+    waiting = devices if devices > 1 else 0
     return Worker(
         f"{SIDE}.{side}",
         setup=keep_freed_memory,
-        environment={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        environment={
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "NPROC": str(len(os.sched_getaffinity(0)) + waiting),  # XLA's threads
+        },
         **options,
     )
 

@@ -87,7 +87,8 @@ class RoutedExperts(nn.Module):
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
             routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
-            y = routed_mlp(x, expert, gate, *weights, recipe=recipe)
+            hosts = collectives.axis_size("expert")
+            y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
             return collectives.scatter_sum(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)

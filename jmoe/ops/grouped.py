@@ -5,13 +5,16 @@ gate and up halves.
 
 All backends share one signature,
 
-    routed_mlp(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe=None) -> y_TD
+    routed_mlp(
+        x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe=None, hosts=1
+    ) -> y_TD
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
 are dropless, cost time in proportion to T * K and not to E, and let gradients flow to
 x, the gates and the weights. A token's experts are distinct, except that any number of
 its choices may be expert E, "nobody", and contribute nothing: that is how a device
-skips the experts that other devices host.
+skips the experts that other devices host. With all experts on `hosts` devices, about
+one choice in as many is not nobody's; room is made for that, and any number is right.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
 [E, F, D]; that is for inference, without gradients.

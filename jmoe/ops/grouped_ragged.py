@@ -7,9 +7,11 @@ input and O output dimension. The contract is that of `jmoe.ops.grouped`.
 Rows are sorted by expert, and one kernel multiplies each expert's rows by its weights.
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
-taken in *segments* of about T rows. The first is always computed, which lets the
-compiler overlap it with communication; a loop takes as many more as there are. No array
-is longer than a segment, and what is nobody's is computed only to fill the last one.
+taken in *segments*. The first is always computed, which lets the compiler overlap it
+with communication. It has room for the rows of balanced experts, all of them where no
+other device has experts, and no less than T. A loop takes as many segments of T more as
+there are. No array is longer than a segment, and what is nobody's is computed only to
+fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
@@ -53,6 +55,13 @@ Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
 
 
+class Lengths(NamedTuple):
+    """How many rows the first segment has, and each later one."""
+
+    first: int
+    later: int
+
+
 class Plan(NamedTuple):
     """`rows`, with spare ones to whole segments; the row of each choice; those owned.
 
@@ -92,9 +101,9 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
-    length = _segment_length(x_TD.shape[0])
-    plan = _plan(expert_TK, down_EFD.shape[0], length)
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, hosts):
+    lengths = _segment_lengths(expert_TK.shape, hosts)
+    plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     gate_up_EDX, down_EFD = (
         _ready(w, x_TD.dtype, recipe)
         for w in (stored.as_matrices(gate_up_ED2F), down_EFD)
@@ -106,23 +115,23 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
         y_MD = _dot(recipe, act_MF, down_EFD, segment)
         return _collect(y_MD, plan, segment).sum(1)
 
-    y_TD = _over_segments(plan, length, output)
+    y_TD = _over_segments(plan, lengths, output)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
+def _backward(recipe: Recipe, hosts: int, saved: Saved, dy_TD: jax.Array):
     def gradients(segment):
         middle = _middle(recipe, saved, dy_TD, segment)
         of_inputs = _input_gradients(recipe, saved, middle, segment)
         return of_inputs + _weight_gradients(recipe, saved, dy_TD, middle, segment)
 
-    length = _segment_length(dy_TD.shape[0])
-    return _results(saved, *_over_segments(saved.plan, length, gradients))
+    lengths = _segment_lengths(saved.gate_TK.shape, hosts)
+    return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
-    plan, length = saved.plan, _segment_length(dy_TD.shape[0])
-    first = _cut(plan, 0, length)
+def _backward_apart(recipe: Recipe, hosts: int, saved: Saved, dy_TD: jax.Array):
+    plan, lengths = saved.plan, _segment_lengths(saved.gate_TK.shape, hosts)
+    first = _cut(plan, 0, lengths.first)
 
     # What needs only x could be computed long before this pass, and stay.
     of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
@@ -136,7 +145,7 @@ def _backward_apart(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
         )
 
     of_first = _input_gradients(recipe, of_pass, middle, first)
-    of_inputs = _add_later(plan, length, input_gradients, of_first)
+    of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
     of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
@@ -145,22 +154,24 @@ def _backward_apart(recipe: Recipe, saved: Saved, dy_TD: jax.Array):
         return _weight_gradients(recipe, of_pass, dy_TD, middle, segment)
 
     of_first = _weight_gradients(recipe, of_pass, dy_TD, middle, first)
-    of_weights = _add_later(plan, length, weight_gradients, of_first)
+    of_weights = _add_later(plan, lengths, weight_gradients, of_first)
     return _results(saved, *of_inputs, *of_weights)
 
 
 def _backend(
-    backward: Callable[[Recipe, Saved, jax.Array], Any],
+    backward: Callable[[Recipe, int, Saved, jax.Array], Any],
 ) -> Callable[..., jax.Array]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
 
     Its y_TD has x's dtype and is summed in float32; the gates are float32.
     """
 
-    def output(x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None):
-        return _forward(x_TD, expert_TK, gate_TK, gate_up, down, recipe)[0]
+    def output(
+        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
+    ):
+        return _forward(x_TD, expert_TK, gate_TK, gate_up, down, recipe, hosts)[0]
 
-    routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
+    routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
     routed_mlp.defvjp(_forward, backward)
     return routed_mlp
 
@@ -231,12 +242,21 @@ def _after(other: jax.Array, x: jax.Array) -> jax.Array:
     return lax.optimization_barrier((x, other))[0]
 
 
-def _segment_length(tokens: int) -> int:
-    return -(-tokens // TILE) * TILE
+def _segment_lengths(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
+    tokens, top_k = shape_TK
+    balanced = -(-tokens * top_k // hosts)
+    first, later = (-(-n // TILE) * TILE for n in (max(tokens, balanced), tokens))
+    return Lengths(first, later)
 
 
-def _plan(expert_TK: jax.Array, num_experts: int, length: int) -> Plan:
-    spare = -expert_TK.size % length
+def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
+    """How many segments these rows need, besides the first."""
+    return -(-(rows - lengths.first) // lengths.later)
+
+
+def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> Plan:
+    most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
+    spare = most - expert_TK.size
     rows = sort_rows(expert_TK, num_experts, spare=spare)
     choice_N = rows.choice_N[: expert_TK.size]
     index_N = jnp.arange(expert_TK.size, dtype=jnp.int32)
@@ -244,27 +264,29 @@ def _plan(expert_TK: jax.Array, num_experts: int, length: int) -> Plan:
     return Plan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
 
 
-def _over_segments(plan: Plan, length: int, compute: Callable[[Segment], Any]) -> Any:
+def _over_segments(
+    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any]
+) -> Any:
     """The sum of a tree of arrays over all segments that have rows."""
-    return _add_later(plan, length, compute, compute(_cut(plan, 0, length)))
+    return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
 
 
 def _add_later(
-    plan: Plan, length: int, compute: Callable[[Segment], Any], first: Any
+    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
 ) -> Any:
     """`_over_segments`, where that of the first segment is at hand."""
-    count = -(-plan.owned // length)
 
     def add(i, total):
-        return jax.tree.map(jnp.add, total, compute(_cut(plan, i, length)))
+        segment = _cut(plan, lengths.first + i * lengths.later, lengths.later)
+        return jax.tree.map(jnp.add, total, compute(segment))
 
-    if plan.rows.choice_N.size == length:
+    if plan.rows.choice_N.size == lengths.first:
         return first
-    return lax.fori_loop(1, count, add, first)
+    return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
 
 
-def _cut(plan: Plan, index: jax.Array | int, length: int) -> Segment:
-    start = jnp.int32(index) * length
+def _cut(plan: Plan, start: jax.Array | int, length: int) -> Segment:
+    start = jnp.int32(start)
     choice_M, token_M = (
         lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
     )

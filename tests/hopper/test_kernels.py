@@ -123,8 +123,8 @@ def test_routed_experts_products_are_kernels(backend):
     def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):
         def output(x_TD, gate_TK, gate_up, down):
             routed_mlp = grouped.BACKENDS[backend]
-            recipe = fp8.RECIPES["fp8"]
-            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, recipe=recipe)
+            options = {"recipe": fp8.RECIPES["fp8"], "hosts": choices}
+            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, **options)
 
         y_TD, pull = jax.vjp(output, x_TD, gate_TK, gate_up, down)
         return y_TD, *pull(dy_TD)

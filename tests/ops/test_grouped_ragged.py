@@ -14,6 +14,7 @@ from jmoe.ops import grouped, grouped_ragged
 T, K, D, E, F = 300, 3, 16, 5, 8
 NOBODY = E
 SEGMENT = 3 * grouped_ragged.TILE  # holds T
+FIRST = {1: 8 * grouped_ragged.TILE, 2: 4 * grouped_ragged.TILE, 4: SEGMENT}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,15 +38,17 @@ def arrays(of_nobody):
 
 @pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
 @pytest.mark.parametrize("of_nobody", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("hosts", FIRST)
 def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
-    of_nobody, backend, monkeypatch
+    hosts, of_nobody, backend, monkeypatch
 ):
     product = grouped_ragged._product
 
     def leaves_memory_as_it_was(name, left, right, size_E):
         out = product(name, left, right, size_E)
         if name == "outer":
-            assert left.shape[0] == right.shape[0] == SEGMENT
+            assert left.shape[0] == right.shape[0]
+            assert left.shape[0] in (FIRST[hosts], SEGMENT)
             # A kernel multiplies whole tiles, in which nobody's rows count as zero.
             return out + 0 * (left.sum() + right.sum())
         rows_M = jnp.arange(out.shape[0])[:, None]
@@ -54,23 +57,40 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
     given_arrays = arrays(of_nobody)
     want = gradients(grouped.BACKENDS["blocks"], *given_arrays)
     monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
-    got = gradients(lambda *x: grouped.BACKENDS[backend](*x), *given_arrays)
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=hosts)
+    got = gradients(lambda *x: routed_mlp(*x), *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
+def test_a_device_with_all_experts_has_one_segment_and_no_loop(backend):
+    def loops(hosts):
+        routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=hosts)
+        text = str(jax.make_jaxpr(lambda *x: gradients(routed_mlp, *x))(*arrays(0.0)))
+        return text.count(" while[")
+
+    assert loops(1) == 0
+    assert loops(2) > 0
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def segments_computed(expert_TK, length):
-    plan = grouped_ragged._plan(expert_TK, E, length)
+def segments_computed(expert_TK, lengths):
+    plan = grouped_ragged._plan(expert_TK, E, lengths)
     return grouped_ragged._over_segments(
-        plan, length, lambda s: (jnp.int32(1), s.size_E)
+        plan, lengths, lambda s: (jnp.int32(1), s.size_E)
     )
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.lists(st.integers(0, E), min_size=60, max_size=60), st.sampled_from([8, 60]))
-def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, length):
+@given(
+    st.lists(st.integers(0, E), min_size=60, max_size=60),
+    st.sampled_from([(8, 8), (24, 8), (20, 60), (60, 60), (64, 24)]),
+)
+def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, lengths):
     expert_TK = np.array(choices, np.int32).reshape(20, 3)
-    count, size_E = segments_computed(expert_TK, length)
+    lengths = grouped_ragged.Lengths(*lengths)
+    count, size_E = segments_computed(expert_TK, lengths)
     np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
-    assert count == max(1, -(-int(size_E.sum()) // length))
+    left_over = max(0, int(size_E.sum()) - lengths.first)
+    assert count == 1 + -(-left_over // lengths.later)
