@@ -20,13 +20,12 @@ a step needs 6 to 12 GiB, so that not all of them can wait side by side.
 """
 
 import itertools
-import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.benchmarks.report import Figure, Report
-from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
+from experiments.benchmarks.workers import Seat, Turn, Worker, cores, take_turns
 from experiments.benchmarks.workload import Workload
 from jmoe.config import ModelConfig, PipelineConfig, override
 from jmoe.config.mesh import SCHEDULES
@@ -109,7 +108,7 @@ def _worker(side: str, devices: int, **options) -> Worker:
         setup=keep_freed_memory,
         environment={
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "NPROC": str(len(os.sched_getaffinity(0)) + waiting),  # XLA's threads
+            "NPROC": str(cores() + waiting),  # XLA's threads
         },
         **options,
     )

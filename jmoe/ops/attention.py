@@ -184,8 +184,8 @@ def _attend_bwd(blocks, saved, d_out):
             dv.at[j].add(accumulate("bhvq,bhqk->bhvk", d_out_across[i], weight)),
         ), None
 
-    # A CPU multiplies a block of scores by what lies across it faster than it multiplies
-    # the block's transpose.
+    # A CPU multiplies a block of scores by what lies across it faster than the block's
+    # transpose.
     q_across, d_out_across = q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)
     shapes = q.shape, q_across.shape, d_out_across.shape
     start = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)

@@ -285,8 +285,8 @@ def _add_later(
     return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
 
 
-def _cut(plan: Plan, start: jax.Array | int, length: int) -> Segment:
-    start = jnp.int32(start)
+def _cut(plan: Plan, row: jax.Array | int, length: int) -> Segment:
+    start = jnp.asarray(row, jnp.int32)
     choice_M, token_M = (
         lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
     )

@@ -269,3 +269,9 @@ def test_what_a_block_keeps_is_no_weight(block, remat):
     assert not {value.size for value in passes.kept} & weight_sizes
     if remat == "block":
         assert [(v.shape, v.dtype) for v in passes.kept] == [(x.shape, x.dtype)]
+
+
+def test_a_block_keeps_no_scores_of_attention(block):
+    *_, x = block
+    length = x.shape[1]
+    assert all(value.shape[-2:] != (length, length) for value in split(*block).kept)
