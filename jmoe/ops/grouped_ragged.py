@@ -8,10 +8,10 @@ Rows are sorted by expert, and one kernel multiplies each expert's rows by its w
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
 taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. It has room for the rows of balanced experts, all of them where no
-other device has experts, and no less than T. A loop takes as many segments of T more as
-there are. No array is longer than a segment, and what is nobody's is computed only to
-fill the last one.
+with communication. In `ragged` it has room for the rows of balanced experts, all of
+them where no other device has experts, and no less than T. A loop takes as many
+segments of T more as there are. No array is longer than a segment, and what is nobody's
+is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
@@ -22,7 +22,8 @@ In `ragged`, one loop yields all gradients of the segments after the first. In
 `ragged_apart`, one yields those of x and the gates, and another the weights', which a
 pipeline's schedule puts off. What both need of the first segment is computed once. Of a
 later one it is computed in each loop, so that no array need hold it for all: seven
-products instead of five.
+products instead of five. All segments have T rows: in one long segment, XLA puts little
+between the start and the end of a collective.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
@@ -101,8 +102,7 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, hosts):
-    lengths = _segment_lengths(expert_TK.shape, hosts)
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     gate_up_EDX, down_EFD = (
         _ready(w, x_TD.dtype, recipe)
@@ -119,18 +119,17 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, hosts):
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, hosts: int, saved: Saved, dy_TD: jax.Array):
+def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
     def gradients(segment):
         middle = _middle(recipe, saved, dy_TD, segment)
         of_inputs = _input_gradients(recipe, saved, middle, segment)
         return of_inputs + _weight_gradients(recipe, saved, dy_TD, middle, segment)
 
-    lengths = _segment_lengths(saved.gate_TK.shape, hosts)
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, hosts: int, saved: Saved, dy_TD: jax.Array):
-    plan, lengths = saved.plan, _segment_lengths(saved.gate_TK.shape, hosts)
+def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+    plan = saved.plan
     first = _cut(plan, 0, lengths.first)
 
     # What needs only x could be computed long before this pass, and stay.
@@ -159,25 +158,44 @@ def _backward_apart(recipe: Recipe, hosts: int, saved: Saved, dy_TD: jax.Array):
 
 
 def _backend(
-    backward: Callable[[Recipe, int, Saved, jax.Array], Any],
+    backward: Callable[[Recipe, Lengths, Saved, jax.Array], Any],
+    lengths_of: Callable[[tuple[int, ...], int], Lengths],
 ) -> Callable[..., jax.Array]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
 
     Its y_TD has x's dtype and is summed in float32; the gates are float32.
     """
 
-    def output(
+    def output(*operands):
+        return _forward(*operands)[0]
+
+    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
+    compute.defvjp(_forward, backward)
+
+    def routed_mlp(
         x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
     ):
-        return _forward(x_TD, expert_TK, gate_TK, gate_up, down, recipe, hosts)[0]
+        lengths = lengths_of(expert_TK.shape, hosts)
+        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe, lengths)
 
-    routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
-    routed_mlp.defvjp(_forward, backward)
     return routed_mlp
 
 
-routed_mlp_ragged = _backend(_backward)
-routed_mlp_ragged_apart = _backend(_backward_apart)
+def _of_balanced(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
+    tokens, top_k = shape_TK
+    balanced = -(-tokens * top_k // hosts)
+    first, later = (-(-n // TILE) * TILE for n in (max(tokens, balanced), tokens))
+    return Lengths(first, later)
+
+
+def _of_tokens(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
+    del hosts
+    length = -(-shape_TK[0] // TILE) * TILE
+    return Lengths(length, length)
+
+
+routed_mlp_ragged = _backend(_backward, _of_balanced)
+routed_mlp_ragged_apart = _backend(_backward_apart, _of_tokens)
 
 
 def _ready(w_EIO: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
@@ -240,13 +258,6 @@ def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
     """x, which cannot be read before `other` is there."""
     return lax.optimization_barrier((x, other))[0]
-
-
-def _segment_lengths(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
-    tokens, top_k = shape_TK
-    balanced = -(-tokens * top_k // hosts)
-    first, later = (-(-n // TILE) * TILE for n in (max(tokens, balanced), tokens))
-    return Lengths(first, later)
 
 
 def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
