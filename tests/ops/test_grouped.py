@@ -228,13 +228,19 @@ def equations(backend):
     A loop is one equation, and is in one of these.
     """
 
+    expert_TK = CHOICES["random"]
+    routed_mlp = functools.partial(
+        grouped.BACKENDS[backend],
+        hosts=expert_TK.shape[1],  # `ragged` has a loop, too
+    )
+
     def pull(dy_TD, *arrays):
         def of_floats(x_TD, *rest):
-            return grouped.BACKENDS[backend](x_TD, CHOICES["random"], *rest)
+            return routed_mlp(x_TD, expert_TK, *rest)
 
         return jax.vjp(of_floats, *arrays)[1](dy_TD)
 
-    jaxpr = jax.make_jaxpr(pull)(*floats(CHOICES["random"].shape)).jaxpr
+    jaxpr = jax.make_jaxpr(pull)(*floats(expert_TK.shape)).jaxpr
     given, before, of_inputs, of_weights = {jaxpr.invars[0]}, [], [], []
     for equation in jaxpr.eqns:
         if given.isdisjoint(variables(equation)):
