@@ -72,8 +72,7 @@ class Saved(NamedTuple):
     kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
 
-def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, hosts):
-    del hosts  # a loop over the rows that there are needs no such guess
+def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
     rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
@@ -111,8 +110,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, h
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, hosts: int, saved: Saved, dy_TD):
-    del hosts
+def _backward(recipe: Recipe, saved: Saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -155,8 +153,7 @@ def _backward(recipe: Recipe, hosts: int, saved: Saved, dy_TD):
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.size, carry))
 
 
-def _backward_apart(recipe: Recipe, hosts: int, saved: Saved, dy_TD):
-    del hosts
+def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
     dx_TD, d_gate_N, kept_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
     d_weights = _weight_gradients(recipe, saved, kept_NX, d_h_NX, dy_TD)
     return _gradients(saved, dx_TD, d_gate_N, *d_weights)
@@ -320,13 +317,18 @@ def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
 
     forward = functools.partial(_forward, stores)
 
-    def output(
+    def output(*operands):
+        return forward(*operands)[0]
+
+    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
+    compute.defvjp(forward, backward)
+
+    def routed_mlp(
         x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
     ):
-        return forward(x_TD, expert_TK, gate_TK, gate_up, down, recipe, hosts)[0]
+        del hosts  # a loop over the rows that there are makes no room
+        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
 
-    routed_mlp: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
-    routed_mlp.defvjp(forward, backward)
     return routed_mlp
 
 

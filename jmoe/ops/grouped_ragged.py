@@ -184,14 +184,17 @@ def _backend(
 def _of_balanced(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
     tokens, top_k = shape_TK
     balanced = -(-tokens * top_k // hosts)
-    first, later = (-(-n // TILE) * TILE for n in (max(tokens, balanced), tokens))
-    return Lengths(first, later)
+    return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
 
 
 def _of_tokens(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
     del hosts
-    length = -(-shape_TK[0] // TILE) * TILE
+    length = _whole_tiles(shape_TK[0])
     return Lengths(length, length)
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // TILE) * TILE
 
 
 routed_mlp_ragged = _backend(_backward, _of_balanced)
