@@ -1,14 +1,17 @@
 """What scripts share: how their process is set up, and how a mistake ends it."""
 
 import ctypes
+import os
 import pathlib
 import platform
+import re
 import sys
 
 from absl import app, flags, logging
 
 # Parameters of glibc's mallopt, from its malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
+_LARGE = 2**25  # bytes; the largest threshold that glibc takes
 
 COMPILED = "compiled"  # JAX's cache, in the directory where prepared data is cached
 MISTAKE = 2  # exit code
@@ -33,12 +36,29 @@ def keep_freed_memory() -> bool:
     step and get them back page by page, zeroed, in the next: 10 to 20% of a training
     step on CPU. Call it first thing in a program, before any thread has an arena of
     its own. Elsewhere than on glibc it does nothing.
+
+    With several virtual devices, large blocks are returned all the same. Theirs lie
+    side by side, and where one was, the next step's doesn't fit: to align a block,
+    glibc looks for more room than the block then takes. Such a heap grows with every
+    step, by 2 GB in a pipeline of four ranks. Small blocks are then shared out to
+    several arenas, as the devices' threads would wait for each other at one.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = {_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: -1}
+    settings = {_TRIM_THRESHOLD: -1}
+    if _virtual_devices() > 1:
+        settings |= {_MMAP_THRESHOLD: _LARGE}
+    else:
+        settings |= {_MMAP_MAX: 0, _ARENA_MAX: 1}
     return all(mallopt(name, value) for name, value in settings.items())
+
+
+def _virtual_devices() -> int:
+    """How many the environment asks XLA to make of the CPU."""
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    asked = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
+    return int(asked[-1]) if asked else 1  # of several alike, the last one counts
 
 
 def step_after_step() -> None:
