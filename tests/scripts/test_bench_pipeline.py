@@ -45,8 +45,8 @@ def test_a_schedule_and_the_tasks_alone_are_of_one_devices_loss():
 
 
 def test_a_step_is_held_to_its_tasks_and_ticks_are_timed_by_them():
-    def turn(seconds, result=None):
-        return Turn([seconds], result, 2**30, 0)
+    def turn(seconds, result=None):  # a turn's last step counts
+        return Turn([2 * seconds, seconds], result, 2**30, 0)
 
     alone = {"F": [1, 3], "B": [2, 2], "W": [1, 1], "enter": [0.5], "lose": [0.5]}
     tasks = pipeline.MICROBATCHES * 11
