@@ -7,7 +7,9 @@ shows what it *does*: the tasks, and on top of them the executor's reading and w
 of slots, the hand-overs, and for DualPipe a second copy of the weights. The tasks' own
 times are those of the same loops, called one by one on one device. A rank that waits
 for another keeps one of XLA's threads; so there are as many more threads than cores as
-there are ranks, and the last one at work in a tick has all cores.
+there are ranks, and the last one at work in a tick has all cores. Ranks side by side
+also use a core that a task by itself would leave idle: a step can take less time than
+its tasks one by one.
 
 What a schedule costs where each rank has cores of its own is in its ticks, of which
 each takes as long as its longest task: `time in ticks` is the sum of these, by the
