@@ -1,8 +1,9 @@
 """A training run from its record to its report, top to bottom.
 
-The device computes, the host feeds it: batches are read ahead and steps are dispatched
-without waiting. The host waits where it must show or store something: at a log, an
-evaluation, a checkpoint. Nothing moves between the two unasked (`jax.transfer_guard`).
+The device computes, the host feeds it: batches are read ahead and a few steps are
+dispatched without waiting. The host waits for all of them where it must show or store
+something: at a log, an evaluation, a checkpoint. Nothing moves between the two unasked
+(`jax.transfer_guard`).
 
 Of several processes (`jmoe.parallel.processes`) each feeds its devices and writes its
 part of a checkpoint; process 0 alone writes the rest, and shows it.
@@ -44,6 +45,7 @@ from jmoe.ops import fp8
 from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
 from jmoe.train import report, run_files, schedules, stages
+from jmoe.train.ahead import Ahead
 from jmoe.train.console import Console
 from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
@@ -117,10 +119,12 @@ def train(
 
         sequences = int(loader.get_state()["sequences"])
         meter = _Meter(step, sequences * run.data.sequence_length)
+        ahead = Ahead()
         stop = 0  # or the signal that any process got
         while step < cfg.steps and not stop:
             batch = next_batch(loader, schedules.microbatches(cfg, step))
             state, measured = train_step(state, put(batch))
+            ahead.add(measured)
             step += 1
             meter.add(batch.tokens_BT[..., 1:].size * inputs.num_parts)
             if _is_due(cfg.log_every, step, cfg.steps):
@@ -163,7 +167,10 @@ def evaluate(
     eval_step: steps.EvalStep, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, Any]:
     """Validation loss, perplexity and global MaxVio, on the host."""
-    parts = [eval_step(state.params, state.router_state, batch) for batch in batches]
+    parts, ahead = [], Ahead()
+    for batch in batches:
+        parts.append(eval_step(state.params, state.router_state, batch))
+        ahead.add(parts[-1])
     total = jax.tree.map(lambda *x: np.sum(x, axis=0), *jax.device_get(parts))
     loss = float(total.loss / total.tokens)
     with jax.transfer_guard("allow"):
