@@ -1,11 +1,11 @@
 """Routed experts by a loop over blocks of rows: the backends for CPUs.
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
-gate and up halves, N = T * K rows (a row is one choice of one token), M task, B = BLOCK
-rows, S rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
+gate and up halves, N = T * K rows (a row is one choice of one token), M task, B rows of
+a block, S rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
 
-Rows are sorted by expert, and a loop takes one *task* after another: up to BLOCK rows
-of one expert, whose whole chain (gather, three products, activation) runs in the
+Rows are sorted by expert, and a loop takes one *task* after another: up to a block of
+rows of one expert, whose whole chain (gather, three products, activation) runs in the
 smallest compiled size that holds them. So padding is small, a task's intermediate
 arrays stay in the cache, and an expert's weights are read once. Results are added to
 their tokens' rows. The loop is sequential: sums have one order, and results repeat to
@@ -38,8 +38,8 @@ from jax import lax
 
 from jmoe.ops import fp8, stored
 from jmoe.ops.row_tasks import (
-    BLOCK,
     add_own,
+    block_rows,
     cut,
     in_smallest_size,
     over_experts,
@@ -75,8 +75,9 @@ class Saved(NamedTuple):
 def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
-    rows = sort_rows(expert_TK, num_experts, spare=BLOCK)
-    tasks = plan_tasks(rows.size_E, expert_TK.size)
+    block = block_rows(len(x_TD))
+    rows = sort_rows(expert_TK, num_experts, spare=block)
+    tasks = plan_tasks(rows.size_E, expert_TK.size, block)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = stored.as_matrices(gate_up_ED2F)
     x_TD = left.activations(x_TD)
@@ -84,7 +85,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
 
     def run(i, carry):
         y_TD, h_NX = carry
-        start, token_B = tasks.start_M[i], cut(rows.token_N, tasks.start_M[i], BLOCK)
+        start, token_B = tasks.start_M[i], cut(rows.token_N, tasks.start_M[i], block)
         expert = tasks.expert_M[i]
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
@@ -92,10 +93,10 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
             h_SX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
             act_SF = left.activations(swiglu(h_SX))
             gate_S1 = cut(gate_N, start, size)[:, None]
-            y_BD = pad(gate_S1 * _dot(act_SF, down_FD, 1, 0))
-            return pad(h_SX) if stores else None, y_BD
+            y_BD = pad(gate_S1 * _dot(act_SF, down_FD, 1, 0), block)
+            return pad(h_SX, block) if stores else None, y_BD
 
-        h_BX, y_BD = in_smallest_size(tasks.rows_M[i], chain)
+        h_BX, y_BD = in_smallest_size(tasks.rows_M[i], block, chain)
         if stores:
             # What h_BX has beyond the task's own rows, the next task writes over.
             h_NX = write_rows(h_NX, h_BX, start)
@@ -114,10 +115,11 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
+    block = block_rows(len(x_TD))
 
     def run(expert, start, own, carry, write):
         dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD = carry
-        choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
+        choice_B, token_B = (cut(x, start, block) for x in rows[:2])
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
@@ -130,13 +132,13 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
                 recipe, h_SX, gate_S1, dy_SD, down_FD
             )
             return (
-                pad(_input_gradient(recipe, d_h_SX, gate_up_DX)),
-                pad(d_gate_S),
+                pad(_input_gradient(recipe, d_h_SX, gate_up_DX), block),
+                pad(d_gate_S, block),
                 _outer(recipe, own_S1, x_SD, d_h_SX),
                 _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
             )
 
-        dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = in_smallest_size(own, chain)
+        dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
         return (
             add_own(dx_TD, token_B, dx_BD, own),
             add_own(d_gate_N, choice_B, d_gate_B, own),
@@ -150,7 +152,8 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
         zeros_after(dy_TD, gate_up_EDX.shape),
         zeros_after(dy_TD, down_EFD.shape),
     )
-    return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.size, carry))
+    found = over_experts(run, rows.size_E, gate_TK.size, block, carry)
+    return _gradients(saved, *found)
 
 
 def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
@@ -164,13 +167,14 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
-    tasks = plan_tasks(rows.size_E, gate_TK.size)
+    block = block_rows(len(x_TD))
+    tasks = plan_tasks(rows.size_E, gate_TK.size, block)
     stores = kept_NX is not None
 
     def run(i, carry):
         dx_TD, d_gate_N, *made_NX = carry
         start, own = tasks.start_M[i], tasks.rows_M[i]
-        choice_B, token_B = (cut(x, start, BLOCK) for x in rows[:2])
+        choice_B, token_B = (cut(x, start, block) for x in rows[:2])
         expert = tasks.expert_M[i]
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
@@ -181,9 +185,9 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
             _, d_h_SX, d_gate_S = _through_mlp(recipe, h_SX, gate_S1, dy_SD, down_FD)
             dx_SD = _input_gradient(recipe, d_h_SX, gate_up_DX)
             made = (d_h_SX,) if stores else (made_SX, d_h_SX)
-            return tuple(map(pad, (dx_SD, d_gate_S, *made)))
+            return tuple(pad(x, block) for x in (dx_SD, d_gate_S, *made))
 
-        dx_BD, d_gate_B, *made_BX = in_smallest_size(own, chain)
+        dx_BD, d_gate_B, *made_BX = in_smallest_size(own, block, chain)
         return (
             add_own(dx_TD, token_B, dx_BD, own),
             add_own(d_gate_N, choice_B, d_gate_B, own),
@@ -209,10 +213,11 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
     h_NX = stored.as_array(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
+    block = block_rows(len(x_TD))
 
     def run(expert, start, own, carry, write):
         d_gate_up_EDX, d_down_EFD = carry
-        token_B = cut(rows.token_N, start, BLOCK)
+        token_B = cut(rows.token_N, start, block)
 
         def chain(size):
             own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
@@ -227,7 +232,7 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
                 _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
             )
 
-        d_gate_up_DX, d_down_FD = in_smallest_size(own, chain)
+        d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
         return (
             write(d_gate_up_EDX, expert, d_gate_up_DX),
             write(d_down_EFD, expert, d_down_FD),
@@ -237,7 +242,7 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
         zeros_after(d_h_NX, gate_up_EDX.shape),
         zeros_after(d_h_NX, down_EFD.shape),
     )
-    return over_experts(run, rows.size_E, gate_TK.size, carry)
+    return over_experts(run, rows.size_E, gate_TK.size, block, carry)
 
 
 def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):

@@ -1,6 +1,6 @@
-"""Sorted rows in tasks: a task is up to BLOCK rows of one expert.
+"""Sorted rows in tasks: a task is up to B rows of one expert.
 
-Shapes: N row, E expert, M task, B = BLOCK rows, S rows of one compiled size, I input
+Shapes: N row, E expert, M task, B rows of a block, S rows of one compiled size, I input
 and O output dimension.
 
 A loop takes one task after another. What a task computes has the smallest compiled size
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 BLOCK = 256
-STEP = 32  # compiled sizes are STEP, 2 STEP, ... BLOCK rows
+STEP = 32  # compiled sizes are STEP, 2 STEP, ... B rows
 
 
 class Tasks(NamedTuple):
@@ -24,25 +24,30 @@ class Tasks(NamedTuple):
 
     expert_M: jax.Array
     start_M: jax.Array  # first row
-    rows_M: jax.Array  # how many, at most BLOCK
+    rows_M: jax.Array  # how many, at most B
     count: jax.Array
 
 
-def plan_tasks(size_E: jax.Array, num_rows: int, *, skip: int = 0) -> Tasks:
-    """Cuts each expert's rows into tasks of at most BLOCK; idle experts get none.
+def block_rows(num_tokens: int) -> int:
+    """B: no more than BLOCK, nor than compiled sizes for one row of each token need."""
+    return min(BLOCK, STEP * max(1, -(-num_tokens // STEP)))
+
+
+def plan_tasks(size_E: jax.Array, num_rows: int, block: int, *, skip: int = 0) -> Tasks:
+    """Cuts each expert's rows into tasks of at most `block`; idle experts get none.
 
     Args:
       num_rows: at least the sum of `size_E`; decides M.
       skip: how many of each expert's tasks to leave out, from its first.
     """
-    tasks_E = jnp.maximum(-(-size_E // BLOCK) - skip, 0)
+    tasks_E = jnp.maximum(-(-size_E // block) - skip, 0)
     end_E = jnp.cumsum(tasks_E)
-    index_M = jnp.arange(size_E.shape[0] + num_rows // BLOCK, dtype=jnp.int32)
+    index_M = jnp.arange(size_E.shape[0] + num_rows // block, dtype=jnp.int32)
     expert_M = jnp.searchsorted(end_E, index_M, side="right").astype(jnp.int32)
     expert_M = jnp.minimum(expert_M, size_E.shape[0] - 1)
     nth_M = index_M - (end_E - tasks_E)[expert_M] + skip
-    start_M = first_rows(size_E)[expert_M] + nth_M * BLOCK
-    rows_M = jnp.clip(size_E[expert_M] - nth_M * BLOCK, 0, BLOCK)
+    start_M = first_rows(size_E)[expert_M] + nth_M * block
+    rows_M = jnp.clip(size_E[expert_M] - nth_M * block, 0, block)
     return Tasks(expert_M, start_M, rows_M, end_E[-1])
 
 
@@ -50,16 +55,16 @@ def first_rows(size_E: jax.Array) -> jax.Array:
     return jnp.cumsum(size_E) - size_E
 
 
-def over_experts(run, size_E: jax.Array, num_rows: int, carry):
+def over_experts(run, size_E: jax.Array, num_rows: int, block: int, carry):
     """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
 
     Most experts have one task: it writes the weights' gradient, without reading it.
     """
     first_E = first_rows(size_E)
-    later = plan_tasks(size_E, num_rows, skip=1)
+    later = plan_tasks(size_E, num_rows, block, skip=1)
 
     def run_first(e, carry):
-        return run(e, first_E[e], jnp.minimum(size_E[e], BLOCK), carry, write)
+        return run(e, first_E[e], jnp.minimum(size_E[e], block), carry, write)
 
     def run_later(i, carry):
         return run(
@@ -80,9 +85,9 @@ def zeros_after(x_TD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.broadcast_to(zero, shape)
 
 
-def in_smallest_size(rows: jax.Array, chain: Callable[[int], Any]) -> Any:
+def in_smallest_size(rows: jax.Array, block: int, chain: Callable[[int], Any]) -> Any:
     """`chain(size)` for the smallest compiled size of at least `rows` rows."""
-    branches = [functools.partial(chain, s) for s in range(STEP, BLOCK + 1, STEP)]
+    branches = [functools.partial(chain, s) for s in range(STEP, block + 1, STEP)]
     return lax.switch((rows - 1) // STEP, branches)
 
 
@@ -90,7 +95,7 @@ def add_own(
     total: jax.Array, index_B: jax.Array, value: jax.Array, own: jax.Array
 ) -> jax.Array:
     """Adds the first `own` of the B rows of `value`, to distinct rows of `total`."""
-    row_B = jnp.arange(BLOCK)
+    row_B = jnp.arange(value.shape[0])
     nowhere_B = total.shape[0] + row_B  # out of bounds, which scatter drops
     index_B = jnp.where(row_B < own, index_B, nowhere_B)
     value = value.astype(total.dtype)
@@ -107,8 +112,8 @@ def write_sum(
     return write(total_EIO, expert, pick(total_EIO, expert) + value_IO)
 
 
-def pad(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, BLOCK - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+def pad(x: jax.Array, block: int) -> jax.Array:
+    return jnp.pad(x, [(0, block - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
 
 
 def cut(x: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -320,18 +320,27 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
 
 
 MOST = 3 * row_tasks.BLOCK  # rows of one expert
-plan_tasks = jax.jit(row_tasks.plan_tasks, static_argnums=1)
+BLOCKS_OF = [row_tasks.block_rows(tokens) for tokens in (1, 70, MOST)]
+plan_tasks = jax.jit(row_tasks.plan_tasks, static_argnums=(1, 2))
+
+
+def test_a_block_is_no_larger_than_the_tokens_need():
+    assert BLOCKS_OF == [32, 96, 256]
 
 
 @settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(0, MOST), min_size=5, max_size=5))
-@example([0] * 5)
-@example([row_tasks.BLOCK, 0, 2 * row_tasks.BLOCK, 1, row_tasks.BLOCK + 1])
-@example([MOST] * 5)
-def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
-    tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST)  # the rest is nobody's
+@given(
+    st.lists(st.integers(0, MOST), min_size=5, max_size=5), st.sampled_from(BLOCKS_OF)
+)
+@example([0] * 5, 32)
+@example([96, 0, 192, 1, 97], 96)
+@example([256, 0, 512, 1, 257], 256)
+@example([MOST] * 5, 256)
+def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes, block):
+    # The rest of the rows is nobody's.
+    tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST, block)
     count = int(tasks.count)
-    assert count == sum(-(-size // row_tasks.BLOCK) for size in sizes)
+    assert count == sum(-(-size // block) for size in sizes)
     own = [np.array(x)[:count] for x in (tasks.expert_M, tasks.start_M, tasks.rows_M)]
     covered = [
         (expert, row)
@@ -340,7 +349,7 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes):
     ]
     owner = np.repeat(np.arange(5), sizes)
     assert covered == list(zip(owner, range(sum(sizes)), strict=True))
-    assert own[2].max(initial=0) <= row_tasks.BLOCK
+    assert own[2].max(initial=0) <= block
 
 
 def test_the_config_knows_the_same_backends():
