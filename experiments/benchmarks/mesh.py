@@ -12,7 +12,7 @@ recompute their activations (`blocks_remat`), as the room for stored ones would 
 all devices' tokens. Of two exchanges, the padded all-to-all sends each peer as many
 slots as there are tokens, which can't overflow; the other gathers all tokens.
 
-They take turns, as in the suite `train_cpu`.
+They take turns, as in the suite `train_cpu`, and all have their memory in huge pages.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks.report import Figure, Report
-from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
+from experiments.benchmarks.workers import HUGE_PAGES, Seat, Turn, Worker, take_turns
 from experiments.benchmarks.workload import Workload
 from jmoe.config import MeshConfig, ModelConfig, override
 from jmoe.train.runtime import keep_freed_memory
@@ -86,7 +86,10 @@ def _worker(devices: int, **options: Any) -> Worker:
     return Worker(
         "experiments.benchmarks.ours.train_step",
         setup=keep_freed_memory,
-        environment={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"},
+        environment={
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **HUGE_PAGES,
+        },
         **options,
     )
 

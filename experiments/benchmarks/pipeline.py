@@ -20,7 +20,9 @@ Eight layers of the `bench_s` shape with 32 experts, in float32, on 4 ranks; a s
 step without the optimizer. One schedule after another takes turns with the tasks alone:
 a step needs 5 to 7 GiB, so that not all of them can wait side by side. The second of a
 turn's steps counts: as in training, it follows another. While a process waits, a
-machine that is virtual itself may lose the memory that the last step has freed.
+machine that is virtual itself may lose the memory that the last step has freed. All
+sides have their memory in huge pages, which a script's user must ask for
+(`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`).
 """
 
 import itertools
@@ -29,7 +31,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.benchmarks.report import Figure, Report
-from experiments.benchmarks.workers import Seat, Turn, Worker, cores, take_turns
+from experiments.benchmarks.workers import (
+    HUGE_PAGES,
+    Seat,
+    Turn,
+    Worker,
+    cores,
+    take_turns,
+)
 from experiments.benchmarks.workload import Workload
 from jmoe.config import ModelConfig, PipelineConfig, override
 from jmoe.config.mesh import SCHEDULES
@@ -117,6 +126,7 @@ def _worker(side: str, devices: int, **options) -> Worker:
         environment={
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "NPROC": str(cores() + waiting),  # XLA's threads
+            **HUGE_PAGES,
         },
         **options,
     )
