@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 Tasks = Mapping[str, Callable[[], Any]]
 
-# For virtual devices, whose memory is returned and mapped anew each step, where the
-# system gives huge pages to who asks: in small ones, a seventh of a pipeline's step went
-# to page faults. It must be set before a process starts.
+# Virtual devices return their memory after each step, and to map it anew in small pages
+# takes a seventh of a pipeline's step. Where Linux gives huge ones to those who ask,
+# glibc does if told so before the process starts.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 # Threads of one library spin for a while after their work; the next waits for that.

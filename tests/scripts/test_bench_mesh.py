@@ -25,7 +25,7 @@ def test_both_exchanges_train_as_one_device_does():
 
 def test_the_mesh_is_held_to_one_and_a_half_times_one_device():
     def turns(*seconds):
-        return [Turn([s, s], 0.0, 2**30, 0) for s in seconds]
+        return [Turn([9.0, s], 0.0, 2**30, 0) for s in seconds]
 
     measured = {
         "one": turns(1, 2, 4),
