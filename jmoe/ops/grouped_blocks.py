@@ -152,8 +152,7 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
         zeros_after(dy_TD, gate_up_EDX.shape),
         zeros_after(dy_TD, down_EFD.shape),
     )
-    found = over_experts(run, rows.size_E, gate_TK.size, block, carry)
-    return _gradients(saved, *found)
+    return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
 
 def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
@@ -242,7 +241,7 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
         zeros_after(d_h_NX, gate_up_EDX.shape),
         zeros_after(d_h_NX, down_EFD.shape),
     )
-    return over_experts(run, rows.size_E, gate_TK.size, block, carry)
+    return over_experts(run, rows.size_E, gate_TK.shape, carry)
 
 
 def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):

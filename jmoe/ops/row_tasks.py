@@ -55,23 +55,27 @@ def first_rows(size_E: jax.Array) -> jax.Array:
     return jnp.cumsum(size_E) - size_E
 
 
-def over_experts(run, size_E: jax.Array, num_rows: int, block: int, carry):
+def over_experts(run, size_E: jax.Array, shape_TK: tuple[int, ...], carry):
     """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
 
     Most experts have one task: it writes the weights' gradient, without reading it.
     """
-    first_E = first_rows(size_E)
-    later = plan_tasks(size_E, num_rows, block, skip=1)
+    tokens, choices = shape_TK
+    first_E, block = first_rows(size_E), block_rows(tokens)
 
     def run_first(e, carry):
         return run(e, first_E[e], jnp.minimum(size_E[e], block), carry, write)
+
+    carry = lax.fori_loop(0, size_E.shape[0], run_first, carry)
+    if tokens <= block:  # so no expert has a second task, as a token's are distinct
+        return carry
+    later = plan_tasks(size_E, tokens * choices, block, skip=1)
 
     def run_later(i, carry):
         return run(
             later.expert_M[i], later.start_M[i], later.rows_M[i], carry, write_sum
         )
 
-    carry = lax.fori_loop(0, size_E.shape[0], run_first, carry)
     return lax.fori_loop(0, later.count, run_later, carry)
 
 
