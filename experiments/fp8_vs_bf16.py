@@ -32,10 +32,10 @@ With four times the tokens a step (`--set train.batch_size=32`, and the same
 +0.44% on average: +0.3% up to step 500, rising to +0.66% as the learning rate falls. So
 that is no chance, but what FP8 costs such a model.
 
-Still, 2,048 tokens a step can't tell recipes apart that differ by less than some tenths of
-a percent, and small models, whose activations have no outliers, don't show what larger
-ones suffer from. At the tiny model's learning rate, the larger one was unstable: two
-runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one.
+Still, 2,048 tokens a step can't tell recipes apart that differ by less than some tenths
+of a percent, and small models, whose activations have no outliers, don't show what
+larger ones suffer from. At the tiny model's learning rate, the larger one was unstable:
+two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one.
 """
 
 import json
