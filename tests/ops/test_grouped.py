@@ -62,6 +62,7 @@ CHOICES = {
     "some_choose_nobody": random_choices(TOKENS, 3, [0, 1, 6, NOBODY, NOBODY]),
     "all_choose_nobody": np.full((TOKENS, 3), NOBODY),
     "one_token": random_choices(1, 3, E),
+    "one_expert_fills_the_only_block": np.full((2 * row_tasks.STEP, 1), 4),
 }
 
 
