@@ -39,6 +39,7 @@ two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one
 """
 
 import json
+import math
 import pathlib
 from typing import NamedTuple
 
@@ -86,32 +87,41 @@ PAIRS += [("larger", NATIVE), ("larger", FP8)]
 RUNS = {f"{model}/{VARIANTS[variant][0]}": (model, variant) for model, variant in PAIRS}
 SMOOTHING = 0.9
 BOUND = 0.0025
+CONTROL_SEEDS = 4
 FIRST = 50  # where the moving average has seen enough steps
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/fp8_vs_bf16", "Where runs are kept.")
 _SET = flags.DEFINE_multi_string(
     "set", [], "path.to.field=value, for all runs; repeatable."
 )
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    [str(seed) for seed in range(8)],
+    f"Initial weights to train from; controls do from the first {CONTROL_SEEDS}.",
+)
 _RUNS = flags.DEFINE_list(
     "runs", list(RUNS), "Which to train, and to compare with their model's native one."
+)
+flags.register_validator(
+    "seeds", lambda seeds: seeds and all(map(str.isdecimal, seeds)), "They are numbers."
 )
 flags.register_validator(
     "runs", lambda names: set(names) <= set(RUNS), f"They are {', '.join(RUNS)}."
 )
 
 
-class Curve(NamedTuple):
-    """Losses in nats a token, smoothed, by step."""
+class Curves(NamedTuple):
+    """Losses in nats a token, smoothed, by seed and step."""
 
     step_N: np.ndarray
-    loss_N: np.ndarray
+    loss_SN: np.ndarray
 
-    def off(self, other: "Curve") -> np.ndarray:
-        """The relative difference, [N], from step FIRST on."""
-        return (self.loss_N / other.loss_N - 1)[FIRST:]
+    def off(self, other: "Curves") -> np.ndarray:
+        """The relative differences from the same seeds', [S, N], from step FIRST on."""
+        return (self.loss_SN / other.loss_SN[: len(self.loss_SN)] - 1)[:, FIRST:]
 
 
-def get_config(model: str = "tiny", variant: str = FP8) -> RunConfig:
+def get_config(model: str = "tiny", variant: str = FP8, seed: int = 0) -> RunConfig:
     """1,000 steps of one of the models, in one of the ways to multiply."""
     return override(
         presets.tiny_run(),
@@ -121,6 +131,7 @@ def get_config(model: str = "tiny", variant: str = FP8) -> RunConfig:
             "train.eval_every=500",
             "train.eval_batches=32",
             "train.checkpoint_every=250",
+            f"train.seed={seed}",
             *VARIANTS[variant][1],
             *MODELS[model],
         ],
@@ -132,30 +143,39 @@ def main(_) -> None:
     runtime.step_after_step()
     runtime.log_warnings_only()
     directory = pathlib.Path(_WORKDIR.value)
-    for name in _RUNS.value:
-        if train(override(get_config(*RUNS[name]), _SET.value), directory / name):
-            return  # stopped by a signal; the same command goes on
-    curves: dict[str, dict[str, Curve]] = {}
+    curves: dict[str, dict[str, Curves]] = {}
     for name in _RUNS.value:
         model, variant = RUNS[name]
-        curve = read_curve(run_files.read_run(directory / name))
-        curves.setdefault(model, {})[variant] = curve
+        found = []
+        for seed in seeds_of(variant):
+            run = override(get_config(model, variant, seed), _SET.value)
+            workdir = directory / name / str(seed)
+            if train(run, workdir):
+                return  # stopped by a signal; the same command goes on
+            found.append(read_curve(run_files.read_run(workdir)))
+        step_N, loss_SN = found[0][0], np.stack([loss_N for _, loss_N in found])
+        curves.setdefault(model, {})[variant] = Curves(step_N, loss_SN)
     curves = {model: found for model, found in curves.items() if NATIVE in found}
-    if not curves:
-        return
     figures = {model: read_figures(of_model) for model, of_model in curves.items()}
-    RESULTS.mkdir(exist_ok=True)
-    stem = RESULTS / "fp8_vs_bf16"
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
-    draw(curves, stem.with_suffix(".png"))
     show(figures)
+    if set(_RUNS.value) == set(RUNS):
+        RESULTS.mkdir(exist_ok=True)
+        stem = RESULTS / "fp8_vs_bf16"
+        stem.with_suffix(".json").write_text(json.dumps(figures, indent=2) + "\n")
+        draw(curves, stem.with_suffix(".png"))
 
 
-def read_curve(run: run_files.Run) -> Curve:
-    """The run's training loss."""
+def seeds_of(variant: str) -> list[int]:
+    """Those that it is trained with."""
+    seeds = sorted(set(map(int, _SEEDS.value)))
+    return seeds if variant in (NATIVE, FP8) else seeds[:CONTROL_SEEDS]
+
+
+def read_curve(run: run_files.Run) -> tuple[np.ndarray, np.ndarray]:
+    """The steps and smoothed training losses of one run."""
     series = run.series("loss")
     assert series is not None, f"{run.directory} has no loss"
-    return Curve(series.step_N, smoothed(series.value_NK[:, 0]))
+    return series.step_N, smoothed(series.value_NK[:, 0])
 
 
 def smoothed(value_N: np.ndarray) -> np.ndarray:
@@ -169,55 +189,75 @@ def smoothed(value_N: np.ndarray) -> np.ndarray:
     return np.array(averages)
 
 
-def read_figures(curves: dict[str, Curve]) -> dict[str, dict[str, float]]:
-    """Last losses, and how far curves are from the native one's, relatively."""
-    native = curves[NATIVE]
-    return {
-        variant: {
-            "last_loss": float(curve.loss_N[-1]),
-            "largest_difference": float(np.abs(curve.off(native)).max()),
-            "mean_difference": float(curve.off(native).mean()),
-            "last_difference": float(curve.off(native)[-1]),
+def read_figures(curves: dict[str, Curves]) -> dict[str, dict[str, float]]:
+    """Last losses, and relative differences from the native ones.
+
+    A difference is the mean over seeds; standard_error is that of mean_difference.
+    """
+    figures = {}
+    for variant, of_variant in curves.items():
+        off_SN = of_variant.off(curves[NATIVE])
+        off_N, off_S = off_SN.mean(0), off_SN.mean(1)
+        figures[variant] = {
+            "seeds": len(off_SN),
+            "last_loss": float(of_variant.loss_SN[:, -1].mean()),
+            "largest_difference": float(np.abs(off_N).max()),
+            "mean_difference": float(off_N.mean()),
+            "standard_error": standard_error(off_S),
+            "last_difference": float(off_N[-1]),
+            "largest_of_one_seed": float(np.abs(off_SN).max()),
         }
-        for variant, curve in curves.items()
-    }
+    return figures
+
+
+def standard_error(value_S: np.ndarray) -> float:
+    """Of the mean; NaN if there is one value."""
+    if len(value_S) < 2:
+        return math.nan
+    return float(value_S.std(ddof=1) / math.sqrt(len(value_S)))
 
 
 def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """Prints the table."""
-    caption = f"differences from the native run, smoothed, from step {FIRST} on"
-    table = rich.table.Table(caption=caption)
-    for column in ("model", "products", "last loss", "largest", "mean", "last"):
+    table = rich.table.Table(
+        caption=f"differences from native runs, smoothed, from step {FIRST} on; "
+        "means over seeds"
+    )
+    columns = ("seeds", "last loss", "largest", "mean", "last", "largest of one seed")
+    for column in ("model", "products", *columns):
         table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
     for model, rows in figures.items():
         for variant, row in rows.items():
-            last, *differences = row.values()
             table.add_row(
-                model, variant, f"{last:.4f}", *(f"{x:+.3%}" for x in differences)
+                model,
+                variant,
+                f"{row['seeds']}",
+                f"{row['last_loss']:.4f}",
+                f"{row['largest_difference']:.2%}",
+                f"{row['mean_difference']:+.2%} ± {row['standard_error']:.2%}",
+                f"{row['last_difference']:+.2%}",
+                f"{row['largest_of_one_seed']:.2%}",
             )
         table.add_section()
     rich.console.Console().print(table)
 
 
-def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
+def draw(curves: dict[str, dict[str, Curves]], path: pathlib.Path) -> None:
     """Relative differences over the steps, a model each."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for axes, (model, of_model) in zip(all_axes, curves.items(), strict=True):
-        native = of_model[NATIVE]
         axes.axhspan(-100 * BOUND, 100 * BOUND, color="0.93")
         axes.axhline(0, color=COLOURS[NATIVE], linewidth=0.8)
-        for variant, curve in of_model.items():
-            if variant != NATIVE:
-                off_N = 100 * curve.off(native)
-                axes.plot(
-                    curve.step_N[FIRST:],
-                    off_N,
-                    color=COLOURS[variant],
-                    label=variant,
-                    linewidth=1,
-                )
+        for variant, of_variant in of_model.items():
+            if variant == NATIVE:
+                continue
+            step_N, colour = of_variant.step_N[FIRST:], COLOURS[variant]
+            off_SN = 100 * of_variant.off(of_model[NATIVE])
+            for off_N in off_SN if variant == FP8 else ():
+                axes.plot(step_N, off_N, color=colour, linewidth=0.5, alpha=0.4)
+            axes.plot(step_N, off_SN.mean(0), color=colour, label=variant, linewidth=1)
         axes.set(title=f"{model} model", xlabel="step")
         axes.spines[["top", "right"]].set_visible(False)
     all_axes[0].set(ylabel="loss, % above the native run's")
@@ -226,7 +266,7 @@ def draw(curves: dict[str, dict[str, Curve]], path: pathlib.Path) -> None:
         loc="outside lower center",
         ncols=len(VARIANTS),
         frameon=False,
-        title=f"shaded: ±{BOUND:.2%}",
+        title=f"means over seeds; pale: FP8's single ones; shaded: ±{BOUND:.2%}",
     )
     figure.savefig(path, dpi=160)
 

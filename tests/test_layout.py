@@ -44,7 +44,7 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 # Every command-line flag there is. What a run can be told is a field of its record,
 # reached by --set; a flag is for what isn't part of any record.
 FLAGS = {
-    "experiments/fp8_vs_bf16.py": ["workdir", "set", "runs"],
+    "experiments/fp8_vs_bf16.py": ["workdir", "set", "seeds", "runs"],
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
     "scripts/check_hopper.py": ["suite", "program", "environment"],

@@ -28,18 +28,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
+from jmoe.ops import e4m3
 from jmoe.ops.by_platform import by_platform
+from jmoe.ops.e4m3 import DTYPE, LARGEST
 
 BLOCK = 128
-DTYPE = jnp.float8_e4m3fn
-LARGEST = 448.0  # there is no infinity; converting 465 gives NaN
-SMALLEST_NORMAL = 2.0**-6
-SMALLEST_STEP = 2.0**-9  # between subnormal numbers
-MANTISSA_BITS = 3
-MANTISSA_CUT = 23 - MANTISSA_BITS  # bits of float32's
 
 Block = tuple[int, ...]
 """Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
@@ -111,17 +106,19 @@ def quantize(
 ) -> Quantized:
     """Blocks along the last dimensions; the last one of each may be shorter.
 
-    Of a bfloat16 matrix's rows it is a kernel when compiled for a Hopper GPU.
+    In a bfloat16 matrix's rows or columns, it is a kernel when compiled for a Hopper.
     """
 
     def kernel(x):
         from jmoe.ops.kernels import fp8_quantize
 
-        return Quantized(*fp8_quantize.rows(x))
+        if block == ROW:
+            return Quantized(*fp8_quantize.rows(x))
+        return Quantized(*fp8_quantize.rows(x.T)).mT
 
     def reference(x):
         tiles, scale, axes = _scaled(x, block, power_of_two)
-        data = _from_tiles(_convert(tiles), axes, x.shape)
+        data = _from_tiles(e4m3.convert(tiles), axes, x.shape)
         return Quantized(data, scale.squeeze(axes))
 
     fits = has_kernel(x, block, power_of_two)
@@ -129,9 +126,9 @@ def quantize(
 
 
 def has_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
-    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
+    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize this matrix."""
     is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
-    return is_matrix and block == ROW and not power_of_two
+    return is_matrix and block in (ROW, transposed(ROW)) and not power_of_two
 
 
 @functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
@@ -143,7 +140,7 @@ def rounded(
     It never is e4m3, conversions to which take CPUs longer than all the rest.
     """
     tiles, scale, axes = _scaled(x, block, power_of_two)
-    return _from_tiles(_nearest(tiles) * scale, axes, x.shape).astype(x.dtype)
+    return _from_tiles(e4m3.nearest(tiles) * scale, axes, x.shape).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -152,6 +149,19 @@ def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     tiles, axes = _tiles(x.data.astype(jnp.float32), _block_of(x))
     product = tiles * jnp.expand_dims(x.scale, axes)
     return _from_tiles(product, axes, x.data.shape).astype(dtype)
+
+
+def to_bits(x: Quantized) -> Quantized:
+    """With uint8 for e4m3, to be kept: until `from_bits`, it can only be moved.
+
+    When a loop writes a part of an array of e4m3, XLA for CPUs converts all of it, and
+    back.
+    """
+    return x._replace(data=lax.bitcast_convert_type(x.data, jnp.uint8))
+
+
+def from_bits(x: Quantized) -> Quantized:
+    return x._replace(data=lax.bitcast_convert_type(x.data, DTYPE))
 
 
 class Roundings(NamedTuple):
@@ -188,9 +198,27 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
         return fp8_matmul.matmul(*a, *b, dtype=dtype)
 
-    reference = functools.partial(_reference, dtype=dtype)
-    fits = _is_for_kernel(a, b)
-    return by_platform(kernel, reference, a, b, fits=fits)
+    def reference(a, b):
+        return _wide_product(a, b, 1).astype(dtype)
+
+    return by_platform(kernel, reference, a, b, fits=_is_for_kernel(a, b))
+
+
+def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """`x.T @ dy`, [K, N], of x [M, K] and dy [M, N]: `matmul` of their transposes.
+
+    Elsewhere than in a kernel nothing is transposed.
+    """
+
+    def kernel(x, dy):
+        from jmoe.ops.kernels import fp8_matmul
+
+        return fp8_matmul.matmul(*x.mT, *dy.mT, dtype=dtype)
+
+    def reference(x, dy):
+        return _wide_product(x, dy, 0).astype(dtype)
+
+    return by_platform(kernel, reference, x, dy, fits=_is_for_kernel(x.mT, dy.mT))
 
 
 def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
@@ -200,12 +228,14 @@ def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
     return fits and min(M, N, K) > 0
 
 
-def _reference(a: Quantized, b: Quantized, *, dtype: jax.typing.DTypeLike) -> jax.Array:
-    a_MK, b_NK = dequantize(a, jnp.float32), dequantize(b, jnp.float32)
-    product = lax.dot_general(
-        a_MK, b_NK, (((1,), (1,)), ((), ())), precision=lax.Precision.HIGHEST
+def _wide_product(a: Quantized, b: Quantized, summed: int) -> jax.Array:
+    """Of what they stand for, over dimension `summed` of both, in float32."""
+    return lax.dot_general(
+        dequantize(a, jnp.float32),
+        dequantize(b, jnp.float32),
+        (((summed,), (summed,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
     )
-    return product.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -222,18 +252,19 @@ def forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
     w = recipe.quantize(w_KN, recipe.weights)
     y_MN = matmul(x_MK, w.mT, x.dtype)
-    dtype = jnp.zeros(0, w_KN.dtype)
-    return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), (x_MK, w, dtype)
+    saved = to_bits(x_MK), to_bits(w), jnp.zeros(0, w_KN.dtype)
+    return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), saved
 
 
 def backward(recipe: Recipe, saved: Any, dy: jax.Array):
     """The gradients of x and w."""
     x_MK, w, dtype = saved
+    x_MK, w = from_bits(x_MK), from_bits(w)
     dy_MN = dy.reshape(-1, dy.shape[-1])
     dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), w, dy.dtype)
-    dw_KN = matmul(
-        recipe.quantize(dequantize(x_MK, jnp.float32).T, recipe.activations),
-        recipe.quantize(dy_MN.T, recipe.gradients),
+    dw_KN = outer(
+        recipe.quantize(dequantize(x_MK, jnp.float32), transposed(recipe.activations)),
+        recipe.quantize(dy_MN, transposed(recipe.gradients)),
         dtype.dtype,
     )
     return dx_MK.reshape(*dy.shape[:-1], dx_MK.shape[1]), dw_KN
@@ -297,39 +328,6 @@ def _scaled(x: jax.Array, block: Block, power_of_two: bool):
         scale = _round_up(scale)
     # Above 448 by a rounding at most, which the conversion rounds away.
     return tiles / scale, scale, axes
-
-
-def _convert(x: jax.Array) -> jax.Array:
-    """To e4m3: the nearest number, of two the even one."""
-    return lax.platform_dependent(
-        x, cuda=lambda x: x.astype(DTYPE), default=_convert_by_bits
-    )
-
-
-def _convert_by_bits(x: jax.Array) -> jax.Array:
-    """As XLA for CPUs does, in 0.4 of its time."""
-    x = _nearest(x)
-    bits = lax.bitcast_convert_type(x, jnp.int32)
-    # e4m3 has the last 4 of float32's 8 bits of exponent, whose bias is 120 larger.
-    code = ((bits & 0x7FFFFFFF) >> MANTISSA_CUT) - (120 << MANTISSA_BITS)
-    steps = (jnp.abs(x) / SMALLEST_STEP).astype(jnp.int32)
-    code = jnp.where(jnp.abs(x) < SMALLEST_NORMAL, steps, jnp.minimum(code, 0x7F))
-    code |= (bits >> 24) & 0x80
-    return lax.bitcast_convert_type(code.astype(jnp.uint8), DTYPE)
-
-
-def _nearest(x: jax.Array) -> jax.Array:
-    """The number of e4m3 nearest to x, of two the even one, in float32.
-
-    x is float32 and at most 448, but for a rounding; NaN stays NaN.
-    """
-    normal = lax.reduce_precision(x, 8, MANTISSA_BITS)
-    # Next to this number, float32 has e4m3's smallest steps. Counted by bits, as XLA
-    # takes (x + large) - large to be x.
-    large = np.float32(1.5 * 2**23 * SMALLEST_STEP)
-    steps = lax.bitcast_convert_type(x + large, jnp.int32) - large.view(np.int32)
-    subnormal = jnp.copysign(steps.astype(jnp.float32) * SMALLEST_STEP, x)
-    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, subnormal, normal)
 
 
 def _round_up(scale: jax.Array) -> jax.Array:

@@ -57,7 +57,7 @@ Recipe = fp8.Recipe | None
 RoutedMLP = Callable[..., jax.Array]
 
 Kept = jax.Array | fp8.Quantized
-"""Gate and up activations [N, X], with a recipe in FP8."""
+"""Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""
 
 
 class Saved(NamedTuple):
@@ -209,7 +209,7 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
 
 
 def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD):
-    h_NX = stored.as_array(kept_NX, dy_TD.dtype)
+    h_NX: Any = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
     block = block_rows(len(x_TD))
@@ -268,12 +268,14 @@ def _of_expert(w_EIO: stored.Weight, expert: jax.Array, dtype: Any) -> jax.Array
 
 
 def _keep(recipe: Recipe, h_NX: jax.Array) -> Kept:
-    return h_NX if recipe is None else recipe.quantize(h_NX, fp8.ROW)
+    return h_NX if recipe is None else fp8.to_bits(recipe.quantize(h_NX, fp8.ROW))
 
 
 def _read(kept_NX: Kept | None, dtype: Any) -> jax.Array | None:
     """All rows at once: in a task, each use of some would convert them again."""
-    return None if kept_NX is None else stored.as_array(kept_NX, dtype)
+    if isinstance(kept_NX, fp8.Quantized):
+        return fp8.dequantize(fp8.from_bits(kept_NX), dtype)
+    return kept_NX
 
 
 def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_SD, gate_up_DX):

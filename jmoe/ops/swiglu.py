@@ -47,16 +47,16 @@ def fp8_swiglu_dot(h: jax.Array, w_FN: jax.Array, recipe: fp8.Recipe) -> jax.Arr
 
 
 def _forward(h: jax.Array, w_FN: jax.Array, recipe: fp8.Recipe):
-    kept = recipe.quantize(h, fp8.ROW)
+    kept = fp8.to_bits(recipe.quantize(h, fp8.ROW))
     y, (_, *of_weights) = fp8.forward(swiglu(h), w_FN, recipe)
     return y, (kept, *of_weights)
 
 
 def _backward(recipe: fp8.Recipe, saved: Any, dy: jax.Array):
     kept, *of_weights = saved
-    act, pull = jax.vjp(swiglu, fp8.dequantize(kept, dy.dtype))
+    act, pull = jax.vjp(swiglu, fp8.dequantize(fp8.from_bits(kept), dy.dtype))
     act_MF = recipe.quantize(act.reshape(-1, act.shape[-1]), recipe.activations)
-    d_act, d_w = fp8.backward(recipe, (act_MF, *of_weights), dy)
+    d_act, d_w = fp8.backward(recipe, (fp8.to_bits(act_MF), *of_weights), dy)
     return *pull(d_act), d_w
 
 
