@@ -41,6 +41,7 @@ two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -111,10 +112,11 @@ flags.register_validator(
 
 
 class Curves(NamedTuple):
-    """Losses in nats a token, smoothed, by seed and step."""
+    """Losses in nats a token: smoothed, by seed and step; the last on held-out text."""
 
     step_N: np.ndarray
     loss_SN: np.ndarray
+    validation_S: np.ndarray
 
     def off(self, other: "Curves") -> np.ndarray:
         """The relative differences from the same seeds', [S, N], from step FIRST on."""
@@ -146,15 +148,13 @@ def main(_) -> None:
     curves: dict[str, dict[str, Curves]] = {}
     for name in _RUNS.value:
         model, variant = RUNS[name]
-        found = []
-        for seed in seeds_of(variant):
+        workdirs = {seed: directory / name / str(seed) for seed in seeds_of(variant)}
+        for seed, workdir in workdirs.items():
             run = override(get_config(model, variant, seed), _SET.value)
-            workdir = directory / name / str(seed)
             if train(run, workdir):
                 return  # stopped by a signal; the same command goes on
-            found.append(read_curve(run_files.read_run(workdir)))
-        step_N, loss_SN = found[0][0], np.stack([loss_N for _, loss_N in found])
-        curves.setdefault(model, {})[variant] = Curves(step_N, loss_SN)
+        runs = [run_files.read_run(workdir) for workdir in workdirs.values()]
+        curves.setdefault(model, {})[variant] = read_curves(runs)
     curves = {model: found for model, found in curves.items() if NATIVE in found}
     figures = {model: read_figures(of_model) for model, of_model in curves.items()}
     show(figures)
@@ -171,11 +171,18 @@ def seeds_of(variant: str) -> list[int]:
     return seeds if variant in (NATIVE, FP8) else seeds[:CONTROL_SEEDS]
 
 
-def read_curve(run: run_files.Run) -> tuple[np.ndarray, np.ndarray]:
-    """The steps and smoothed training losses of one run."""
-    series = run.series("loss")
-    assert series is not None, f"{run.directory} has no loss"
-    return series.step_N, smoothed(series.value_NK[:, 0])
+def read_curves(runs: Sequence[run_files.Run]) -> Curves:
+    """Of one variant's seeds."""
+
+    def series(key: str) -> list[run_files.Series]:
+        return [found for run in runs if (found := run.series(key)) is not None]
+
+    losses = series("loss")
+    return Curves(
+        losses[0].step_N,
+        np.stack([smoothed(loss.value_NK[:, 0]) for loss in losses]),
+        np.array([loss.value_NK[-1, 0] for loss in series("val_loss")]),
+    )
 
 
 def smoothed(value_N: np.ndarray) -> np.ndarray:
@@ -190,21 +197,23 @@ def smoothed(value_N: np.ndarray) -> np.ndarray:
 
 
 def read_figures(curves: dict[str, Curves]) -> dict[str, dict[str, float]]:
-    """Last losses, and relative differences from the native ones.
+    """Relative differences from native runs: means over seeds, and their errors.
 
-    A difference is the mean over seeds; standard_error is that of mean_difference.
+    validation_difference is that of the last losses on held-out text.
     """
-    figures = {}
+    figures, native = {}, curves[NATIVE]
     for variant, of_variant in curves.items():
-        off_SN = of_variant.off(curves[NATIVE])
+        off_SN, seeds = of_variant.off(native), len(of_variant.loss_SN)
         off_N, off_S = off_SN.mean(0), off_SN.mean(1)
+        validation_S = of_variant.validation_S / native.validation_S[:seeds] - 1
         figures[variant] = {
-            "seeds": len(off_SN),
-            "last_loss": float(of_variant.loss_SN[:, -1].mean()),
-            "largest_difference": float(np.abs(off_N).max()),
+            "seeds": seeds,
+            "validation_loss": float(of_variant.validation_S.mean()),
+            "validation_difference": float(validation_S.mean()),
+            "validation_error": standard_error(validation_S),
             "mean_difference": float(off_N.mean()),
-            "standard_error": standard_error(off_S),
-            "last_difference": float(off_N[-1]),
+            "mean_error": standard_error(off_S),
+            "largest_difference": float(np.abs(off_N).max()),
             "largest_of_one_seed": float(np.abs(off_SN).max()),
         }
     return figures
@@ -220,22 +229,22 @@ def standard_error(value_S: np.ndarray) -> float:
 def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
     """Prints the table."""
     table = rich.table.Table(
-        caption=f"differences from native runs, smoothed, from step {FIRST} on; "
-        "means over seeds"
+        caption="differences from native runs, means over seeds: of the last loss on "
+        f"held-out text; of the smoothed training loss from step {FIRST} on"
     )
-    columns = ("seeds", "last loss", "largest", "mean", "last", "largest of one seed")
-    for column in ("model", "products", *columns):
-        table.add_column(column, justify="left" if len(table.columns) < 2 else "right")
+    for column in ("model", "products"):
+        table.add_column(column)
+    for column in ("seeds", "held out", "mean", "largest", "of one seed"):
+        table.add_column(column, justify="right", no_wrap=True)
     for model, rows in figures.items():
         for variant, row in rows.items():
             table.add_row(
                 model,
                 variant,
                 f"{row['seeds']}",
-                f"{row['last_loss']:.4f}",
+                f"{row['validation_difference']:+.2%} ± {row['validation_error']:.2%}",
+                f"{row['mean_difference']:+.2%} ± {row['mean_error']:.2%}",
                 f"{row['largest_difference']:.2%}",
-                f"{row['mean_difference']:+.2%} ± {row['standard_error']:.2%}",
-                f"{row['last_difference']:+.2%}",
                 f"{row['largest_of_one_seed']:.2%}",
             )
         table.add_section()
