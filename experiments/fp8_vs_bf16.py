@@ -227,28 +227,28 @@ def standard_error(value_S: np.ndarray) -> float:
 
 
 def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Prints the table."""
-    table = rich.table.Table(
-        caption="differences from native runs, means over seeds: of the last loss on "
-        f"held-out text; of the smoothed training loss from step {FIRST} on"
-    )
-    for column in ("model", "products"):
-        table.add_column(column)
-    for column in ("seeds", "held out", "mean", "largest", "of one seed"):
-        table.add_column(column, justify="right", no_wrap=True)
+    """Prints a table for each model."""
+    console = rich.console.Console()
     for model, rows in figures.items():
+        table = rich.table.Table(title=f"{model} model, % above native runs")
+        table.add_column("products")
+        for column in ("seeds", "held out", "training", "largest", "single"):
+            table.add_column(column, justify="right", no_wrap=True)
         for variant, row in rows.items():
-            table.add_row(
-                model,
-                variant,
-                f"{row['seeds']}",
-                f"{row['validation_difference']:+.2%} ± {row['validation_error']:.2%}",
-                f"{row['mean_difference']:+.2%} ± {row['mean_error']:.2%}",
-                f"{row['largest_difference']:.2%}",
-                f"{row['largest_of_one_seed']:.2%}",
+            percent = {name: f"{100 * value:.2f}" for name, value in row.items()}
+            of_validation, of_training = (
+                f"{percent[f'{part}_difference']} ± {percent[f'{part}_error']}"
+                for part in ("validation", "mean")
             )
-        table.add_section()
-    rich.console.Console().print(table)
+            largest = percent["largest_difference"], percent["largest_of_one_seed"]
+            seeds = f"{row['seeds']}"
+            table.add_row(variant, seeds, of_validation, of_training, *largest)
+        console.print(table)
+    console.print(
+        "held out: the last loss on held-out text; training: the smoothed loss, mean of "
+        f"the steps from {FIRST} on; largest: at one of them, mean of all seeds; "
+        "single: of one seed."
+    )
 
 
 def draw(curves: dict[str, dict[str, Curves]], path: pathlib.Path) -> None:
