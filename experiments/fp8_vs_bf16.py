@@ -245,8 +245,8 @@ def show(figures: dict[str, dict[str, dict[str, float]]]) -> None:
             table.add_row(variant, seeds, of_validation, of_training, *largest)
         console.print(table)
     console.print(
-        "held out: the last loss on held-out text; training: the smoothed loss, mean of "
-        f"the steps from {FIRST} on; largest: at one of them, mean of all seeds; "
+        "held out: the last loss on held-out text; training: the smoothed loss, mean "
+        f"of the steps from {FIRST} on; largest: at one of them, mean of all seeds; "
         "single: of one seed."
     )
 
