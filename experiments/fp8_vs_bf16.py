@@ -88,7 +88,7 @@ PAIRS += [("larger", NATIVE), ("larger", FP8)]
 RUNS = {f"{model}/{VARIANTS[variant][0]}": (model, variant) for model, variant in PAIRS}
 SMOOTHING = 0.9
 BOUND = 0.0025
-CONTROL_SEEDS = 4
+CONTROL_SEEDS = 3
 FIRST = 50  # where the moving average has seen enough steps
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/fp8_vs_bf16", "Where runs are kept.")

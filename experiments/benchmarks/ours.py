@@ -1,7 +1,7 @@
 """jmoe's side of the CPU benchmarks, and the plain matmuls that bound it.
 
-Shapes: B batch, T position, D hidden, N = B * T; of a matmul, M rows, I inputs,
-O outputs.
+Shapes: B batch, T position, D hidden, N = B * T, E expert, F MLP dimension, X = 2 F the
+gate and up halves; of a matmul, M rows, I inputs, O outputs.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax import lax
@@ -25,6 +26,7 @@ from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import MoE
 from jmoe.ops import fp8
+from jmoe.ops.swiglu import swiglu
 from jmoe.parallel import compiler
 from jmoe.train.layout import born, make_layout, put_batch, run_mesh
 from jmoe.train.optimizer import make_optimizer
@@ -87,11 +89,12 @@ def train_step(
 def moe_layer(workload: Workload) -> Tasks:
     """`ours` and `gshard`: forward and backward of one router with its routed experts.
 
-    Gradients are those of the input and of every weight.
+    Gradients are those of the input and of every weight. `in_place`: of the experts
+    alone, each on as many rows as the others, which lie ready.
     """
     layers, inputs = moe_layers(workload)
 
-    def task(forward: Layer) -> Callable[[], None]:
+    def task(forward: Layer, *inputs: Any) -> Callable[[], None]:
         run = jax.jit(functools.partial(forward_backward, forward))
 
         def call() -> None:
@@ -100,7 +103,19 @@ def moe_layer(workload: Workload) -> Tasks:
         warm_up(call)
         return call
 
-    return {name: task(forward) for name, forward in layers.items()}
+    experts = inputs[0]["experts"]
+    shape = len(experts["down"]), -1, workload.model.hidden_dim
+    # Of a token's choices each, which are so many rows.
+    top_k = workload.model.moe.router.top_k
+    rows = [jnp.tile(x_BTD, (top_k, 1, 1)).reshape(shape) for x_BTD in inputs[1:]]
+    tasks = {name: task(forward, *inputs) for name, forward in layers.items()}
+    return {**tasks, "in_place": task(batched_mlp, experts, *rows)}
+
+
+def batched_mlp(experts: dict[str, jax.Array], x_EMD: jax.Array) -> jax.Array:
+    """Each expert's SwiGLU MLP on M rows of its own."""
+    gate_up_EDX = experts["gate_up"].reshape(len(x_EMD), x_EMD.shape[2], -1)
+    return swiglu(x_EMD @ gate_up_EDX) @ experts["down"]
 
 
 def moe_layers(workload: Workload) -> tuple[dict[str, Layer], tuple[Any, ...]]:

@@ -9,7 +9,9 @@ On the `bench_s` shape, in float32, with AdamW and 4 sequences of 512 tokens a s
   of the same shapes. Attention counts for the pairs on and below the diagonal, and at
   that rate too, although its own matmuls are small;
 - one MoE layer, router and routed experts, forward and backward: jmoe's, transformers',
-  GShard's with a capacity, and the same operations as plain dense matmuls.
+  GShard's with a capacity, and the same operations as plain dense matmuls. Between the
+  last and jmoe's stand the experts alone, balanced, with their rows in place: what XLA
+  needs where there is nothing to route.
 
 They take turns at all of the machine's cores. A time is the median over rounds of the
 median of a turn; a ratio is the median over rounds of the ratio within a round, because
@@ -116,7 +118,7 @@ def measure_step(workload: Workload, rounds: int, *, adamw: str) -> tuple[Turns,
 
 
 def measure_layer(workload: Workload, rounds: int) -> Turns:
-    """Turns of `ours`, `theirs`, `compiled` (theirs too), `gshard` and `matmuls`."""
+    """Turns of `ours`, `theirs`, `compiled` (theirs too), `gshard` and the floors."""
     with (
         _ours("moe_layer", workload=workload) as ours,
         _theirs("moe_layer", workload=workload) as theirs,
@@ -128,6 +130,7 @@ def measure_layer(workload: Workload, rounds: int) -> Turns:
             "theirs": Seat(theirs, "eager", LAYERS_A_TURN),
             "compiled": Seat(theirs, "compiled", LAYERS_A_TURN),
             "gshard": Seat(ours, "gshard", LAYERS_A_TURN),
+            "in_place": Seat(ours, "in_place", LAYERS_A_TURN),
         }
         return take_turns(seats, rounds)
 
@@ -231,6 +234,7 @@ def layer_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
         "theirs": "the same of transformers', grouped_mm experts",
         "compiled": "the same of transformers', after torch.compile",
         "gshard": "the same with one-hot dispatch, capacity factor 2.0, 4 groups",
+        "in_place": "the experts as one batched MLP, as many rows each, nothing routed",
         "matmuls": f"plain {', '.join(shapes)}, and each one's two gradients",
     }
     seconds = {name: _rounds(turns[name]) for name in definitions if name != "matmuls"}
@@ -248,6 +252,12 @@ def layer_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
         unit="×",
         definition="time over that of the same operations as plain dense matmuls",
         at_most=1.35,
+    )
+    yield Figure(
+        name="MoE layer, in_place / matmuls",
+        value=_ratio(seconds["in_place"], seconds["matmuls"]),
+        unit="×",
+        definition="the same of experts alone, which route nothing",
     )
     yield Figure(
         name="MoE layer, gshard / ours",
