@@ -85,9 +85,9 @@ LARGER = [
 ]
 MODELS = {"tiny": [], "larger": LARGER}
 # From how many seeds each is trained.
-PAIRS = {("tiny", variant): 3 for variant in VARIANTS}
+PAIRS = {("tiny", variant): 2 for variant in VARIANTS}
 PAIRS |= {("tiny", NATIVE): 8, ("tiny", FP8): 8}
-PAIRS |= {("larger", NATIVE): 4, ("larger", FP8): 4}
+PAIRS |= {("larger", NATIVE): 6, ("larger", FP8): 6}
 RUNS = {f"{model}/{VARIANTS[variant][0]}": (model, variant) for model, variant in PAIRS}
 SMOOTHING = 0.9
 BOUND = 0.0025

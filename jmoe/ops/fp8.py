@@ -248,7 +248,7 @@ def fp8_dot(x: jax.Array, w_KN: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
-    """The product, and what `backward` is given: first x, quantized as [M, K]."""
+    """The product, and what `backward` is given: first x as [M, K], quantized, bits."""
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
     w = recipe.quantize(w_KN, recipe.weights)
     y_MN = matmul(x_MK, w.mT, x.dtype)
