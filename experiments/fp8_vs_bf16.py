@@ -87,7 +87,7 @@ MODELS = {"tiny": [], "larger": LARGER}
 # From how many seeds each is trained.
 PAIRS = {("tiny", variant): 2 for variant in VARIANTS}
 PAIRS |= {("tiny", NATIVE): 8, ("tiny", FP8): 8}
-PAIRS |= {("larger", NATIVE): 6, ("larger", FP8): 6}
+PAIRS |= {("larger", NATIVE): 5, ("larger", FP8): 5}
 RUNS = {f"{model}/{VARIANTS[variant][0]}": (model, variant) for model, variant in PAIRS}
 SMOOTHING = 0.9
 BOUND = 0.0025
