@@ -11,32 +11,35 @@ exponential moving average of coefficient 0.9. What is compared is their relativ
 difference from the native run's, step by step. How far two runs part that should be
 the same, a native one shows whose attention sums in another order.
 
+One pair of such runs says little: a rounding that makes some tokens choose other
+experts sends a small model another way, to a loss that is some tenths of a percent
+higher or lower. So each is trained from several initial weights, and differences are
+means over these.
+
 It prints a table for each model and, of all runs and seeds, writes
 results/fp8_vs_bf16.{json,png}. Runs are kept under --workdir; an interrupted call goes
 on where it stopped. --runs=tiny/native,tiny/fp8 --seeds=0,1 trains and compares these
 only; so each core can train some, before a call compares all.
 
-Hardware: 2 CPU cores, which emulate FP8; a tiny run in FP8 takes 35 minutes of one.
+Hardware: 2 CPU cores, which emulate FP8. A run takes one of them 4 to 8 minutes.
 Expected: block-scaled FP8 within 0.25%, as DeepSeek-V3 found of 16B and 230B models.
-Observed, one run each: on average FP8 costs less than 0.25% of the larger model's loss
-and some more of the tiny one's, but no run stays within 0.25% at each step, and neither
-does a native one whose sums have another order. Differences are at most and on average
+Observed: FP8 costs no loss that shows. In percent, with the standard error: the last
+loss on held-out text; the smoothed training loss, mean of all steps; and the largest
+difference at any step, of the mean over seeds and of a single one:
 
-    tiny      native, sums in another order    0.46%, +0.10%
-              FP8                              0.69%, +0.33%
-              FP8, a scale per tensor          0.70%, -0.13%
-              FP8, 128x128 gradients           0.60%, +0.20%
-    larger    FP8                              0.61%, +0.16%
+                                        seeds    held out      training
+    tiny      native, another order         2   0.11 ± 0.05  -0.00 ± 0.06  0.17  0.32
+              FP8                           8   0.05 ± 0.12  -0.02 ± 0.12  0.21  1.07
+              FP8, a scale per tensor       2   0.05 ± 0.09   0.12 ± 0.01  0.45  0.83
+              FP8, 128x128 gradients        2  -0.07 ± 0.37   0.10 ± 0.41  0.51  1.23
+    larger    FP8                           5  -0.06 ± 0.07   0.04 ± 0.04  0.28  0.54
 
-With four times the tokens a step (`--set train.batch_size=32`, and the same
-`microbatch_size`), the tiny model in FP8 parts from the native one by 0.79% at most and
-+0.44% on average: +0.3% up to step 500, rising to +0.66% as the learning rate falls. So
-that is no chance, but what FP8 costs such a model.
-
-Still, 2,048 tokens a step can't tell recipes apart that differ by less than some tenths
-of a percent, and small models, whose activations have no outliers, don't show what
-larger ones suffer from. At the tiny model's learning rate, the larger one was unstable:
-two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native one.
+The mean over seeds still has noise of about 0.1% in each step: of the larger model it
+is above 0.25% in a few steps around the 400th. Two seeds can't tell the other recipes
+apart from FP8 in blocks, and small models, whose activations have no outliers, don't
+show what larger ones suffer from. At the tiny model's learning rate, the larger one was
+unstable: two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native
+one.
 """
 
 import json
