@@ -155,6 +155,17 @@ def test_a_full_expert_drops_the_later_tokens_of_a_group():
     assert not same_N.reshape(gshard.GROUPS, -1)[:, -1].any()
 
 
+def test_experts_in_place_are_each_an_mlp_of_its_own_rows():
+    _, (params, x_BTD, _) = ours.moe_layers(SMALL)
+    experts = params["experts"]
+    rows_EMD = jnp.tile(x_BTD, (6, 1, 1)).reshape(12, 16, 32)
+    got_EMD = ours.batched_mlp(experts, rows_EMD)
+    gate_DF, up_DF = experts["gate_up"][3].swapaxes(0, 1)
+    hidden_MF = jax.nn.silu(rows_EMD[3] @ gate_DF) * (rows_EMD[3] @ up_DF)
+    want_MD = hidden_MF @ experts["down"][3]
+    np.testing.assert_allclose(got_EMD[3], want_MD, rtol=1e-5, atol=1e-6)
+
+
 def test_every_linear_map_has_three_matmuls_to_time():
     linears = SMALL.routed_linears()
     seconds = ours.plain_matmuls(linears)["seconds"]()
@@ -225,6 +236,7 @@ def test_the_layers_targets_are_against_matmuls_and_gshard():
         "theirs": [turn(0.54)],
         "compiled": [turn(0.81)],
         "gshard": [turn(0.6)],
+        "in_place": [turn(0.24)],
         "matmuls": [matmuls(0.05, 0.1, 0.05)],
     }
     found = by_name(train_cpu.layer_figures(turns, SMALL))
@@ -234,6 +246,7 @@ def test_the_layers_targets_are_against_matmuls_and_gshard():
     ratio = found["MoE layer, gshard / ours"]
     assert (ratio.value, ratio.met) == (pytest.approx(0.6 / 0.27), False)
     assert found["MoE layer, theirs / ours"].value == pytest.approx(2.0)
+    assert found["MoE layer, in_place / matmuls"].value == pytest.approx(1.2)
 
 
 def report():
