@@ -94,22 +94,22 @@ def moe_layer(workload: Workload) -> Tasks:
     """
     layers, inputs = moe_layers(workload)
 
-    def task(forward: Layer, *inputs: Any) -> Callable[[], None]:
+    def task(forward: Layer, *operands: Any) -> Callable[[], None]:
         run = jax.jit(functools.partial(forward_backward, forward))
 
         def call() -> None:
-            jax.block_until_ready(run(*inputs))
+            jax.block_until_ready(run(*operands))
 
         warm_up(call)
         return call
 
-    experts = inputs[0]["experts"]
-    shape = len(experts["down"]), -1, workload.model.hidden_dim
-    # Of a token's choices each, which are so many rows.
-    top_k = workload.model.moe.router.top_k
-    rows = [jnp.tile(x_BTD, (top_k, 1, 1)).reshape(shape) for x_BTD in inputs[1:]]
     tasks = {name: task(forward, *inputs) for name, forward in layers.items()}
-    return {**tasks, "in_place": task(batched_mlp, experts, *rows)}
+    params, *x_and_dy = inputs
+    # As many rows as tokens have choices.
+    cfg = workload.model.moe.router
+    shape = cfg.num_experts, -1, workload.model.hidden_dim
+    rows = [jnp.tile(x, (cfg.top_k, 1, 1)).reshape(shape) for x in x_and_dy]
+    return {**tasks, "in_place": task(batched_mlp, params["experts"], *rows)}
 
 
 def batched_mlp(experts: dict[str, jax.Array], x_EMD: jax.Array) -> jax.Array:

@@ -109,26 +109,28 @@ def quantize(
     In a bfloat16 matrix's rows or columns, it is a kernel when compiled for a Hopper.
     """
 
+    in_columns = block == transposed(ROW)
+
     def kernel(x):
         from jmoe.ops.kernels import fp8_quantize
 
-        if block == ROW:
-            return Quantized(*fp8_quantize.rows(x))
-        return Quantized(*fp8_quantize.rows(x.T)).mT
+        if in_columns:
+            return Quantized(*fp8_quantize.rows(x.T)).mT
+        return Quantized(*fp8_quantize.rows(x))
 
     def reference(x):
         tiles, scale, axes = _scaled(x, block, power_of_two)
         data = _from_tiles(e4m3.convert(tiles), axes, x.shape)
         return Quantized(data, scale.squeeze(axes))
 
-    fits = has_kernel(x, block, power_of_two)
+    fits = has_kernel(x, ROW if in_columns else block, power_of_two)
     return by_platform(kernel, reference, x, fits=fits)
 
 
 def has_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
-    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize this matrix."""
+    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
     is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
-    return is_matrix and block in (ROW, transposed(ROW)) and not power_of_two
+    return is_matrix and block == ROW and not power_of_two
 
 
 @functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
@@ -193,15 +195,7 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
     when compiled for a Hopper GPU (`jmoe.ops.by_platform`).
     """
 
-    def kernel(a, b):
-        from jmoe.ops.kernels import fp8_matmul
-
-        return fp8_matmul.matmul(*a, *b, dtype=dtype)
-
-    def reference(a, b):
-        return _wide_product(a, b, 1).astype(dtype)
-
-    return by_platform(kernel, reference, a, b, fits=_is_for_kernel(a, b))
+    return _product(a, b, dtype, summed=1)
 
 
 def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
@@ -209,16 +203,34 @@ def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
     Elsewhere than in a kernel nothing is transposed.
     """
+    return _product(x, dy, dtype, summed=0)
 
-    def kernel(x, dy):
+
+def _product(
+    a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike, *, summed: int
+) -> jax.Array:
+    """Over dimension `summed` of both."""
+
+    def summed_last(a, b):
+        return (a, b) if summed == 1 else (a.mT, b.mT)
+
+    def kernel(a, b):
         from jmoe.ops.kernels import fp8_matmul
 
-        return fp8_matmul.matmul(*x.mT, *dy.mT, dtype=dtype)
+        a, b = summed_last(a, b)
+        return fp8_matmul.matmul(*a, *b, dtype=dtype)
 
-    def reference(x, dy):
-        return _wide_product(x, dy, 0).astype(dtype)
+    def reference(a, b):
+        product = lax.dot_general(
+            dequantize(a, jnp.float32),
+            dequantize(b, jnp.float32),
+            (((summed,), (summed,)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
+        return product.astype(dtype)
 
-    return by_platform(kernel, reference, x, dy, fits=_is_for_kernel(x.mT, dy.mT))
+    fits = _is_for_kernel(*summed_last(a, b))
+    return by_platform(kernel, reference, a, b, fits=fits)
 
 
 def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
@@ -226,16 +238,6 @@ def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
     B = num_blocks(K)
     fits = a.scale.shape == (M, B) and b.scale.shape in ((N, B), (num_blocks(N), B))
     return fits and min(M, N, K) > 0
-
-
-def _wide_product(a: Quantized, b: Quantized, summed: int) -> jax.Array:
-    """Of what they stand for, over dimension `summed` of both, in float32."""
-    return lax.dot_general(
-        dequantize(a, jnp.float32),
-        dequantize(b, jnp.float32),
-        (((summed,), (summed,)), ((), ())),
-        precision=lax.Precision.HIGHEST,
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
