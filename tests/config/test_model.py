@@ -82,6 +82,10 @@ def attention(**changes):
             "backend='dense' is not one of 'auto', 'blocks', 'blocks_remat', 'ragged', "
             "'blocks_apart', 'blocks_remat_apart', 'ragged_apart'.",
         ),
+        (
+            "moe.exchange.capacity_factor=0",
+            "capacity_factor=0.0 must be above 0, or none.",
+        ),
         ("moe.router.num_experts=0", "num_experts=0 must be at least 1."),
         (
             "moe.router.num_experts=30",
