@@ -125,9 +125,9 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
         def chain(size):
             x_SD = take(x_TD, token_B[:size])
             own_S1 = (jnp.arange(size) < own)[:, None]
-            dy_SD = jnp.where(own_S1, take(dy_TD, token_B[:size]), 0)
+            dy_SD = take(dy_TD, token_B[:size])
             h_SX, _ = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
             act_SF, d_h_SX, d_gate_S = _through_mlp(
                 recipe, h_SX, gate_S1, dy_SD, down_FD
             )
@@ -221,11 +221,10 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
         def chain(size):
             own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
             x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            gate_S1 = cut(gate_N, start, size)[:, None].astype(x_SD.dtype)
+            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
             h_SX = cut(h_NX, start, size)
             act_SF = activations(swiglu(h_SX))
             d_h_SX = jnp.where(own_S1, cut(d_h_NX, start, size), 0)
-            dy_SD = jnp.where(own_S1, dy_SD, 0)
             return (
                 _outer(recipe, own_S1, x_SD, d_h_SX),
                 _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
@@ -302,10 +301,16 @@ def _input_gradient(recipe: Recipe, dy_SO, w_IO):
     return _dot(fp8.roundings(recipe).gradients(dy_SO), w_IO, 1, 1)
 
 
+def _own_gates(gate_N, start, own_S1, dtype: Any) -> jax.Array:
+    """[S, 1], zero for rows that another task owns: so are the gradients from them."""
+    gate_S1 = cut(gate_N, start, len(own_S1))[:, None]
+    return jnp.where(own_S1, gate_S1, 0).astype(dtype)
+
+
 def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
-    """The sum of the rows' outer products; dy is zero in rows that aren't own ones."""
-    if recipe is not None:
-        x_SI = jnp.where(own_S1, x_SI, 0)  # others don't take part in the scales
+    """The sum of the rows' outer products; x or dy is zero in rows that aren't own."""
+    if recipe is not None:  # the other's don't take part in the scales either
+        x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
         x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
         dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
     return _dot(x_SI, dy_SO, 0, 0)

@@ -43,7 +43,9 @@ def plan_tasks(size_E: jax.Array, num_rows: int, block: int, *, skip: int = 0) -
     tasks_E = jnp.maximum(-(-size_E // block) - skip, 0)
     end_E = jnp.cumsum(tasks_E)
     index_M = jnp.arange(size_E.shape[0] + num_rows // block, dtype=jnp.int32)
-    expert_M = jnp.searchsorted(end_E, index_M, side="right").astype(jnp.int32)
+    expert_M = jnp.searchsorted(
+        end_E, index_M, side="right", method="compare_all"
+    ).astype(jnp.int32)
     expert_M = jnp.minimum(expert_M, size_E.shape[0] - 1)
     nth_M = index_M - (end_E - tasks_E)[expert_M] + skip
     start_M = first_rows(size_E)[expert_M] + nth_M * block

@@ -15,7 +15,7 @@ from jmoe.balance import bias, losses
 from jmoe.config.model import GROUP_SCORES, RouterConfig
 from jmoe.config.model import SCORES as SCORE_NAMES
 from jmoe.nn import router
-from jmoe.nn.router import GROUP_BEST, SCORES, Router, route
+from jmoe.nn.router import GROUP_SCORE, SCORES, Router, route
 
 E, G, K, D = 12, 4, 3, 16
 CFG = RouterConfig(num_experts=E, top_k=K, num_groups=G, groups_per_token=2)
@@ -67,7 +67,7 @@ def oracle(logit_E, bias_E, cfg):
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("group_score", GROUP_BEST)
+@pytest.mark.parametrize("group_score", GROUP_SCORE)
 @pytest.mark.parametrize("score", SCORES)
 def test_choices_and_gates_follow_the_definitions(score, group_score, normalize):
     cfg = dataclasses.replace(
@@ -86,6 +86,19 @@ def test_choices_and_gates_follow_the_definitions(score, group_score, normalize)
         assert got == pytest.approx(want, rel=1e-5)
     load_E = np.bincount(expert_NK.ravel(), minlength=E)
     np.testing.assert_array_equal(stats.load_E, load_E)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 32])
+def test_a_groups_score_is_the_sum_of_its_best_two(size):
+    # Of few values, so that the best are often equal.
+    score_NGS = np.random.default_rng(size).integers(-4, 0, (20, 3, size)) / 4
+    want_NG = np.sort(score_NGS)[..., -2:].sum(-1)
+    np.testing.assert_array_equal(
+        GROUP_SCORE["top2_sum"](jnp.float32(score_NGS)), want_NG
+    )
+    score_NGS[0, 0, -1] = np.nan
+    got_NG = GROUP_SCORE["top2_sum"](jnp.float32(score_NGS))
+    assert np.isnan(got_NG).tolist() == [[True, False, False]] + 19 * [3 * [False]]
 
 
 def test_the_group_scores_choose_differently():
@@ -209,4 +222,4 @@ def test_the_auxiliary_loss_is_that_of_the_raw_scores(name):
 
 def test_the_config_knows_the_same_scores():
     assert tuple(SCORES) == SCORE_NAMES
-    assert tuple(GROUP_BEST) == GROUP_SCORES
+    assert tuple(GROUP_SCORE) == GROUP_SCORES

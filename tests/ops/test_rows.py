@@ -12,6 +12,29 @@ from jmoe.ops import rows
 NOBODY = -1
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_are_sorted_by_expert_then_by_token_and_nobodys_come_last(seed):
+    tokens, choices, experts = 50, 3, 5
+    expert_TK = np.random.default_rng(seed).integers(0, experts + 1, (tokens, choices))
+    got = rows.sort_rows(jnp.asarray(expert_TK), experts, spare=4)
+    order_N = sorted(range(expert_TK.size), key=lambda n: (expert_TK.flat[n], n))
+    np.testing.assert_array_equal(got.choice_N, order_N + 4 * [0])
+    np.testing.assert_array_equal(got.token_N, np.array(order_N + 4 * [0]) // choices)
+    size_E = np.bincount(expert_TK.flat, minlength=experts + 1)[:experts]
+    np.testing.assert_array_equal(got.size_E, size_E)
+    assert {x.dtype.name for x in got} == {"int32"}
+
+
+def test_as_many_rows_as_an_int32_can_sort_and_no_more():
+    def sort(tokens):
+        expert_TK = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
+        jax.eval_shape(lambda x: rows.sort_rows(x, 255, spare=0), expert_TK)
+
+    sort(2**22 - 1)
+    with pytest.raises(ValueError, match="8388608 rows of 255 experts are too many"):
+        sort(2**22)
+
+
 @pytest.mark.parametrize("aligned", [8, rows.ROW_TILE])
 @pytest.mark.parametrize("experts", [1, 6])
 def test_tiles_take_each_row_once_for_its_expert(experts, aligned):
