@@ -88,8 +88,6 @@ def _read_arrayrecord(path: pathlib.Path, field: str) -> Iterator[str]:
     """JSON records where the first one is a JSON object, and else plain text."""
     reader = ArrayRecordReader(str(path))
     total, is_json = reader.num_records(), False
-    if not reader.ok():
-        raise ValueError(f"{path}: the file is damaged or no ArrayRecord file.")
     for start in range(0, total, _CHUNK_RECORDS):
         records = reader.read(start, min(start + _CHUNK_RECORDS, total))
         for number, record in enumerate(records, start):
@@ -98,7 +96,7 @@ def _read_arrayrecord(path: pathlib.Path, field: str) -> Iterator[str]:
             if number == 0:
                 is_json = _is_json_object(text)
             yield _from_json(text, field, where) if is_json else text
-    reader.close()
+    reader.close()  # raises what was wrong with a file of which it found no records
 
 
 def _open(path: pathlib.Path) -> io.BufferedIOBase:
