@@ -89,12 +89,17 @@ def test_zeros_stay_zeros():
     np.testing.assert_array_equal(round_trip(x), x)
 
 
+@pytest.mark.parametrize("power_of_two", [False, True], ids=["any", "power of two"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_what_is_not_finite_is_not_hidden(bad):
+def test_what_is_not_finite_spoils_its_block_and_is_not_hidden(bad, power_of_two):
     x = np.ones((1, 256), np.float32)
     x[0, 3] = bad
-    got = round_trip(x)
-    assert np.isnan(got[0, 3]) and (got[0, fp8.BLOCK :] == 1).all()
+    quantized = fp8.quantize(x, power_of_two=power_of_two)
+    for got in (
+        fp8.dequantize(quantized, np.float32),
+        fp8.rounded(x, power_of_two=power_of_two),
+    ):
+        assert np.isnan(got[0, : fp8.BLOCK]).all() and (got[0, fp8.BLOCK :] == 1).all()
 
 
 def test_bfloat16_in_and_out():
@@ -299,10 +304,18 @@ def test_what_is_not_finite_spoils_its_own_token_and_the_weights_gradient(bad):
 
 @pytest.mark.parametrize("recipe", fp8.RECIPES)
 def test_products_of_what_is_left_of_operands_are_fp8_products(recipe):
-    x, w, _ = operands((130, 256, 200))
-    roundings = fp8.roundings(fp8.RECIPES[recipe])
-    got = fp8.fp8_dot(x, w, fp8.RECIPES[recipe])
-    want = roundings.activations(jnp.asarray(x)) @ roundings.weights(jnp.asarray(w))
-    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * np.abs(want).max())
+    x, w, dy = map(jnp.asarray, operands((130, 256, 200)))
+    how = fp8.RECIPES[recipe]
+    left = fp8.roundings(how)
+    kept = left.activations(x)  # from which the weights' gradient is computed
+    kept = how.round(kept, fp8.transposed(how.activations))
+    want = (
+        left.activations(x) @ left.weights(w),
+        left.gradients(dy) @ left.weights(w).T,
+        kept.T @ how.round(dy, fp8.transposed(how.gradients)),
+    )
+    for product, of_left in zip(products(recipe, x, w, dy), want, strict=True):
+        off = 1e-5 * np.abs(of_left).max()
+        np.testing.assert_allclose(product, of_left, rtol=0, atol=off)
     none = fp8.roundings(None)
     assert all(rounding(x) is x for rounding in none)

@@ -164,6 +164,12 @@ def test_zeros_stay_zeros():
 def test_what_is_not_finite_is_not_hidden(bad):
     w = np.ones((96, 2), np.float32)
     w[40, 1] = bad
+    scale = int4.quantize(jnp.asarray(w)).scale
+    assert np.isnan(np.asarray(scale, np.float32)).tolist() == [
+        [False, False],
+        [False, True],
+        [False, False],
+    ]
     got = round_trip(w).copy()
     assert np.isnan(got[32:64, 1]).all()
     got[32:64, 1] = 1
