@@ -95,6 +95,7 @@ def test_what_is_not_finite_spoils_its_block_and_is_not_hidden(bad, power_of_two
     x = np.ones((1, 256), np.float32)
     x[0, 3] = bad
     quantized = fp8.quantize(x, power_of_two=power_of_two)
+    assert np.isfinite(quantized.scale).tolist() == [[False, True]]
     for got in (
         fp8.dequantize(quantized, np.float32),
         fp8.rounded(x, power_of_two=power_of_two),
