@@ -37,10 +37,16 @@ def test_devices_are_counted_in_all_and_over_the_batch():
     [
         ("mesh.pipe=0", "pipe=0 must be at least 1"),
         ("mesh.data=0", "data=0 must be at least 1"),
+        ("mesh.expert=0", "expert=0 must be at least 1"),
+        ("mesh.tensor=0", "tensor=0 must be at least 1"),
         ("mesh.zero_stage=2", "zero_stage=2 is not one of 1, 3"),
         ("mesh.data=3", "train.microbatch_size=16 must divide over mesh.data=3 x"),
         ("mesh.tensor=3", "data.sequence_length=128 must divide over mesh.tensor=3"),
         ("mesh=rows=2", "mesh='rows=2': 'rows=2' must read axis=devices"),
+        ("pipeline.schedule=2f2b", "schedule='2f2b' is not one of 'gpipe', '1f1b'"),
+        ("pipeline.remat=block", "remat='block' is not one of 'none', 'stage'"),
+        ("pipeline.chunks=1", "chunks=1 must be at least 2"),
+        ("pipeline.microbatches=0", "microbatches=0 must be at least 1"),
     ],
 )
 def test_a_mesh_that_a_run_cannot_have_is_refused(assignment, said):
