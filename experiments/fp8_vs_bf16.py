@@ -21,25 +21,23 @@ results/fp8_vs_bf16.{json,png}. Runs are kept under --workdir; an interrupted ca
 on where it stopped. --runs=tiny/native,tiny/fp8 --seeds=0,1 trains and compares these
 only; so each core can train some, before a call compares all.
 
-Hardware: 2 CPU cores, which emulate FP8. A run takes one of them 4 to 9 minutes.
+Hardware: 2 CPU cores, which emulate FP8. A run takes one of them 3 to 9 minutes.
 Expected: block-scaled FP8 within 0.25%, as DeepSeek-V3 found of 16B and 230B models.
-Observed: FP8 costs no loss that shows. In percent, with the standard error: the last
-loss on held-out text; the smoothed training loss, mean of all steps; and the largest
-difference at any step, of the mean over seeds and of a single one:
+Observed: FP8 costs no loss that shows. Of eight seeds, in percent, with the standard
+error: the last loss on held-out text; the smoothed training loss, mean of all steps;
+and the largest difference at any step, of the mean over seeds and of a single one:
 
-                                        seeds    held out      training
-    tiny      native, another order         2   0.11 ± 0.05  -0.00 ± 0.06  0.17  0.32
-              FP8                           8   0.05 ± 0.12  -0.02 ± 0.12  0.21  1.07
-              FP8, a scale per tensor       2   0.05 ± 0.09   0.12 ± 0.01  0.45  0.83
-              FP8, 128x128 gradients        2  -0.07 ± 0.37   0.10 ± 0.41  0.51  1.23
-    larger    FP8                           5  -0.06 ± 0.07   0.04 ± 0.04  0.28  0.54
+                                            held out      training
+    tiny      native, another order      0.06 ± 0.06   0.02 ± 0.04  0.12  0.60
+              FP8                        0.05 ± 0.12  -0.02 ± 0.12  0.21  1.07
+              FP8, a scale per tensor    0.06 ± 0.10   0.07 ± 0.09  0.19  1.04
+              FP8, 128x128 gradients     0.02 ± 0.10   0.01 ± 0.10  0.23  1.23
+    larger    FP8                        0.01 ± 0.06   0.04 ± 0.02  0.22  0.54
 
-The mean over seeds still has noise of about 0.1% in each step: of the larger model it
-is above 0.25% in a few steps around the 400th. Two seeds can't tell the other recipes
-apart from FP8 in blocks, and small models, whose activations have no outliers, don't
-show what larger ones suffer from. At the tiny model's learning rate, the larger one was
-unstable: two runs parted by 2% within 50 steps, and FP8's ended 8.5% below the native
-one.
+Nor do the two ways that were worse elsewhere cost any: small models, whose activations
+have no outliers, don't show what larger ones suffer from. At the tiny model's learning
+rate, the larger one was unstable: two runs parted by 2% within 50 steps, and FP8's
+ended 8.5% below the native one.
 """
 
 import json
