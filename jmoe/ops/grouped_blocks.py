@@ -76,7 +76,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
     block = block_rows(len(x_TD))
-    rows = sort_rows(expert_TK, num_experts, spare=block)
+    rows = sort_rows(expert_TK, num_experts, spare=block, by_keys=True)
     tasks = plan_tasks(rows.size_E, expert_TK.size, block)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = stored.as_matrices(gate_up_ED2F)

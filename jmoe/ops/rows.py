@@ -39,22 +39,31 @@ class Rows(NamedTuple):
     size_E: jax.Array
 
 
-def sort_rows(expert_TK: jax.Array, num_experts: int, *, spare: int) -> Rows:
+def sort_rows(
+    expert_TK: jax.Array, num_experts: int, *, spare: int, by_keys: bool = False
+) -> Rows:
     """An expert's rows keep the order of their tokens; `spare` rows are added.
 
+    Args:
+      by_keys: sort numbers that hold expert and row. It takes CPUs a fifth of the time;
+        compiled for Hopper GPUs, fewer exchanges would hide behind products.
+
     Raises:
-      ValueError: expert and row don't fit in one int32.
+      ValueError: by keys, and expert and row don't fit in one int32.
     """
     num_rows, num_keys = expert_TK.size, expert_TK.size * (num_experts + 1)
-    if num_keys > jnp.iinfo(jnp.int32).max:
+    expert_N = expert_TK.reshape(-1).astype(jnp.int32)
+    if not by_keys:
+        choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
+    elif num_keys <= jnp.iinfo(jnp.int32).max:
+        key_N = expert_N * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+        choice_N = jnp.sort(key_N) % num_rows
+    else:
         raise ValueError(
             f"{num_rows} rows of {num_experts} experts are too many to sort on one "
             f"device: (experts + 1) x rows = {num_keys} must be below 2^31."
         )
-    expert_N = expert_TK.reshape(-1).astype(jnp.int32)
-    # Sorting keys alone takes a fifth of the time of sorting rows by them.
-    key_N = expert_N * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
-    choice_N = jnp.pad(jnp.sort(key_N) % num_rows, (0, spare))
+    choice_N = jnp.pad(choice_N, (0, spare))
     size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
     return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
 

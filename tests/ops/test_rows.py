@@ -12,11 +12,12 @@ from jmoe.ops import rows
 NOBODY = -1
 
 
+@pytest.mark.parametrize("by_keys", [False, True])
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_are_sorted_by_expert_then_by_token_and_nobodys_come_last(seed):
+def test_rows_are_sorted_by_expert_then_by_token_and_nobodys_come_last(seed, by_keys):
     tokens, choices, experts = 50, 3, 5
     expert_TK = np.random.default_rng(seed).integers(0, experts + 1, (tokens, choices))
-    got = rows.sort_rows(jnp.asarray(expert_TK), experts, spare=4)
+    got = rows.sort_rows(jnp.asarray(expert_TK), experts, spare=4, by_keys=by_keys)
     order_N = sorted(range(expert_TK.size), key=lambda n: (expert_TK.flat[n], n))
     np.testing.assert_array_equal(got.choice_N, order_N + 4 * [0])
     np.testing.assert_array_equal(got.token_N, np.array(order_N + 4 * [0]) // choices)
@@ -28,7 +29,9 @@ def test_rows_are_sorted_by_expert_then_by_token_and_nobodys_come_last(seed):
 def test_as_many_rows_as_an_int32_can_sort_and_no_more():
     def sort(tokens):
         expert_TK = jax.ShapeDtypeStruct((tokens, 2), jnp.int32)
-        jax.eval_shape(lambda x: rows.sort_rows(x, 255, spare=0), expert_TK)
+        jax.eval_shape(
+            lambda x: rows.sort_rows(x, 255, spare=0, by_keys=True), expert_TK
+        )
 
     sort(2**22 - 1)
     with pytest.raises(ValueError, match="8388608 rows of 255 experts are too many"):
