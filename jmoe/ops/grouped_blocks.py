@@ -309,7 +309,7 @@ def _own_gates(gate_N, start, own_S1, dtype: Any) -> jax.Array:
 
 def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
     """The sum of the rows' outer products; x or dy is zero in rows that aren't own."""
-    if recipe is not None:  # the other's don't take part in the scales either
+    if recipe is not None:  # the others don't take part in the scales either
         x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
         x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
         dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))

@@ -43,6 +43,7 @@ def plan_tasks(size_E: jax.Array, num_rows: int, block: int, *, skip: int = 0) -
     tasks_E = jnp.maximum(-(-size_E // block) - skip, 0)
     end_E = jnp.cumsum(tasks_E)
     index_M = jnp.arange(size_E.shape[0] + num_rows // block, dtype=jnp.int32)
+    # The default is a loop, whose start takes longer than all these comparisons.
     expert_M = jnp.searchsorted(
         end_E, index_M, side="right", method="compare_all"
     ).astype(jnp.int32)

@@ -51,21 +51,26 @@ def sort_rows(
     Raises:
       ValueError: by keys, and expert and row don't fit in one int32.
     """
-    num_rows, num_keys = expert_TK.size, expert_TK.size * (num_experts + 1)
     expert_N = expert_TK.reshape(-1).astype(jnp.int32)
-    if not by_keys:
-        choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
-    elif num_keys <= jnp.iinfo(jnp.int32).max:
-        key_N = expert_N * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
-        choice_N = jnp.sort(key_N) % num_rows
+    if by_keys:
+        choice_N = _order_by_keys(expert_N, num_experts)
     else:
+        choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
+    choice_N = jnp.pad(choice_N, (0, spare))
+    size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
+
+
+def _order_by_keys(expert_N: jax.Array, num_experts: int) -> jax.Array:
+    num_rows = expert_N.size
+    num_keys = (num_experts + 1) * num_rows
+    if num_keys > jnp.iinfo(jnp.int32).max:
         raise ValueError(
             f"{num_rows} rows of {num_experts} experts are too many to sort on one "
             f"device: (experts + 1) x rows = {num_keys} must be below 2^31."
         )
-    choice_N = jnp.pad(choice_N, (0, spare))
-    size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
-    return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
+    key_N = expert_N * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+    return jnp.sort(key_N) % num_rows
 
 
 ROW_TILE = 128
