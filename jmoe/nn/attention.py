@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from jmoe.config import AttentionConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
-from jmoe.ops import attention, rope
+from jmoe.ops import attention, dot, rope
 from jmoe.parallel import collectives
 
 
@@ -24,7 +24,7 @@ class LatentAttention(nn.Module):
 
     cfg: AttentionConfig
     init_std: float
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(

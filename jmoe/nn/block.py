@@ -14,6 +14,7 @@ from jmoe.nn.attention import LatentAttention
 from jmoe.nn.linear import DotGeneral, RMSNorm
 from jmoe.nn.moe import MoE, SwiGLU
 from jmoe.nn.router import Stats
+from jmoe.ops import dot
 
 Rotation = tuple[jax.Array, jax.Array]  # cos and sin, see ops/rope.py
 
@@ -22,7 +23,7 @@ class DenseBlock(nn.Module):
     """A block whose MLP every token shares; measures nothing."""
 
     cfg: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(
@@ -39,7 +40,7 @@ class MoEBlock(nn.Module):
     """A block with routed and shared experts; returns their `Stats` too."""
 
     cfg: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(

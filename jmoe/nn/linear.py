@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.ops import norm, stored
+from jmoe.ops import dot, norm, stored
 
 DotGeneral = Callable[..., jax.Array]
 Initializer = Callable[..., Any]  # of a parameter in a box, which `param` opens
@@ -44,7 +44,7 @@ class Linear(nn.Module):
     features: tuple[int, ...]
     dims: tuple[str | None, ...]  # logical names: input, then features
     init_std: float
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
 from jmoe.nn.linear import DotGeneral, named_param
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
+from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
 
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
     """
 
     cfg: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
     gather_layer: GatherLayer | None = None
 
     def __call__(

@@ -15,7 +15,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.router import Router, Stats
-from jmoe.ops import fp8, grouped, stored
+from jmoe.ops import dot, fp8, grouped, stored
 from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
@@ -26,7 +26,7 @@ class SwiGLU(nn.Module):
 
     mlp_dim: int
     init_std: float
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
@@ -55,7 +55,7 @@ class RoutedExperts(nn.Module):
 
     cfg: MoEConfig
     init_std: float
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(
@@ -99,7 +99,7 @@ class MoE(nn.Module):
 
     cfg: MoEConfig
     init_std: float
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Stats]:

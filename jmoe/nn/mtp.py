@@ -17,13 +17,14 @@ from jmoe.config import ModelConfig
 from jmoe.nn.block import MoEBlock, Rotation
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.router import Stats
+from jmoe.ops import dot
 
 
 class MTPModule(nn.Module):
     """One further prediction depth."""
 
     cfg: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(

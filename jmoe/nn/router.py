@@ -20,6 +20,7 @@ from jax import lax
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
 from jmoe.nn.linear import named_param
+from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import TOKEN_AXES
 
@@ -162,7 +163,7 @@ class Router(nn.Module):
         # Float32 end to end: bfloat16 scores tie often enough to skew the top-k. A GPU
         # rounds float32 products to TF32, hardly finer, unless asked not to.
         x_BTD = x_BTD.astype(jnp.float32)
-        logit_BTE = jnp.matmul(x_BTD, w_DE, precision=lax.Precision.HIGHEST)
+        logit_BTE = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
         routing, margin_EM = route(score_NE, bias_E, cfg)

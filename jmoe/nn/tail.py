@@ -20,6 +20,7 @@ from jmoe.nn import mtp
 from jmoe.nn.block import Rotation
 from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
 from jmoe.nn.router import Stats
+from jmoe.ops import dot
 from jmoe.parallel.vocabulary import embed
 
 # What the backward pass finds stored of a block; the rest it computes again.
@@ -51,7 +52,7 @@ class Tail(nn.Module):
     """From the last layer's output to `Features`, with the stats of the MTP modules."""
 
     cfg: ModelConfig
-    dot_general: DotGeneral = jax.lax.dot_general
+    dot_general: DotGeneral = dot.dot_general
     gather_layer: GatherLayer | None = None
 
     @nn.compact

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import e4m3
+from jmoe.ops import dot, e4m3
 from jmoe.ops.by_platform import by_platform
 from jmoe.ops.e4m3 import DTYPE, LARGEST
 
@@ -221,13 +221,11 @@ def _product(
         return fp8_matmul.matmul(*a, *b, dtype=dtype)
 
     def reference(a, b):
-        product = lax.dot_general(
-            dequantize(a, jnp.float32),
-            dequantize(b, jnp.float32),
-            (((summed,), (summed,)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-        )
-        return product.astype(dtype)
+        a, b = (dequantize(x, jnp.float32) for x in (a, b))
+        precision = lax.Precision.HIGHEST
+        if summed == 0:
+            return dot.outer(a, b, precision=precision).astype(dtype)
+        return jnp.matmul(a, b.T, precision=precision).astype(dtype)
 
     fits = _is_for_kernel(*summed_last(a, b))
     return by_platform(kernel, reference, a, b, fits=fits)
@@ -310,8 +308,8 @@ class DotGeneral:
 
 
 def dot_general(precision: str) -> Callable[..., jax.Array]:
-    """What linear layers multiply by: one of RECIPES, or "native", JAX's own."""
-    return lax.dot_general if precision == "native" else DotGeneral(RECIPES[precision])
+    """What linear layers multiply by: one of RECIPES, or "native", in x's dtype."""
+    return dot.dot_general if precision == "native" else DotGeneral(RECIPES[precision])
 
 
 def recipe_of(dot_general: Callable[..., jax.Array]) -> Recipe | None:

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import fp8, stored
+from jmoe.ops import dot, fp8, stored
 from jmoe.ops.row_tasks import (
     add_own,
     block_rows,
@@ -313,7 +313,7 @@ def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
         x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
         x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
         dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
-    return _dot(x_SI, dy_SO, 0, 0)
+    return dot.outer(x_SI, dy_SO)
 
 
 def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:

@@ -110,7 +110,17 @@ def add_own(
 
 
 def write(total_EIO: jax.Array, expert: jax.Array, value_IO: jax.Array) -> jax.Array:
-    return lax.dynamic_update_index_in_dim(total_EIO, value_IO, expert, 0)
+    # As rows that are scattered: XLA updates a slice on one core, these on all.
+    experts, inputs, outputs = total_EIO.shape
+    row_I = expert * inputs + jnp.arange(inputs)
+    total = total_EIO.reshape(experts * inputs, outputs)
+    total = total.at[row_I].set(
+        value_IO,
+        mode="promise_in_bounds",
+        indices_are_sorted=True,
+        unique_indices=True,
+    )
+    return total.reshape(total_EIO.shape)
 
 
 def write_sum(

@@ -1,0 +1,89 @@
+"""A linear layer's product, with a gradient of its weights that is fast on CPUs too.
+
+XLA for CPUs has two implementations of a product. The faster one wants the left
+operand's last dimension summed. A gradient of weights, `x.T @ dy`, sums the first of
+both, and XLA, which merges a transpose into a product where it can, takes the slower
+one: at 250 to 350 GFLOP/s where the other has 430 to 460 (a model of hidden dimension
+512, two cores). To copy the transpose takes at most a fifth of the difference.
+
+Dimensions: M row, K summed in the forward pass, N not.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+from jax import lax
+
+Precision = Any  # of `jax.lax.dot_general`
+
+
+def dot_general(
+    x: jax.Array,
+    w: jax.Array,
+    dimension_numbers: Any,
+    precision: Precision = None,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """`jax.lax.dot_general`; if it is that of a linear layer, then by `linear`."""
+    (of_x, of_w), batch = dimension_numbers
+    sums = tuple(of_x), tuple(of_w), *map(tuple, batch)
+    is_linear = sums == ((x.ndim - 1,), (0,), (), ()) and x.dtype == w.dtype
+    if is_linear and preferred_element_type is None:
+        return linear(x, w, precision)
+    return lax.dot_general(x, w, dimension_numbers, precision, preferred_element_type)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: jax.Array, w: jax.Array, precision: Precision = None) -> jax.Array:
+    """`x @ w`, [..., N...] of x [..., K] and w [K, N...], of one dtype."""
+    return _product(precision, x, w)
+
+
+def _product(precision: Precision, x: jax.Array, w: jax.Array) -> jax.Array:
+    return lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), precision)
+
+
+def _forward(x, w, precision):
+    return _product(precision, x, w), (x, w)
+
+
+def _backward(precision, saved, dy):
+    x, w = saved
+
+    def on_cpus(x, dy):
+        x_MK = x.reshape(-1, x.shape[-1])
+        dy_MN = dy.reshape(-1, math.prod(w.shape[1:]))
+        return _outer_on_cpus(x_MK, dy_MN, precision=precision).reshape(w.shape)
+
+    def elsewhere(x, dy):
+        of_w = functools.partial(_product, precision, x)
+        return jax.linear_transpose(of_w, w)(dy)[0]
+
+    of_x = functools.partial(_product, precision, w=w)
+    (dx,) = jax.linear_transpose(of_x, x)(dy)
+    return dx, lax.platform_dependent(x, dy, cpu=on_cpus, default=elsewhere)
+
+
+linear.defvjp(_forward, _backward)
+
+
+def outer(x_MK: jax.Array, dy_MN: jax.Array, **options: Any) -> jax.Array:
+    """`x.T @ dy`, [K, N]: the sum of the rows' outer products.
+
+    Args:
+      options: of `jax.lax.dot_general`.
+    """
+
+    def elsewhere(x_MK, dy_MN):
+        return lax.dot_general(x_MK, dy_MN, (((0,), (0,)), ((), ())), **options)
+
+    on_cpus = functools.partial(_outer_on_cpus, **options)
+    return lax.platform_dependent(x_MK, dy_MN, cpu=on_cpus, default=elsewhere)
+
+
+def _outer_on_cpus(x_MK: jax.Array, dy_MN: jax.Array, **options: Any) -> jax.Array:
+    # With nothing between them, XLA would merge the transpose into the product.
+    x_KM = lax.optimization_barrier(x_MK.T)
+    return lax.dot_general(x_KM, dy_MN, (((1,), (0,)), ((), ())), **options)
