@@ -15,9 +15,9 @@ Observed: 0.092 with the rule, 3.385 without, 0.341 with the auxiliary loss, at
 validation losses of 3.807, 3.828 and 3.831. One run each: other initial weights alone
 move such a loss by 0.2 to 0.3% (the native runs of fp8_vs_bf16.py), so that balance
 costs nothing is seen here, and that it gains something is not. On another machine the
-rule ended at 0.0996, and from other initial weights (train.seed=1) at 0.110: as much as
-held-out text differs from what the bias was moved by, since on 300 batches of training
-text the same weights have 0.048 and 0.058.
+rule ended at 0.0996, and from other initial weights (train.seed=1) at 0.110. Half of it
+is that held-out text differs from the text that moved the bias: on 300 batches of that,
+the same weights have 0.048 and 0.058.
 """
 
 import json
