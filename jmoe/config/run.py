@@ -46,9 +46,14 @@ class ScheduleConfig:
     def __post_init__(self):
         checks.one_of(self, name=SCHEDULES)
         checks.at_least(
-            self, peak=0.0, warmup_steps=0, end_fraction=0.0, decay_fraction=0.0
+            self,
+            peak=0.0,
+            warmup_steps=0,
+            end_fraction=0.0,
+            tail_fraction=0.0,
+            decay_fraction=0.0,
         )
-        checks.at_most(self, end_fraction=1.0, decay_fraction=1.0)
+        checks.at_most(self, end_fraction=1.0, tail_fraction=1.0, decay_fraction=1.0)
         if not 0 <= self.boundaries[0] <= self.boundaries[1] <= self.boundaries[2] <= 1:
             raise ValueError(f"boundaries={self.boundaries} must rise between 0 and 1.")
 

@@ -83,6 +83,19 @@ def attention(**changes):
             "'blocks_apart', 'blocks_remat_apart', 'ragged_apart'.",
         ),
         (
+            "moe.exchange.backend=nccl",
+            "backend='nccl' is not one of 'padded', 'ragged', 'gather'.",
+        ),
+        (
+            "moe.exchange.drop_order=random",
+            "drop_order='random' is not one of 'score', 'position'.",
+        ),
+        (
+            "moe.exchange.dispatch_dtype=int8",
+            "dispatch_dtype='int8' is not one of 'activations', 'float8_e4m3fn'.",
+        ),
+        ("moe.exchange.chunks=0", "chunks=0 must be at least 1."),
+        (
             "moe.exchange.capacity_factor=0",
             "capacity_factor=0.0 must be above 0, or none.",
         ),

@@ -51,6 +51,7 @@ from tests.plain_run import plain_run
         (["optimizer.beta1=1"], "beta1=1.0 must be at most 0.9999999."),
         (["optimizer.beta2=1"], "beta2=1.0 must be at most 0.9999999."),
         (["optimizer.beta1=-0.1"], "beta1=-0.1 must be at least 0.0."),
+        (["optimizer.beta2=-0.1"], "beta2=-0.1 must be at least 0.0."),
         (["optimizer.epsilon=-1"], "epsilon=-1.0 must be at least 0.0."),
         (["optimizer.weight_decay=-1"], "weight_decay=-1.0 must be at least 0.0."),
         (["optimizer.clip_norm=0"], "clip_norm=0.0 must be above 0."),
@@ -61,6 +62,22 @@ from tests.plain_run import plain_run
         ),
         (["optimizer.schedule.peak=-1"], "peak=-1.0 must be at least 0.0."),
         (["optimizer.schedule.warmup_steps=-1"], "warmup_steps=-1 must be at least 0."),
+        (
+            ["optimizer.schedule.end_fraction=-0.1"],
+            "end_fraction=-0.1 must be at least 0.0.",
+        ),
+        (
+            ["optimizer.schedule.decay_fraction=-0.1"],
+            "decay_fraction=-0.1 must be at least 0.0.",
+        ),
+        (
+            ["optimizer.schedule.tail_fraction=-0.1"],
+            "tail_fraction=-0.1 must be at least 0.0.",
+        ),
+        (
+            ["optimizer.schedule.tail_fraction=1.5"],
+            "tail_fraction=1.5 must be at most 1.0.",
+        ),
         (
             ["optimizer.schedule.end_fraction=1.5"],
             "end_fraction=1.5 must be at most 1.0.",
@@ -76,6 +93,11 @@ from tests.plain_run import plain_run
         (
             ["optimizer.schedule.boundaries=[0.5, 0.9, 1.1]"],
             "boundaries=(0.5, 0.9, 1.1) must rise between 0 and 1.",
+        ),
+        (
+            ["precision=int8"],
+            "precision='int8' is not one of 'native', 'fp8', 'fp8_power_of_two', "
+            "'fp8_tensor', 'fp8_square_gradients'.",
         ),
         (
             ["data.sequence_length=2048"],

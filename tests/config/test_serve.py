@@ -30,6 +30,17 @@ from jmoe.config.serve import ServeConfig
             ["engine.expert_parallel=True", "engine.placement={'window_steps': 0}"],
             "window_steps=0 must be at least 1.",
         ),
+        (
+            ["engine.expert_parallel=True", "engine.placement={'interval_steps': 0}"],
+            "interval_steps=0 must be at least 1.",
+        ),
+        (
+            [
+                "engine.expert_parallel=True",
+                "engine.placement={'redundant_experts': -1}",
+            ],
+            "redundant_experts=-1 must be at least 0.",
+        ),
     ],
 )
 def test_a_record_that_makes_no_sense_is_refused(assignments, said):
