@@ -199,9 +199,9 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
 
 def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`x.T @ dy`, [K, N], of x [M, K] and dy [M, N]: `matmul` of their transposes.
+    """`x.T @ dy`, [K, N], of x [M, K] and dy [M, N].
 
-    Elsewhere than in a kernel nothing is transposed.
+    It is the same kernel, of the transposes; elsewhere it is `dot.outer`.
     """
     return _product(x, dy, dtype, summed=0)
 

@@ -18,7 +18,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jmoe.ops.dot import outer
+from jmoe.ops import dot
 from jmoe.parallel import collectives
 
 AXIS = "tensor"
@@ -109,7 +109,7 @@ def _forward(x_ND, head_DV, target_N, weight_N, chunk):
         d_logits_RV -= is_target_RV.astype(jnp.float32)
         d_logits_RV = (d_logits_RV * weight_R[:, None]).astype(x_RD.dtype)
         d_x_RD = jnp.dot(d_logits_RV, head_DV.T)
-        d_head_DV += outer(x_RD, d_logits_RV, preferred_element_type=jnp.float32)
+        d_head_DV += dot.outer(x_RD, d_logits_RV, preferred_element_type=jnp.float32)
         d_x_CD = collectives.scatter_sum(d_x_RD, AXIS, 0)
         return (total + (weight_R * loss_R).sum(), d_head_DV), d_x_CD
 

@@ -57,7 +57,7 @@ def test_gradients_have_the_operands_dtype():
     dx, dw = pull(dy)
     assert {a.dtype for a in (y, dx, dw)} == {jnp.dtype(jnp.bfloat16)}
     exact = np.asarray(x, np.float32).T @ np.asarray(dy, np.float32)
-    np.testing.assert_allclose(np.asarray(dw, np.float32), exact, rtol=2**-7, atol=0.1)
+    np.testing.assert_allclose(np.asarray(dw, np.float32), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_outer_takes_options():
