@@ -168,7 +168,12 @@ def bin_edges(num_bins: int) -> np.ndarray:
     return (u / (1 + _ZOOM - _ZOOM * np.abs(u))).astype(np.float32)
 
 
-def margin_histogram(margin_TE: jax.Array, *, num_bins: int = NUM_BINS) -> jax.Array:
+def margin_histogram(
+    margin_TE: jax.Array,
+    is_real_T: jax.Array | None = None,
+    *,
+    num_bins: int = NUM_BINS,
+) -> jax.Array:
     """Counts each expert's margins over the tokens, in the bins of `bin_edges`.
 
     Integers, so that histograms of parts of a batch add up to the whole one's, exactly.
@@ -178,6 +183,7 @@ def margin_histogram(margin_TE: jax.Array, *, num_bins: int = NUM_BINS) -> jax.A
 
     Args:
       margin_TE: float32, positive where the token chose the expert.
+      is_real_T: bool, which tokens to count; None: all.
       num_bins: even, or ValueError.
 
     Returns:
@@ -189,6 +195,8 @@ def margin_histogram(margin_TE: jax.Array, *, num_bins: int = NUM_BINS) -> jax.A
     u_TE = (1 + _ZOOM) * margin_TE / (1 + _ZOOM * jnp.abs(margin_TE))
     bin_TE = ((u_TE + 1) * (num_bins / 2)).astype(jnp.int32)
     bin_TE = jnp.minimum(bin_TE, num_bins - 1) + num_bins * jnp.arange(num_experts)
+    if is_real_T is not None:  # what lies beyond the last bin isn't counted
+        bin_TE = jnp.where(is_real_T[:, None], bin_TE, num_experts * num_bins)
     count = jnp.bincount(bin_TE.ravel(), length=num_experts * num_bins)
     return count.reshape(num_experts, num_bins)
 

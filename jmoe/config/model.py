@@ -31,7 +31,7 @@ EXCHANGES = ("padded", "ragged", "gather")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
-AUXILIARY_LOSSES = ("none", "switch", "sequence")
+AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,6 +121,7 @@ class RouterConfig:
     update_rule: str = "sign"
     auxiliary_loss: str = "none"
     auxiliary_weight: float = 0.0
+    z_loss_weight: float = 0.0  # of `balance.losses.router_z`
 
     def __post_init__(self):
         checks.at_least(
@@ -131,6 +132,7 @@ class RouterConfig:
             groups_per_token=1,
             gate_scale=0.0,
             auxiliary_weight=0.0,
+            z_loss_weight=0.0,
         )
         checks.one_of(
             self,

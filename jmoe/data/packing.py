@@ -16,13 +16,22 @@ import numpy as np
 class Batch(NamedTuple):
     """Rows of tokens: the inputs are `[:, :-1]` and the targets `[:, 1:]`.
 
+    tokens_BT: int32, T = sequence_length + 1. segment_BT: int32, the document inside
+    the row, counted from 0; `PADDING` where there is no token, after a row's last one.
+    is_target_BT: bool, whether the loss counts the prediction of this token (a prompt
+    is read and not learned, say); None: of every token that isn't padding.
+
     A separator belongs to the document that it opens. So a document's first token is
     predicted from the separator alone, and attention confined to a segment sees
     nothing of its neighbours.
     """
 
-    tokens_BT: np.ndarray  # int32, T = sequence_length + 1
-    segment_BT: np.ndarray  # int32, the document inside the row, counted from 0
+    tokens_BT: np.ndarray
+    segment_BT: np.ndarray
+    is_target_BT: np.ndarray | None = None
+
+
+PADDING = -1
 
 
 class Rows:

@@ -6,6 +6,8 @@ be the body of a scan over layers.
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
 
+from typing import NamedTuple
+
 import jax
 from flax import linen as nn
 
@@ -16,7 +18,18 @@ from jmoe.nn.moe import MoE, SwiGLU
 from jmoe.nn.router import Stats
 from jmoe.ops import dot
 
-Rotation = tuple[jax.Array, jax.Array]  # cos and sin, see ops/rope.py
+
+class Positions(NamedTuple):
+    """What blocks know of a batch's positions besides their hidden states.
+
+    rotation: cosines and sines, see `jmoe.ops.rope`. segment_BT: int32, the documents
+    that attention is confined to; None: it isn't. is_real_BT: bool, where there is a
+    token to be routed to experts; None: everywhere.
+    """
+
+    rotation: tuple[jax.Array, jax.Array]
+    segment_BT: jax.Array | None = None
+    is_real_BT: jax.Array | None = None
 
 
 class DenseBlock(nn.Module):
@@ -27,10 +40,10 @@ class DenseBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
+        self, x_BSD: jax.Array, positions: Positions
     ) -> tuple[jax.Array, None]:
         cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, rotation, segment_BT)
+        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
         normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         mlp = SwiGLU(cfg.dense_mlp_dim, cfg.init_std, self.dot_general, name="mlp")
         return x_BSD + mlp(normed_BSD), None
@@ -44,20 +57,20 @@ class MoEBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, rotation: Rotation, segment_BT: jax.Array | None
+        self, x_BSD: jax.Array, positions: Positions
     ) -> tuple[jax.Array, Stats]:
         cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, rotation, segment_BT)
+        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
         normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         moe = MoE(cfg.moe, cfg.init_std, self.dot_general, name="moe")
-        out_BSD, stats = moe(normed_BSD)
+        out_BSD, stats = moe(normed_BSD, positions.is_real_BT)
         return x_BSD + out_BSD, stats
 
 
-def _attend(cfg, dot_general, x_BSD, rotation, segment_BT):
+def _attend(cfg, dot_general, x_BSD, positions):
     """The half that both blocks share; its modules belong to the calling block."""
     normed_BSD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BSD)
     attention = LatentAttention(
         cfg.attention, cfg.init_std, dot_general, name="attention"
     )
-    return x_BSD + attention(normed_BSD, rotation, segment_BT)
+    return x_BSD + attention(normed_BSD, positions.rotation, positions.segment_BT)

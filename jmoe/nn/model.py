@@ -19,7 +19,7 @@ from flax import linen as nn
 
 from jmoe.config import ModelConfig
 from jmoe.nn import attention
-from jmoe.nn.block import DenseBlock, MoEBlock, Rotation
+from jmoe.nn.block import DenseBlock, MoEBlock, Positions
 from jmoe.nn.linear import DotGeneral, named_param
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
@@ -49,10 +49,13 @@ class Transformer(nn.Module):
     gather_layer: GatherLayer | None = None
 
     def __call__(
-        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        segment_BT: jax.Array | None = None,
+        is_real_BT: jax.Array | None = None,
     ) -> Output:
         """All logits on one device, for short sequences and small vocabularies."""
-        features = self.features(tokens_BT, segment_BT)
+        features = self.features(tokens_BT, segment_BT, is_real_BT)
 
         def logits(hidden_BTD):
             return jnp.dot(
@@ -65,9 +68,18 @@ class Transformer(nn.Module):
 
     @nn.compact
     def features(
-        self, tokens_BT: jax.Array, segment_BT: jax.Array | None = None
+        self,
+        tokens_BT: jax.Array,
+        segment_BT: jax.Array | None = None,
+        is_real_BT: jax.Array | None = None,
     ) -> Features:
-        """Final hidden states; `segment_BT` (int32) confines attention to documents."""
+        """Returns the final hidden states.
+
+        Args:
+          segment_BT: int32, documents that attention is confined to; None: it isn't.
+          is_real_BT: bool, False for padding, which follows a row's last token, visits
+            no expert and is in no count; None: there is no padding.
+        """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
         vocab_shape = (vocab, cfg.hidden_dim)
@@ -75,16 +87,17 @@ class Transformer(nn.Module):
             self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
         ).astype(cfg.dtype)
         rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
+        positions = Positions(rotation, segment_BT, is_real_BT)
         x_BSD = embed(table_VD, tokens_BT)
         x_BSD, _ = self._layers(
-            DenseBlock, "dense", cfg.num_dense_layers, x_BSD, rotation, segment_BT
+            DenseBlock, "dense", cfg.num_dense_layers, x_BSD, positions
         )
         x_BSD, stats = self._layers(
-            MoEBlock, "moe", cfg.num_moe_layers, x_BSD, rotation, segment_BT
+            MoEBlock, "moe", cfg.num_moe_layers, x_BSD, positions
         )
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
-        features = tail(x_BSD, table_VD, tokens_BT, rotation, segment_BT)
+        features = tail(x_BSD, table_VD, tokens_BT, positions)
         return features._replace(stats=join_stats(stats, features.stats))
 
     def _layers(
@@ -93,8 +106,7 @@ class Transformer(nn.Module):
         name: str,
         count: int,
         x_BSD: jax.Array,
-        rotation: Rotation,
-        segment_BT: jax.Array | None,
+        positions: Positions,
     ) -> tuple[jax.Array, Any]:
         """`count` blocks in a row; their stats stacked along a new first dimension."""
         if not count:
@@ -110,13 +122,13 @@ class Transformer(nn.Module):
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
             layers = stack(self.cfg, self.dot_general, name=name)
-            return layers(x_BSD, rotation, segment_BT)
+            return layers(x_BSD, positions)
         measured = []
         for i in range(count):
             own_name = f"{name}_{i}"
             layer = prepare(block, own_name, self.cfg, gather, scanned=False)
             x_BSD, stats = layer(self.cfg, self.dot_general, name=own_name)(
-                x_BSD, rotation, segment_BT
+                x_BSD, positions
             )
             measured.append(stats)
         return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
@@ -158,17 +170,28 @@ def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
 
 
 def write_biases(bias_LE: jax.Array, cfg: ModelConfig) -> dict[str, Any]:
-    """A new `router_state` with these biases; the inverse of `read_biases`."""
+    """Returns a new `router_state` with these biases; the inverse of `read_biases`."""
+    return _by_router({"bias": bias_LE}, cfg)
+
+
+def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
+    """Returns `router_state` with the counts of a whole step beside the biases.
+
+    A loss that counts over all microbatches reads them (`balance.losses`).
+    """
+    return _by_router({"bias": read_biases(router_state, cfg), "load": load_LE}, cfg)
+
+
+def _by_router(values: dict[str, jax.Array], cfg: ModelConfig) -> dict[str, Any]:
+    """A tree that holds, beside each router's bias, its rows of each [L, E]."""
     state: dict[str, Any] = {}
     row = 0
     for path in bias_paths(cfg):
         node = state
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        if cfg.layer_loop == "scan" and path[0] == "moe":
-            node["bias"] = bias_LE[: cfg.num_moe_layers]
-            row = cfg.num_moe_layers
-        else:
-            node["bias"] = bias_LE[row]
-            row += 1
+        stacked = cfg.layer_loop == "scan" and path[0] == "moe"
+        rows = slice(0, cfg.num_moe_layers) if stacked else row
+        node |= {name: value_LE[rows] for name, value_LE in values.items()}
+        row += cfg.num_moe_layers if stacked else 1
     return state

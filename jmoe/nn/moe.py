@@ -95,16 +95,25 @@ class RoutedExperts(nn.Module):
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way."""
+    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way.
+
+    `is_real_BT`, bool, of all positions: which are routed; None: all.
+    """
 
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array) -> tuple[jax.Array, Stats]:
+    def __call__(
+        self, x_BSD: jax.Array, is_real_BT: jax.Array | None = None
+    ) -> tuple[jax.Array, Stats]:
         cfg = self.cfg
-        routing, stats = Router(cfg.router, self.init_std, name="router")(x_BSD)
+        router = Router(cfg.router, self.init_std, name="router")
+        is_real_BS = is_real_BT
+        if is_real_BT is not None:
+            is_real_BS = collectives.part(is_real_BT, "tensor", 1)
+        routing, stats = router(x_BSD, is_real_BS)
         experts = RoutedExperts(cfg, self.init_std, self.dot_general, name="experts")
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         routed = experts(x_ND, *routing)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
-from jmoe.nn.block import MoEBlock, Rotation
+from jmoe.nn.block import MoEBlock, Positions
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.router import Stats
 from jmoe.ops import dot
@@ -31,8 +31,7 @@ class MTPModule(nn.Module):
         self,
         previous_BSD: jax.Array,
         embedded_BSD: jax.Array,
-        rotation: Rotation,
-        segment_BT: jax.Array | None,
+        positions: Positions,
     ) -> tuple[jax.Array, jax.Array, Stats]:
         """Returns the next depth's hidden state, its norm for the head, and stats."""
         cfg = self.cfg
@@ -48,10 +47,5 @@ class MTPModule(nn.Module):
             (cfg.hidden_dim,), dims, cfg.init_std, self.dot_general, name="project"
         )
         block = MoEBlock(cfg, self.dot_general, name="block")
-        hidden_BSD, stats = block(project(joined), rotation, segment_BT)
+        hidden_BSD, stats = block(project(joined), positions)
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), stats
-
-
-def shift_left(x_BT: jax.Array, by: int) -> jax.Array:
-    """Position t gets what stood at t + by; the last `by` positions get 0."""
-    return jnp.pad(x_BT[:, by:], ((0, 0), (0, by)))

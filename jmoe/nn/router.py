@@ -22,7 +22,7 @@ from jmoe.config import RouterConfig
 from jmoe.nn.linear import named_param
 from jmoe.ops import dot
 from jmoe.parallel import collectives
-from jmoe.parallel.mesh import TOKEN_AXES
+from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 GATE_EPSILON = 1e-20  # DeepSeek's, in the division by the gates' sum
@@ -33,9 +33,11 @@ class Stats(NamedTuple):
 
     load_E: int32, choices of each expert. dropped_sending, dropped_receiving: int32,
     choices not computed, by where there was no room. margin_EM: int32 histogram for the
-    quantile rule, with M = 0 for the other rules. auxiliary_loss: float32, unweighted.
+    quantile rule, with M = 0 for the other rules. auxiliary_loss: float32, unweighted,
+    this microbatch's (`balance.losses`). z_loss: float32, the sum over its tokens.
 
-    On a mesh, all are of this device's tokens, and the step sums them over all devices.
+    Tokens that aren't real are in none of them. On a mesh, all are of this device's
+    tokens, and the step sums them over all devices.
     """
 
     load_E: jax.Array
@@ -43,10 +45,14 @@ class Stats(NamedTuple):
     dropped_receiving: jax.Array
     margin_EM: jax.Array
     auxiliary_loss: jax.Array
+    z_loss: jax.Array
 
 
 class Routing(NamedTuple):
-    """The router's decision for each token: int32 [N, K] and float32 [N, K]."""
+    """The router's decision for each token: int32 [N, K] and float32 [N, K].
+
+    A token that isn't real chooses expert E, nobody.
+    """
 
     expert_NK: jax.Array
     gate_NK: jax.Array
@@ -98,11 +104,17 @@ def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.A
 
 
 def route(
-    score_NE: jax.Array, bias_E: jax.Array, cfg: RouterConfig
+    score_NE: jax.Array,
+    bias_E: jax.Array,
+    cfg: RouterConfig,
+    is_real_N: jax.Array | None = None,
 ) -> tuple[Routing, jax.Array]:
     """Chooses experts by biased score but weighs them by the raw score.
 
     Returns the routing and what the update rule needs besides counts: `margin_EM`.
+
+    Args:
+      is_real_N: bool, which tokens are to be routed; None: all.
     """
     biased_NE = lax.stop_gradient(score_NE + bias_E)
     reachable_NE, group_NG = limit_to_groups(biased_NE, cfg)
@@ -110,9 +122,12 @@ def route(
     margin_EM = jnp.zeros((cfg.num_experts, 0), jnp.int32)
     if cfg.update_rule in bias.MARGIN_RULES:
         margin_EM = bias.margin_histogram(
-            selection_margins(biased_NE, reachable_NE, group_NG, cfg)
+            selection_margins(biased_NE, reachable_NE, group_NG, cfg), is_real_N
         )
-    return Routing(expert_NK, gates(score_NE, expert_NK, cfg)), margin_EM
+    gate_NK = gates(score_NE, expert_NK, cfg)
+    if is_real_N is not None:
+        expert_NK = jnp.where(is_real_N[:, None], expert_NK, cfg.num_experts)
+    return Routing(expert_NK, gate_NK), margin_EM
 
 
 def selection_margins(
@@ -129,29 +144,43 @@ def selection_margins(
 
 
 def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
-    """Exact int32 number of choices of each expert, [E]."""
+    """Returns the exact int32 number of choices of each expert, [E], without nobody."""
     chosen = expert_NK.reshape(-1, 1) == jnp.arange(num_experts)
     return chosen.sum(0, dtype=jnp.int32)
 
 
-def _spread() -> losses.Spread:
-    """Where a batch's tokens lie; a sequence's are on the devices of `tensor`."""
+def _spread(load_E: jax.Array | None) -> losses.Spread:
+    """Where a batch's tokens lie; a sequence's are on the devices of `tensor`.
+
+    Args:
+      load_E: the whole step's, where it is known; None: a step is this microbatch.
+    """
+
+    def over_batch(count: jax.Array) -> jax.Array:
+        return collectives.total(count, TOKEN_AXES)
+
     return losses.Spread(
-        over_batch=lambda count: collectives.total(count, TOKEN_AXES),
+        over_batch=over_batch,
         over_sequence=lambda count: collectives.total(count, "tensor"),
-        batch_parts=collectives.axis_size(TOKEN_AXES),
-        sequence_parts=collectives.axis_size("tensor"),
+        over_step=over_batch if load_E is None else lambda _: load_E,
+        batch_parts=collectives.axis_size(BATCH_AXES),
     )
 
 
 class Router(nn.Module):
-    """Owns the gate kernel (`params`) and the bias (`router_state`)."""
+    """Owns the gate kernel (`params`) and the bias (`router_state`).
+
+    In `router_state` may also be `load`, int32 [E], the counts of all microbatches of a
+    step, for the auxiliary loss of whole steps (see `nn.model.with_loads`).
+    """
 
     cfg: RouterConfig
     init_std: float
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> tuple[Routing, Stats]:
+    def __call__(
+        self, x_BTD: jax.Array, is_real_BT: jax.Array | None = None
+    ) -> tuple[Routing, Stats]:
         cfg = self.cfg
         shape = (x_BTD.shape[-1], cfg.num_experts)
         w_DE = named_param(
@@ -166,13 +195,15 @@ class Router(nn.Module):
         logit_BTE = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
-        routing, margin_EM = route(score_NE, bias_E, cfg)
-        auxiliary = jnp.float32(0.0)
-        if cfg.auxiliary_loss != "none":
-            expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
-            auxiliary = losses.AUXILIARY_LOSSES[cfg.auxiliary_loss](
-                score_BTE, expert_BTK, _spread()
-            )
+        is_real_N = None if is_real_BT is None else is_real_BT.reshape(-1)
+        routing, margin_EM = route(score_NE, bias_E, cfg, is_real_N)
+        expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
+        auxiliary = losses.AUXILIARY_LOSSES[cfg.auxiliary_loss](
+            score_BTE, expert_BTK, _spread(self.get_variable("router_state", "load"))
+        )
+        z_loss = jnp.float32(0.0)
+        if cfg.z_loss_weight:
+            z_loss = losses.router_z(logit_BTE, is_real_BT)
         load_E = count(routing.expert_NK, cfg.num_experts)
         none = jnp.int32(0)
-        return routing, Stats(load_E, none, none, margin_EM, auxiliary)
+        return routing, Stats(load_E, none, none, margin_EM, auxiliary, z_loss)

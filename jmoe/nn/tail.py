@@ -17,10 +17,10 @@ from flax import linen as nn
 
 from jmoe.config import ModelConfig
 from jmoe.nn import mtp
-from jmoe.nn.block import Rotation
+from jmoe.nn.block import Positions
 from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
 from jmoe.nn.router import Stats
-from jmoe.ops import dot
+from jmoe.ops import dot, masks
 from jmoe.parallel.vocabulary import embed
 
 # What the backward pass finds stored of a block; the rest it computes again.
@@ -37,8 +37,9 @@ GatherLayer = Callable[[str, Any], Any]
 class Features(NamedTuple):
     """What the losses need, short of the logits, which may be too large to hold.
 
-    hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; its last
-    `depth` of all positions have no token to embed and mean nothing. head_DV: the
+    hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; positions
+    that don't reach a token to embed (`ops.masks`), such as the last `depth` of all,
+    visit no experts and mean nothing. head_DV: the
     output kernel. stats: of MoE layers, stacked [L, ...]; None of no layers.
     """
 
@@ -61,19 +62,24 @@ class Tail(nn.Module):
         x_BSD: jax.Array,
         table_VD: jax.Array,
         tokens_BT: jax.Array,
-        rotation: Rotation,
-        segment_BT: jax.Array | None,
+        positions: Positions,
     ) -> Features:
         cfg = self.cfg
         hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
         previous, mtp_BSD, measured = hidden_BSD, [], []
+        is_real_BT = positions.is_real_BT
+        if is_real_BT is None:
+            is_real_BT = jnp.ones(tokens_BT.shape, bool)
         gather = None if self.is_initializing() else self.gather_layer
         for depth in range(1, cfg.mtp_depth + 1):
             name = f"mtp_{depth - 1}"
             block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
             module = block(cfg, self.dot_general, name=name)
-            embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth))
-            previous, normed, stats = module(previous, embedded, rotation, segment_BT)
+            embedded = embed(table_VD, masks.shift_left(tokens_BT, depth))
+            reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
+            previous, normed, stats = module(
+                previous, embedded, positions._replace(is_real_BT=reaching_BT)
+            )
             mtp_BSD.append(normed)
             measured.append(jax.tree.map(lambda x: x[None], stats))
         if cfg.tie_embeddings:

@@ -1,8 +1,12 @@
 """What a step minimises: the losses of a microbatch, and their weighted sum.
 
-Shapes: B sequence, T position, S this device's positions, N = B * S, D MTP depth (but
-hidden dimension in BSD). Sequences have T + 1 tokens: inputs are the first T, targets
-the last T.
+A loss is a sum over the tokens that it counts, divided by the number of those in the
+whole step: in all its microbatches, on all devices (`Normalisers`). So what a token
+counts for doesn't depend on where, and among which others, it is computed.
+
+Shapes: A microbatch, B sequence, T position, S this device's positions, N = B * S, L
+MoE layer, D MTP depth (but hidden dimension in BSD). Sequences have T + 1 tokens:
+inputs are the first T, targets the last T.
 """
 
 from collections.abc import Callable
@@ -11,12 +15,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jmoe.balance.losses import OF_WHOLE_STEPS
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
-from jmoe.data.packing import Batch
+from jmoe.data.packing import PADDING, Batch
+from jmoe.nn import attention
+from jmoe.nn.block import Positions
 from jmoe.nn.model import Transformer
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features
+from jmoe.ops import masks
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.vocabulary import linear_cross_entropy
@@ -24,11 +32,47 @@ from jmoe.train import schedules
 
 
 class Losses(NamedTuple):
-    """Float32 means in nats a token; `auxiliary` is unweighted, summed over layers."""
+    """Float32 shares of a step's losses, which sum to these.
+
+    main, mtp_D: means over their targets, in nats. auxiliary: unweighted, summed over
+    layers. router_z: the mean over tokens, summed over layers.
+    """
 
     main: jax.Array
     mtp_D: jax.Array
     auxiliary: jax.Array
+    router_z: jax.Array
+
+
+class Normalisers(NamedTuple):
+    """What a step's sums are divided by; the same on every device.
+
+    targets: float32, how many tokens the main model, and then each MTP module, is to
+    predict. tokens: float32, how many are real. microbatches: over how many the
+    auxiliary loss is a mean.
+    """
+
+    targets: tuple[jax.Array, ...]
+    tokens: jax.Array
+    microbatches: int
+
+
+def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
+    """Returns those of a step, or of an evaluated batch. An all-reduce of integers.
+
+    Args:
+      batch: this device's part, [A, B, T + 1] or [B, T + 1] tokens.
+    """
+    depths = range(run.model.mtp_depth + 1)
+    found = [is_target(batch, depth, run) for depth in depths], is_real(batch)
+    count = jax.tree.map(lambda x: x.sum(dtype=jnp.int32), found)
+    targets, tokens = jax.tree.map(
+        lambda n: jnp.maximum(n, 1).astype(jnp.float32),
+        collectives.total(count, BATCH_AXES),
+    )
+    is_mean = run.model.moe.router.auxiliary_loss not in OF_WHOLE_STEPS
+    microbatches = batch.tokens_BT.shape[0] if batch.tokens_BT.ndim == 3 else 1
+    return Normalisers(tuple(targets), tokens, microbatches if is_mean else 1)
 
 
 def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
@@ -36,7 +80,7 @@ def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
     mtp_weight = schedules.stepwise(run.train.mtp_weight, run.train.steps)
 
     def objective(losses: Losses, step: jax.Array) -> jax.Array:
-        total = losses.main + run.model.moe.router.auxiliary_weight * losses.auxiliary
+        total = losses.main + layer_objective(losses, run)
         if run.model.mtp_depth:
             total += mtp_weight(step) * losses.mtp_D.mean()
         return total
@@ -44,10 +88,35 @@ def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
     return objective
 
 
+def layer_objective(losses: Losses, run: RunConfig) -> jax.Array:
+    """Returns what MoE layers add to the objective, from `layer_losses`."""
+    router = run.model.moe.router
+    weighted = router.auxiliary_weight * losses.auxiliary
+    return weighted + router.z_loss_weight * losses.router_z
+
+
+def layer_losses(stats: Stats | None, run: RunConfig, norms: Normalisers) -> Losses:
+    """Returns this device's share of what MoE layers lose, of any number of them."""
+    losses = Losses(*[jnp.float32(0)] * 4)._replace(
+        mtp_D=jnp.zeros(run.model.mtp_depth)
+    )
+    if stats is None:
+        return losses
+    return losses._replace(
+        auxiliary=stats.auxiliary_loss.sum() / norms.microbatches,
+        router_z=stats.z_loss.sum() / norms.tokens,
+    )
+
+
 def microbatch_losses(
-    model: Transformer, params: Any, router_state: Any, batch: Batch, run: RunConfig
+    model: Transformer,
+    params: Any,
+    router_state: Any,
+    batch: Batch,
+    run: RunConfig,
+    norms: Normalisers,
 ) -> tuple[Losses, Stats]:
-    """This device's share of a microbatch's losses, and its stats.
+    """Returns this device's share of a microbatch's losses, and its stats.
 
     Args:
       batch: this device's sequences, [B, T + 1] tokens.
@@ -56,31 +125,56 @@ def microbatch_losses(
         {"params": params, "router_state": router_state},
         inputs(batch),
         segments(batch, run),
+        is_real(batch),
         method="features",
     )
-    return prediction_losses(features, batch, run), features.stats
+    return prediction_losses(features, batch, run, norms), features.stats
 
 
 def inputs(batch: Batch) -> jax.Array:
-    return jnp.asarray(batch.tokens_BT[:, :-1])
+    return jnp.asarray(batch.tokens_BT[..., :-1])
 
 
 def segments(batch: Batch, run: RunConfig) -> jax.Array | None:
     """The inputs' documents, if attention is confined to them."""
-    return jnp.asarray(batch.segment_BT[:, :-1]) if run.data.segment_masks else None
+    return jnp.asarray(batch.segment_BT[..., :-1]) if run.data.segment_masks else None
 
 
-def prediction_losses(features: Features, batch: Batch, run: RunConfig) -> Losses:
-    """This device's share of the losses; the auxiliary one is that of the stats."""
-    tokens_BT = batch.tokens_BT
+def is_real(batch: Batch) -> jax.Array:
+    """Returns which inputs are tokens, and no padding, bool [..., T]."""
+    return jnp.asarray(batch.segment_BT[..., :-1]) != PADDING
+
+
+def positions(batch: Batch, run: RunConfig) -> Positions:
+    """Returns what the blocks know of the inputs' positions."""
+    rotation = attention.rotation(run.model.attention, inputs(batch).shape[-1])
+    return Positions(rotation, segments(batch, run), is_real(batch))
+
+
+def is_target(batch: Batch, depth: int, run: RunConfig) -> jax.Array:
+    """Returns from which positions to predict token t + 1 + depth, bool [..., T].
+
+    From those that reach the token before it (`ops.masks`), if it is a real one that
+    the batch has as a target. The main model predicts a document's end, which opens the
+    next one, from its last token. An MTP module doesn't go on to what follows there,
+    where documents don't see each other.
+    """
+    is_target_BT = jnp.asarray(batch.segment_BT) != PADDING
+    if batch.is_target_BT is not None:
+        is_target_BT &= batch.is_target_BT
+    reaches_BT = masks.reaches(depth, is_real(batch), segments(batch, run))
+    return reaches_BT & masks.shift_left(is_target_BT, 1 + depth)[..., :-1]
+
+
+def prediction_losses(
+    features: Features, batch: Batch, run: RunConfig, norms: Normalisers
+) -> Losses:
+    """Returns this device's share of the losses; the layers' are those of the stats."""
 
     def loss(hidden_BSD, depth):
         """Of predicting, at position t, token t + 1 + depth."""
-        target_BT = jnp.roll(tokens_BT, -1 - depth, axis=1)[:, :-1]
-        length = target_BT.shape[1]
-        weight_T = (jnp.arange(length) < length - depth).astype(jnp.float32)
-        weight_BT = jnp.broadcast_to(weight_T, target_BT.shape)
-        weight_BT /= weight_BT.sum() * collectives.axis_size(BATCH_AXES)
+        target_BT = masks.shift_left(batch.tokens_BT, 1 + depth)[:, :-1]
+        weight_BT = is_target(batch, depth, run) / norms.targets[depth]
         total: jax.Array = linear_cross_entropy(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
             features.head_DV,
@@ -90,12 +184,11 @@ def prediction_losses(features: Features, batch: Batch, run: RunConfig) -> Losse
         )
         return total
 
+    losses = layer_losses(features.stats, run, norms)
     mtp = [loss(hidden_BSD, k) for k, hidden_BSD in enumerate(features.mtp_BSD, 1)]
-    stats = features.stats
-    return Losses(
+    return losses._replace(
         main=loss(features.hidden_BSD, 0),
-        mtp_D=jnp.stack(mtp) if mtp else jnp.zeros(0),
-        auxiliary=jnp.float32(0) if stats is None else stats.auxiliary_loss.sum(),
+        mtp_D=jnp.stack(mtp) if mtp else losses.mtp_D,
     )
 
 
@@ -106,4 +199,5 @@ def sum_losses(losses: Losses) -> Losses:
         main=collectives.total(losses.main, of_tokens),
         mtp_D=collectives.total(losses.mtp_D, of_tokens),
         auxiliary=collectives.total(losses.auxiliary, MESH_AXES),
+        router_z=collectives.total(losses.router_z, MESH_AXES),
     )

@@ -25,7 +25,6 @@ from flax import linen as nn
 
 from jmoe.config import ModelConfig, RunConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.attention import rotation
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer, computed_as
 from jmoe.nn.router import Stats
@@ -36,14 +35,23 @@ from jmoe.parallel.schedule import Schedule, gpipe
 from jmoe.parallel.schedule.ticks import as_ticks, forward_only
 from jmoe.parallel.vocabulary import embed
 from jmoe.train import stages
-from jmoe.train.accumulated import Gradients, Shares
+from jmoe.train.accumulated import (
+    Gradients,
+    Shares,
+    counts_first,
+    with_step_loads,
+)
 from jmoe.train.layout import Layout
 from jmoe.train.losses import (
     Losses,
+    Normalisers,
     inputs,
+    layer_losses,
+    layer_objective,
     make_objective,
+    normalisers,
+    positions,
     prediction_losses,
-    segments,
 )
 from jmoe.train.stages import Rows
 from jmoe.train.weights import gather_weights, reduce_gradients
@@ -59,20 +67,22 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         batch = _divided(batch, run)
         count = batch.tokens_BT.shape[0]
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
-        pieces = Pieces(model, run, layout, schedule)
+        norms = normalisers(batch, run)
+        pieces = Pieces(model, run, layout, schedule, norms)
 
         def lose(features, batch):
-            losses = prediction_losses(features, batch, run)
+            losses = prediction_losses(features, batch, run, norms)
             return objective(losses, step), (losses, features.stats)
 
+        if counts_first(batch, run):
+            _, stats = _evaluate(model, run, layout, params, router_state, batch)
+            router_state = with_step_loads(router_state, stats, run)
         cut = pieces.model(params, router_state, batch, lose)
         found = pipeline.train(
             as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
         )
-        mean = functools.partial(jax.tree.map, lambda x: x / count)
-        summed = pieces.reduce(mean(found.shared), mean(found.groups))
-        losses, stats = pieces.measured(found)
-        return summed, mean(losses), stats
+        summed = pieces.reduce(found.shared, found.groups)
+        return summed, *pieces.measured(found)
 
     return gradients
 
@@ -80,20 +90,31 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
     """As `accumulated.make_losses`, with forward passes of parts of the batch."""
 
-    def measure(features, batch):
-        losses = prediction_losses(features, batch, run)
-        return losses.main, (losses, features.stats)
-
     def losses(params, router_state, batch):
         batch = _for_forward(batch, run)
-        schedule = _forward_schedule(batch, run)
-        pieces = Pieces(model, run, layout, schedule)
-        cut = pieces.model(params, router_state, batch, measure)
-        losses, stats = pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
-        count = schedule.num_microbatches
-        return jax.tree.map(lambda x: x / count, losses), stats
+        return _evaluate(model, run, layout, params, router_state, batch)
 
     return losses
+
+
+def _evaluate(
+    model: Transformer,
+    run: RunConfig,
+    layout: Layout,
+    params: Any,
+    router_state: Any,
+    batch: Batch,
+) -> tuple[Losses, Stats]:
+    """This device's share of losses and stats of [M, B, T + 1], forward only."""
+    norms, schedule = normalisers(batch, run), _forward_schedule(batch, run)
+    pieces = Pieces(model, run, layout, schedule, norms)
+
+    def measure(features, batch):
+        losses = prediction_losses(features, batch, run, norms)
+        return losses.main, (losses, features.stats)
+
+    cut = pieces.model(params, router_state, batch, measure)
+    return pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
 
 
 def make_hidden_states(
@@ -114,7 +135,7 @@ def make_hidden_states(
         unmasked: Any = jnp.zeros_like(padded)
         batch = _for_forward(Batch(padded, unmasked), run)
         schedule = _forward_schedule(batch, run)
-        pieces = Pieces(model, run, layout, schedule)
+        pieces = Pieces(model, run, layout, schedule, normalisers(batch, run))
         cut = pieces.model(params, router_state, batch, of_features)
         hidden = pipeline.evaluate(as_ticks(schedule), cut).left
         hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
@@ -151,9 +172,15 @@ class Pieces:
     """A model's pieces for the ranks of a schedule, and what comes back from them."""
 
     def __init__(
-        self, model: Transformer, run: RunConfig, layout: Layout, schedule: Schedule
+        self,
+        model: Transformer,
+        run: RunConfig,
+        layout: Layout,
+        schedule: Schedule,
+        norms: Normalisers,
     ):
-        self.run, self.layout, self.dot_general = run, layout, model.dot_general
+        self.run, self.layout, self.norms = run, layout, norms
+        self.dot_general = model.dot_general
         self.cfg = _apart(run.model)
         self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
 
@@ -180,14 +207,12 @@ class Pieces:
             return embed(table(shared), inputs(batch))
 
         def leave(shared, batch, x_BSD):
-            tokens_BT = inputs(batch)
             features: Any = Tail(cfg, self.dot_general).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
                 table(shared),
-                tokens_BT,
-                rotation(cfg.attention, tokens_BT.shape[1]),
-                segments(batch, run),
+                inputs(batch),
+                positions(batch, run),
             )
             return lose(features, batch)
 
@@ -237,28 +262,26 @@ class Pieces:
 
             if of_rows is not None:
                 stacks.append(jax.tree.map(to_layers, of_rows))
-        auxiliary = losses.auxiliary
         for stats in stacks:
-            auxiliary += stats.auxiliary_loss.sum()
+            of_stack = layer_losses(stats, self.run, self.norms)
+            losses = jax.tree.map(jnp.add, losses, of_stack)
         joined = join_stats(*stacks, tail)
         assert joined is not None, "a model has a MoE layer"
-        return losses._replace(auxiliary=auxiliary), joined
+        return losses, joined
 
     def _layer(self, name: str) -> Callable[..., Any]:
-        run, cfg = self.run, self.cfg
+        run, cfg, norms = self.run, self.cfg, self.norms
         block = BLOCKS[name](cfg, self.dot_general)
-        weight = cfg.moe.router.auxiliary_weight
 
         def layer(weights, state, batch, x_BSD):
             found: Any = block.apply(
                 {"params": weights, "router_state": state},
                 x_BSD,
-                rotation(cfg.attention, inputs(batch).shape[1]),
-                segments(batch, run),
+                positions(batch, run),
             )
             y_BSD, stats = found
-            auxiliary = 0.0 if stats is None else weight * stats.auxiliary_loss
-            return (y_BSD, jnp.float32(auxiliary)), stats
+            objective = layer_objective(layer_losses(stats, run, norms), run)
+            return (y_BSD, objective), stats
 
         if cfg.remat == "none":
             return layer

@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
@@ -31,7 +30,7 @@ from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.train import accumulated, pipelined, schedules
 from jmoe.train.layout import WHOLE, Layout
-from jmoe.train.losses import sum_losses
+from jmoe.train.losses import normalisers, sum_losses
 from jmoe.train.state import TrainState
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -39,7 +38,7 @@ EvalStep = Callable[[Any, Any, Batch], "Evaluation"]
 
 
 class Evaluation(NamedTuple):
-    """Sums over a batch, to be added up: nats, tokens (float32), counts (int32)."""
+    """Sums over a batch, to be added up: nats, targets (float32), counts (int32)."""
 
     loss: jax.Array
     tokens: jax.Array
@@ -105,6 +104,8 @@ def make_train_step(
             metrics["mtp_loss"] = losses.mtp_D
         if cfg.moe.router.auxiliary_loss != "none":
             metrics["aux_loss"] = losses.auxiliary
+        if cfg.moe.router.z_loss_weight:
+            metrics["router_z_loss"] = losses.router_z
         return new_state, metrics
 
     return train_step
@@ -136,10 +137,9 @@ def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalSt
 
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:
         losses, stats = losses_of(params, router_state, batch)
-        devices = collectives.axis_size(BATCH_AXES)
-        tokens = jnp.float32(batch.tokens_BT[:, 1:].size * devices)
+        targets = normalisers(batch, run).targets[0]
         load_LE = collectives.total(stats.load_E, MESH_AXES)
-        return Evaluation(sum_losses(losses).main * tokens, tokens, load_LE)
+        return Evaluation(sum_losses(losses).main * targets, targets, load_LE)
 
     in_specs = (layout.stored, WHOLE, PartitionSpec(BATCH_AXES))
     return on_mesh(eval_step, layout, in_specs, WHOLE)

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.decode.generate import generate
+from jmoe.nn.block import Positions
 from jmoe.nn.model import Transformer
-from jmoe.nn.mtp import MTPModule, shift_left
+from jmoe.nn.mtp import MTPModule
 from jmoe.ops import rope
+from jmoe.ops.masks import shift_left
 from tests.serve.client import PROMPTS
 
 pytestmark = pytest.mark.serving
@@ -77,6 +79,6 @@ def drafts(trained, tokens: list[int]) -> Any:
     )
     module = {name: tree["mtp_0"] for name, tree in trained.variables.items()}
     outputs: Any = MTPModule(cfg).apply(
-        module, features.hidden_BSD, embedded_BTD, rotation, None
+        module, features.hidden_BSD, embedded_BTD, Positions(rotation)
     )
     return jnp.argmax(outputs[1][0] @ features.head_DV, axis=-1)

@@ -11,7 +11,7 @@ from jax.extend import core
 
 from jmoe.config import PipelineConfig, override
 from jmoe.nn.attention import rotation
-from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.block import DenseBlock, MoEBlock, Positions
 from jmoe.nn.tail import Tail
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import stages
@@ -69,7 +69,7 @@ def run(module, *arguments):
 
 def block_arguments(cfg):
     x = jnp.zeros((1, LENGTH, cfg.hidden_dim))
-    return x, rotation(cfg.attention, LENGTH), jnp.zeros((1, LENGTH), jnp.int32)
+    return x, Positions(rotation(cfg.attention, LENGTH))
 
 
 def routed(cfg):
@@ -88,9 +88,10 @@ def test_a_layer_costs_what_its_products_do(smallest, settings):
 @each_model
 def test_the_tail_costs_what_its_products_and_the_logits_do(smallest, settings):
     cfg = make(smallest, settings)
-    x, angles, segment_BT = block_arguments(cfg)
-    table, tokens = jnp.zeros((cfg.vocab_size, cfg.hidden_dim)), segment_BT
-    found = run(Tail(cfg), x, table, tokens, angles, segment_BT)
+    x, positions = block_arguments(cfg)
+    table = jnp.zeros((cfg.vocab_size, cfg.hidden_dim))
+    tokens = jnp.zeros((1, LENGTH), jnp.int32)
+    found = run(Tail(cfg), x, table, tokens, positions)
     logits = 2 * cfg.hidden_dim * cfg.vocab_size
     found += cfg.mtp_depth * routed(cfg) + (1 + cfg.mtp_depth) * logits
     assert stages.tail_cost(cfg, COUNTED) == found
