@@ -223,3 +223,32 @@ def test_the_auxiliary_loss_is_that_of_the_raw_scores(name):
 def test_the_config_knows_the_same_scores():
     assert tuple(SCORES) == SCORE_NAMES
     assert tuple(GROUP_SCORE) == GROUP_SCORES
+
+
+@pytest.mark.parametrize("loss", losses.AUXILIARY_LOSSES)
+def test_tokens_that_are_not_real_choose_nobody_and_are_in_no_count(loss):
+    cfg = dataclasses.replace(
+        CFG, update_rule="quantile", auxiliary_loss=loss, z_loss_weight=1.0
+    )
+    x_BTD, is_real_BT = tokens(), np.ones((2, 10), bool)
+    is_real_BT[:, 7:] = False
+    got, stats = Router(cfg, 1.0).apply(variables(), x_BTD, is_real_BT)
+    want, wanted = apply(cfg, variables(), x_BTD[:, :7])
+    expert_BTK, gate_BTK = (x.reshape(2, 10, K) for x in got)
+    assert (expert_BTK[:, 7:] == E).all()
+    np.testing.assert_array_equal(expert_BTK[:, :7], want.expert_NK.reshape(2, 7, K))
+    np.testing.assert_allclose(gate_BTK[:, :7], want.gate_NK.reshape(2, 7, K), 1e-6)
+    for name, value in wanted._asdict().items():
+        np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-5, err_msg=name)
+    assert stats.margin_EM.sum() == E * 14
+
+
+def test_a_loss_of_whole_steps_counts_what_the_step_did():
+    cfg = dataclasses.replace(CFG, auxiliary_loss="global_batch")
+    alone, x_BTD = variables(), tokens()
+    _, want = apply(cfg, alone, x_BTD)
+    _, twice = apply(cfg, alone, np.concatenate([x_BTD, x_BTD]))
+    # The same tokens again are a second microbatch: each has half of the loss.
+    state = {"load": twice.load_E, **alone["router_state"]}
+    _, got = apply(cfg, alone | {"router_state": state}, x_BTD)
+    np.testing.assert_allclose(2 * got.auxiliary_loss, want.auxiliary_loss, rtol=1e-6)

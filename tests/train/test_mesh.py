@@ -104,8 +104,17 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.layer_loop=unroll",
             "model.remat=block",
         ),
+        (
+            "model.moe.router.auxiliary_loss=global_batch",
+            "model.moe.router.z_loss_weight=0.01",
+            "model.mtp_depth=2",
+        ),
     ],
-    ids=["sequence loss, quantile rule, masks, tied", "full queries, chunks, unrolled"],
+    ids=[
+        "sequence loss, quantile rule, masks, tied",
+        "full queries, chunks, unrolled",
+        "global batch's loss, z-loss, two MTP modules",
+    ],
 )
 def test_other_models_train_on_a_mesh_as_on_one_device(run, settings):
     changed = override(run, settings)

@@ -109,8 +109,18 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.attention.query_latent_dim=none",
             "model.mtp_depth=0",
         ),
+        (
+            "model.moe.router.auxiliary_loss=global_batch",
+            "model.moe.router.z_loss_weight=0.01",
+            "model.mtp_depth=2",
+            "pipeline.schedule=zb_h1",
+        ),
     ],
-    ids=["stages computed again, masks, tied", "overlapped, blocks computed again"],
+    ids=[
+        "stages computed again, masks, tied",
+        "overlapped, blocks computed again",
+        "global batch's loss, z-loss, two MTP modules",
+    ],
 )
 def test_other_models_train_in_a_pipeline_as_on_one_device(run, settings):
     changed = override(run, settings)

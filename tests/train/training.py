@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from jmoe.config import RunConfig, override
-from jmoe.data.packing import Batch
+from jmoe.data.packing import PADDING, Batch
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.train import layout as layouts
@@ -104,13 +104,21 @@ def on(run, mesh, *settings) -> RunConfig:
 
 
 def batch(run, seed) -> Batch:
-    """A step's sequences, with two documents in each, [A, B, T + 1]."""
+    """A step's sequences, with two documents in each, [A, B, T + 1].
+
+    Some end early, and of some a part is no target, of each microbatch as of each
+    device another part.
+    """
     count = run.train.batch_size // run.train.microbatch_size
     length = run.data.sequence_length + 1
     shape = (count, run.train.microbatch_size, length)
-    tokens = np.random.default_rng(seed).integers(0, run.model.vocab_size, shape)
-    segment = np.broadcast_to(np.arange(length) >= 10, shape)
-    return Batch(tokens.astype(np.int32), segment.astype(np.int32))
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(0, run.model.vocab_size, shape, np.int32)
+    place = np.arange(length)
+    segment = np.broadcast_to(place >= 10, shape).astype(np.int32)
+    missing, prompt = rng.integers(0, 5, (2, *shape[:2], 1))
+    segment = np.where(place < length - missing, segment, PADDING)
+    return Batch(tokens, segment.astype(np.int32), place >= prompt)
 
 
 def random_variables(run):
@@ -127,7 +135,7 @@ def random_variables(run):
 
 def assert_same(got: Step, want: Step) -> None:
     """Losses and gradients but for rounding; counts and biases to the bit."""
-    for name in {"loss", "mtp_loss", "aux_loss"} & want.metrics.keys():
+    for name in {"loss", "mtp_loss", "aux_loss", "router_z_loss"} & want.metrics.keys():
         np.testing.assert_allclose(
             got.metrics[name], want.metrics[name], rtol=1e-5, err_msg=name
         )

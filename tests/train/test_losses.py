@@ -1,0 +1,173 @@
+"""Which tokens a step learns from, and what each counts, against loops over them.
+
+Shapes: A microbatch, B sequence, T position, V vocabulary, D depth of prediction.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jmoe.config import RunConfig, override
+from jmoe.data.packing import PADDING, Batch
+from jmoe.nn.model import Transformer
+from jmoe.train import losses
+from tests.train.training import Trainer, batch, on, random_variables
+
+DEPTH = 2
+MTP_WEIGHT = 0.5
+MESHES = [
+    "",
+    "data=4,tensor=4,zero_stage=3",
+    "data=2,expert=2,tensor=4",
+    "pipe=2,data=2,tensor=4",
+]
+
+
+@pytest.fixture(scope="module")
+def run(smallest) -> RunConfig:
+    return override(
+        smallest,
+        [
+            f"model.mtp_depth={DEPTH}",
+            "model.vocab_size=304",
+            "model.attention.num_heads=4",
+            "data.sequence_length=16",
+            "data.segment_masks=true",
+            "train.batch_size=12",
+            "train.microbatch_size=4",
+            "train.ramp_start=none",
+            f"train.mtp_weight={{'first': {MTP_WEIGHT}, 'last': 0.0}}",
+            "optimizer.schedule={'name': 'constant', 'peak': 1e-3}",
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def variables(run):
+    return random_variables(run)
+
+
+def reaches(segment_T, t, depth):
+    """Whether t and the next `depth` inputs are tokens of one document."""
+    seen = segment_T[t : t + depth + 1]
+    last_input = len(segment_T) - 2
+    return t + depth <= last_input and len({*seen.tolist()}) == 1 and seen[0] >= 0
+
+
+def target_weights(batch, depth):
+    """What the prediction of each position's token t + 1 + depth counts, float64."""
+    weight_ABT = np.zeros(batch.tokens_BT[..., 1:].shape)
+    for a, b, t in np.ndindex(*weight_ABT.shape):
+        segment_T, then = batch.segment_BT[a, b], t + 1 + depth
+        if not reaches(segment_T, t, depth) or segment_T[then] == PADDING:
+            continue
+        weight_ABT[a, b, t] = batch.is_target_BT[a, b, then]
+    return weight_ABT / weight_ABT.sum()
+
+
+def oracle(run, variables, batch):
+    """Losses of each depth, in float64, the objective's gradient, and the loads."""
+    weights = [target_weights(batch, depth) for depth in range(DEPTH + 1)]
+    scale = [1.0, *[MTP_WEIGHT / DEPTH] * DEPTH]
+
+    def log_p(params):
+        rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
+        output = Transformer(run.model).apply(
+            variables | {"params": params},
+            rows.tokens_BT[:, :-1],
+            rows.segment_BT[:, :-1],
+            rows.segment_BT[:, :-1] >= 0,
+        )
+        found = []
+        for depth, logits in enumerate((output.logits, *output.mtp_logits)):
+            target = np.roll(rows.tokens_BT, -1 - depth, axis=1)[:, :-1, None]
+            log_p_BTV = jax.nn.log_softmax(logits)
+            found.append(jnp.take_along_axis(log_p_BTV, target, axis=-1)[..., 0])
+        return found, output.stats.load_E
+
+    def objective(params):
+        found, load_LE = log_p(params)
+        total = sum(
+            -s * (w.reshape(x.shape) * x).sum()
+            for s, w, x in zip(scale, weights, found, strict=True)
+        )
+        return total, (found, load_LE)
+
+    grad = jax.jit(jax.grad(objective, has_aux=True))
+    gradient, (found, load_LE) = jax.device_get(grad(variables["params"]))
+    values = [
+        -(w.reshape(x.shape) * np.float64(x)).sum()
+        for w, x in zip(weights, found, strict=True)
+    ]
+    return values, gradient, load_LE
+
+
+@pytest.fixture(scope="module")
+def want(run, variables):
+    return oracle(run, variables, batch(run, seed=0))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_counted_token_of_a_step_counts_the_same(run, variables, want, mesh):
+    """Whatever the microbatch and the device that has it; MTP depths are averaged."""
+    trainer = Trainer.of(on(run, mesh, "pipeline.schedule=gpipe"), variables)
+    _, got = trainer.take(trainer.state, seed=0)
+    values, gradient, _ = want
+    np.testing.assert_allclose(got.metrics["loss"], values[0], rtol=1e-6)
+    np.testing.assert_allclose(got.metrics["mtp_loss"], values[1:], rtol=1e-6)
+    jax.tree.map_with_path(
+        lambda path, g, w: np.testing.assert_allclose(
+            g, w, rtol=0, atol=2e-5 * np.abs(w).max(), err_msg=str(path)
+        ),
+        got.gradients,
+        gradient,
+    )
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_experts_count_the_tokens_that_are_there_and_no_others(run, variables, mesh):
+    rows = batch(run, seed=0)
+    want = []
+    for depth in (0, 1, 2):
+        places = np.ndindex(*rows.tokens_BT[..., 1:].shape)
+        want.append(sum(reaches(rows.segment_BT[a, b], t, depth) for a, b, t in places))
+    trainer = Trainer.of(on(run, mesh, "pipeline.schedule=gpipe"), variables)
+    _, got = trainer.take(trainer.state, seed=0)
+    counts = got.metrics["load_LE"].sum(-1) / run.model.moe.router.top_k
+    assert counts.tolist() == want and want[0] > want[1] > want[2]
+
+
+def test_what_stands_in_the_padding_changes_nothing(run, variables):
+    trainer, rows = Trainer.of(run, variables), batch(run, seed=0)
+    is_padding = rows.segment_BT == PADDING
+    other = rows._replace(tokens_BT=np.where(is_padding, 7, rows.tokens_BT))
+    assert (other.tokens_BT != rows.tokens_BT).any()
+    (_, want), (_, got) = (trainer.step(trainer.state, r) for r in (rows, other))
+    for name in ("loss", "mtp_loss", "load_LE", "bias_LE"):
+        np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+def test_a_document_ends_what_deeper_modules_predict_only_where_it_is_apart(run):
+    segment_BT = np.array([[0, 0, 0, 1, 1, 1]], np.int32)
+    rows = Batch(np.zeros_like(segment_BT), segment_BT)
+
+    def found(depth, masked):
+        cfg = override(run, [f"data.segment_masks={masked}"])
+        return np.asarray(losses.is_target(rows, depth, cfg))[0].astype(int).tolist()
+
+    # Token 3 opens a document: depth 0 predicts it from its neighbour, as the end.
+    assert found(0, True) == [1, 1, 1, 1, 1]
+    assert found(1, True) == [1, 1, 0, 1, 0]
+    assert found(1, False) == [1, 1, 1, 1, 0]
+    assert found(2, True) == [1, 0, 0, 0, 0]
+
+
+def test_a_step_without_any_target_has_no_loss_and_no_gradient(run, variables):
+    rows = batch(run, seed=0)
+    empty = rows._replace(is_target_BT=np.zeros_like(rows.is_target_BT))
+    trainer = Trainer.of(run, variables)
+    state, got = trainer.step(trainer.state, empty)
+    assert got["loss"] == 0 and not np.any(got["mtp_loss"])
+    for gradient in jax.tree.leaves(state.opt_state[0]):
+        assert not np.any(gradient)
