@@ -173,18 +173,15 @@ class Pieces:
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self._layout_of(shared), run)
 
-        def table(shared):
-            return shared["embedding"].astype(cfg.dtype)
-
         def enter(shared, batch):
-            return embed(table(shared), inputs(batch))
+            return embed(shared["embedding"], inputs(batch), cfg.dtype)
 
         def leave(shared, batch, x_BSD):
             tokens_BT = inputs(batch)
             features: Any = Tail(cfg, self.dot_general).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
-                table(shared),
+                shared["embedding"],
                 tokens_BT,
                 rotation(cfg.attention, tokens_BT.shape[1]),
                 segments(batch, run),
