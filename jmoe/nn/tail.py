@@ -39,7 +39,8 @@ class Features(NamedTuple):
 
     hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; its last
     `depth` of all positions have no token to embed and mean nothing. head_DV: the
-    output kernel, in the dtype that it is held in. stats: of MoE layers, stacked [L, ...]; None of no layers.
+    output kernel, in the dtype that it is held in. stats: of MoE layers, stacked
+    [L, ...]; None of no layers.
     """
 
     hidden_BSD: jax.Array
@@ -72,9 +73,7 @@ class Tail(nn.Module):
             name = f"mtp_{depth - 1}"
             block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
             module = block(cfg, self.dot_general, name=name)
-            embedded = embed(
-                table_VD, mtp.shift_left(tokens_BT, depth), cfg.dtype
-            )
+            embedded = embed(table_VD, mtp.shift_left(tokens_BT, depth), cfg.dtype)
             previous, normed, stats = module(previous, embedded, rotation, segment_BT)
             mtp_BSD.append(normed)
             measured.append(jax.tree.map(lambda x: x[None], stats))

@@ -264,7 +264,7 @@ def copy_range(
 
 
 def make(kernel, name, out, dtype, tiles, *blocks) -> Any:
-    """A function of arrays from a kernel of blocks in `dtype` and the result's tiles."""
+    """A function of arrays from a kernel of blocks in `dtype` and out's tiles."""
     stored = STORED // jnp.dtype(out.dtype).itemsize
     return stream.make(
         kernel,
