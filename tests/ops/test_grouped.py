@@ -101,7 +101,7 @@ def test_bfloat16_differs_from_float32_by_its_rounding(backend):
 def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
     backend, dtype
 ):
-    """In the weights' dtype: sums over tasks and segments are float32, x is bfloat16."""
+    """Summed in float32 over all tasks and segments, whatever x and weights are in."""
     routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=2)
     _, _, _, *weights = floats((1, 3), jnp.bfloat16)
 
