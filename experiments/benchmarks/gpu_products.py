@@ -164,7 +164,7 @@ def _of_ragged(operation, recipe, left, right, size_E):
     products = {
         FORWARD: grouped_ragged._dot,
         INPUTS: grouped_ragged._dot_transposed,
-        WEIGHTS: grouped_ragged._outer,
+        WEIGHTS: functools.partial(grouped_ragged._outer, dtype=left.dtype),
     }
     segment = _segment(left.shape[0], size_E)
     return products[operation](recipe, left, right, segment)

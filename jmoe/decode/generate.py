@@ -76,7 +76,9 @@ def _complete(
     def step(i, tokens_BS):
         features: Any = model.apply(variables, tokens_BS, method="features")
         last_BD = features.hidden_BSD[rows_B, length_B + i - 1]
-        logits_BV = (last_BD @ features.head_DV).astype(jnp.float32)
+        logits_BV = (last_BD @ features.head_DV.astype(last_BD.dtype)).astype(
+            jnp.float32
+        )
         next_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
         return tokens_BS.at[rows_B, length_B + i].set(next_B)
 

@@ -45,7 +45,9 @@ class LatentAttention(nn.Module):
 
         q_rope = rope.rotate(q_rope, *rotation)
         k_rope = rope.rotate(_all(k_rope)[:, :, None], *rotation)
-        k_rope = jnp.broadcast_to(k_rope, q_rope.shape)
+        # In float32, as then its gradient is too, which sums over the heads.
+        k_rope = jnp.broadcast_to(k_rope.astype(jnp.float32), q_rope.shape)
+        k_rope = k_rope.astype(q_rope.dtype)
         out_BTHV = attention.attention(
             jnp.concatenate([q_nope, q_rope], axis=-1),
             jnp.concatenate([k_nope, k_rope], axis=-1),

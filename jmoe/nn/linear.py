@@ -38,7 +38,9 @@ def weight(module: nn.Module, name: str, *described: Any) -> stored.Weight:
 class Linear(nn.Module):
     """`x @ kernel` without a bias; `features` may have several dimensions.
 
-    `dot_general` is where other number formats come in.
+    `dot_general` is where other number formats come in. It is given the kernel in the
+    dtype that it is held in, and computes in x's: so the kernel's gradient is rounded
+    to x's dtype nowhere.
     """
 
     features: tuple[int, ...]
@@ -51,7 +53,8 @@ class Linear(nn.Module):
         shape = (x.shape[-1], *self.features)
         kernel = weight(self, "kernel", shape, self.dims, self.init_std)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
-        kernel = stored.as_array(kernel, x.dtype).reshape(shape)
+        if isinstance(kernel, stored.FewerBits):
+            kernel = stored.as_array(kernel, x.dtype).reshape(shape)
         return self.dot_general(x, kernel, contract)
 
 

@@ -58,9 +58,8 @@ class Transformer(nn.Module):
         features = self.features(tokens_BT, segment_BT, is_real_BT)
 
         def logits(hidden_BTD):
-            return jnp.dot(
-                hidden_BTD, features.head_DV, preferred_element_type=jnp.float32
-            )
+            head_DV = features.head_DV.astype(hidden_BTD.dtype)
+            return jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
         mtp_logits = tuple(map(logits, features.mtp_BSD))
         assert features.stats is not None, "a model has a MoE layer"
@@ -85,10 +84,10 @@ class Transformer(nn.Module):
         vocab_shape = (vocab, cfg.hidden_dim)
         table_VD = named_param(
             self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
-        ).astype(cfg.dtype)
+        )
         rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
         positions = Positions(rotation, segment_BT, is_real_BT)
-        x_BSD = embed(table_VD, tokens_BT)
+        x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
         x_BSD, _ = self._layers(
             DenseBlock, "dense", cfg.num_dense_layers, x_BSD, positions
         )
@@ -137,7 +136,8 @@ class Transformer(nn.Module):
 def computed_as(path: Any, cfg: ModelConfig) -> Any:
     """The dtype that modules convert the parameter at this path of a pytree to.
 
-    Norms and the router compute in float32; the rest in the activations' dtype.
+    Norms and the router compute in float32; the rest in the activations' dtype. They
+    convert inside of a product or a lookup, so that gradients aren't rounded to it.
     """
     names = {getattr(key, "key", None) for key in path}
     return jnp.float32 if names & {"scale", "router"} else jnp.dtype(cfg.dtype)

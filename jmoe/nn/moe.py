@@ -15,7 +15,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.router import Router, Stats
-from jmoe.ops import dot, fp8, grouped, stored
+from jmoe.ops import dot, fp8, grouped
 from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
@@ -79,7 +79,6 @@ class RoutedExperts(nn.Module):
             ("expert", "mlp", "embed"),
             self.init_std,
         )
-        weights = [stored.converted(w, x_ND.dtype) for w in (gate_up_ED2F, down_EFD)]
 
         def apply(*tokens_R: jax.Array) -> jax.Array:
             """The experts that are here, on the tokens of all the tensor group."""
@@ -88,6 +87,7 @@ class RoutedExperts(nn.Module):
             recipe = fp8.recipe_of(self.dot_general)
             routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
             hosts = collectives.axis_size("expert")
+            weights = gate_up_ED2F, down_EFD
             y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
             return collectives.scatter_sum(y, "tensor", 0)
 

@@ -39,8 +39,8 @@ class Features(NamedTuple):
 
     hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; positions
     that don't reach a token to embed (`ops.masks`), such as the last `depth` of all,
-    visit no experts and mean nothing. head_DV: the
-    output kernel. stats: of MoE layers, stacked [L, ...]; None of no layers.
+    visit no experts and mean nothing. head_DV: the output kernel, in the dtype that it
+    is held in. stats: of MoE layers, stacked [L, ...]; None of no layers.
     """
 
     hidden_BSD: jax.Array
@@ -75,7 +75,8 @@ class Tail(nn.Module):
             name = f"mtp_{depth - 1}"
             block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
             module = block(cfg, self.dot_general, name=name)
-            embedded = embed(table_VD, masks.shift_left(tokens_BT, depth))
+            shifted_BT = masks.shift_left(tokens_BT, depth)
+            embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
             previous, normed, stats = module(
                 previous, embedded, positions._replace(is_real_BT=reaching_BT)
@@ -87,7 +88,6 @@ class Tail(nn.Module):
         else:
             shape, dims = table_VD.shape[::-1], ("embed", "vocab")
             head_DV = named_param(self, "head", shape, dims, cfg.init_std)
-            head_DV = head_DV.astype(cfg.dtype)
         return Features(hidden_BSD, tuple(mtp_BSD), head_DV, join_stats(*measured))
 
 

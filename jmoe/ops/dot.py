@@ -1,5 +1,10 @@
 """A linear layer's product, with a gradient of its weights that is fast on CPUs too.
 
+Weights are rounded to the dtype that the layer computes in, and their gradient isn't:
+it has the weights' own dtype, straight from the product's float32 sums. Were the
+weights rounded before the product, that would round its gradient too, once for each
+microbatch.
+
 XLA for CPUs has two implementations of a product. The faster one wants the left
 operand's last dimension summed. A gradient of weights, `x.T @ dy`, sums the first of
 both, and XLA, which merges a transpose into a product where it can, takes the slower
@@ -15,6 +20,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Precision = Any  # of `jax.lax.dot_general`
@@ -30,7 +36,7 @@ def dot_general(
     """`jax.lax.dot_general`; if it is that of a linear layer, then by `linear`."""
     (of_x, of_w), batch = dimension_numbers
     sums = tuple(of_x), tuple(of_w), *map(tuple, batch)
-    is_linear = sums == ((x.ndim - 1,), (0,), (), ()) and x.dtype == w.dtype
+    is_linear = sums == ((x.ndim - 1,), (0,), (), ())
     if is_linear and preferred_element_type is None:
         return linear(x, w, precision)
     return lax.dot_general(x, w, dimension_numbers, precision, preferred_element_type)
@@ -38,8 +44,16 @@ def dot_general(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, w: jax.Array, precision: Precision = None) -> jax.Array:
-    """`x @ w`, [..., N...] of x [..., K] and w [K, N...], of one dtype."""
-    return _product(precision, x, w)
+    """`x @ w`, [..., N...] of x [..., K] and w [K, N...], in x's dtype.
+
+    w is converted to it; its gradient has w's dtype, and is rounded to no other.
+    """
+    return _forward(x, w, precision)[0]
+
+
+def like(w: jax.Array) -> jax.Array:
+    """No elements, of w's dtype: what a backward pass is to return gradients as."""
+    return jnp.zeros(0, w.dtype)
 
 
 def _product(precision: Precision, x: jax.Array, w: jax.Array) -> jax.Array:
@@ -47,24 +61,29 @@ def _product(precision: Precision, x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def _forward(x, w, precision):
-    return _product(precision, x, w), (x, w)
+    rounded = w.astype(x.dtype)
+    return _product(precision, x, rounded), (x, rounded, like(w))
 
 
 def _backward(precision, saved, dy):
-    x, w = saved
+    x, w, like_w = saved
+    wide = jnp.promote_types(x.dtype, like_w.dtype)
+    options = {"precision": precision, "preferred_element_type": wide}
 
     def on_cpus(x, dy):
         x_MK = x.reshape(-1, x.shape[-1])
         dy_MN = dy.reshape(-1, math.prod(w.shape[1:]))
-        return _outer_on_cpus(x_MK, dy_MN, precision=precision).reshape(w.shape)
+        return _outer_on_cpus(x_MK, dy_MN, **options).reshape(w.shape)
 
     def elsewhere(x, dy):
-        of_w = functools.partial(_product, precision, x)
-        return jax.linear_transpose(of_w, w)(dy)[0]
+        rows = tuple(range(x.ndim - 1))
+        dw = lax.dot_general(dy, x, ((rows, rows), ((), ())), **options)
+        return jnp.moveaxis(dw, -1, 0)
 
     of_x = functools.partial(_product, precision, w=w)
     (dx,) = jax.linear_transpose(of_x, x)(dy)
-    return dx, lax.platform_dependent(x, dy, cpu=on_cpus, default=elsewhere)
+    dw = lax.platform_dependent(x, dy, cpu=on_cpus, default=elsewhere)
+    return dx, dw.astype(like_w.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -23,6 +23,7 @@ Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -239,35 +240,42 @@ def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def fp8_dot(x: jax.Array, w_KN: jax.Array, recipe: Recipe) -> jax.Array:
-    """`x @ w`, [..., N] of x [..., K], in x's dtype; all three products are FP8.
+def fp8_dot(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
+    """`x @ w`, [..., N...] of x [..., K], in x's dtype; all three products are FP8.
 
-    Any sizes will do: blocks at the ends are shorter.
+    Any sizes will do: blocks at the ends are shorter. A w [K, N...] of several output
+    dimensions is quantized as the matrix that they make together, after it was
+    converted to x's dtype. Its gradient has its own dtype, straight from the sums.
     """
-    return forward(x, w_KN, recipe)[0]
+    return forward(x, w, recipe)[0]
 
 
-def forward(x: jax.Array, w_KN: jax.Array, recipe: Recipe):
+def forward(x: jax.Array, w: jax.Array, recipe: Recipe):
     """The product, and what `backward` is given: first x as [M, K], quantized, bits."""
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
-    w = recipe.quantize(w_KN, recipe.weights)
-    y_MN = matmul(x_MK, w.mT, x.dtype)
-    saved = to_bits(x_MK), to_bits(w), jnp.zeros(0, w_KN.dtype)
-    return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), saved
+    w_KN = w.astype(x.dtype).reshape(w.shape[0], -1)
+    quantized = recipe.quantize(w_KN, recipe.weights)
+    y_MN = matmul(x_MK, quantized.mT, x.dtype)
+    like_w = jnp.zeros((0, *w.shape[1:]), w.dtype)
+    saved = to_bits(x_MK), to_bits(quantized), like_w
+    return y_MN.reshape(*x.shape[:-1], *w.shape[1:]), saved
 
 
 def backward(recipe: Recipe, saved: Any, dy: jax.Array):
     """The gradients of x and w."""
-    x_MK, w, dtype = saved
+    x_MK, w, like_w = saved
     x_MK, w = from_bits(x_MK), from_bits(w)
-    dy_MN = dy.reshape(-1, dy.shape[-1])
+    outputs = like_w.shape[1:]
+    lead = dy.shape[: dy.ndim - len(outputs)]
+    dy_MN = dy.reshape(-1, math.prod(outputs))
     dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), w, dy.dtype)
     dw_KN = outer(
         recipe.quantize(dequantize(x_MK, jnp.float32), transposed(recipe.activations)),
         recipe.quantize(dy_MN, transposed(recipe.gradients)),
-        dtype.dtype,
+        like_w.dtype,
     )
-    return dx_MK.reshape(*dy.shape[:-1], dx_MK.shape[1]), dw_KN
+    dw = dw_KN.reshape(dw_KN.shape[0], *outputs)
+    return dx_MK.reshape(*lead, dx_MK.shape[1]), dw
 
 
 fp8_dot.defvjp(forward, backward)
@@ -276,9 +284,6 @@ fp8_dot.defvjp(forward, backward)
 @dataclasses.dataclass(frozen=True)
 class DotGeneral:
     """`fp8_dot` as a `jax.lax.dot_general` of the kind that linear layers call.
-
-    Its right operand may have several dimensions that aren't summed, and is quantized
-    as the matrix that they make together.
 
     Raises (when called):
       ValueError: batch dimensions, or other than the left's last and the right's first
@@ -302,8 +307,7 @@ class DotGeneral:
                 f"an FP8 product with dimension_numbers={dimension_numbers}: it can "
                 f"only be (({x.ndim - 1},), (0,)), ((), ()), a linear layer's."
             )
-        y: jax.Array = fp8_dot(x, w.reshape(w.shape[0], -1), self.recipe)
-        y = y.reshape(*x.shape[:-1], *w.shape[1:])
+        y: jax.Array = fp8_dot(x, w, self.recipe)
         return y if preferred_element_type is None else y.astype(preferred_element_type)
 
 

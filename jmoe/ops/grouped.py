@@ -16,6 +16,9 @@ its choices may be expert E, "nobody", and contribute nothing: that is how a dev
 skips the experts that other devices host. With all experts on `hosts` devices, about
 one choice in as many is not nobody's; room is made for that, and any number is right.
 
+Products have x's dtype, to which weights are converted. An expert's gradient is summed
+in float32 over all of its rows, and has its weights' own dtype.
+
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
 [E, F, D]; that is for inference, without gradients.
 

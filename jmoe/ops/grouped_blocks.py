@@ -68,6 +68,7 @@ class Saved(NamedTuple):
     gate_N: jax.Array
     gate_up_EDX: stored.Weight
     down_EFD: stored.Weight
+    like: tuple[jax.Array, jax.Array]  # of the weights, `stored.like`
     rows: Rows
     kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
@@ -79,7 +80,10 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     rows = sort_rows(expert_TK, num_experts, spare=block, by_keys=True)
     tasks = plan_tasks(rows.size_E, expert_TK.size, block)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
-    gate_up_EDX = stored.as_matrices(gate_up_ED2F)
+    like = stored.like(gate_up_ED2F), stored.like(down_EFD)
+    gate_up_EDX, down_EFD = (
+        stored.as_matrices(w, x_TD.dtype) for w in (gate_up_ED2F, down_EFD)
+    )
     x_TD = left.activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
 
@@ -104,15 +108,16 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     room = (rows.token_N.size, 2 * mlp_dim)
-    h_NX = zeros_after(x_TD, room) if stores else None
+    h_NX = zeros_after(x_TD, room, x_TD.dtype) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     kept_NX = _keep(recipe, h_NX) if stores else None
-    saved = Saved(x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX)
+    weights = gate_up_EDX, down_EFD
+    saved = Saved(x_TD, gate_TK, gate_N, *weights, like, rows, kept_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
 def _backward(recipe: Recipe, saved: Saved, dy_TD):
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, kept_NX = saved
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     block = block_rows(len(x_TD))
@@ -149,8 +154,8 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        zeros_after(dy_TD, gate_up_EDX.shape),
-        zeros_after(dy_TD, down_EFD.shape),
+        zeros_after(dy_TD, gate_up_EDX.shape, jnp.float32),
+        zeros_after(dy_TD, down_EFD.shape, jnp.float32),
     )
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
@@ -163,7 +168,7 @@ def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
 
 def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     """Of x and the gates; h as it is kept, and its gradient."""
-    x_TD, gate_TK, gate_N, gate_up_EDX, _, rows, kept_NX = saved
+    x_TD, gate_TK, gate_N, gate_up_EDX, _, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     block = block_rows(len(x_TD))
@@ -201,7 +206,7 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        *[zeros_after(dy_TD, shape) for _ in range(1 if stores else 2)],
+        *[zeros_after(dy_TD, shape, dy_TD.dtype) for _ in range(1 if stores else 2)],
     )
     dx_TD, d_gate_N, *made_NX, d_h_NX = lax.fori_loop(0, tasks.count, run, carry)
     kept_NX = kept_NX if stores else _keep(recipe, *made_NX)
@@ -211,7 +216,7 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
 def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD):
     h_NX: Any = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, rows, _ = saved
+    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, _ = saved
     block = block_rows(len(x_TD))
 
     def run(expert, start, own, carry, write):
@@ -237,8 +242,8 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
         )
 
     carry = (
-        zeros_after(d_h_NX, gate_up_EDX.shape),
-        zeros_after(d_h_NX, down_EFD.shape),
+        zeros_after(d_h_NX, gate_up_EDX.shape, jnp.float32),
+        zeros_after(d_h_NX, down_EFD.shape, jnp.float32),
     )
     return over_experts(run, rows.size_E, gate_TK.shape, carry)
 
@@ -246,12 +251,14 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
 def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
     num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
+    of_gate_up, of_down = saved.like
+    d_gate_up_ED2F = d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim)
     return (
         dx_TD.astype(saved.x_TD.dtype),
         None,
         d_gate_N.reshape(saved.gate_TK.shape).astype(saved.gate_TK.dtype),
-        d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim),
-        d_down_EFD,
+        d_gate_up_ED2F.astype(of_gate_up.dtype),
+        d_down_EFD.astype(of_down.dtype),
     )
 
 
@@ -308,12 +315,15 @@ def _own_gates(gate_N, start, own_S1, dtype: Any) -> jax.Array:
 
 
 def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
-    """The sum of the rows' outer products; x or dy is zero in rows that aren't own."""
+    """The sum of the rows' outer products, float32, to be added to other tasks'.
+
+    x or dy is zero in rows that aren't own.
+    """
     if recipe is not None:  # the others don't take part in the scales either
         x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
         x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
         dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
-    return dot.outer(x_SI, dy_SO)
+    return dot.outer(x_SI, dy_SO, preferred_element_type=jnp.float32)
 
 
 def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:

@@ -42,9 +42,13 @@ def dot(
 
 
 def outer(
-    x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array, recipe: Recipe
+    x_MI: jax.Array,
+    dy_MO: jax.Array,
+    size_E: jax.Array,
+    recipe: Recipe,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """[E, I, O] in x's dtype; both operands are quantized here, along the rows.
+    """[E, I, O] in `dtype`; both operands are quantized here, along the rows.
 
     A block is what an expert has of a tile of 128 rows.
     """
@@ -54,13 +58,13 @@ def outer(
     def kernel(x, dy, count_E):
         from jmoe.ops.kernels import fp8_grouped
 
-        return fp8_grouped.outer(*x, *dy, count_E, dtype=x_MI.dtype)
+        return fp8_grouped.outer(*x, *dy, count_E, dtype=dtype)
 
     x = _along_rows(x_MI, tile_T4, recipe, recipe.activations)
     dy = _along_rows(dy_MO, tile_T4, recipe, recipe.gradients)
     of_blocks = [(rows.shape[0], num_blocks(rows.shape[1])) for rows in (x, dy)]
     fits = [x.scale.shape, dy.scale.shape] == of_blocks
-    reference = functools.partial(_outer_reference, dtype=x_MI.dtype)
+    reference = functools.partial(_outer_reference, dtype=dtype)
     return by_platform(kernel, reference, x, dy, count_E, fits=fits)
 
 

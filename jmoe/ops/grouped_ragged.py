@@ -50,7 +50,7 @@ from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 TILE = 128  # rows that a block of GPU threads works on at a time
 
-_DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED, "outer": OUTER}
+_DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED}
 
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
@@ -85,12 +85,16 @@ class Segment(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass is given; it computes the rest again."""
+    """What the backward pass is given; it computes the rest again.
+
+    like: of the weights, `stored.like`.
+    """
 
     x_TD: jax.Array
     gate_TK: jax.Array
     gate_up_EDX: Weight
     down_EFD: Weight
+    like: tuple[jax.Array, jax.Array]
     plan: Plan
 
 
@@ -104,11 +108,11 @@ class Middle(NamedTuple):
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     plan = _plan(expert_TK, down_EFD.shape[0], lengths)
+    like = stored.like(gate_up_ED2F), stored.like(down_EFD)
     gate_up_EDX, down_EFD = (
-        _ready(w, x_TD.dtype, recipe)
-        for w in (stored.as_matrices(gate_up_ED2F), down_EFD)
+        _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
     )
-    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, plan)
+    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
 
     def output(segment):
         act_MF = _activations(*_hidden(recipe, saved, segment), segment)
@@ -201,8 +205,9 @@ routed_mlp_ragged = _backend(_backward, _of_balanced)
 routed_mlp_ragged_apart = _backend(_backward_apart, _of_tokens)
 
 
-def _ready(w_EIO: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
-    """As products take it: in `dtype`, or quantized."""
+def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
+    """As products take it: matrices [E, I, O] in `dtype`, or quantized."""
+    w_EIO = stored.as_matrices(w, dtype)
     if recipe is None:
         return stored.as_array(w_EIO, dtype)
     if isinstance(w_EIO, fp8.Quantized):
@@ -245,17 +250,26 @@ def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segm
 def _weight_gradients(
     recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
+    """In the dtype that those of all segments are summed in."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
-    return (
-        _outer(recipe, x_MD, middle.d_h_MX, segment),
-        _outer(recipe, middle.act_MF, dy_MD, segment),
-    )
+    more = saved.plan.rows.choice_N.size > segment.choice_M.size
+    dtypes = (jnp.float32 if more else like.dtype for like in saved.like)
+    outer = functools.partial(_outer, recipe, segment=segment)
+    operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
+    return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
 
 
 def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
     d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
-    return dx_TD.astype(saved.x_TD.dtype), None, d_gate_TK, d_gate_up_ED2F, d_down_EFD
+    of_gate_up, of_down = saved.like
+    return (
+        dx_TD.astype(saved.x_TD.dtype),
+        None,
+        d_gate_TK,
+        d_gate_up_ED2F.astype(of_gate_up.dtype),
+        d_down_EFD.astype(of_down.dtype),
+    )
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
@@ -348,25 +362,42 @@ def _dot_transposed(
 
 
 def _outer(
-    recipe: Recipe, x_MI: jax.Array, dy_MO: jax.Array, segment: Segment
+    recipe: Recipe,
+    x_MI: jax.Array,
+    dy_MO: jax.Array,
+    segment: Segment,
+    dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in x's dtype.
+    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
 
     One of the operands must be zero in nobody's rows, and the other finite.
     """
-    if recipe is None:
-        return _product("outer", x_MI, dy_MO, segment.size_E)
-    return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe)
+    if recipe is not None:
+        return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe, dtype)
+
+    def kernel(*operands):
+        from jmoe.ops.kernels import grouped
+
+        return grouped.outer(*operands, dtype=dtype)
+
+    def reference(x_MI, dy_MO, size_E):
+        wide = jnp.promote_types(x_MI.dtype, dtype)
+        return lax.ragged_dot_general(
+            x_MI, dy_MO, size_E, OUTER, preferred_element_type=wide
+        ).astype(dtype)
+
+    operands, fits = (x_MI, dy_MO, segment.size_E), x_MI.dtype == jnp.bfloat16
+    return by_platform(kernel, reference, *operands, fits=fits)
 
 
-def _product(name: str, left: jax.Array, right: jax.Array, size_E: jax.Array):
+def _product(name: str, x_MI: jax.Array, w_EIO: jax.Array, size_E: jax.Array):
     def kernel(*operands):
         from jmoe.ops.kernels import grouped
 
         return getattr(grouped, name)(*operands)
 
-    def reference(left, right, size_E):
-        return lax.ragged_dot_general(left, right, size_E, _DIMENSIONS[name])
+    def reference(x_MI, w_EIO, size_E):
+        return lax.ragged_dot_general(x_MI, w_EIO, size_E, _DIMENSIONS[name])
 
-    operands, fits = (left, right, size_E), left.dtype == jnp.bfloat16
+    operands, fits = (x_MI, w_EIO, size_E), x_MI.dtype == jnp.bfloat16
     return by_platform(kernel, reference, *operands, fits=fits)

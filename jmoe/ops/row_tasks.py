@@ -82,14 +82,16 @@ def over_experts(run, size_E: jax.Array, shape_TK: tuple[int, ...], carry):
     return lax.fori_loop(0, later.count, run_later, carry)
 
 
-def zeros_after(x_TD: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Zeros of x's dtype that cannot be made before x is.
+def zeros_after(
+    x_TD: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Zeros that cannot be made before x is.
 
     XLA makes constant zeros of one shape once, copies them for each layer, and all of
     that at the start of a step, where they stay: as much memory again as the gradients.
     """
     zero = jnp.minimum(jnp.abs(x_TD[0, 0]), 0)
-    return jnp.broadcast_to(zero, shape)
+    return jnp.broadcast_to(zero.astype(dtype), shape)
 
 
 def in_smallest_size(rows: jax.Array, block: int, chain: Callable[[int], Any]) -> Any:

@@ -6,8 +6,9 @@ A matrix in fewer bits has its input dimension next to last and all outputs in t
 """
 
 import jax
+import jax.numpy as jnp
 
-from jmoe.ops import fp8, int4
+from jmoe.ops import dot, fp8, int4
 
 FewerBits = fp8.Quantized | int4.Packed
 Weight = jax.Array | FewerBits
@@ -22,11 +23,17 @@ def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
     return w.astype(dtype)
 
 
-def as_matrices(w: Weight) -> Weight:
-    """Experts' weights, an array's outputs in one dimension: [E, I, O]."""
-    return w if isinstance(w, FewerBits) else w.reshape(*w.shape[:2], -1)
+def as_matrices(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
+    """Experts' weights, an array's in `dtype` and with its outputs in one dimension.
+
+    [E, I, O]; one in fewer bits stays as it is.
+    """
+    if isinstance(w, FewerBits):
+        return w
+    # Converted first: one that was only just widened then becomes what it was.
+    return w.astype(dtype).reshape(*w.shape[:2], -1)
 
 
-def converted(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
-    """An array in another dtype; one in fewer bits stays as it is."""
-    return w if isinstance(w, FewerBits) else w.astype(dtype)
+def like(w: Weight) -> jax.Array:
+    """`dot.like` of an array; nothing asks for a gradient of one in fewer bits."""
+    return jnp.zeros(0) if isinstance(w, FewerBits) else dot.like(w)

@@ -11,9 +11,14 @@ pass only scales those gradients. That is three matmuls, as many as with all log
 kept, and one more than the loss alone, which is why the undifferentiated call takes
 another path. Over `tensor` travel a chunk's hidden states, two numbers for a row, and
 the sum of the hidden states' gradients.
+
+A token that occurs thousands of times adds up as many gradients in its row, and so does
+a frequent target in its column. Both are summed in float32, and it is the sum that is
+rounded, to the dtype that the table or the head is held in.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +29,42 @@ from jmoe.parallel import collectives
 AXIS = "tensor"
 
 
-def embed(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """The rows of all tokens, of which this device gets its positions, [B, S, D]."""
+def embed(
+    table_VD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """The rows of all tokens, of which this device gets its positions, [B, S, D].
+
+    In `dtype`. The table's gradient has the table's.
+    """
     local_BT, here_BT = _own(tokens_BT, table_VD.shape[0])
+    rows_BTD = _rows(table_VD, local_BT, jnp.dtype(dtype))
     if collectives.axis_size(AXIS) == 1:
-        return table_VD[local_BT]
-    rows_BTD = jnp.where(here_BT[..., None], table_VD[local_BT], 0)
+        return rows_BTD
+    # Of a token's row, other devices have zeros: no sum rounds it.
+    rows_BTD = jnp.where(here_BT[..., None], rows_BTD, 0)
     return collectives.scatter_sum(rows_BTD, AXIS, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _rows(table_VD: jax.Array, index_BT: jax.Array, dtype: Any) -> jax.Array:
+    """The table's rows, converted; each row's gradient is summed in float32."""
+    return table_VD[index_BT].astype(dtype)
+
+
+def _rows_forward(table_VD, index_BT, dtype):
+    like_V0 = jnp.zeros((table_VD.shape[0], 0), table_VD.dtype)
+    return _rows(table_VD, index_BT, dtype), (index_BT, like_V0)
+
+
+def _rows_backward(dtype, saved, d_rows_BTD):
+    index_BT, like_V0 = saved
+    shape = like_V0.shape[0], d_rows_BTD.shape[-1]
+    d_table_VD = jnp.zeros(shape, jnp.float32)
+    d_table_VD = d_table_VD.at[index_BT].add(d_rows_BTD.astype(jnp.float32))
+    return d_table_VD.astype(like_V0.dtype), None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -43,7 +77,8 @@ def linear_cross_entropy(
 ) -> jax.Array:
     """Float32 sum of `weight * -log softmax(x @ head)[target]`, in nats.
 
-    Over the tokens of the whole tensor group, and the same on each of its devices.
+    Over the tokens of the whole tensor group, and the same on each of its devices. The
+    head is converted to x's dtype; its gradient has its own.
 
     Args:
       target_N: int32 token to predict.
@@ -54,9 +89,10 @@ def linear_cross_entropy(
 
     def visit(total, rows):
         x_RD, target_R, weight_R = _of_group(rows)
-        loss_R, *_ = _token_losses(x_RD, head_DV, target_R)
+        loss_R, *_ = _token_losses(x_RD, rounded_DV, target_R)
         return total + (weight_R * loss_R).sum(), None
 
+    rounded_DV = head_DV.astype(x_ND.dtype)
     rows = _chunks(chunk, x_ND, target_N, weight_N)
     return jax.lax.scan(visit, jnp.float32(0.0), rows)[0]
 
@@ -98,17 +134,18 @@ def _chunks(chunk, *arrays):
 
 def _forward(x_ND, head_DV, target_N, weight_N, chunk):
     vocab = jnp.arange(head_DV.shape[1])
+    rounded_DV = head_DV.astype(x_ND.dtype)
 
     def visit(carry, rows):
         total, d_head_DV = carry
         x_RD, target_R, weight_R = _of_group(rows)
-        loss_R, logits_RV, log_sum_R = _token_losses(x_RD, head_DV, target_R)
+        loss_R, logits_RV, log_sum_R = _token_losses(x_RD, rounded_DV, target_R)
         local_R, here_R = _own(target_R, head_DV.shape[1])
         is_target_RV = (vocab == local_R[:, None]) & here_R[:, None]
         d_logits_RV = jnp.exp(logits_RV - log_sum_R[:, None])
         d_logits_RV -= is_target_RV.astype(jnp.float32)
         d_logits_RV = (d_logits_RV * weight_R[:, None]).astype(x_RD.dtype)
-        d_x_RD = jnp.dot(d_logits_RV, head_DV.T)
+        d_x_RD = jnp.dot(d_logits_RV, rounded_DV.T)
         d_head_DV += dot.outer(x_RD, d_logits_RV, preferred_element_type=jnp.float32)
         d_x_CD = collectives.scatter_sum(d_x_RD, AXIS, 0)
         return (total + (weight_R * loss_R).sum(), d_head_DV), d_x_CD

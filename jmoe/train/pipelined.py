@@ -200,17 +200,14 @@ class Pieces:
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self._layout_of(shared), run)
 
-        def table(shared):
-            return shared["embedding"].astype(cfg.dtype)
-
         def enter(shared, batch):
-            return embed(table(shared), inputs(batch))
+            return embed(shared["embedding"], inputs(batch), cfg.dtype)
 
         def leave(shared, batch, x_BSD):
             features: Any = Tail(cfg, self.dot_general).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
-                table(shared),
+                shared["embedding"],
                 inputs(batch),
                 positions(batch, run),
             )

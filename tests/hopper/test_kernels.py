@@ -70,9 +70,17 @@ def test_grouped_products_are_alike(sizes, product, dtype, compile_kernels):
     check(kernel)
 
 
-@pytest.mark.parametrize("product", ["dot", "dot_transposed", "outer"])
+OF_BFLOAT16 = {
+    "dot": grouped_kernels.dot,
+    "dot_transposed": grouped_kernels.dot_transposed,
+    "outer": functools.partial(grouped_kernels.outer, dtype=jnp.bfloat16),
+    "outer in float32": functools.partial(grouped_kernels.outer, dtype=jnp.float32),
+}
+
+
+@pytest.mark.parametrize("product", OF_BFLOAT16)
 @pytest.mark.parametrize("sizes", [(8192, 7168, 4096), (1000, 2048, 2816), (9, 130, 7)])
-def test_those_in_bfloat16_spill_nothing_either(sizes, product, compile_kernels):
+def test_those_of_bfloat16_spill_nothing_either(sizes, product, compile_kernels):
     M, I, O = sizes  # noqa: E741
     shapes = {
         "dot": [(M, I), (32, I, O)],
@@ -80,8 +88,8 @@ def test_those_in_bfloat16_spill_nothing_either(sizes, product, compile_kernels)
         "outer": [(M, I), (M, O)],
     }
     (kernel,) = compile_kernels(
-        getattr(grouped_kernels, product),
-        *((shape, jnp.bfloat16) for shape in shapes[product]),
+        OF_BFLOAT16[product],
+        *((shape, jnp.bfloat16) for shape in shapes[product.split()[0]]),
         ((32,), jnp.int32),
     )
     kernel.check()

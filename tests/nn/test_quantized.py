@@ -117,6 +117,7 @@ def test_a_form_that_is_not_there_is_refused(model):
 def test_stored_weights_have_the_shape_of_their_matrix():
     w = jnp.ones((3, 40, 24))
     assert fp8.quantize(w, fp8.SQUARE).shape == int4.quantize(w).shape == w.shape
-    assert stored.converted(w, jnp.bfloat16).dtype == jnp.bfloat16
     kept = int4.quantize(w)
-    assert stored.converted(kept, jnp.bfloat16) is kept
+    assert stored.as_matrices(kept, jnp.bfloat16) is kept
+    converted = stored.as_matrices(w.reshape(3, 40, 2, 12), jnp.bfloat16)
+    assert converted.shape == w.shape and converted.dtype == jnp.bfloat16

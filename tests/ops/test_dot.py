@@ -60,6 +60,19 @@ def test_gradients_have_the_operands_dtype():
     np.testing.assert_allclose(np.asarray(dw, np.float32), exact, rtol=2**-8, atol=1e-5)
 
 
+def test_weights_are_rounded_to_xs_dtype_and_their_gradient_is_not():
+    x, _, dy = operands((24, 16), (16, 40), jnp.bfloat16)
+    _, w, _ = operands((24, 16), (16, 40))
+    y, pull = jax.vjp(dot.linear, x, w)
+    _, dw = pull(dy)
+    want = dot.linear(x, w.astype(jnp.bfloat16))
+    assert y.dtype == want.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(want))
+    exact = np.asarray(x, np.float64).T @ np.asarray(dy, np.float64)
+    assert dw.dtype == jnp.float32
+    np.testing.assert_allclose(dw, exact, rtol=1e-5, atol=1e-5)
+
+
 def test_outer_takes_options():
     x, _, dy = operands((24, 16), (16, 40), jnp.bfloat16)
     out = dot.outer(x, dy, preferred_element_type=jnp.float32)

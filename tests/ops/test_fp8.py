@@ -278,6 +278,22 @@ def test_other_products_are_refused(dimension_numbers):
         dot_general(x, x, dimension_numbers)
 
 
+def test_weights_are_rounded_to_xs_dtype_and_their_gradient_is_not():
+    w = jax.random.normal(jax.random.key(0), (130, 2, 3))
+    x = jax.random.normal(jax.random.key(1), (200, 130), jnp.bfloat16)
+    found = []
+    for held in (w, w.astype(jnp.bfloat16)):
+        y, pull = jax.vjp(lambda w: fp8.fp8_dot(x, w, fp8.RECIPES["fp8"]), held)
+        found.append((y, *pull(y)))
+    (y, dw), (want, rounded) = found
+    np.testing.assert_array_equal(np.asarray(y), np.asarray(want))
+    assert dw.dtype == jnp.float32 and dw.shape == w.shape
+    np.testing.assert_array_equal(
+        np.asarray(dw.astype(jnp.bfloat16)), np.asarray(rounded)
+    )
+    assert (dw != rounded.astype(jnp.float32)).any()
+
+
 def test_no_rows_and_bfloat16():
     w = jax.random.normal(jax.random.key(0), (130, 6), jnp.bfloat16)
     x = jax.random.normal(jax.random.key(1), (4, 130), jnp.bfloat16)

@@ -97,6 +97,32 @@ def test_bfloat16_differs_from_float32_by_its_rounding(backend):
 
 
 @ALL_BACKENDS
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
+    backend, dtype
+):
+    """Summed in float32 over all tasks and segments, whatever x and weights are in."""
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=2)
+    _, _, _, *weights = floats((1, 3), jnp.bfloat16)
+
+    def gradients(tokens, dtype):
+        expert_TK = jnp.tile(jnp.array([0, 2, 5]), (tokens, 1))
+        x_TD = jnp.ones((tokens, D), jnp.bfloat16)
+        gate_TK = jnp.full(expert_TK.shape, 0.75)
+        held = (w.astype(dtype) for w in weights)
+        return value_and_gradients(routed_mlp, expert_TK, x_TD, x_TD, gate_TK, *held)
+
+    times = 5 * row_tasks.BLOCK + 45
+    one, many = gradients(1, jnp.float32), gradients(times, dtype)
+    rounding = jnp.finfo(dtype).eps / 2 + times * 2.0**-24  # once, and in each addition
+    for name in ("gate_up", "down"):
+        assert many[name].dtype == dtype
+        want = times * np.asarray(one[name], np.float64)
+        error = np.abs(np.asarray(many[name], np.float64) - want)
+        assert (error <= rounding * np.abs(want)).all()
+
+
+@ALL_BACKENDS
 def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     dy_TD, x_TD, gate_TK, *weights = floats(expert_TK.shape)

@@ -48,7 +48,8 @@ def test_each_row_is_multiplied_by_its_experts_weights(size_E):
 def test_blocks_along_rows_are_what_an_expert_has_of_a_tile(size_E, dtype):
     rows = sum(size_E) + OF_NOBODY
     x, dy = numbers(0, rows, I).astype(dtype), numbers(1, rows, O).astype(dtype)
-    got = jax.jit(grouped_fp8.outer, static_argnums=3)(x, dy, jnp.array(size_E), RECIPE)
+    outer = jax.jit(grouped_fp8.outer, static_argnums=(3, 4))
+    got = outer(x, dy, jnp.array(size_E), RECIPE, dtype)
     assert got.shape == (len(size_E), I, O) and got.dtype == dtype
     for expert, own in enumerate(ranges(size_E)):
         first = (
@@ -68,6 +69,6 @@ def test_blocks_along_rows_are_what_an_expert_has_of_a_tile(size_E, dtype):
 def test_what_is_not_finite_spoils_its_own_expert_only(bad):
     size_E = jnp.array([40, 30, 60])
     x_MI, dy_MO = numbers(0, 130, I).at[45, 3].set(bad), numbers(1, 130, O)
-    got = np.asarray(grouped_fp8.outer(x_MI, dy_MO, size_E, RECIPE))
+    got = np.asarray(grouped_fp8.outer(x_MI, dy_MO, size_E, RECIPE, jnp.float32))
     assert np.isnan(got[1, 3]).all()
     assert np.isfinite(got[[0, 2]]).all() and np.isfinite(np.delete(got[1], 3, 0)).all()

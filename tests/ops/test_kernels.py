@@ -138,16 +138,20 @@ def test_in_bfloat16_too(size_E, transposed, interpreted):
         assert_close(got[:owned], jnp.asarray(want, jnp.bfloat16), jnp.bfloat16)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bf16", "f32"])
 @each_size
-def test_outer_products_in_bfloat16_are_of_each_experts_rows_only(size_E, interpreted):
+def test_outer_products_in_bfloat16_are_of_each_experts_rows_only(
+    size_E, dtype, interpreted
+):
     expert_M = np.repeat(np.arange(len(size_E)), size_E)
     owned = len(expert_M)
     x_MI, dy_MO = numbers_16(0, owned + 30, 140), numbers_16(1, owned + 30, 270)
-    got = grouped.outer(x_MI, dy_MO, jnp.asarray(size_E))
+    got = grouped.outer(x_MI, dy_MO, jnp.asarray(size_E), dtype=dtype)
+    assert got.dtype == dtype
     x, dy = (np.asarray(x, np.float32)[:owned] for x in (x_MI, dy_MO))
     each = [expert_M == e for e in range(len(size_E))]
     want = np.stack([x[own].T @ dy[own] for own in each])
-    assert_close(got, jnp.asarray(want, jnp.bfloat16), jnp.bfloat16)
+    assert_close(got, jnp.asarray(want, dtype), dtype)
 
 
 def bits(x):

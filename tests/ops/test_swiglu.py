@@ -54,5 +54,5 @@ def test_fp8_is_what_is_kept_and_the_output_is_not(arrays):
     _, pull = jax.vjp(lambda h, w: product(h, w, "fp8"), h, w)
     kept = {(x.shape, x.dtype.name) for x in jax.tree.leaves(pull)}
     e4m3 = {((2, 7, 2 * F), "uint8"), ((F, N), "uint8")}  # their bits
-    scales = {((2, 7, 3), "float32"), ((2, 1), "float32"), ((0,), "float32")}
+    scales = {((2, 7, 3), "float32"), ((2, 1), "float32"), ((0, N), "float32")}
     assert e4m3 <= kept <= e4m3 | scales

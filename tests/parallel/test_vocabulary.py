@@ -155,7 +155,7 @@ def test_a_divided_table_embeds_each_position_where_it_belongs(devices):
 
     def share(table_VD, tokens_BT, weight_BTD):
         def weighed(table_VD):
-            rows_BSD = embed(table_VD, tokens_BT)
+            rows_BSD = embed(table_VD, tokens_BT, jnp.float32)
             return (rows_BSD * weight_BTD).sum(), rows_BSD
 
         return jax.grad(weighed, has_aux=True)(table_VD)
@@ -167,6 +167,58 @@ def test_a_divided_table_embeds_each_position_where_it_belongs(devices):
     want_VD = np.zeros_like(table_VD)
     np.add.at(want_VD, tokens_BT, weight_BTD)
     np.testing.assert_allclose(gradient_VD, want_VD, rtol=1e-5, atol=1e-6)
+
+
+TABLES = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+DEVICES = pytest.mark.parametrize("devices", [1, 4])
+
+
+def table_gradient(table_VD, tokens_BT, d_rows_BTD, devices):
+    """By the devices of the tensor axis, each of which has its positions' cotangent."""
+
+    def share(table_VD, tokens_BT, d_rows_BSD):
+        def rows(table_VD):
+            return embed(table_VD, tokens_BT, d_rows_BSD.dtype)
+
+        return jax.vjp(rows, table_VD)[1](d_rows_BSD)[0]
+
+    rows, positions = P("tensor"), P(None, "tensor")
+    share = divided(share, devices, (rows, P(), positions), rows)
+    return share(table_VD, tokens_BT, d_rows_BTD)
+
+
+@DEVICES
+@TABLES
+@pytest.mark.parametrize("times", [512, 4096])
+def test_a_tokens_gradients_all_count(times, dtype, devices):
+    """A bfloat16 sum of ones stalls at 256."""
+    tokens_BT = jnp.full((4, times // 4), 3)
+    ones_BTD = jnp.ones((*tokens_BT.shape, D), jnp.bfloat16)
+    got_VD = table_gradient(jnp.zeros((V, D), dtype), tokens_BT, ones_BTD, devices)
+    assert got_VD.dtype == dtype
+    want_VD = np.zeros((V, D))
+    want_VD[3] = times
+    np.testing.assert_array_equal(np.asarray(got_VD, np.float64), want_VD)
+
+
+@DEVICES
+@TABLES
+def test_gradients_of_text_are_float64_sums_rounded_once(dtype, devices):
+    """Of 16,384 tokens, as frequent as words are: the first a fifth of them."""
+    rng = np.random.default_rng(0)
+    frequency_V = 1 / np.arange(1, 401)
+    tokens_BT = rng.choice(400, (4, 4096), p=frequency_V / frequency_V.sum())
+    d_rows_BTD = jnp.asarray(1 + rng.normal(size=(*tokens_BT.shape, D)), jnp.bfloat16)
+    got_VD = table_gradient(jnp.zeros((400, D), dtype), tokens_BT, d_rows_BTD, devices)
+    want_VD, size_VD = np.zeros((2, 400, D))
+    exact_BTD = np.asarray(d_rows_BTD, np.float64)
+    np.add.at(want_VD, tokens_BT, exact_BTD)
+    np.add.at(size_VD, tokens_BT, np.abs(exact_BTD))
+    count_V = np.bincount(tokens_BT.ravel(), minlength=400)
+    of_sum = 2.0**-24 * count_V[:, None] * size_VD  # each float32 addition rounds
+    rounding = jnp.finfo(dtype).eps / 2
+    error_VD = np.abs(np.asarray(got_VD, np.float64) - want_VD)
+    assert (error_VD <= rounding * np.abs(want_VD) + of_sum).all()
 
 
 def test_a_divided_loss_gathers_neither_logits_nor_the_head():

@@ -35,7 +35,7 @@ OWN_ROWS = ROWS // WARPGROUPS
 COLUMNS = 256
 STEP = 64  # of what is summed; columns of arrays are a multiple of it
 STAGES = 4  # steps whose operands are in shared memory
-STORED = 64  # columns of results that are in shared memory at a time
+STORED = 128  # bytes of a row of results that are in shared memory at a time
 SLOTS = 2  # of them
 SNAKE = 4
 ALIGNED = 8  # rows that copies start at
@@ -110,7 +110,8 @@ def dot(
 
     shape = x_MK.shape[0], w.shape[1 if transposed else 2]
     blocks = (ROWS, STEP), (COLUMNS, STEP) if transposed else (STEP, COLUMNS)
-    call = make(kernel, "grouped_dot", shape, x_MK.dtype, tiles, *blocks)
+    out = jax.ShapeDtypeStruct(shape, x_MK.dtype)
+    call = make(kernel, "grouped_dot", out, x_MK.dtype, tiles, *blocks)
     return call(task_T4, x_MK, w)[:M, :N]
 
 
@@ -119,9 +120,15 @@ def dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax
     return dot(dy_MO, w_EIO, size_E, transposed=True)
 
 
-@jax.jit
-def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in x's dtype.
+@functools.partial(jax.jit, static_argnames="dtype")
+def outer(
+    x_MI: jax.Array,
+    dy_MO: jax.Array,
+    size_E: jax.Array,
+    *,
+    dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
 
     Rows must be finite: what isn't can spoil their neighbours' experts, too.
     """
@@ -196,7 +203,8 @@ def outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
 
     shape = experts, x_MI.shape[1], dy_MO.shape[1]
     blocks = (STEP, ROWS), (STEP, COLUMNS)
-    call = make(kernel, "grouped_outer", shape, x_MI.dtype, tiles, *blocks)
+    out = jax.ShapeDtypeStruct(shape, dtype)
+    call = make(kernel, "grouped_outer", out, x_MI.dtype, tiles, *blocks)
     return call(range_E2, x_MI, dy_MO)[:, :inputs, :outputs]
 
 
@@ -223,12 +231,13 @@ def place_of_expert(tiles: stream.Tiles, tiles_I: int, index: Any):
 
 def store(result: Any, y_smem: Any, n: Any, to: Callable[[Any, Any], None]) -> None:
     """This warpgroup's rows of tile n, by `to(shared memory, the result's columns)`."""
-    for part in range(COLUMNS // STORED):
+    stored = y_smem.shape[-1]
+    for part in range(COLUMNS // stored):
         smem = y_smem.at[lax.axis_index("warpgroup"), part % SLOTS]
         plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-        smem[...] = result[:, part * STORED : (part + 1) * STORED].astype(smem.dtype)
+        smem[...] = result[:, part * stored : (part + 1) * stored].astype(smem.dtype)
         plgpu.commit_smem()
-        to(smem, pl.ds(n * COLUMNS + part * STORED, STORED))
+        to(smem, pl.ds(n * COLUMNS + part * stored, stored))
 
 
 def copy_range(
@@ -254,13 +263,15 @@ def copy_range(
     plgpu.commit_smem_to_gmem_group()
 
 
-def make(kernel, name, shape, dtype, tiles, *blocks) -> Any:
+def make(kernel, name, out, dtype, tiles, *blocks) -> Any:
+    """A function of arrays from a kernel of blocks in `dtype` and out's tiles."""
+    stored = STORED // jnp.dtype(out.dtype).itemsize
     return stream.make(
         kernel,
         name,
-        jax.ShapeDtypeStruct(shape, dtype),
+        out,
         tiles,
         [jax.ShapeDtypeStruct(block, dtype) for block in blocks],
-        [plgpu.SMEM((WARPGROUPS, SLOTS, OWN_ROWS, STORED), dtype)],
+        [plgpu.SMEM((WARPGROUPS, SLOTS, OWN_ROWS, stored), out.dtype)],
         STAGES,
     )
