@@ -41,7 +41,7 @@ def placement(size, dims, shape=SHAPE) -> zero.Placement:
     [
         # Experts are copied over data alone, what is dense over expert too, ...
         ((8, 64, 2, 16), ("expert", "embed", None, "mlp"), "expert,data,-,tensor"),
-        ((64, 32), ("embed", "mlp"), "data+expert,tensor"),
+        ((64, 256), ("embed", "mlp"), "data+expert,tensor"),
         ((32, 64), ("embed", "latent"), "-,data+expert+tensor"),
         # ... in a dimension that the rules divide too, if no other one has room.
         ((6, 64), ("embed", "mlp"), "-,tensor+data+expert"),
