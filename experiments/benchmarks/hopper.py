@@ -13,6 +13,7 @@ from experiments.benchmarks.report import Figure, Report
 from jmoe.parallel import compiler
 from jmoe.plan import programs, summary, tables
 from jmoe.plan.summary import Summary
+from jmoe.plan.traffic import Collective
 
 GIB = 2**30
 FITTING = "v2_lite_16", "v3_2048"
@@ -65,6 +66,30 @@ def _figures(found: Summary) -> Iterator[Figure]:
         at_most=found.device.memory_bytes / GIB if name in FITTING else None,
     )
     yield Figure(
+        name=f"{name}: state",
+        value=summary.held_ratio(found.memory),
+        unit="x",
+        definition="bytes of weights, moments and reduced gradients on a device, over "
+        "those that it would have if they were evenly divided",
+        at_most=1.03,
+    )
+    sums = summary.gradient_sums(found)
+    yield Figure(
+        name=f"{name}: bfloat16 sums",
+        value=len(summary.in_bfloat16(sums)),
+        unit="",
+        definition="collectives that sum gradients of weights in bfloat16",
+        at_most=0,
+    )
+    yield Figure(
+        name=f"{name}: all-reduced",
+        value=_sent([c for c in sums if c.kind == "all-reduce"]) / _sent(sums),
+        unit="",
+        definition="of the bytes sent to sum gradients, those of all-reduces, after "
+        "which devices have copies",
+        at_most=1e-3,
+    )
+    yield Figure(
         name=f"{name}: dispatch",
         value=summary.dispatch_ratio(found),
         unit="x",
@@ -105,6 +130,10 @@ def _figures(found: Summary) -> Iterator[Figure]:
         definition="the most memory that the compiling process had",
         at_most=4 if name in LARGEST else None,
     )
+
+
+def _sent(collectives: Sequence[Collective]) -> int:
+    return sum(c.times * c.moved_bytes for c in collectives)
 
 
 def _zero(optimizer_by_data: Mapping[int, int]) -> Figure:

@@ -9,10 +9,13 @@ needs. Stage 3 gathers a layer's weights when the layer needs them, and again in
 backward pass.
 
 Everything here is by parameter: a `Placement` says how one is stored and how it is
-computed with, and whole trees are mapped.
+computed with, and whole trees are mapped. Several axes may divide several dimensions,
+also such that are divided already: on thousands of devices a matrix rarely has a
+dimension for all of them, and what isn't divided is summed by an all-reduce.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,26 +31,44 @@ from jmoe.config.mesh import MESH_AXES
 from jmoe.parallel import collectives, rules
 from jmoe.parallel.rules import LAYERS
 
+Part = tuple[int, tuple[str, ...]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """How one parameter lies on the mesh.
 
-    whole: its spec when it is computed with. stored: its spec at rest, where `axes`
-    divide dimension `dim` besides. summed: free axes that divide nothing, as the sizes
-    don't allow it; along these, parameter and optimizer state are copies.
+    whole: its spec when it is computed with. parts: the dimensions that free axes
+    divide besides, each with its axes, the outermost first; a gradient is reduced in
+    this order, and weights are gathered in the other. summed: free axes that divide
+    nothing, as the sizes don't allow it; along these, parameter and optimizer state are
+    copies.
     """
 
     whole: PartitionSpec
-    stored: PartitionSpec
-    dim: int
-    axes: tuple[str, ...]
+    parts: tuple[Part, ...]
     summed: tuple[str, ...]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The free axes that divide it, in the mesh's order."""
+        used = {axis for _, axes in self.parts for axis in axes}
+        return tuple(axis for axis in MESH_AXES if axis in used)
+
+    @property
+    def stored(self) -> PartitionSpec:
+        """Its spec at rest."""
+        besides = dict(self.parts)
+        divided = (
+            ((axis,) if axis else ()) + besides.get(dim, ())
+            for dim, axis in enumerate(self.whole)
+        )
+        return PartitionSpec(*(axes or None for axes in divided))
 
     def of_layer(self) -> "Placement":
         """That of one layer's parameter, where this is of a stack of layers."""
-        whole, stored = (PartitionSpec(*s[1:]) for s in (self.whole, self.stored))
-        return Placement(whole, stored, self.dim - 1, self.axes, self.summed)
+        parts = tuple((dim - 1, axes) for dim, axes in self.parts)
+        return Placement(PartitionSpec(*self.whole[1:]), parts, self.summed)
 
 
 def place(boxed: Any, shape: Mapping[str, int]) -> Any:
@@ -71,51 +92,92 @@ def place(boxed: Any, shape: Mapping[str, int]) -> Any:
 def _place(
     size: tuple[int, ...],
     dims: Sequence[str | None],
-    axes: PartitionSpec,
+    whole: PartitionSpec,
     shape: Mapping[str, int],
 ) -> Placement:
+    """The placement that divides a parameter, of this size, by the most devices.
+
+    Of those that do, the one with the fewest parts, each of them a collective; then
+    the one with the fewest dimensions that the rules divide too; then that of the
+    largest dimensions.
+    """
     # Layers of a stack stay together, so that one can be gathered alone.
-    open_dims = [d for d, axis in enumerate(axes) if axis is None and dims[d] != LAYERS]
-    free = tuple(a for a in MESH_AXES if a not in axes and shape[a] > 1)
-    for count in range(len(free), 0, -1):
-        over = free[:count]
-        devices = math.prod(shape[axis] for axis in over)
-        fitting = [d for d in open_dims if size[d] % devices == 0]
-        if fitting:
-            dim = max(fitting, key=lambda d: size[d])
-            stored = PartitionSpec(*axes[:dim], over, *axes[dim + 1 :])
-            return Placement(axes, stored, dim, over, free[count:])
-    return Placement(axes, axes, 0, (), free)
+    left = {
+        dim: size[dim] // (shape[axis] if axis else 1)
+        for dim, axis in enumerate(whole)
+        if dims[dim] != LAYERS
+    }
+    free = tuple(a for a in MESH_AXES if a not in whole and shape[a] > 1)
+
+    def devices(part: Part) -> int:
+        return math.prod(shape[axis] for axis in part[1])
+
+    def worth(parts: tuple[Part, ...]) -> tuple[int, ...]:
+        ruled = sum(whole[dim] is not None for dim, _ in parts)
+        divided = math.prod(map(devices, parts))
+        return divided, -len(parts), -ruled, sum(left[dim] for dim, _ in parts)
+
+    choices = itertools.product([*left, None], repeat=len(free))
+    every = (_parts(dict(zip(free, choice, strict=True))) for choice in choices)
+    parts = max(
+        (
+            parts
+            for parts in every
+            if all(left[part[0]] % devices(part) == 0 for part in parts)
+        ),
+        key=worth,
+    )
+    # The most devices first, which leaves the least of a gradient to the others.
+    parts = tuple(sorted(parts, key=devices, reverse=True))
+    used = {axis for _, axes in parts for axis in axes}
+    return Placement(whole, parts, tuple(a for a in free if a not in used))
+
+
+def _parts(dim_of: Mapping[str, int | None]) -> tuple[Part, ...]:
+    """From the dimension that each axis divides, if any, in the mesh's order.
+
+    `pipe` is a part's innermost axis, so that its ranks can swap what they have of
+    one before anything is gathered (`gather_rows`).
+    """
+    axes_of: dict[int, tuple[str, ...]] = {}
+    for axis in sorted(dim_of, key=lambda axis: axis == "pipe"):
+        dim = dim_of[axis]
+        if dim is not None:
+            axes_of[dim] = (*axes_of.get(dim, ()), axis)
+    return tuple(axes_of.items())
 
 
 def gather(x: jax.Array, placement: Placement) -> jax.Array:
-    """The parameter as it is computed with; its transpose is `reduce`. All-gather."""
-    return collectives.gather(x, placement.axes, placement.dim)
+    """The parameter as it is computed with; its transpose is `reduce`. All-gathers."""
+    return _gather(x, placement.parts)
 
 
 def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
-    """This device's part of the gradient summed over all tokens. Reduce-scatter."""
-    part = collectives.scatter_sum(gradient, placement.axes, placement.dim)
-    return collectives.total(part, placement.summed)
+    """This device's part of the gradient summed over all tokens. Reduce-scatters.
+
+    And an all-reduce of that part, over the axes that don't divide it.
+    """
+    return collectives.total(_reduce(gradient, placement.parts), placement.summed)
 
 
 def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax.Array:
     """The rows of a stack that this rank of `pipe` computes with, [R, ...].
 
     What `pipe` divides besides, all its ranks have a part of: they swap parts of each
-    other's rows, in an all-to-all. Its transpose is `reduce_rows`. All-gathers too.
+    other's rows, in an all-to-all, before the rows that a rank needs are gathered. Its
+    transpose is `reduce_rows`.
 
     Args:
       index_PR: each rank's rows; below 0 where it has fewer than R, which get any.
     """
     index_PR = np.maximum(index_PR, 0)
-    outer, inner = _around_pipe(placement)
-    x = collectives.gather(x, inner, placement.dim)
-    if "pipe" not in placement.axes:
-        return x[jnp.asarray(index_PR)[collectives.axis_index("pipe")]]
-    rows_PR = x[index_PR]
-    rows = jax.lax.all_to_all(rows_PR, "pipe", 0, placement.dim + 1, tiled=True)[0]
-    return collectives.gather(rows, outer, placement.dim)
+    dim, others = _without_pipe(placement)
+    if dim is None:
+        rows = x[jnp.asarray(index_PR)[collectives.axis_index("pipe")]]
+    else:
+        rows_PR = x[index_PR]
+        rows = jax.lax.all_to_all(rows_PR, "pipe", 0, dim + 1, tiled=True)[0]
+    return _gather(rows, others)
 
 
 def reduce_rows(
@@ -123,32 +185,42 @@ def reduce_rows(
 ) -> jax.Array:
     """This device's part of a stack's gradient, from each rank's rows of it, [R, ...].
 
-    Rows that several ranks have are summed. Reduce-scatters, and an all-to-all.
+    Rows that several ranks have are summed. Reduce-scatters, then an all-to-all; and an
+    all-reduce, as `reduce` has it.
 
     Args:
       size: of the stack.
     """
-    outer, inner = _around_pipe(placement)
     # Beyond the end is where rows go that are none.
-    index_PR = np.where(index_PR < 0, size, index_PR)
-    rows = collectives.scatter_sum(gradient, outer, placement.dim)
-    if "pipe" in placement.axes:
-        rows_PR = jax.lax.all_to_all(
-            rows[None], "pipe", placement.dim + 1, 0, tiled=True
-        )
-        index = jnp.asarray(index_PR)
+    index = jnp.asarray(np.where(index_PR < 0, size, index_PR))
+    dim, others = _without_pipe(placement)
+    rows = _reduce(gradient, others)
+    if dim is None:
+        index = index[collectives.axis_index("pipe")]
     else:
-        rows_PR = rows
-        index = jnp.asarray(index_PR)[collectives.axis_index("pipe")]
-    stack = jnp.zeros((size, *rows_PR.shape[index.ndim :]), rows.dtype)
-    stack = stack.at[index].add(rows_PR, mode="drop")
-    part = collectives.scatter_sum(stack, inner, placement.dim)
-    return collectives.total(part, placement.summed)
+        rows = jax.lax.all_to_all(rows[None], "pipe", dim + 1, 0, tiled=True)
+    stack = jnp.zeros((size, *rows.shape[index.ndim :]), rows.dtype)
+    stack = stack.at[index].add(rows, mode="drop")
+    return collectives.total(stack, placement.summed)
 
 
-def _around_pipe(placement: Placement) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of a parameter outside of `pipe`, and inside."""
-    if "pipe" not in placement.axes:
-        return (), placement.axes
-    at = placement.axes.index("pipe")
-    return placement.axes[:at], placement.axes[at + 1 :]
+def _gather(x: jax.Array, parts: Sequence[Part]) -> jax.Array:
+    for dim, axes in reversed(parts):
+        x = collectives.gather(x, axes, dim)
+    return x
+
+
+def _reduce(gradient: jax.Array, parts: Sequence[Part]) -> jax.Array:
+    for dim, axes in parts:
+        gradient = collectives.scatter_sum(gradient, axes, dim)
+    return gradient
+
+
+def _without_pipe(placement: Placement) -> tuple[int | None, tuple[Part, ...]]:
+    """The dimension that `pipe` divides, if any, and the parts of the other axes."""
+    found = (dim for dim, axes in placement.parts if "pipe" in axes)
+    others = (
+        (dim, tuple(axis for axis in axes if axis != "pipe"))
+        for dim, axes in placement.parts
+    )
+    return next(found, None), tuple(others)

@@ -32,10 +32,16 @@ NODE = 8  # GPUs that share a node
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device while a step runs."""
+    """Bytes on one device while a step runs.
+
+    parameters_even, optimizer_even: what it would hold of these if every device had the
+    same part, and none a copy.
+    """
 
     parameters: int
     optimizer: int
+    parameters_even: float
+    optimizer_even: float
     arguments: int  # those two and whatever else goes in
     outputs: int
     aliased: int  # outputs that take the place of arguments
@@ -88,6 +94,8 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     memory = Memory(
         parameters=device_bytes(state.params),
         optimizer=device_bytes(state.opt_state),
+        parameters_even=whole_bytes(state.params) / len(devices),
+        optimizer_even=whole_bytes(state.opt_state) / len(devices),
         arguments=stats.argument_size_in_bytes,
         outputs=stats.output_size_in_bytes,
         aliased=stats.alias_size_in_bytes,
@@ -129,7 +137,12 @@ def device_bytes(tree: Any) -> int:
         jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
         for x in jax.tree.leaves(tree)
     )
-    return sum(part.size * part.dtype.itemsize for part in parts)
+    return whole_bytes(list(parts))
+
+
+def whole_bytes(tree: Any) -> int:
+    """What all of a tree of abstract arrays is, each of them once."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _peak_host_bytes() -> int:

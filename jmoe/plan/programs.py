@@ -1,6 +1,6 @@
 """The runs whose training steps are compiled for GPUs that aren't here.
 
-Each is a published model on as many H20s as its name ends with. A microbatch has one
+Each is a published model on as many H20s as its name says. A microbatch has one
 sequence of 4,096 tokens for each part of the batch. A step has two, so that gradients
 are accumulated; with a pipeline, four for each of its ranks.
 """
@@ -84,6 +84,17 @@ def v3_2048() -> RunConfig:
     return run_on(model, mesh, "v3_2048", exchange=exchange)
 
 
+def v3_2048_ep64() -> RunConfig:
+    """As many, and nothing but ZeRO to divide what isn't an expert.
+
+    No dimension has room for all devices, and so several are divided. It doesn't fit:
+    each device sums whole gradients, of its experts and of all else, over microbatches.
+    """
+    model, mesh = ModelConfig.preset("v3"), MeshConfig(data=32, expert=64)
+    exchange = exchange_for(model, mesh, margin=1.05)
+    return run_on(model, mesh, "v3_2048_ep64", exchange=exchange)
+
+
 def pipelined(
     name: str,
     mesh: MeshConfig,
@@ -111,6 +122,7 @@ PROGRAMS: Mapping[str, Callable[[], RunConfig]] = {
     "v2_lite_16": functools.partial(v2_lite, nodes=2),
     "v3_16": v3_16,
     "v3_2048": v3_2048,
+    "v3_2048_ep64": v3_2048_ep64,
 }
 
 BY_EXPERT = MeshConfig(pipe=4, expert=4)

@@ -123,6 +123,15 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
     return summarise(run, device, aot.compile_step(run, devices))
 
 
+def held_ratio(memory: Memory) -> float:
+    """What a device holds at rest of weights, moments and gradients, over an even part.
+
+    A reduced gradient lies as its weight does, in float32 too.
+    """
+    held = 2 * memory.parameters + memory.optimizer
+    return held / (2 * memory.parameters_even + memory.optimizer_even)
+
+
 def optimizer_bytes(run: RunConfig, device: Device = H20) -> int:
     """What the optimizer keeps on one device; nothing is compiled."""
     devices = aot.absent_devices(device, run.mesh.num_devices)
@@ -186,4 +195,28 @@ def batch_gathers(summary: Summary) -> list[Collective]:
         and c.phase != "step"
         and c.moved_bytes > SMALL
         and {*c.axes} & {*BATCH_AXES}
+    ]
+
+
+def gradient_sums(summary: Summary) -> list[Collective]:
+    """Reductions of parameters' gradients: reduce-scatters and all-reduces.
+
+    Devices that have other tokens have other gradients, so a gradient is reduced over
+    axes that divide a batch; activations are over `tensor`, which divides positions,
+    but for those of the `gather` exchange, which these programs don't have. Outside of
+    the passes nothing is reduced but gradients, and what is small: counts, losses and
+    norms.
+    """
+    return [
+        c
+        for c in summary.collectives
+        if c.kind in ("reduce-scatter", "all-reduce")
+        and (c.phase == "step" or {*c.axes} & {*BATCH_AXES})
+    ]
+
+
+def in_bfloat16(collectives: Sequence[Collective]) -> list[Collective]:
+    """Those of them that send anything in bfloat16."""
+    return [
+        c for c in collectives if any(shape.startswith("bf16[") for shape in c.shapes)
     ]

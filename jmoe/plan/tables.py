@@ -46,11 +46,13 @@ def _memory_table(summary: Summary) -> rich.table.Table:
     return table
 
 
-def _memory_rows(summary: Summary) -> Iterator[tuple[str, int]]:
+def _memory_rows(summary: Summary) -> Iterator[tuple[str, float]]:
     memory = summary.memory
     yield "arguments", memory.arguments
     yield "  of these, parameters (float32)", memory.parameters
+    yield "    evenly divided", memory.parameters_even
     yield "  of these, the optimizer's", memory.optimizer
+    yield "    evenly divided", memory.optimizer_even
     yield "outputs that replace no argument", memory.outputs - memory.aliased
     yield "temporaries", memory.temporaries
     yield "total", memory.total

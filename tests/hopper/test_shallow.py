@@ -55,6 +55,14 @@ def test_weights_are_gathered_and_gradients_scattered_once_a_step(shallow):
 
 
 @BOTH
+def test_gradients_are_summed_in_float32_and_nothing_has_copies(shallow):
+    sums = summary.gradient_sums(shallow.summary)
+    assert any(c.moved_bytes > summary.SMALL for c in sums)
+    assert summary.in_bfloat16(sums) == []
+    assert summary.held_ratio(shallow.summary.memory) < 1.03
+
+
+@BOTH
 def test_no_pass_gathers_weights_or_other_devices_tokens(shallow):
     assert summary.batch_gathers(shallow.summary) == []
 

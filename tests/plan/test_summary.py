@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import pytest
 
 from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig
 from jmoe.config.presets import tiny_model
-from jmoe.plan import aot, programs, summary
+from jmoe.plan import aot, programs, summary, traffic
 from jmoe.plan.device import H20
 from jmoe.plan.traffic import Collective
 
@@ -58,6 +59,50 @@ def test_a_device_holds_its_part_of_an_array():
     assert part == pytest.approx(whole / 8, rel=0.01)
 
 
+def test_a_state_without_copies_is_held_evenly(compiled):
+    _, program = compiled
+    assert summary.held_ratio(program.memory) == pytest.approx(1, rel=0.01)
+
+
+def test_copies_of_weights_count_as_those_of_their_gradients_do():
+    memory = aot.Memory(
+        parameters=4,
+        optimizer=5,
+        parameters_even=2,
+        optimizer_even=4,
+        arguments=9,
+        outputs=9,
+        aliased=9,
+        temporaries=0,
+    )
+    assert summary.held_ratio(memory) == (4 + 4 + 5) / (2 + 2 + 4)
+
+
+def test_all_gradients_are_among_the_sums(compiled):
+    run, program = compiled
+    found = made_up(run, program, traffic.collectives(program.text, run.mesh.shape))
+    scattered = [c for c in summary.gradient_sums(found) if c.kind == "reduce-scatter"]
+    left = sum(c.times * c.operand_bytes / c.devices for c in scattered)
+    assert left == pytest.approx(program.memory.parameters, rel=0.01)
+
+
+def test_activations_are_not_among_the_sums_of_gradients(compiled):
+    given = {"kind": "reduce-scatter", "shapes": ("f32[4]", "bf16[8]{0}")}
+    ours = [
+        collective(**given, phase="step", axes=("tensor",)),
+        collective(**given, phase="backward", axes=("data", "tensor")),
+        collective(kind="all-reduce", phase="step", axes=("expert",)),
+    ]
+    others = [
+        collective(**given, phase="backward", axes=("tensor",)),
+        collective(kind="all-gather", phase="step"),
+        collective(phase="backward"),
+    ]
+    found = summary.gradient_sums(made_up(*compiled, [*others, *ours]))
+    assert found == ours
+    assert summary.in_bfloat16([*found, collective(shapes=("f32[2]",))]) == ours
+
+
 def collective(**given):
     defaults = {
         "kind": "all-to-all",
@@ -73,6 +118,20 @@ def collective(**given):
     return Collective(**(defaults | given))
 
 
+def made_up(run, program, collectives):
+    """A summary of a program with other collectives."""
+    return summary.Summary(
+        run=run,
+        device=H20,
+        memory=program.memory,
+        collectives=collectives,
+        copied_bytes=0,
+        seconds=1.0,
+        cpu_seconds=1.0,
+        host_bytes=1,
+    )
+
+
 def test_hidden_counts_runs_and_not_instructions():
     often, once = collective(times=3, spans={"step": 2}), collective(spans={})
     assert summary.hidden([often, once]) == 3 / 4
@@ -80,23 +139,14 @@ def test_hidden_counts_runs_and_not_instructions():
 
 
 def test_traffic_adds_up_what_is_of_one_phase_kind_and_axes(compiled):
-    run, program = compiled
-    made_up = summary.Summary(
-        run=run,
-        device=H20,
-        memory=program.memory,
-        collectives=[
-            collective(times=3, spans={"step": 1}),
-            collective(operand_bytes=640),
-            collective(phase="backward"),
-            collective(axes=("data",), devices=2),
-        ],
-        copied_bytes=0,
-        seconds=1.0,
-        cpu_seconds=1.0,
-        host_bytes=1,
-    )
-    rows = [(t.phase, t.axes, t.times, t.sent_bytes) for t in made_up.traffic()]
+    collectives = [
+        collective(times=3, spans={"step": 1}),
+        collective(operand_bytes=640),
+        collective(phase="backward"),
+        collective(axes=("data",), devices=2),
+    ]
+    found = made_up(*compiled, collectives).traffic()
+    rows = [(t.phase, t.axes, t.times, t.sent_bytes) for t in found]
     assert rows == [
         ("forward", ("expert",), 4, 3 * 48 + 480),
         ("forward", ("data",), 1, 32),
@@ -108,6 +158,7 @@ def test_every_program_is_of_as_many_devices_as_its_name_says():
     for name, make in programs.PROGRAMS.items():
         run = make()
         assert run.name == name
-        assert run.mesh.num_devices == int(name.rpartition("_")[2])
-        preset = ModelConfig.preset(name.rpartition("_")[0])
+        ((preset_name, devices),) = re.findall(r"^(\w+?)_(\d+)(?:_|$)", name)
+        assert run.mesh.num_devices == int(devices)
+        preset = ModelConfig.preset(preset_name)
         assert run.model.num_layers == preset.num_layers
