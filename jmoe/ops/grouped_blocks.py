@@ -80,7 +80,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     tasks = plan_tasks(rows.size_E, expert_TK.size, block)
     gate_N = take(gate_TK.reshape(-1), rows.choice_N)
     gate_up_EDX = stored.as_matrices(gate_up_ED2F)
-    x_TD = left.activations(x_TD)
+    x_TD = fp8.roundings(fp8.of_tokens(recipe)).activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
 
     def run(i, carry):
