@@ -5,17 +5,18 @@ chosen experts, once, however many of them are there. A peer has room for a fixe
 of visits; those beyond it are dropped, with all the choices that they stand for. What
 is left of the token keeps its gates: they are not scaled up again.
 
-The room is enough for everything, or a capacity factor times what balanced visits need
-(GShard, arXiv 2006.16668, section 2.2, has it for each expert). If a token may choose
-from few groups of experts (DeepSeek-V3's node-limited routing), it visits few peers,
-and they need little room.
+The room is enough for everything, or a capacity factor times a peer's balanced load:
+the visits that it gets if all experts are alike (GShard, arXiv 2006.16668, section 2.2,
+has it for each expert). If a token may choose from few groups of experts (DeepSeek-V3's
+node-limited routing), it visits few peers, and they need little room.
 
 Shapes: N token, K choice of a token, P peer, V most visits of a token.
 """
 
-import fractions
+import collections
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -50,31 +51,71 @@ def most_visits(router: RouterConfig, peers: int) -> int:
     return min(router.top_k, peers, router.groups_per_token * (span + 1))
 
 
+def expected_visits(router: RouterConfig, peers: int) -> Fraction:
+    """Returns how many of `peers` a token visits on average if all experts are alike.
+
+    Then each choice of groups is as likely as any, and each choice of experts within
+    those groups. `peers` divide the experts evenly, and a token's own device is one.
+    """
+    hosted = router.num_experts // peers
+    missed = sum(_missed(router, peer * hosted, hosted) for peer in range(peers))
+    groups = math.comb(router.num_groups, router.groups_per_token)
+    reachable = router.groups_per_token * router.group_size
+    return peers - Fraction(missed, groups * math.comb(reachable, router.top_k))
+
+
+def _missed(router: RouterConfig, first: int, hosted: int) -> int:
+    """How many choices, of groups and of experts, have none of `hosted` experts."""
+    # Of so many groups, which host so many of these experts: how many choices.
+    ways = collections.Counter({(0, 0): 1})
+    for start in range(0, router.num_experts, router.group_size):
+        end = min(start + router.group_size, first + hosted)
+        here = max(0, end - max(start, first))
+        for (chosen, experts), count in list(ways.items()):
+            ways[chosen + 1, experts + here] += count
+    reachable = router.groups_per_token * router.group_size
+    return sum(
+        count * math.comb(reachable - experts, router.top_k)
+        for (chosen, experts), count in ways.items()
+        if chosen == router.groups_per_token
+    )
+
+
 def send_room(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
     """C: visits of its `num_tokens` that a device can pay to one peer.
 
-    All of them fit if `factor`, the capacity factor, is None.
+    `factor`, the capacity factor, is a multiple of the balanced load. All visits fit if
+    it is None, or leaves room for as many.
     """
-    balanced = fractions.Fraction(num_tokens * most_visits(router, peers), peers)
-    return min(num_tokens, _scaled(factor, balanced, num_tokens))
+    return _room(factor, num_tokens, router, peers)
 
 
 def receive_room(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
     """R: visits that a peer can receive from all devices, of `num_tokens` each."""
-    balanced = fractions.Fraction(num_tokens * most_visits(router, peers))
-    everything = peers * num_tokens
-    return min(everything, _scaled(factor, balanced, everything))
+    return _room(factor, peers * num_tokens, router, peers)
 
 
-def _scaled(factor: float | None, amount: fractions.Fraction, everything: int) -> int:
-    if factor is None:
-        return everything
-    # Exactly: in floating point, 1.1 x 50 is above 55, and would need 56.
-    return math.ceil(fractions.Fraction(str(factor)) * amount)
+def _room(
+    factor: float | None, num_tokens: int, router: RouterConfig, peers: int
+) -> int:
+    """A peer's, of the visits that so many tokens pay to it."""
+    if factor is None or has_room_for_all(factor, router, peers):
+        return num_tokens
+    return math.ceil(num_tokens * _room_for_each(factor, router, peers))
+
+
+def has_room_for_all(factor: float, router: RouterConfig, peers: int) -> bool:
+    """Returns whether each peer has room for all tokens with this capacity factor."""
+    return _room_for_each(factor, router, peers) >= 1
+
+
+def _room_for_each(factor: float, router: RouterConfig, peers: int) -> Fraction:
+    """Of a peer, for each token; exactly, as 1.1 x 50 is above 55 in floating point."""
+    return Fraction(str(factor)) * expected_visits(router, peers) / peers
 
 
 def find_visits(

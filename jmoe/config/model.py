@@ -174,8 +174,9 @@ class RouterConfig:
 class ExchangeConfig:
     """How tokens reach the devices that host their experts; see parallel/exchange.py.
 
-    `capacity_factor` multiplies the room that perfectly balanced tokens would need on
-    each peer; tokens beyond it are dropped, and counted. None: there is always room.
+    `capacity_factor` multiplies the balanced load of a device: the tokens that visit it
+    if all experts are alike, each counted once, whatever the number of its choices
+    there. What is beyond that is dropped, and counted. None: there is always room.
     """
 
     backend: str = "padded"
@@ -192,9 +193,11 @@ class ExchangeConfig:
             dispatch_dtype=WIRE_DTYPES,
         )
         checks.at_least(self, chunks=1)
-        if self.capacity_factor is not None and not self.capacity_factor > 0:
+        factor = self.capacity_factor
+        if factor is not None and not 1 <= factor < math.inf:
             raise ValueError(
-                f"capacity_factor={self.capacity_factor} must be above 0, or none."
+                f"capacity_factor={factor} must be at least 1 and finite, or none: "
+                "below 1, tokens that use all experts alike wouldn't find room."
             )
         if self.backend == "gather" and self.capacity_factor is not None:
             raise ValueError(

@@ -173,6 +173,8 @@ def v3_model() -> ModelConfig:
                 num_groups=8,
                 groups_per_token=4,
                 gate_scale=2.5,
+                auxiliary_loss="sequence",
+                auxiliary_weight=1e-4,
             ),
         ),
     )

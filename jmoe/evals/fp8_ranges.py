@@ -7,7 +7,9 @@ weights, and gradients. Two fractions tell whether blocks and scales suit them:
     saturated   of all numbers, those that become 448, the largest that e4m3 has
 
 Scales are from the numbers at hand, so nothing is beyond 448. A block's largest number
-becomes that, and those within 1/28 of it: 0.8% at least, of a block of 128.
+becomes that, and those within 1/28 of it: 0.8% at least, of a block of 128. Where
+scales are powers of two (of what is after attention or comes to the experts, or as the
+recipe says), few blocks have any.
 
 Modules are watched as they are called (Linen's method interception); none of them has
 code for it. Counts leave the compiled passes by callbacks, so that layers in a scan are
@@ -29,6 +31,7 @@ from flax import linen as nn
 from jax import lax
 
 from jmoe.data.loader import validation_batches
+from jmoe.nn.attention import LatentAttention
 from jmoe.nn.linear import Linear
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import RoutedExperts, SwiGLU
@@ -112,7 +115,16 @@ class Tally:
             h = x.reshape(*x.shape[:-2], -1)
             self._see(name, "h", h, fp8.ROW)
             multiplied = swiglu(h)
-        self._see(name, "x", multiplied, self.recipe.activations)
+        is_after_attention = (
+            isinstance(module.parent, LatentAttention) and module.name == "out"
+        )
+        self._see(
+            name,
+            "x",
+            multiplied,
+            self.recipe.activations,
+            power_of_two=is_after_attention,
+        )
         w = module.variables["params"]["kernel"]
         self._see(name, "w", w.reshape(w.shape[0], -1), self.recipe.weights)
         return self._see_gradient(name, "dy", call(x))
@@ -122,7 +134,7 @@ class Tally:
         weights = module.variables["params"]
         gate_up_EDX = weights["gate_up"].reshape(*weights["gate_up"].shape[:2], -1)
         down_EFD = weights["down"]
-        self._see(name, "x", x_ND, self.recipe.activations)
+        self._see(name, "x", x_ND, self.recipe.activations, power_of_two=True)
         self._see(name, "w", gate_up_EDX, self.recipe.weights)
         self._see(name, "w", down_EFD, self.recipe.weights)
 
@@ -141,9 +153,19 @@ class Tally:
         y_ND += lax.stop_gradient(exchanged.y_ND - y_ND)
         return exchanged._replace(y_ND=self._see_gradient(name, "dy", y_ND))
 
-    def _see(self, module: str, tensor: str, x: jax.Array, block: fp8.Block) -> None:
+    def _see(
+        self,
+        module: str,
+        tensor: str,
+        x: jax.Array,
+        block: fp8.Block,
+        *,
+        power_of_two: bool = False,
+    ) -> None:
         add = functools.partial(self._add, module, tensor)
-        jax.debug.callback(add, count(lax.stop_gradient(x), block))
+        power_of_two |= self.recipe.power_of_two
+        counts = count(lax.stop_gradient(x), block, power_of_two=power_of_two)
+        jax.debug.callback(add, counts)
 
     def _see_gradient(self, module: str, tensor: str, y: jax.Array) -> jax.Array:
         def see(dy):
@@ -155,9 +177,9 @@ class Tally:
         self.counts[module, tensor] += counts
 
 
-def count(x: jax.Array, block: fp8.Block) -> jax.Array:
+def count(x: jax.Array, block: fp8.Block, *, power_of_two: bool = False) -> jax.Array:
     """[4] int32: flushed, others than zero, saturated, and all numbers of x."""
-    data = fp8.quantize(x, block).data.astype(jnp.float32)
+    data = fp8.quantize(x, block, power_of_two=power_of_two).data.astype(jnp.float32)
     is_other = x != 0
     of_each = (is_other & (data == 0), is_other, jnp.abs(data) == fp8.LARGEST)
     return jnp.stack([*(x.sum(dtype=jnp.int32) for x in of_each), jnp.int32(x.size)])

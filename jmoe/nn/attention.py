@@ -16,6 +16,7 @@ from flax import linen as nn
 from jmoe.config import AttentionConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.ops import attention, dot, rope
+from jmoe.ops.after_attention import after_attention
 from jmoe.parallel import collectives
 
 
@@ -60,7 +61,7 @@ class LatentAttention(nn.Module):
             (x_BSD.shape[-1],),
             ("heads", "embed"),
             self.init_std,
-            self.dot_general,
+            after_attention(self.dot_general),
             name="out",
         )(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
         return collectives.scatter_sum(out_BTD, "tensor", 1)

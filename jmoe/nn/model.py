@@ -39,6 +39,10 @@ class Output(NamedTuple):
 class Transformer(nn.Module):
     """`init(key, tokens_BT) -> variables`; `apply(variables, tokens_BT) -> Output`.
 
+    `dot_general` is what linear layers multiply by: JAX's, one of
+    `jmoe.ops.fp8.dot_general`, or a user's own, whose attribute `recipe` says by what
+    routed experts multiply (`fp8.recipe_of`).
+
     `gather_layer` is for parameters that are divided further than the layers compute
     with them: it is called for one layer at a time, and again in its backward pass if
     that recomputes.

@@ -50,7 +50,7 @@ class SwiGLU(nn.Module):
 class RoutedExperts(nn.Module):
     """The routed experts' weights, applied to each token's chosen ones.
 
-    They multiply as `dot_general` does if that is FP8, and else in x's dtype.
+    They multiply by the recipe of `dot_general` (`fp8.recipe_of`), or in x's dtype.
     """
 
     cfg: MoEConfig

@@ -16,7 +16,8 @@ dimension that is summed:
     dx = dy @ w.T       dy 1x128, w 128x128
     dw = x.T @ dy       x 128x1,  dy 128x1
 
-Kept for the backward pass is the quantized x, which for dw is quantized again.
+Kept for the backward pass is the quantized x, which for dw is quantized again; but for
+layers after SwiGLU (`jmoe.ops.swiglu`) and attention (`jmoe.ops.after_attention`).
 
 Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 """
@@ -24,31 +25,20 @@ Dimensions: K summed, M and N not, B = ceil(K / 128) blocks.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import dot, e4m3
+from jmoe.ops import blocks, dot, formats
+from jmoe.ops.blocks import ROW, SQUARE, TENSOR, Block, num_blocks, transposed
 from jmoe.ops.by_platform import by_platform
-from jmoe.ops.e4m3 import DTYPE, LARGEST
+from jmoe.ops.formats import E4M3
+from jmoe.ops.formats import E4M3_DTYPE as DTYPE
 
-BLOCK = 128
-
-Block = tuple[int, ...]
-"""Sizes of a block along the last dimensions: 1, BLOCK or WHOLE."""
-
-WHOLE = -1
-ROW: Block = (BLOCK,)
-SQUARE: Block = (BLOCK, BLOCK)
-TENSOR: Block = (WHOLE, WHOLE)
-
-
-def transposed(block: Block) -> Block:
-    """Of a matrix's blocks, those of its transpose; so it need not be transposed."""
-    return (*(1,) * (2 - len(block)), *block)[::-1]
+LARGEST = E4M3.largest
 
 
 class Quantized(NamedTuple):
@@ -73,12 +63,16 @@ class Quantized(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Which numbers share a scale; the last dimension is the one that is summed."""
+    """Which numbers share a scale; the last dimension is the one that is summed.
+
+    power_of_two: whether scales are rounded up to one. Those of the inputs after
+    attention (`jmoe.ops.after_attention`) and of the experts always are.
+    """
 
     activations: Block = ROW
     weights: Block = SQUARE
     gradients: Block = ROW
-    power_of_two: bool = False  # scales, rounded up
+    power_of_two: bool = False
 
     def quantize(self, x: jax.Array, block: Block) -> Quantized:
         return quantize(x, block, power_of_two=self.power_of_two)
@@ -96,9 +90,13 @@ RECIPES = {
 }
 
 
-def num_blocks(dim: int) -> int:
-    """How many blocks cover `dim` elements; the last one may be shorter."""
-    return -(-dim // BLOCK)
+def of_tokens(recipe: Recipe | None) -> Recipe | None:
+    """Returns the recipe of the experts' inputs, which has powers of two for scales.
+
+    So tokens that came in FP8 are quantized to the same numbers once more, of bfloat16
+    too (DeepSeek-V3, arXiv 2412.19437, section 3.3.3).
+    """
+    return recipe and dataclasses.replace(recipe, power_of_two=True)
 
 
 @functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
@@ -115,23 +113,26 @@ def quantize(
     def kernel(x):
         from jmoe.ops.kernels import fp8_quantize
 
+        def rows(x):
+            return Quantized(*fp8_quantize.rows(x, power_of_two=power_of_two))
+
         if in_columns:
-            return Quantized(*fp8_quantize.rows(x.T)).mT
-        return Quantized(*fp8_quantize.rows(x))
+            return rows(x.T).mT
+        return rows(x)
 
     def reference(x):
-        tiles, scale, axes = _scaled(x, block, power_of_two)
-        data = _from_tiles(e4m3.convert(tiles), axes, x.shape)
+        tiles, scale, axes = blocks.scaled(x, block, E4M3, power_of_two)
+        data = blocks.join(formats.to_e4m3(tiles), axes, x.shape)
         return Quantized(data, scale.squeeze(axes))
 
-    fits = has_kernel(x, ROW if in_columns else block, power_of_two)
+    fits = has_kernel(x, ROW if in_columns else block)
     return by_platform(kernel, reference, x, fits=fits)
 
 
-def has_kernel(x: jax.Array, block: Block, power_of_two: bool) -> bool:
+def has_kernel(x: jax.Array, block: Block) -> bool:
     """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
     is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
-    return is_matrix and block == ROW and not power_of_two
+    return is_matrix and block == ROW
 
 
 @functools.partial(jax.jit, static_argnames=("block", "power_of_two"))
@@ -142,16 +143,16 @@ def rounded(
 
     It never is e4m3, conversions to which take CPUs longer than all the rest.
     """
-    tiles, scale, axes = _scaled(x, block, power_of_two)
-    return _from_tiles(e4m3.nearest(tiles) * scale, axes, x.shape).astype(x.dtype)
+    return blocks.rounded(x, block, E4M3, power_of_two=power_of_two).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
     """`data * scale`, multiplied in float32 and then converted."""
-    tiles, axes = _tiles(x.data.astype(jnp.float32), _block_of(x))
+    block = blocks.block_of(x.data.shape, x.scale.shape)
+    tiles, axes = blocks.cut(x.data.astype(jnp.float32), block)
     product = tiles * jnp.expand_dims(x.scale, axes)
-    return _from_tiles(product, axes, x.data.shape).astype(dtype)
+    return blocks.join(product, axes, x.data.shape).astype(dtype)
 
 
 def to_bits(x: Quantized) -> Quantized:
@@ -253,27 +254,38 @@ def fp8_dot(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
 def forward(x: jax.Array, w: jax.Array, recipe: Recipe):
     """The product, and what `backward` is given: first x as [M, K], quantized, bits."""
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
-    w_KN = w.astype(x.dtype).reshape(w.shape[0], -1)
-    quantized = recipe.quantize(w_KN, recipe.weights)
-    y_MN = matmul(x_MK, quantized.mT, x.dtype)
-    like_w = jnp.zeros((0, *w.shape[1:]), w.dtype)
-    saved = to_bits(x_MK), to_bits(quantized), like_w
-    return y_MN.reshape(*x.shape[:-1], *w.shape[1:]), saved
+    y_MN, of_weights = multiply(x_MK, w, recipe, x.dtype)
+    y = y_MN.reshape(*x.shape[:-1], *w.shape[1:])
+    return y, (to_bits(x_MK), *of_weights)
 
 
 def backward(recipe: Recipe, saved: Any, dy: jax.Array):
     """The gradients of x and w."""
-    x_MK, w, like_w = saved
-    x_MK, w = from_bits(x_MK), from_bits(w)
+    x_MK, *of_weights = saved
+    x_MK = dequantize(from_bits(x_MK), jnp.float32)
+    x_MK = recipe.quantize(x_MK, transposed(recipe.activations))
+    return gradients(recipe, x_MK, of_weights, dy)
+
+
+def multiply(
+    x_MK: Quantized, w: jax.Array, recipe: Recipe, dtype: jax.typing.DTypeLike
+) -> tuple[jax.Array, Any]:
+    """The product, [M, N] in `dtype`, and what `gradients` is given of the weights."""
+    w_KN = w.astype(dtype).reshape(w.shape[0], -1)
+    quantized = recipe.quantize(w_KN, recipe.weights)
+    like_w = jnp.zeros((0, *w.shape[1:]), w.dtype)
+    return matmul(x_MK, quantized.mT, dtype), (to_bits(quantized), like_w)
+
+
+def gradients(recipe: Recipe, x_MK: Quantized, of_weights: Any, dy: jax.Array):
+    """Those of x and w, of x with blocks along M; x's has dy's leading dimensions."""
+    w, like_w = of_weights
     outputs = like_w.shape[1:]
     lead = dy.shape[: dy.ndim - len(outputs)]
     dy_MN = dy.reshape(-1, math.prod(outputs))
-    dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), w, dy.dtype)
-    dw_KN = outer(
-        recipe.quantize(dequantize(x_MK, jnp.float32), transposed(recipe.activations)),
-        recipe.quantize(dy_MN, transposed(recipe.gradients)),
-        like_w.dtype,
-    )
+    dx_MK = matmul(recipe.quantize(dy_MN, recipe.gradients), from_bits(w), dy.dtype)
+    dy_MN = recipe.quantize(dy_MN, transposed(recipe.gradients))
+    dw_KN = outer(x_MK, dy_MN, like_w.dtype)
     dw = dw_KN.reshape(dw_KN.shape[0], *outputs)
     return dx_MK.reshape(*lead, dx_MK.shape[1]), dw
 
@@ -317,69 +329,23 @@ def dot_general(precision: str) -> Callable[..., jax.Array]:
 
 
 def recipe_of(dot_general: Callable[..., jax.Array]) -> Recipe | None:
-    """That by which it multiplies; None: it isn't FP8."""
-    return dot_general.recipe if isinstance(dot_general, DotGeneral) else None
+    """Returns the recipe of what linear layers multiply by; None: it isn't FP8.
 
+    A user's own function says it by an attribute `recipe`, for products that don't go
+    through it: those of the routed experts, and after SwiGLU or attention in FP8.
 
-def _scaled(x: jax.Array, block: Block, power_of_two: bool):
-    """Tiles of x divided by their scales, within 448; the scales; the tiles' axes."""
-    tiles, axes = _tiles(x.astype(jnp.float32), block)
-    # Not a division, for which XLA takes this product on some platforms.
-    scale = jnp.abs(tiles).max(axes, keepdims=True, initial=0.0) * (1 / LARGEST)
-    # The smallest normal number keeps the scale of a block of zeros from being zero.
-    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    if power_of_two:
-        scale = _round_up(scale)
-    # Above 448 by a rounding at most, which the conversion rounds away.
-    return tiles / scale, scale, axes
-
-
-def _round_up(scale: jax.Array) -> jax.Array:
-    """To a power of two: the bits of a positive float32 are in its numbers' order."""
-    bits = lax.bitcast_convert_type(scale, jnp.int32)
-    mantissa = (1 << 23) - 1
-    up = (bits + mantissa) & ~mantissa
-    # NaN and infinity have the largest exponent, and stay what they are.
-    return jnp.where(
-        jnp.isfinite(scale), lax.bitcast_convert_type(up, jnp.float32), scale
-    )
-
-
-def _tiles(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
-    """[..., n, size, ...] for the block's dimensions, filled with zeros; its axes.
-
-    A dimension whose blocks are single elements stays one.
+    Raises:
+      ValueError: it is neither `lax.dot_general` nor one of this package's, and has no
+        such attribute, or another kind of value there.
     """
-    lead = x.ndim - len(block)
-    shape, padding, axes = list(x.shape[:lead]), [(0, 0)] * lead, []
-    for dim, size in zip(x.shape[lead:], block, strict=True):
-        if size == 1:
-            shape.append(dim)
-            padding.append((0, 0))
-            continue
-        size = dim if size == WHOLE else min(size, max(dim, 1))
-        count = -(-dim // size) if size else 1
-        shape += [count, size]
-        padding.append((0, count * size - dim))
-        axes.append(len(shape) - 1)
-    return jnp.pad(x, padding).reshape(shape), tuple(axes)
-
-
-def _from_tiles(
-    tiles: jax.Array, axes: Sequence[int], shape: Sequence[int]
-) -> jax.Array:
-    merged = list(tiles.shape)
-    for axis in reversed(axes):
-        merged[axis - 1 : axis + 1] = [merged[axis - 1] * merged[axis]]
-    return tiles.reshape(merged)[tuple(slice(size) for size in shape)]
-
-
-def _block_of(x: Quantized) -> Block:
-    """That of all dimensions, as a scale's shape tells it."""
-
-    def size(dim: int, count: int) -> int:
-        if count == num_blocks(dim):
-            return BLOCK
-        return 1 if count == dim else WHOLE
-
-    return tuple(map(size, x.data.shape, x.scale.shape))
+    if dot_general in (lax.dot_general, dot.dot_general):
+        return None
+    recipe = getattr(dot_general, "recipe", dataclasses.MISSING)
+    if recipe is None or isinstance(recipe, Recipe):
+        return recipe
+    found = "none" if recipe is dataclasses.MISSING else f"recipe={recipe!r}"
+    raise ValueError(
+        f"dot_general={dot_general!r} must have an attribute `recipe`, by which routed "
+        "experts multiply: None, in their inputs' dtype, or a jmoe.ops.fp8.Recipe; it "
+        f"has {found}."
+    )

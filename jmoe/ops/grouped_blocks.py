@@ -84,7 +84,7 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     gate_up_EDX, down_EFD = (
         stored.as_matrices(w, x_TD.dtype) for w in (gate_up_ED2F, down_EFD)
     )
-    x_TD = left.activations(x_TD)
+    x_TD = fp8.roundings(fp8.of_tokens(recipe)).activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
 
     def run(i, carry):

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8
+from jmoe.ops.blocks import BLOCK, num_blocks
 from jmoe.ops.by_platform import by_platform
-from jmoe.ops.fp8 import BLOCK, Quantized, Recipe, num_blocks
+from jmoe.ops.fp8 import Quantized, Recipe
 from jmoe.ops.rows import DOT_TRANSPOSED, OUTER, num_row_tiles, row_tiles
 
 
@@ -76,7 +77,9 @@ def _along_rows(
     def kernel(x_MI, tile_T4):
         from jmoe.ops.kernels import fp8_quantize
 
-        return Quantized(*fp8_quantize.columns(x_MI, tile_T4))
+        return Quantized(
+            *fp8_quantize.columns(x_MI, tile_T4, power_of_two=recipe.power_of_two)
+        )
 
     def reference(x_MI, tile_T4):
         row_TR = tile_T4[:, 1:2] + jnp.arange(BLOCK, dtype=jnp.int32)
@@ -85,7 +88,7 @@ def _along_rows(
         rows_PI = x_MI.at[row_P].get(mode="promise_in_bounds")
         return recipe.quantize(jnp.where(is_own_TR.reshape(-1, 1), rows_PI, 0).T, block)
 
-    fits = fp8.has_kernel(x_MI, block, recipe.power_of_two)
+    fits = fp8.has_kernel(x_MI, block)
     return by_platform(kernel, reference, x_MI, tile_T4, fits=fits)
 
 

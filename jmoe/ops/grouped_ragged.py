@@ -217,7 +217,8 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
 
 def _hidden(recipe: Recipe, saved: Saved, segment: Segment):
     """The gate and up activations, and the rows' gates."""
-    h_MX = _dot(recipe, _spread(saved.x_TD, segment), saved.gate_up_EDX, segment)
+    x_MD = _spread(saved.x_TD, segment)
+    h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
 

@@ -142,8 +142,8 @@ AS_IT_IS = Wire(lambda x_NX: x_NX, lambda x_NX, dim, dtype: x_NX)
 
 
 def _to_bytes(x_NX: jax.Array) -> jax.Array:
-    """e4m3 numbers, followed by the bytes of their scales: uint8."""
-    data, scale = fp8.quantize(x_NX)
+    """e4m3 numbers, followed by the bytes of their scales, powers of two: uint8."""
+    data, scale = fp8.quantize(x_NX, power_of_two=True)
     parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in (data, scale)]
     return jnp.concatenate([part.reshape(len(x_NX), -1) for part in parts], axis=1)
 

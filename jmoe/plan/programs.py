@@ -14,7 +14,6 @@ from jmoe.config.data import DataConfig
 from jmoe.config.mesh import SCHEDULES
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.run import TrainConfig
-from jmoe.plan import visits
 
 LENGTH = 4096
 MICROBATCHES = 2
@@ -45,15 +44,9 @@ def run_on(
     )
 
 
-def exchange_for(
-    model: ModelConfig, mesh: MeshConfig, *, margin: float
-) -> ExchangeConfig:
-    """Room for `margin` times the visits to be expected; two chunks of tokens.
-
-    Of these, one travels while the other computes.
-    """
-    factor = visits.capacity_factor(model.moe.router, mesh.expert, margin)
-    return ExchangeConfig(chunks=2, capacity_factor=factor)
+def exchange_with(capacity_factor: float) -> ExchangeConfig:
+    """Two chunks of tokens, of which one travels while the other computes."""
+    return ExchangeConfig(chunks=2, capacity_factor=capacity_factor)
 
 
 def v2_lite(*, nodes: int) -> RunConfig:
@@ -63,14 +56,14 @@ def v2_lite(*, nodes: int) -> RunConfig:
     many visits as the next.
     """
     model, mesh = ModelConfig.preset("v2_lite"), MeshConfig(data=nodes, expert=8)
-    exchange = exchange_for(model, mesh, margin=1.05)
+    exchange = exchange_with(capacity_factor=1.05)
     return run_on(model, mesh, f"v2_lite_{8 * nodes}", exchange=exchange)
 
 
 def v3_16() -> RunConfig:
     """Too large for two nodes; how far, the program says."""
     model, mesh = ModelConfig.preset("v3"), MeshConfig(expert=16)
-    exchange = exchange_for(model, mesh, margin=1.05)
+    exchange = exchange_with(capacity_factor=1.05)
     return run_on(model, mesh, "v3_16", exchange=exchange)
 
 
@@ -80,7 +73,7 @@ def v3_2048() -> RunConfig:
     A chunk has 256 tokens, of which chance sends a device many more than the next.
     """
     model, mesh = ModelConfig.preset("v3"), MeshConfig(data=4, expert=64, tensor=8)
-    exchange = exchange_for(model, mesh, margin=1.5)
+    exchange = exchange_with(capacity_factor=1.5)
     return run_on(model, mesh, "v3_2048", exchange=exchange)
 
 
@@ -91,7 +84,7 @@ def v3_2048_ep64() -> RunConfig:
     each device sums whole gradients, of its experts and of all else, over microbatches.
     """
     model, mesh = ModelConfig.preset("v3"), MeshConfig(data=32, expert=64)
-    exchange = exchange_for(model, mesh, margin=1.05)
+    exchange = exchange_with(capacity_factor=1.05)
     return run_on(model, mesh, "v3_2048_ep64", exchange=exchange)
 
 
@@ -112,7 +105,7 @@ def pipelined(
     model = dataclasses.replace(model or ModelConfig.preset("v2_lite"), remat=remat)
     exchange = ExchangeConfig()
     if mesh.expert > 1:
-        exchange = exchange_for(model, mesh, margin=1.05)
+        exchange = exchange_with(capacity_factor=1.05)
     pipeline = PipelineConfig(schedule=schedule, remat=stage_remat)
     run = run_on(model, mesh, name, exchange=exchange)
     return dataclasses.replace(run, pipeline=pipeline)

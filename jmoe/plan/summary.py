@@ -14,13 +14,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from jmoe.balance import dropping
 from jmoe.config import RunConfig
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.plan import aot, copies, traffic
 from jmoe.plan.aot import Memory
 from jmoe.plan.device import H20, Device
 from jmoe.plan.traffic import Collective
-from jmoe.plan.visits import devices_visited
 
 SMALL = 2**16
 
@@ -158,15 +158,16 @@ def once_a_device_bytes(run: RunConfig) -> float:
     """What a device must send in a step's forward pass, to the experts, at least.
 
     Each token's hidden state, in the activations' dtype, once to each of the other
-    devices that `devices_visited` says, in every MoE layer.
+    devices that it visits on average if all experts are alike, in every MoE layer.
     """
     cfg, mesh = run.model, run.mesh
     tokens = run.train.batch_size * run.data.sequence_length
     own = tokens / (mesh.batch_parts * mesh.tensor)
-    visits = devices_visited(cfg.moe.router, mesh.expert)
+    visited = float(dropping.expected_visits(cfg.moe.router, mesh.expert))
+    others = visited * (1 - 1 / mesh.expert)
     bytes_each = cfg.hidden_dim * {"float32": 4, "bfloat16": 2}[cfg.dtype]
     layers = cfg.num_moe_layers + cfg.mtp_depth
-    return own * visits * bytes_each * layers
+    return own * others * bytes_each * layers
 
 
 def dispatch_ratio(summary: Summary) -> float:

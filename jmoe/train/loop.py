@@ -32,7 +32,7 @@ import jax
 import numpy as np
 
 import jmoe.train.step as steps
-from jmoe.balance import load
+from jmoe.balance import dropping, load
 from jmoe.checkpoint import pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
@@ -327,6 +327,13 @@ def _show_header(
         device=_devices(run),
         run_dir=workdir,
     )
+    factor, router = run.model.moe.exchange.capacity_factor, run.model.moe.router
+    peers = run.mesh.expert
+    if factor is not None and dropping.has_room_for_all(factor, router, peers):
+        console.note(
+            f"capacity_factor={factor} drops nothing: with expert={peers} it leaves "
+            "room for all tokens."
+        )
     if step >= run.train.steps:
         console.note(f"Complete at step {step}; raise train.steps to go on.")
     elif step:

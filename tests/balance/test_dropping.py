@@ -1,6 +1,9 @@
 """Visits, room and drops against counting one by one."""
 
 import functools
+import itertools
+import math
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -53,17 +56,73 @@ def test_the_most_visits_are_bounded_by_choices_devices_and_groups(router, peers
     assert max(len(set(peers_K)) for peers_K in peer_NK.tolist()) == most
 
 
-def test_room_is_a_factor_of_what_balanced_visits_need():
-    limited = RouterConfig(num_experts=16, top_k=4, num_groups=8, groups_per_token=2)
-    assert dropping.send_room(1.0, 128, PLAIN, 8) == 64
-    assert dropping.send_room(1.0, 128, limited, 8) == 32
-    assert dropping.send_room(1.1, 100, PLAIN, 8) == 55  # in floating point, 56
-    assert dropping.send_room(1.25, 10, PLAIN, 16) == 4  # of 3.125
-    assert dropping.send_room(3.0, 128, PLAIN, 8) == 128  # more can't be sent
-    assert dropping.receive_room(1.0, 128, PLAIN, 8) == 512
-    assert dropping.receive_room(9.0, 128, PLAIN, 8) == 1024
+ALL_OF_ONE_GROUP = RouterConfig(num_experts=16, top_k=4, num_groups=4)
+ALL_OF_TWO_GROUPS = RouterConfig(
+    num_experts=16, top_k=4, num_groups=8, groups_per_token=2
+)
+MISSED_BY_V3 = (
+    math.comb(7, 4) + math.comb(7, 3) * Fraction(math.comb(96, 8), math.comb(128, 8))
+) / math.comb(8, 4)
+
+
+@pytest.mark.parametrize(
+    ("router", "peers", "want"),
+    [
+        (RouterConfig(num_experts=16, top_k=1), 8, 1),
+        (RouterConfig(num_experts=16, top_k=16), 8, 8),
+        (PLAIN, 1, 1),
+        (PLAIN, 16, 4),  # each of its choices is another device's
+        (PLAIN, 8, 8 * (1 - Fraction(math.comb(14, 4), math.comb(16, 4)))),
+        (ALL_OF_ONE_GROUP, 4, 1),
+        (ALL_OF_ONE_GROUP, 8, 2),
+        (ALL_OF_TWO_GROUPS, 8, 2),
+        (V3, 8, 8 * (1 - MISSED_BY_V3)),
+        (V3, 256, 8),
+    ],
+)
+def test_balanced_visits_have_closed_forms(router, peers, want):
+    assert dropping.expected_visits(router, peers) == want
+
+
+@settings(deadline=None)
+@given(data=st.data())
+def test_balanced_visits_are_the_mean_over_all_choices_that_a_token_can_make(data):
+    """Groups need not end where devices do."""
+    group_size, groups = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    experts = group_size * groups
+    chosen_groups = data.draw(st.integers(1, groups))
+    router = RouterConfig(
+        num_experts=experts,
+        top_k=data.draw(st.integers(1, chosen_groups * group_size)),
+        num_groups=groups,
+        groups_per_token=chosen_groups,
+        group_score="max",
+    )
+    divisors = [n for n in range(1, experts + 1) if experts % n == 0]
+    peers = data.draw(st.sampled_from(divisors))
+    visits = []
+    for chosen in itertools.combinations(range(groups), chosen_groups):
+        reachable = [e for e in range(experts) if e // group_size in chosen]
+        for expert_K in itertools.combinations(reachable, router.top_k):
+            visits.append(len({e // (experts // peers) for e in expert_K}))
+    want = Fraction(sum(visits), len(visits))
+    assert dropping.expected_visits(router, peers) == want
+
+
+def test_room_is_a_factor_of_the_balanced_load_and_never_more_than_everything():
+    one = RouterConfig(num_experts=16, top_k=1)
+    assert dropping.send_room(1.0, 128, one, 8) == 128 // 8
+    assert dropping.receive_room(1.0, 128, one, 8) == 128
+    assert dropping.send_room(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 40
+    assert dropping.receive_room(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 320
+    assert dropping.send_room(1.0, 100, PLAIN, 8) == 45  # 3.6 visits of a token
+    assert dropping.send_room(1.0, 101, PLAIN, 8) == 46  # 45.45, rounded up
+    # In floating point, 1.1 x 50 is above 55.
+    assert dropping.send_room(1.1, 200, ALL_OF_TWO_GROUPS, 8) == 55
     for room, most in ((dropping.send_room, 128), (dropping.receive_room, 1024)):
         assert room(None, 128, PLAIN, 8) == most
+        assert room(9.0, 128, PLAIN, 8) == most
+        assert room(2.0, 128, PLAIN, 8) < most
 
 
 @pytest.mark.parametrize("peers", [1, 4, 16])

@@ -96,8 +96,14 @@ def attention(**changes):
         ),
         ("moe.exchange.chunks=0", "chunks=0 must be at least 1."),
         (
-            "moe.exchange.capacity_factor=0",
-            "capacity_factor=0.0 must be above 0, or none.",
+            "moe.exchange.capacity_factor=0.99",
+            "capacity_factor=0.99 must be at least 1 and finite, or none: below 1, "
+            "tokens that use all experts alike wouldn't find room.",
+        ),
+        (
+            "moe.exchange.capacity_factor=inf",
+            "capacity_factor=inf must be at least 1 and finite, or none: below 1, "
+            "tokens that use all experts alike wouldn't find room.",
         ),
         ("moe.router.num_experts=0", "num_experts=0 must be at least 1."),
         (

@@ -81,6 +81,7 @@ def test_v3_is_the_shape_of_the_paper():
     assert (cfg.num_layers, cfg.num_dense_layers, cfg.hidden_dim) == (61, 3, 7168)
     assert (router.num_experts, router.top_k) == (256, 8)
     assert (router.num_groups, router.groups_per_token) == (8, 4)
+    assert (router.auxiliary_loss, router.auxiliary_weight) == ("sequence", 1e-4)
     assert (attention.num_heads, attention.query_latent_dim) == (128, 1536)
     assert (attention.kv_latent_dim, attention.rope_dim) == (512, 64)
     assert (attention.nope_dim, attention.value_dim) == (128, 128)

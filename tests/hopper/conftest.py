@@ -31,7 +31,7 @@ def compile_kernels(tmp_path, monkeypatch):
 
 def shallow_run(mesh: MeshConfig, **exchange) -> RunConfig:
     model = dataclasses.replace(ModelConfig.preset("v2_lite"), num_layers=3)
-    settings = dataclasses.asdict(programs.exchange_for(model, mesh, margin=1.05))
+    settings = dataclasses.asdict(programs.exchange_with(capacity_factor=1.05))
     exchanged = ExchangeConfig(**(settings | exchange))
     return programs.run_on(model, mesh, "shallow", exchange=exchanged)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.ops import fp8, grouped
+from jmoe.ops.after_attention import after_attention
 from jmoe.ops.kernels import fp8_grouped, fp8_matmul, fp8_quantize
 from jmoe.ops.kernels import grouped as grouped_kernels
 from tests.hopper.compiled import Kernel, compile_text
@@ -96,12 +97,16 @@ def test_those_of_bfloat16_spill_nothing_either(sizes, product, compile_kernels)
     assert set(kernel.products) == {BF16}
 
 
+@pytest.mark.parametrize("power_of_two", [False, True], ids=["any", "power of two"])
 @pytest.mark.parametrize("kind", ["rows", "columns"])
 @pytest.mark.parametrize("sizes", [(8192, 7168), (9, 130)])
-def test_quantizing_spills_nothing(sizes, kind, compile_kernels):
+def test_quantizing_spills_nothing(sizes, kind, power_of_two, compile_kernels):
     tiles = [] if kind == "rows" else [((70, 4), jnp.int32)]
+    quantize = getattr(fp8_quantize, kind)
     (kernel,) = compile_kernels(
-        getattr(fp8_quantize, kind), (sizes, jnp.bfloat16), *tiles
+        functools.partial(quantize, power_of_two=power_of_two),
+        (sizes, jnp.bfloat16),
+        *tiles,
     )
     assert kernel.spills == [0, 0]
 
@@ -109,18 +114,29 @@ def test_quantizing_spills_nothing(sizes, kind, compile_kernels):
 @pytest.mark.parametrize(
     ("recipe", "kernels"),
     # Rows of bfloat16 are quantized by kernels too: x, dy and dy's transpose.
-    [("fp8", 3 + 3), ("fp8_power_of_two", 3), ("fp8_square_gradients", 2 + 1)],
+    [("fp8", 3 + 3), ("fp8_power_of_two", 3 + 3), ("fp8_square_gradients", 2 + 1)],
 )
 def test_a_linear_layers_products_are_kernels(recipe, kernels):
+    assert kernels_of(fp8.dot_general(recipe)) == kernels
+
+
+def test_after_attention_what_was_kept_is_quantized_by_a_kernel_too():
+    assert kernels_of(after_attention(fp8.dot_general("fp8"))) == 3 + 4
+
+
+def kernels_of(dot_general):
+    """How many a linear layer's three products have."""
+
     def gradients(x, w, dy):
-        y, pull = jax.vjp(lambda x, w: fp8.fp8_dot(x, w, fp8.RECIPES[recipe]), x, w)
+        y, pull = jax.vjp(
+            lambda x, w: dot_general(x, w, (((1,), (0,)), ((), ()))), x, w
+        )
         return y, *pull(dy)
 
     M, K, N = 2048, 1536, 7168
     shapes = (M, K), (K, N), (M, N)
     text = compile_text(gradients, *((shape, jnp.bfloat16) for shape in shapes))
-    found = re.findall(r'custom_call_target="mosaic_gpu\w*"', text)
-    assert len(found) == kernels
+    return len(re.findall(r'custom_call_target="mosaic_gpu\w*"', text))
 
 
 @pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
@@ -15,6 +16,7 @@ from flax import traverse_util
 from jmoe.config import model as config
 from jmoe.nn.model import Transformer, read_biases, write_biases
 from jmoe.nn.tail import REMAT_POLICIES
+from jmoe.ops import fp8
 
 B, T = 2, 24
 FIRST = 9  # tokens of each row's first document
@@ -195,6 +197,7 @@ def test_an_injected_dot_general_computes_every_product_but_the_routers(small_co
         seen.append(kernel.shape)
         return jax.lax.dot_general(x, kernel, dims, **options)
 
+    recording.recipe = None
     model = Transformer(cfg, dot_general=recording)
     variables = jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
     params = traverse_util.flatten_dict(nn.unbox(variables["params"]))
@@ -204,6 +207,49 @@ def test_an_injected_dot_general_computes_every_product_but_the_routers(small_co
         if path[-1] == "kernel" and path[-2] != "router"
     ]
     assert sorted(seen, key=str) == sorted(kernels, key=str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A user's `dot_general`, of linear layers; the experts' is its recipe's."""
+
+    multiply: Callable
+    recipe: fp8.Recipe | None
+
+    def __call__(self, *operands):
+        return self.multiply(*operands)
+
+
+def test_experts_multiply_by_the_recipe_of_an_injected_dot_general(
+    small_config, random_variables
+):
+    cfg = small_config()
+    in_fp8 = fp8.dot_general("fp8")
+
+    def logits(dot_general):
+        model = Transformer(cfg, dot_general)
+        return jax.jit(model.apply)(random_variables(cfg), TOKENS_BT).logits
+
+    native, quantized = logits(jax.lax.dot_general), logits(in_fp8)
+    np.testing.assert_array_equal(logits(Own(jax.lax.dot_general, None)), native)
+    np.testing.assert_array_equal(logits(Own(in_fp8, in_fp8.recipe)), quantized)
+    of_experts_alone = logits(Own(jax.lax.dot_general, in_fp8.recipe))
+    assert (of_experts_alone != native).any() and (of_experts_alone != quantized).any()
+
+
+@pytest.mark.parametrize(
+    ("dot_general", "found"),
+    [
+        (functools.partial(jax.lax.dot_general, precision="highest"), "it has none"),
+        (Own(jax.lax.dot_general, "fp8"), "it has recipe='fp8'"),  # type: ignore
+    ],
+)
+def test_an_injected_dot_general_that_says_nothing_of_experts_is_refused(
+    small_config, dot_general, found
+):
+    model = Transformer(small_config(), dot_general)
+    with pytest.raises(ValueError, match=f"must have an attribute `recipe`.*{found}"):
+        jax.eval_shape(model.init, jax.random.key(0), TOKENS_BT)
 
 
 def test_the_config_knows_the_same_remat_policies():

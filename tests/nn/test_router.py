@@ -148,6 +148,27 @@ def test_no_gradient_reaches_the_bias_and_the_gates_reaches_the_kernel():
     assert gradients["params"]["kernel"].any()
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_gates_pass_on_the_gradients_of_their_closed_form(normalize):
+    """gate_k = c s_k / S of the chosen scores' sum S: each of them moves all gates."""
+    cfg = dataclasses.replace(CFG, normalize_gates=normalize, gate_scale=2.5)
+    score_NE, bias_E = scores(0)
+    (expert_NK, _), _ = jit_route(score_NE, bias_E, cfg)
+    d_gate_NK = np.random.default_rng(1).normal(size=expert_NK.shape)
+    _, pull = jax.vjp(lambda s: router.gates(s, expert_NK, cfg), jnp.asarray(score_NE))
+    (got_NE,) = pull(jnp.float32(d_gate_NK))
+
+    chosen_NK = np.take_along_axis(score_NE.astype(np.float64), expert_NK, axis=-1)
+    sum_N1 = chosen_NK.sum(-1, keepdims=True)
+    d_score_NK = 2.5 * d_gate_NK
+    if normalize:
+        common_N1 = (d_score_NK * chosen_NK).sum(-1, keepdims=True) / sum_N1**2
+        d_score_NK = d_score_NK / sum_N1 - common_N1
+    want_NE = np.zeros(score_NE.shape)
+    np.put_along_axis(want_NE, np.asarray(expert_NK), d_score_NK, axis=-1)
+    np.testing.assert_allclose(got_NE, want_NE, rtol=1e-5, atol=1e-5)
+
+
 def test_equal_scores_go_to_the_first_experts_in_equal_shares():
     state = jax.tree.map(jnp.zeros_like, variables())
     (expert_NK, gate_NK), stats = apply(CFG, state, tokens())

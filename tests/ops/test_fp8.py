@@ -14,16 +14,16 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.ops import fp8
+from jmoe.ops import blocks, fp8
 
 ROUNDING = 1 + 2**-22  # of the division and the product, in float32
 
 
 def largest_of_blocks(x):
     """The largest magnitude of each element's block."""
-    starts = np.arange(0, x.shape[-1], fp8.BLOCK)
+    starts = np.arange(0, x.shape[-1], blocks.BLOCK)
     largest = np.maximum.reduceat(np.abs(x), starts, axis=-1)
-    return np.repeat(largest, fp8.BLOCK, axis=-1)[..., : x.shape[-1]]
+    return np.repeat(largest, blocks.BLOCK, axis=-1)[..., : x.shape[-1]]
 
 
 def round_trip(x, dtype=np.float32):
@@ -75,12 +75,12 @@ def test_the_largest_of_a_block_is_exact_and_does_not_overflow():
 
 
 def test_an_outlier_disturbs_only_its_own_block():
-    x = np.random.default_rng(0).normal(size=(2, 3 * fp8.BLOCK)).astype(np.float32)
+    x = np.random.default_rng(0).normal(size=(2, 3 * blocks.BLOCK)).astype(np.float32)
     spoiled = x.copy()
-    spoiled[1, fp8.BLOCK] = 1e6
+    spoiled[1, blocks.BLOCK] = 1e6
     changed = round_trip(spoiled) != round_trip(x)
-    assert changed[1, fp8.BLOCK : 2 * fp8.BLOCK].all()
-    assert not changed[0].any() and changed.sum() == fp8.BLOCK
+    assert changed[1, blocks.BLOCK : 2 * blocks.BLOCK].all()
+    assert not changed[0].any() and changed.sum() == blocks.BLOCK
 
 
 def test_zeros_stay_zeros():
@@ -100,7 +100,10 @@ def test_what_is_not_finite_spoils_its_block_and_is_not_hidden(bad, power_of_two
         fp8.dequantize(quantized, np.float32),
         fp8.rounded(x, power_of_two=power_of_two),
     ):
-        assert np.isnan(got[0, : fp8.BLOCK]).all() and (got[0, fp8.BLOCK :] == 1).all()
+        assert (
+            np.isnan(got[0, : blocks.BLOCK]).all()
+            and (got[0, blocks.BLOCK :] == 1).all()
+        )
 
 
 def test_bfloat16_in_and_out():
@@ -114,7 +117,7 @@ def test_bfloat16_in_and_out():
 
 BLOCKS = {
     "row": fp8.ROW,
-    "column": (fp8.BLOCK, 1),
+    "column": (blocks.BLOCK, 1),
     "square": fp8.SQUARE,
     "tensor": fp8.TENSOR,
 }
@@ -125,7 +128,7 @@ def oracle(x, block, power_of_two):
     if len(block) == 1:
         block = (1, *block)
     rows, columns = (
-        size if size != fp8.WHOLE else dim
+        size if size != blocks.WHOLE else dim
         for size, dim in zip(block, x.shape, strict=True)
     )
     data = np.zeros(x.shape, ml_dtypes.float8_e4m3fn)
@@ -160,7 +163,7 @@ def test_quantizing_is_the_oracles_to_the_bit(block, shape, power_of_two):
     assert np.asarray(got.scale).tobytes() == scale.tobytes()
     back = np.asarray(fp8.dequantize(got, np.float32))
     rows, columns = (
-        np.minimum(np.arange(dim) // (1 if count == dim else fp8.BLOCK), count - 1)
+        np.minimum(np.arange(dim) // (1 if count == dim else blocks.BLOCK), count - 1)
         for dim, count in zip(shape, scale.shape, strict=True)
     )
     wide = scale[rows[:, None], columns]
@@ -179,10 +182,10 @@ def product_bound(a, b, da, db):
 
 
 def square_largest(w):
-    rows, columns = (range(0, dim, fp8.BLOCK) for dim in w.shape)
+    rows, columns = (range(0, dim, blocks.BLOCK) for dim in w.shape)
     largest = np.zeros_like(w)
     for r, c in itertools.product(rows, columns):
-        here = np.s_[r : r + fp8.BLOCK, c : c + fp8.BLOCK]
+        here = np.s_[r : r + blocks.BLOCK, c : c + blocks.BLOCK]
         largest[here] = np.abs(w[here]).max()
     return largest
 

@@ -153,7 +153,7 @@ def one_by_one(recipe, expert_TK, dy_TD, x_TD, gate_TK, gate_up_ED2F, down_EFD):
         gate_R1 = gate_TK[t, k][:, None]
         gate_up_DX = left.weights(gate_up_ED2F[e].reshape(x_TD.shape[1], -1))
         down_FD = left.weights(down_EFD[e])
-        x_RD = left.activations(x_TD[t])
+        x_RD = fp8.rounded(x_TD[t], power_of_two=True)
         swiglu = lambda h: jax.nn.silu(h[:, : len(down_FD)]) * h[:, len(down_FD) :]  # noqa: B023, E731
         h_RX = x_RD @ gate_up_DX
         y_TD = y_TD.at[t].add(gate_R1 * (left.activations(swiglu(h_RX)) @ down_FD))
@@ -197,6 +197,22 @@ def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
     assert max(off_by(got, want).values()) < 1e-3
     exact = value_and_gradients(dense, expert_TK, *arrays)
     assert min(off_by(got, exact).values()) > 1e-2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("backend", ["blocks", "ragged"])
+def test_tokens_that_came_in_fp8_are_not_rounded_again(backend, dtype):
+    expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
+    _, x_TD, *arrays = floats(expert_TK.shape, hidden=200, mlp=150)
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
+    x_TD, gate_TK, *weights = (x.astype(dtype) for x in (x_TD, *arrays))
+    arrived_TD = fp8.dequantize(fp8.quantize(x_TD, power_of_two=True), dtype)
+    assert (arrived_TD != x_TD).any()
+    here, there = (
+        jax.jit(routed_mlp)(x, expert_TK, gate_TK.astype(jnp.float32), *weights)
+        for x in (x_TD, arrived_TD)
+    )
+    np.testing.assert_array_equal(here, there)
 
 
 @pytest.mark.parametrize("backend, kept", [("blocks", 1), ("blocks_remat", 0)])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.ops import fp8, grouped_fp8
+from jmoe.ops import blocks, fp8, grouped_fp8
 
 I, O = 200, 70  # noqa: E741
 RECIPE = fp8.RECIPES["fp8"]
@@ -53,7 +53,7 @@ def test_blocks_along_rows_are_what_an_expert_has_of_a_tile(size_E, dtype):
     assert got.shape == (len(size_E), I, O) and got.dtype == dtype
     for expert, own in enumerate(ranges(size_E)):
         first = (
-            own.start % fp8.BLOCK
+            own.start % blocks.BLOCK
         )  # what comes before it, in its first tile, is zero
         filled = (jnp.pad(rows[own], ((first, 0), (0, 0))).T for rows in (x, dy))
         want = fp8.matmul(*map(fp8.quantize, filled), dtype)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.ops import fp8
+from jmoe.ops import blocks, fp8
 from jmoe.ops.kernels import fp8_grouped, fp8_matmul, fp8_quantize, grouped
 from jmoe.ops.rows import row_tiles
 
@@ -20,7 +20,7 @@ def numbers(seed, *shape):
     """Normal, and of different sizes from row to row and from block to block."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(*shape[:-1], fp8.num_blocks(shape[-1])))
-    sizes = np.repeat(np.exp(2 * coarse), fp8.BLOCK, axis=-1)[..., : shape[-1]]
+    sizes = np.repeat(np.exp(2 * coarse), blocks.BLOCK, axis=-1)[..., : shape[-1]]
     return jnp.asarray(rng.normal(size=shape) * sizes, jnp.float32)
 
 
@@ -98,8 +98,8 @@ def test_an_expert_that_is_not_finite_spoils_its_own_rows_only(interpreted):
 @each_size
 def test_each_expert_gets_the_outer_products_of_its_rows(size_E, interpreted):
     size_E = np.array(size_E)
-    count_E = -(-size_E // fp8.BLOCK)
-    whole_E = fp8.BLOCK * count_E
+    count_E = -(-size_E // blocks.BLOCK)
+    whole_E = blocks.BLOCK * count_E
     end_E = np.cumsum(whole_E)
     start_E = end_E - whole_E
     row_M = np.arange(end_E[-1] + 5)  # the last ones are nobody's
@@ -158,27 +158,42 @@ def bits(x):
     return np.asarray(x).view(np.uint8 if x.dtype == fp8.DTYPE else np.uint32)
 
 
-def test_rows_are_quantized_bit_for_bit(interpreted):
+each_scale = pytest.mark.parametrize(
+    "power_of_two", [False, True], ids=["any", "power of two"]
+)
+
+
+@each_scale
+def test_rows_are_quantized_bit_for_bit(power_of_two, interpreted):
     x_MK = numbers_16(0, 140, 300).at[:, 128:256].set(0)
-    got = fp8_quantize.rows(x_MK)
-    want = fp8.quantize(x_MK.astype(jnp.float32))  # not by the kernel
-    for x, y in zip(got, want, strict=True):
-        np.testing.assert_array_equal(bits(x), bits(y))
+    x_MK = x_MK.at[3, 7].set(jnp.inf).at[4, 7].set(jnp.nan)
+    got = fp8_quantize.rows(x_MK, power_of_two=power_of_two)
+    wide_MK = x_MK.astype(jnp.float32)  # not by the kernel
+    want = fp8.quantize(wide_MK, power_of_two=power_of_two)
+    is_finite_MB = np.isfinite(want.scale)
+    assert (~is_finite_MB).sum() == 2
+    np.testing.assert_array_equal(np.isfinite(got[1]), is_finite_MB)
+    is_finite_MK = np.repeat(is_finite_MB, blocks.BLOCK, axis=1)[:, :300]
+    for x, y, known in zip(got, want, (is_finite_MK, is_finite_MB), strict=True):
+        np.testing.assert_array_equal(bits(x)[known], bits(y)[known])
 
 
+@each_scale
 @pytest.mark.parametrize("reads_transposed", [True, False])
-def test_columns_are_quantized_bit_for_bit(reads_transposed, interpreted, monkeypatch):
+def test_columns_are_quantized_bit_for_bit(
+    reads_transposed, power_of_two, interpreted, monkeypatch
+):
     monkeypatch.setattr(fp8_quantize, "READS_TRANSPOSED", reads_transposed)
     jax.clear_caches()
     x_MI = jnp.abs(numbers_16(0, 300, 200))  # else zeros may have a sign
-    tile_T4 = row_tiles(jnp.asarray([40, 0, 100, 1, 120]), 300, aligned=fp8.BLOCK)
-    data_IP, scale_IT = fp8_quantize.columns(x_MI, tile_T4)
+    tile_T4 = row_tiles(jnp.asarray([40, 0, 100, 1, 120]), 300, aligned=blocks.BLOCK)
+    data_IP, scale_IT = fp8_quantize.columns(x_MI, tile_T4, power_of_two=power_of_two)
     for t, (_, row, first, end) in enumerate(np.asarray(tile_T4)):
         if first == end == 0:
             continue
-        rows_TI = np.zeros((fp8.BLOCK, 200), np.float32)
+        rows_TI = np.zeros((blocks.BLOCK, 200), np.float32)
         rows_TI[first - row : end - row] = x_MI[first:end].astype(jnp.float32)
-        want = fp8.quantize(jnp.asarray(rows_TI.T))
-        got_IT = data_IP[:, t * fp8.BLOCK : (t + 1) * fp8.BLOCK]
+        want = fp8.quantize(jnp.asarray(rows_TI.T), power_of_two=power_of_two)
+        got_IT = data_IP[:, t * blocks.BLOCK : (t + 1) * blocks.BLOCK]
         np.testing.assert_array_equal(bits(got_IT), bits(want.data))
         np.testing.assert_array_equal(bits(scale_IT[:, t]), bits(want.scale[:, 0]))

@@ -22,6 +22,13 @@ from tests.parallel.exchanging import (
 ragged_on_cpu = exchanging.ragged_on_cpu
 
 
+def skewed_choices():
+    """The first two devices get more than their share, most of all from the first."""
+    expert_NK = random_choices()
+    expert_NK[:60] = [0, 1, 2, 4]
+    return expert_NK
+
+
 def kept_choices(expert_NK, gate_NK, peers, order, room_of):
     """Choices that keep their place, bool [N, K], visit by visit.
 
@@ -44,11 +51,11 @@ def kept_choices(expert_NK, gate_NK, peers, order, room_of):
 
 @pytest.mark.parametrize("order", dropping.DROP_ORDERS)
 def test_beyond_their_capacity_senders_drop_the_last_of_the_order_and_no_more(order):
-    cfg = ExchangeConfig(capacity_factor=0.6, drop_order=order)
-    expert_NK, (dy, x, gate_NK, *weights) = random_choices(), arrays()
+    cfg = ExchangeConfig(capacity_factor=1.0, drop_order=order)
+    expert_NK, (dy, x, gate_NK, *weights) = skewed_choices(), arrays()
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
-    room = dropping.send_room(0.6, TOKENS // 4, ROUTER, 4)
-    assert room == 29  # 0.6 * 48 tokens * 4 visits / 4 peers, rounded up
+    room = dropping.send_room(1.0, TOKENS // 4, ROUTER, 4)
+    assert room == 35  # of 48 tokens, of which 0.728 visit each device
     kept_NK = kept_choices(expert_NK, gate_NK, 4, order, lambda device, peer: room)
     want = oracle(np.where(kept_NK, expert_NK, 16), dy, x, gate_NK, *weights)
     compare(got, want)
@@ -59,12 +66,11 @@ def test_beyond_their_capacity_senders_drop_the_last_of_the_order_and_no_more(or
 
 @pytest.mark.parametrize("order", dropping.DROP_ORDERS)
 def test_ragged_receivers_drop_what_is_beyond_their_share_and_no_more(order):
-    cfg = ExchangeConfig(backend="ragged", capacity_factor=0.6, drop_order=order)
-    expert_NK, (dy, x, gate_NK, *weights) = random_choices(), arrays()
-    expert_NK[:60] = [0, 1, 2, 4]  # of two devices; more than the first two can take
+    cfg = ExchangeConfig(backend="ragged", capacity_factor=1.0, drop_order=order)
+    expert_NK, (dy, x, gate_NK, *weights) = skewed_choices(), arrays()
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
-    room = dropping.receive_room(0.6, TOKENS // 4, ROUTER, 4)
-    assert room == 116
+    room = dropping.receive_room(1.0, TOKENS // 4, ROUTER, 4)
+    assert room == 140
     is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
     count_SP = is_visit_SNP.any(2).sum(1).astype(np.int32)
     share_SP = [dropping.share_room(count_S, room) for count_S in jnp.array(count_SP.T)]
@@ -82,15 +88,16 @@ def test_a_capacity_that_suffices_drops_nothing_and_one_less_does():
     is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
     fullest = is_visit_SNP.any(2).sum(1).max()
     for room, dropped in ((fullest, False), (fullest - 1, True)):
-        cfg = ExchangeConfig(capacity_factor=float(room / 48))
+        balanced = 48 * dropping.expected_visits(ROUTER, 4) / 4
+        cfg = ExchangeConfig(capacity_factor=float((room - 0.5) / balanced))
         assert dropping.send_room(cfg.capacity_factor, 48, ROUTER, 4) == room
         got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
         assert (sum(drops(got)) > 0) == dropped
 
 
 def test_the_capacity_of_a_chunk_is_that_of_its_tokens():
-    cfg = ExchangeConfig(capacity_factor=0.5, chunks=2)
+    cfg = ExchangeConfig(capacity_factor=1.0, chunks=2)
     expert_NK = np.tile([0, 1, 2, 3], (TOKENS, 1)).astype(np.int32)
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
-    room = dropping.send_room(0.5, TOKENS // 4 // 2, ROUTER, 4)
+    room = dropping.send_room(1.0, TOKENS // 4 // 2, ROUTER, 4)
     np.testing.assert_array_equal(got[-2], [2 * 4 * (24 - room)] * 4)

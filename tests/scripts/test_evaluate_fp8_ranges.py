@@ -35,6 +35,9 @@ def test_numbers_are_counted_by_what_they_become():
     x[1, 128] = 1e-9  # alone in its block
     flushed, others, saturated, total = count(jnp.asarray(x), fp8.ROW).tolist()
     assert (flushed, others, saturated, total) == (2, 8, 4, 260)
+    # As a power of two, the first scale is 1.75 times as large, and the largest is 256.
+    *_, saturated, _ = count(jnp.asarray(x), fp8.ROW, power_of_two=True).tolist()
+    assert saturated == 0
 
 
 def test_every_product_in_fp8_is_there_and_nothing_else(loaded, ranges):
@@ -73,6 +76,15 @@ def test_one_scale_for_a_tensor_flushes_more_of_the_gradients(loaded, ranges):
         return np.mean([tensors["dy"].flushed for tensors in of.values()])
 
     assert flushed(by_tensor) > 2 * flushed(ranges)
+
+
+def test_few_numbers_are_the_largest_where_scales_are_powers_of_two(loaded, ranges):
+    def saturated(of, name):
+        return np.mean([t["x"].saturated for m, t in of.items() if m.endswith(name)])
+
+    assert saturated(ranges, "attention/out") < 0.5 * saturated(ranges, "kv_down")
+    all_of_them = fp8_ranges(with_precision(loaded, "fp8_power_of_two"))
+    assert saturated(all_of_them, "kv_down") < 0.5 * saturated(ranges, "kv_down")
 
 
 def test_a_run_that_is_not_in_fp8_is_refused_by_name(loaded):

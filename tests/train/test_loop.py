@@ -13,12 +13,14 @@ from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.nn.model import Transformer
 from jmoe.train import loop, run_files
+from jmoe.train.console import Console
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
 from jmoe.train.step import Evaluation
 from jmoe.train.trained import load_trained
+from tests.plain_run import plain_run
 
 TIMES = {"time", "tokens_per_second", "step_seconds"}
 STOP = 5  # inside the ramp, and between checkpoints
@@ -134,6 +136,19 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     assert f"Goes on from the checkpoint of step {STOP}" in capsys.readouterr().out
     assert_same_end(smallest, tmp_path / "run", whole_run)
     assert signal.getsignal(signal.SIGTERM) == handler == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("factor", "is_said"), [("1.25", True), ("1.1", False)])
+def test_a_capacity_factor_that_can_drop_nothing_is_said_so(
+    factor, is_said, tmp_path, capsys
+):
+    """With 4 groups on 2 devices, each gets 81% of the tokens that choose 2 groups."""
+    settings = ["mesh=expert=2", f"model.moe.exchange.capacity_factor={factor}"]
+    run = override(plain_run(), settings)
+    with Console(10) as console:
+        loop._show_header(console, run, tmp_path, (1, 1), step=0)
+    said = f"capacity_factor={factor} drops nothing: with expert=2 it leaves room for"
+    assert (said in capsys.readouterr().out) == is_said
 
 
 def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(

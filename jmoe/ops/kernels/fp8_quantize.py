@@ -10,6 +10,7 @@ last.
 Dimensions: M row, K and I column, B block of K, T tile of rows, P = T * TILE.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jmoe.ops.fp8 import BLOCK, DTYPE, LARGEST
+from jmoe.ops.blocks import BLOCK, scale_of
+from jmoe.ops.formats import E4M3
+from jmoe.ops.formats import E4M3_DTYPE as DTYPE
 from jmoe.ops.kernels.launch import launcher
 from jmoe.ops.kernels.stream import fill
 
@@ -28,8 +31,8 @@ TILE = BLOCK
 READS_TRANSPOSED = jax.__version_info__ >= (0, 11)
 
 
-@jax.jit
-def rows(x_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="power_of_two")
+def rows(x_MK: jax.Array, *, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:
     """The data [M, K], and the scales [M, B]."""
     M, K = x_MK.shape
     x_MK = fill(x_MK, TILE, TILE)
@@ -39,7 +42,8 @@ def rows(x_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
         m, k = lax.axis_index("row"), lax.axis_index("column")
         rows, columns = pl.ds(m * TILE, TILE), pl.ds(k * TILE, TILE)
         x_MK = load(x_gmem.at[rows, columns], *shared)
-        store(x_MK, 1, q_gmem.at[rows, columns], scale_gmem.at[k, rows], *shared)
+        to = q_gmem.at[rows, columns], scale_gmem.at[k, rows]
+        store(x_MK, 1, *to, *shared, power_of_two=power_of_two)
 
     scale_shape = grid[1], x_MK.shape[0]
     call = make(kernel, "fp8_rows", x_MK.shape, scale_shape, grid, x_MK.dtype)
@@ -47,8 +51,10 @@ def rows(x_MK: jax.Array) -> tuple[jax.Array, jax.Array]:
     return q_MK[:M, :K], scale_BM[:, :M].T
 
 
-@jax.jit
-def columns(x_MI: jax.Array, task_T4: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnames="power_of_two")
+def columns(
+    x_MI: jax.Array, task_T4: jax.Array, *, power_of_two: bool = False
+) -> tuple[jax.Array, jax.Array]:
     """The data [I, P], and the scales [I, T].
 
     Args:
@@ -70,8 +76,9 @@ def columns(x_MI: jax.Array, task_T4: jax.Array) -> tuple[jax.Array, jax.Array]:
             x = load(x_gmem.at[own, columns], *shared, transposed=READS_TRANSPOSED)
             row_of = row + lax.broadcasted_iota(jnp.int32, x.shape, summed)
             x = jnp.where((row_of >= first) & (row_of < end), x, 0.0)
-            to = q_gmem.at[(columns, rows) if READS_TRANSPOSED else (rows, columns)]
-            store(x, summed, to, scale_gmem.at[t, columns], *shared)
+            place = (columns, rows) if READS_TRANSPOSED else (rows, columns)
+            to = q_gmem.at[place], scale_gmem.at[t, columns]
+            store(x, summed, *to, *shared, power_of_two=power_of_two)
 
     shape = (tasks * TILE, x_MI.shape[1])[:: -1 if READS_TRANSPOSED else 1]
     grid = tasks, x_MI.shape[1] // TILE
@@ -107,11 +114,11 @@ def store(
     q_smem: Any,
     scale_smem: Any,
     barrier: Any,
+    *,
+    power_of_two: bool,
 ) -> None:
     """A tile, quantized: a scale covers all along the dimension that will be summed."""
-    scale = jnp.abs(x).max(axis=summed) * (1 / LARGEST)
-    # The smallest normal number keeps the scale of a block of zeros from being zero.
-    scale = jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+    scale = scale_of(jnp.abs(x).max(axis=summed), E4M3, power_of_two)
     scale_smem[...] = scale
     q_smem[...] = (x / lax.broadcast_in_dim(scale, x.shape, (1 - summed,))).astype(
         DTYPE
