@@ -172,7 +172,7 @@ def test_gradients_of_layers_leave_each_microbatch_in_float32(step_on, mesh):
     """The last byte of most of them is then not zero, as it is of a few bfloat16s."""
     gradients = step_on(*mesh).gradients
     of_layers = {name: gradients[name] for name in ("dense", "moe")}
-    for path, x in jax.tree.leaves_with_path(of_layers if any(mesh) else gradients):
+    for path, x in jax.tree.leaves_with_path(of_layers):
         numbers = x[x != 0]
         last_byte = numbers.view(np.uint32) & 0xFF
         assert (last_byte != 0).mean() > 0.9, jax.tree_util.keystr(path)
@@ -205,6 +205,9 @@ def test_no_sum_but_of_two_gradients_is_in_bfloat16(run_on_many):
         for equation, _ in equations(jaxpr)
         if equation.primitive.name in ("reduce_sum", "scatter-add", "cumsum")
         for x in equation.outvars
+        # A dimension of one is dropped by a sum, too.
+        if equation.primitive.name != "reduce_sum"
+        or equation.invars[0].aval.size > x.aval.size
     ]
     assert len({name for name, _ in sums}) > 1
     assert [found for found in sums if found[1].dtype == jnp.bfloat16] == []
