@@ -50,7 +50,7 @@ from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 TILE = 128  # rows that a block of GPU threads works on at a time
 
-_DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED}
+_DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED, "outer": OUTER}
 
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
@@ -254,7 +254,8 @@ def _weight_gradients(
     """In the dtype that those of all segments are summed in."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
     more = saved.plan.rows.choice_N.size > segment.choice_M.size
-    dtypes = (jnp.float32 if more else like.dtype for like in saved.like)
+    held = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
+    dtypes = (jnp.float32 if more else dtype for dtype in held)
     outer = functools.partial(_outer, recipe, segment=segment)
     operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
     return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
@@ -373,32 +374,21 @@ def _outer(
 
     One of the operands must be zero in nobody's rows, and the other finite.
     """
-    if recipe is not None:
-        return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe, dtype)
+    if recipe is None:
+        return _product("outer", x_MI, dy_MO, segment.size_E, dtype=dtype)
+    return grouped_fp8.outer(x_MI, dy_MO, segment.size_E, recipe, dtype)
 
+
+def _product(name: str, left, right, size_E, **dtype):
     def kernel(*operands):
         from jmoe.ops.kernels import grouped
 
-        return grouped.outer(*operands, dtype=dtype)
+        return getattr(grouped, name)(*operands, **dtype)
 
-    def reference(x_MI, dy_MO, size_E):
-        wide = jnp.promote_types(x_MI.dtype, dtype)
-        return lax.ragged_dot_general(
-            x_MI, dy_MO, size_E, OUTER, preferred_element_type=wide
-        ).astype(dtype)
+    def reference(left, right, size_E):
+        options = {"preferred_element_type": dtype.get("dtype")}
+        dimensions = _DIMENSIONS[name]
+        return lax.ragged_dot_general(left, right, size_E, dimensions, **options)
 
-    operands, fits = (x_MI, dy_MO, segment.size_E), x_MI.dtype == jnp.bfloat16
-    return by_platform(kernel, reference, *operands, fits=fits)
-
-
-def _product(name: str, x_MI: jax.Array, w_EIO: jax.Array, size_E: jax.Array):
-    def kernel(*operands):
-        from jmoe.ops.kernels import grouped
-
-        return getattr(grouped, name)(*operands)
-
-    def reference(x_MI, w_EIO, size_E):
-        return lax.ragged_dot_general(x_MI, w_EIO, size_E, _DIMENSIONS[name])
-
-    operands, fits = (x_MI, w_EIO, size_E), x_MI.dtype == jnp.bfloat16
+    operands, fits = (left, right, size_E), left.dtype == jnp.bfloat16
     return by_platform(kernel, reference, *operands, fits=fits)
