@@ -81,8 +81,8 @@ def test_e5m6_is_what_is_kept_as_bfloat16_and_nothing_else(arrays, dtype):
     x, w, _ = (a.astype(dtype) for a in arrays)
     y, pull = jax.vjp(product, x, w)
     assert y.dtype == dtype
-    kept = {(a.shape, a.dtype.name): a for a in jax.tree.leaves(pull)}
-    scales = {((2, 1), "float32"), ((0,), w.dtype.name)}
+    kept = {(a.shape, a.dtype.name): a for a in jax.tree.leaves(pull) if a.size}
+    scales = {((2, 1), "float32")}
     data = {((M, K), "bfloat16"), ((K, N), "uint8")}
     assert data <= kept.keys() <= data | scales
     want = e5m6_of_blocks(np.float64(x.reshape(M, K)), (1, blocks.BLOCK))
