@@ -80,7 +80,7 @@ def test_copies_of_weights_count_as_those_of_their_gradients_do():
 
 def test_all_gradients_are_among_the_sums(compiled):
     run, program = compiled
-    found = made_up(run, program, traffic.collectives(program.text, run.mesh.shape))
+    found = made_up(compiled, traffic.collectives(program.text, run.mesh.shape))
     scattered = [c for c in summary.gradient_sums(found) if c.kind == "reduce-scatter"]
     left = sum(c.times * c.operand_bytes / c.devices for c in scattered)
     assert left == pytest.approx(program.memory.parameters, rel=0.01)
@@ -98,7 +98,7 @@ def test_activations_are_not_among_the_sums_of_gradients(compiled):
         collective(kind="all-gather", phase="step"),
         collective(phase="backward"),
     ]
-    found = summary.gradient_sums(made_up(*compiled, [*others, *ours]))
+    found = summary.gradient_sums(made_up(compiled, [*others, *ours]))
     assert found == ours
     assert summary.in_bfloat16([*found, collective(shapes=("f32[2]",))]) == ours
 
@@ -118,8 +118,9 @@ def collective(**given):
     return Collective(**(defaults | given))
 
 
-def made_up(run, program, collectives):
+def made_up(compiled, collectives):
     """A summary of a program with other collectives."""
+    run, program = compiled
     return summary.Summary(
         run=run,
         device=H20,
@@ -145,7 +146,7 @@ def test_traffic_adds_up_what_is_of_one_phase_kind_and_axes(compiled):
         collective(phase="backward"),
         collective(axes=("data",), devices=2),
     ]
-    found = made_up(*compiled, collectives).traffic()
+    found = made_up(compiled, collectives).traffic()
     rows = [(t.phase, t.axes, t.times, t.sent_bytes) for t in found]
     assert rows == [
         ("forward", ("expert",), 4, 3 * 48 + 480),
