@@ -95,7 +95,7 @@ def test_embedding_head_router_norms_and_softmax_stay_as_they_are(run, variables
 def test_inputs_of_the_layer_after_attention_are_kept_in_e5m6(run, variables):
     trainer = Trainer.of(override(run, ["precision=fp8"]), variables)
     jaxpr = jax.make_jaxpr(trainer.step)(trainer.state, batch(run, seed=0)).jaxpr
-    found = [e for e, _ in equations(jaxpr) if e.params.get("name") == "keep"]
+    found = [e for e, _ in equations(jaxpr) if e.params.get("name") == "kept_in_e5m6"]
     attention = run.model.attention
     tokens = run.train.batch_size * LENGTH
     values = attention.num_heads * attention.value_dim
