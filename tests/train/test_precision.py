@@ -1,6 +1,7 @@
 """Training with FP8 products: which tensors they touch, how far they lead astray."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -99,7 +100,9 @@ def test_inputs_of_the_layer_after_attention_are_kept_in_e5m6(run, variables):
     attention = run.model.attention
     tokens = run.train.batch_size * LENGTH
     values = attention.num_heads * attention.value_dim
-    assert {e.outvars[0].aval.shape for e in found} == {(tokens, values)}
+    kept = [e.outvars[0].aval for e in found]
+    # Where differentiation needs none of it, a scalar stands for it.
+    assert {x.shape for x in kept if x.dtype == jnp.bfloat16} == {(tokens, values)}
 
 
 def quantized(jaxpr):
