@@ -39,7 +39,7 @@ def after_attention(dot_general: Callable[..., jax.Array]) -> Callable[..., jax.
 
 
 @functools.partial(jax.jit, static_argnames="block")
-def keep(x_MK: jax.Array, block: blocks.Block) -> jax.Array:
+def kept_in_e5m6(x_MK: jax.Array, block: blocks.Block) -> jax.Array:
     """Returns what e5m6 leaves of x, with powers of two for scales: bfloat16."""
     kept_MK = blocks.rounded(x_MK, block, E5M6, power_of_two=True)
     return kept_MK.astype(jnp.bfloat16)
@@ -55,7 +55,7 @@ def _forward(x: jax.Array, w_KN: jax.Array, recipe: fp8.Recipe):
     x_MK = x.reshape(-1, x.shape[-1])
     quantized = fp8.quantize(x_MK, recipe.activations, power_of_two=True)
     y_MN, of_weights = fp8.multiply(quantized, w_KN, recipe, x.dtype)
-    kept = keep(x_MK, recipe.activations)
+    kept = kept_in_e5m6(x_MK, recipe.activations)
     return y_MN.reshape(*x.shape[:-1], w_KN.shape[1]), (kept, of_weights)
 
 
