@@ -47,6 +47,7 @@ class YarnConfig:
 
     def __post_init__(self):
         checks.at_least(self, factor=1.0, original_positions=1)
+        checks.finite(self, "beta_fast", "mscale", "mscale_all_dim")
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
                 f"beta_slow={self.beta_slow} must be above 0 and at most "
@@ -190,6 +191,7 @@ class ExchangeConfig:
             dispatch_dtype=WIRE_DTYPES,
         )
         checks.at_least(self, chunks=1)
+        checks.finite(self, "capacity_factor")
         if self.capacity_factor is not None and not self.capacity_factor > 0:
             raise ValueError(
                 f"capacity_factor={self.capacity_factor} must be above 0, or none."

@@ -54,7 +54,7 @@ def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
 
 
 def last_state(run: RunConfig, workdir: pathlib.Path):
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    optimizer = make_optimizer(run.optimizer, run.horizon)
     make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
     with Store(workdir / loop.CHECKPOINTS) as store:
         return jax.device_get(store.restore(make))
