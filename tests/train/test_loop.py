@@ -9,18 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from jmoe.checkpoint.store import Store
-from jmoe.config import RunConfig, override
-from jmoe.nn.model import Transformer
+from jmoe.config import override
 from jmoe.train import loop, run_files
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
-from jmoe.train.optimizer import make_optimizer
-from jmoe.train.state import make_state
 from jmoe.train.step import Evaluation
 from jmoe.train.trained import load_trained
+from tests.train.whole_runs import assert_same_end, last_state, rows
 
-TIMES = {"time", "tokens_per_second", "step_seconds"}
 STOP = 5  # inside the ramp, and between checkpoints
 
 
@@ -41,36 +37,8 @@ def copied_run(whole_run, tmp_path) -> pathlib.Path:
     return shutil.copytree(whole_run, tmp_path / "copy")
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
-    return [
-        {name: value for name, value in row.items() if name not in TIMES}
-        for row in run_files.read_rows(workdir / run_files.METRICS)
-    ]
-
-
 def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-
-
-def last_state(run: RunConfig, workdir: pathlib.Path):
-    optimizer = make_optimizer(run.optimizer, run.horizon)
-    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
-    with Store(workdir / loop.CHECKPOINTS) as store:
-        return jax.device_get(store.restore(make))
-
-
-def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> None:
-    """To the bit: the state, the loader's position, and all that was logged."""
-    got_state, want_state = last_state(run, got), last_state(run, want)
-    same = jax.tree.map(np.array_equal, got_state, want_state)
-    assert all(jax.tree.leaves(same)), same
-    assert rows(got) == rows(want)
-    balance = [
-        list(run_files.read_rows(workdir / run_files.BALANCE))
-        for workdir in (got, want)
-    ]
-    assert balance[0] == balance[1]
 
 
 def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
