@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jmoe.config import RunConfig, ScheduleConfig, StepwiseConfig, override
+from jmoe.config import (
+    RunConfig,
+    ScheduleConfig,
+    StepwiseConfig,
+    TrainConfig,
+    override,
+)
+from jmoe.config.run import MOST_SIZES
 from jmoe.train.schedules import SCHEDULES, learning_rate, microbatches, stepwise
 
 PEAK = 2.2e-4
@@ -114,6 +123,31 @@ def test_an_increment_makes_fewer_sizes(ramp):
     train = dataclasses.replace(ramp.train, ramp_increment=4)
     got = [microbatches(train, step) for step in range(15)]
     assert got == [2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 8, 8, 8]
+
+
+@given(
+    first=st.integers(1, 40),
+    grown=st.integers(1, 60),
+    increment=st.none() | st.integers(9, 30),
+    steps=st.integers(1, 200),
+)
+def test_a_ramp_follows_its_line_in_at_most_eight_sizes(first, grown, increment, steps):
+    cfg = TrainConfig(
+        steps=500,
+        microbatch_size=2,
+        batch_size=2 * (first + grown),
+        ramp_start=2 * first,
+        ramp_steps=steps,
+        ramp_increment=increment and 2 * increment,
+    )
+    got = [microbatches(cfg, step) for step in range(steps + 3)]
+    assert list(dict.fromkeys(got)) == list(cfg.ramp.values()) == sorted(set(got))
+    assert len(set(got)) <= MOST_SIZES
+    by = increment or -(-grown // (MOST_SIZES - 1))
+    for step, count in enumerate(got[:steps]):
+        line = first + grown * step / steps
+        assert count <= line < count + by and (count - first) % by == 0
+    assert got[steps:] == [first + grown] * 3
 
 
 def test_without_a_ramp_every_batch_is_full(ramp):
