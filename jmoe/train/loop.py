@@ -55,8 +55,11 @@ from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
-# Pairs of prompt and continuation, from a trained model.
-Sampler = Callable[[RunConfig, Any, Tokenizer], Sequence[tuple[str, str]]]
+# Pairs of prompt and continuation, from a trained model's variables as they lie on the
+# mesh. All processes call it.
+Sampler = Callable[
+    [RunConfig, layouts.Layout, Any, Tokenizer], Sequence[tuple[str, str]]
+]
 
 
 def train(
@@ -156,13 +159,14 @@ def train(
                 f"{name}: saved step {step}; the same command goes on from it."
             )
             return stop
+        if shows:
+            report.write_report(workdir)  # whatever becomes of the samples
         if sample is not None:
             with jax.transfer_guard("allow"):
-                variables = layouts.whole(layout, state.variables)
-                if shows:
-                    _write_samples(workdir, step, sample(run, variables, tokenizer))
-        if shows:
-            report.write_report(workdir)
+                samples = sample(run, layout, state.variables, tokenizer)
+            if shows:
+                _write_samples(workdir, step, samples)
+                report.write_report(workdir)
         console.finish(workdir, unigram_entropy=inputs.entropy)
         return 0
 

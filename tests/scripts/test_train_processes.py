@@ -118,6 +118,7 @@ def test_two_processes_go_on_where_one_stopped(arguments, alone, tmp_path):
     )
     assert [(process.code, process.err) for process in ended] == [(0, "")] * 2
     assert f"Goes on from the checkpoint of step {STEPS - 1}" in ended[0].out
+    assert len((workdir / "samples.jsonl").read_text().splitlines()) == 3
     assert_same_run(workdir, alone)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jmoe.config import override
+from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
@@ -20,7 +21,7 @@ from tests.train.whole_runs import assert_same_end, last_state, rows
 STOP = 5  # inside the ramp, and between checkpoints
 
 
-def sample(run, state, tokenizer):
+def sample(run, layout, variables, tokenizer):
     return [("prompt", tokenizer.decode([7]))]
 
 
@@ -78,6 +79,26 @@ def test_a_run_learns_its_text_and_moves_its_biases(smallest, whole_run):
     steps_N = np.abs(np.diff(bias_NLE, axis=0)).max((1, 2))
     np.testing.assert_allclose(steps_N[:38], 1e-3, rtol=1e-3)
     assert steps_N[38:].tolist() == [0]  # the rate turns 0 at 0.966 of the run
+
+
+def test_samples_are_of_divided_weights_and_their_failure_leaves_the_report(
+    smallest, tmp_path
+):
+    def fail(run, layout, variables, tokenizer):
+        where = layouts.shardings(layout, variables)
+        same = jax.tree.map(
+            lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), variables, where
+        )
+        assert all(jax.tree.leaves(same)), same
+        raise RuntimeError("no samples")
+
+    mesh = ["mesh=data=2,expert=4,tensor=2", "train.microbatch_size=8"]
+    steps = ["train.ramp_start=none", "train.steps=2", "schedule.steps=40"]
+    run = override(smallest, [*mesh, *steps])
+    with pytest.raises(RuntimeError, match="no samples"):
+        train(run, tmp_path / "run", sample=fail)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert load_trained(tmp_path / "run").step == 2
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
