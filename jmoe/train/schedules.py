@@ -8,6 +8,7 @@ is computed on the host.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +85,7 @@ def stepwise(cfg: StepwiseConfig, horizon: int) -> Schedule:
     return _held(value, horizon)
 
 
-def _held(schedule: Schedule, horizon: int) -> Schedule:
+def _held(schedule: Callable[..., Any], horizon: int) -> Callable[..., Any]:
     return lambda step: schedule(jnp.minimum(step, horizon - 1))
 
 

@@ -76,7 +76,7 @@ def test_schedules_planned_anew_have_the_values_of_a_run_of_that_length(finished
         got = values(run, step)
         assert got["bias rate"] == pytest.approx(bias_rate)
         assert got["MTP weight"] == pytest.approx(mtp_weight)
-    assert f"at step 420 learning rate 2e-05 -> {ANEW:.3g}, bias" in said
+    assert f"at step 420 learning rate 2e-05 -> {ANEW:.3g}, bias" in str(said)
 
 
 def test_a_decision_stays_and_is_told_once(finished):
@@ -99,7 +99,7 @@ def test_fewer_steps_stop_earlier_on_the_same_schedules(tmp_path, steps):
 
 def test_another_peak_is_told(finished):
     run, said = go_on(finished, override(RECORDED, ["optimizer.schedule.peak=4e-3"]))
-    assert "at step 420 learning rate 2e-05 -> 4e-05, bias rate 0.0005" in said
+    assert "at step 420 learning rate 2e-05 -> 4e-05, bias rate 0.0005" in str(said)
 
 
 @pytest.mark.parametrize("step", [None, 0])
