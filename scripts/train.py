@@ -83,9 +83,10 @@ def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
     return override(run, assignments)
 
 
-def sample(run, variables, tokenizer) -> list[tuple[str, str]]:
+def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
     """Short completions, as far as the model has positions for them."""
     from jmoe.decode.generate import generate
+    from jmoe.decode.on_mesh import make_next_logits
 
     prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))
@@ -99,6 +100,7 @@ def sample(run, variables, tokenizer) -> list[tuple[str, str]]:
         temperature=0.7,
         top_p=0.95,
         stop_id=tokenizer.eos_id,
+        next_logits=make_next_logits(run, layout),
     )
     return list(zip(PROMPTS, map(tokenizer.decode, new), strict=True))
 

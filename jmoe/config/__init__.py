@@ -13,6 +13,7 @@ from jmoe.config.model import YarnConfig as YarnConfig
 from jmoe.config.records import from_dict as from_dict
 from jmoe.config.records import override as override
 from jmoe.config.records import to_dict as to_dict
+from jmoe.config.run import HorizonConfig as HorizonConfig
 from jmoe.config.run import OptimizerConfig as OptimizerConfig
 from jmoe.config.run import RunConfig as RunConfig
 from jmoe.config.run import ScheduleConfig as ScheduleConfig

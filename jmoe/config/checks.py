@@ -1,5 +1,6 @@
 """The few checks that every record shares, each with one wording."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -7,19 +8,32 @@ T = TypeVar("T")
 
 
 def at_least(record: Any, **minimum: float) -> None:
-    """Raises ValueError for the first field below its minimum."""
+    """Raises ValueError for the first field below its minimum, or infinite."""
     for field, low in minimum.items():
         value = getattr(record, field)
         if not value >= low:
             raise ValueError(f"{field}={value!r} must be at least {low}.")
+    finite(record, *minimum)
 
 
 def at_most(record: Any, **maximum: float) -> None:
-    """Raises ValueError for the first field above its maximum."""
+    """Raises ValueError for the first field above its maximum, or infinite."""
     for field, high in maximum.items():
         value = getattr(record, field)
         if not value <= high:
             raise ValueError(f"{field}={value!r} must be at most {high}.")
+    finite(record, *maximum)
+
+
+def finite(record: Any, *fields: str) -> None:
+    """Raises ValueError for the first field that is infinite or no number.
+
+    None passes, which stands for no value.
+    """
+    for field in fields:
+        value = getattr(record, field)
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{field}={value!r} must be finite.")
 
 
 def one_of(record: Any, **allowed: Sequence[Any]) -> None:

@@ -47,6 +47,7 @@ class YarnConfig:
 
     def __post_init__(self):
         checks.at_least(self, factor=1.0, original_positions=1)
+        checks.finite(self, "beta_fast", "mscale", "mscale_all_dim")
         if not 0 < self.beta_slow <= self.beta_fast:
             raise ValueError(
                 f"beta_slow={self.beta_slow} must be above 0 and at most "

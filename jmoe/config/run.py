@@ -1,8 +1,8 @@
 """A whole run: model, data, optimizer, schedules and how often things happen.
 
-Schedules are counted in optimizer steps and evaluated on the host as plain numbers
-(`jmoe.train.schedules`); what DeepSeek-V3 counts in tokens becomes a fraction of
-`steps`, so that a shortened run keeps its form.
+Schedules are counted in optimizer steps (`jmoe.train.schedules`); what DeepSeek-V3
+counts in tokens becomes a fraction of the steps that they are planned over, so that a
+shortened run keeps its form.
 """
 
 import dataclasses
@@ -13,8 +13,11 @@ from jmoe.config.mesh import MeshConfig, PipelineConfig
 from jmoe.config.model import ModelConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
+BEYOND = ("refuse", "hold")
 OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
+# Of batches; each is a program of its own.
+MOST_SIZES = 8
 # In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
 # of the recipes of `jmoe.ops.fp8`.
 PRECISIONS = (
@@ -32,7 +35,8 @@ class ScheduleConfig:
 
     `multi_step` is DeepSeek-V3's (section 4.2): constant, a cosine to `end_fraction` of
     the peak, constant there, and a last constant stretch at `tail_fraction`.
-    `boundaries` are the ends of those first three stretches, as fractions of the run.
+    `boundaries` are the ends of those first three stretches, as fractions of the
+    horizon.
     """
 
     name: str = "cosine"
@@ -56,6 +60,32 @@ class ScheduleConfig:
         checks.at_most(self, end_fraction=1.0, tail_fraction=1.0, decay_fraction=1.0)
         if not 0 <= self.boundaries[0] <= self.boundaries[1] <= self.boundaries[2] <= 1:
             raise ValueError(f"boundaries={self.boundaries} must rise between 0 and 1.")
+
+    def first_turn(self, horizon: int) -> int:
+        """The last step that the warm-up may end at: there the rate begins to fall."""
+        turns = {
+            "wsd": horizon - max(round(self.decay_fraction * horizon), 1),
+            "multi_step": round(self.boundaries[0] * horizon),
+        }
+        return turns.get(self.name, horizon)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HorizonConfig:
+    """The steps that learning rate, bias rate and MTP weight are planned over.
+
+    They stay what a run began with when it goes on with other `train.steps`, unless it
+    is told otherwise. beyond: what becomes of steps beyond them; refuse: there may be
+    none; hold: each schedule keeps the value of its last step.
+    """
+
+    steps: int | None = None  # None: train.steps
+    beyond: str = "refuse"
+
+    def __post_init__(self):
+        checks.one_of(self, beyond=BEYOND)
+        if self.steps is not None:
+            checks.at_least(self, steps=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +119,7 @@ class StepwiseConfig:
 
     first: float
     last: float
-    switch: float = 1.0  # fraction of the run's steps
+    switch: float = 1.0  # fraction of the horizon's steps
 
     def __post_init__(self):
         checks.at_least(self, first=0.0, last=0.0, switch=0.0)
@@ -104,7 +134,8 @@ class TrainConfig:
     batch_size: int  # of one optimizer step, once the ramp is over
     microbatch_size: int  # of one forward and backward pass; divides batch_size
     ramp_start: int | None = None  # batch_size at step 0; None: no ramp
-    ramp_steps: int = 0  # the batch grows linearly over these, in microbatches
+    ramp_steps: int = 0  # the batch grows linearly over these
+    ramp_increment: int | None = None  # by so much at a time; None: MOST_SIZES at most
     bias_rate: StepwiseConfig = StepwiseConfig(first=1e-3, last=0.0, switch=0.966)
     mtp_weight: StepwiseConfig = StepwiseConfig(first=0.3, last=0.1, switch=0.676)
     loss_chunk: int = 1024  # tokens whose logits exist at one time
@@ -113,6 +144,7 @@ class TrainConfig:
     eval_batches: int = 8  # of microbatch_size
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
+    signal_every: int = 10  # at which several processes agree whether to stop
     seed: int = 0
 
     def __post_init__(self):
@@ -128,6 +160,7 @@ class TrainConfig:
             eval_batches=1,
             checkpoint_every=1,
             keep_checkpoints=1,
+            signal_every=1,
         )
         start = self.batch_size if self.ramp_start is None else self.ramp_start
         for field, size in (("batch_size", self.batch_size), ("ramp_start", start)):
@@ -140,6 +173,50 @@ class TrainConfig:
             raise ValueError(
                 f"ramp_start={start} must be at most batch_size={self.batch_size}."
             )
+        if start < self.batch_size:
+            self._check_ramp()
+
+    @property
+    def ramp(self) -> dict[int, int]:
+        """Step -> microbatches of the steps from it on, in order; at most MOST_SIZES.
+
+        A batch is the largest of `ramp_start` plus whole increments that isn't above
+        the straight line to `batch_size`.
+        """
+        last = self.batch_size // self.microbatch_size
+        if self.ramp_start in (None, self.batch_size):
+            return {0: last}
+        first = self.ramp_start // self.microbatch_size
+        grown = range(0, last - first, self._increment // self.microbatch_size)
+        # Where several begin at one step, the largest counts.
+        begins = {-(-n * self.ramp_steps // (last - first)): first + n for n in grown}
+        return begins | {self.ramp_steps: last}
+
+    @property
+    def _increment(self) -> int:
+        if self.ramp_increment is not None:
+            return self.ramp_increment
+        assert self.ramp_start is not None
+        grown = (self.batch_size - self.ramp_start) // self.microbatch_size
+        return -(-grown // (MOST_SIZES - 1)) * self.microbatch_size
+
+    def _check_ramp(self) -> None:
+        start = f"ramp_start={self.ramp_start}"
+        if self.ramp_steps < 1:
+            raise ValueError(f"ramp_steps=0 must be at least 1 with {start}.")
+        increment = self._increment
+        if increment < 1 or increment % self.microbatch_size:
+            raise ValueError(
+                f"ramp_increment={increment} must be a positive multiple of "
+                f"microbatch_size={self.microbatch_size}."
+            )
+        if len(self.ramp) > MOST_SIZES:
+            fewest = dataclasses.replace(self, ramp_increment=None)._increment
+            raise ValueError(
+                f"ramp_increment={increment} makes {len(self.ramp)} sizes of batches "
+                f"from {start} to batch_size={self.batch_size}, each a program of its "
+                f"own; at most {MOST_SIZES} may be: ramp_increment={fewest}, or none."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +228,7 @@ class RunConfig:
     data: DataConfig
     train: TrainConfig
     optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: HorizonConfig = HorizonConfig()
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
     precision: str = "native"
@@ -179,8 +257,39 @@ class RunConfig:
                 f"model.mtp_depth={self.model.mtp_depth} leaves nothing to predict in "
                 f"data.sequence_length={length}."
             )
+        self._check_schedules()
         if self.mesh.pipe > 1:
             self._check_pipeline()
+
+    @property
+    def horizon(self) -> int:
+        """The steps that schedules are planned over."""
+        given = self.schedule.steps
+        return self.train.steps if given is None else given
+
+    def _check_schedules(self) -> None:
+        horizon, train = self.horizon, self.train
+        if train.steps > horizon and self.schedule.beyond == "refuse":
+            raise ValueError(
+                f"train.steps={train.steps} exceeds schedule.steps={horizon}, which "
+                "learning rate, bias rate and MTP weight are planned over. Either "
+                "schedule.beyond=hold keeps their last values, or "
+                f"schedule.steps={train.steps} plans them anew."
+            )
+        planned = f"the {horizon} steps that schedules are planned over"
+        schedule = self.optimizer.schedule
+        turn = schedule.first_turn(horizon)
+        if schedule.warmup_steps > turn:
+            raise ValueError(
+                f"optimizer.schedule.warmup_steps={schedule.warmup_steps} must be at "
+                f"most {turn}: there {schedule.name!r} first turns, of {planned} "
+                "(schedule.steps)."
+            )
+        begins = max(train.ramp)
+        if begins > horizon:
+            raise ValueError(
+                f"train.ramp_steps={begins} must be at most {planned} (schedule.steps)."
+            )
 
     def _check_pipeline(self) -> None:
         if self.model.layer_loop != "scan":
@@ -191,12 +300,13 @@ class RunConfig:
         train, microbatches = self.train, self.pipeline.microbatches
         if microbatches is None:
             return
-        accumulated = train.batch_size // train.microbatch_size
-        parts = microbatches * self.mesh.batch_parts
-        if microbatches % accumulated or train.batch_size % parts:
-            raise ValueError(
-                f"pipeline.microbatches={microbatches} must be a multiple of the "
-                f"{accumulated} that train.microbatch_size={train.microbatch_size} "
-                f"makes, and divide the {train.batch_size // self.mesh.batch_parts} "
-                f"sequences that each part of train.batch_size={train.batch_size} has."
-            )
+        for accumulated in train.ramp.values():
+            size = accumulated * train.microbatch_size
+            sequences = size // self.mesh.batch_parts
+            if microbatches % accumulated or sequences % microbatches:
+                raise ValueError(
+                    f"pipeline.microbatches={microbatches} must be a multiple of the "
+                    f"{accumulated} that train.microbatch_size={train.microbatch_size} "
+                    f"makes, and divide the {sequences} sequences that each part of a "
+                    f"batch of {size} has."
+                )

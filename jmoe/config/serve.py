@@ -42,6 +42,7 @@ class EngineConfig:
             max_sequences=1,
         )
         checks.one_of(self, dtype=(None, *DTYPES))
+        checks.finite(self, "cache_gib")
         if self.max_length is not None:
             checks.at_least(self, max_length=2)
         if self.cache_gib is not None and not self.cache_gib > 0:

@@ -5,7 +5,7 @@ new tokens, and comes in few sizes, so that few programs are compiled.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,11 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.sampling import sample
 from jmoe.nn.model import Transformer
+from jmoe.parallel import vocabulary
+
+# Of variables, tokens [B, S] and the position [B] of each row's last one: float32
+# logits [B, V] of the token that follows.
+NextLogits = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 SIZE_STEP = 64  # of S; what lies behind a token is invisible to it
 
@@ -29,6 +34,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_id: int | None = None,
+    next_logits: NextLogits | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without `stop_id`.
 
@@ -36,6 +42,8 @@ def generate(
       variables: {"params": ..., "router_state": ...}.
       prompts: token ids; each at least one.
       temperature, top_p: see `jmoe.decode.sampling.sample`.
+      next_logits: the model's, by default on one device; `jmoe.decode.on_mesh` has it
+        for variables that are divided. All processes of a mesh call this function.
 
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, a negative
@@ -49,12 +57,12 @@ def generate(
         row[: len(prompt)] = prompt
     done_BS = np.asarray(
         _complete(
-            cfg,
+            next_logits or _on_one_device(cfg),
             variables,
-            jnp.asarray(tokens_BS),
-            jnp.asarray(length_B),
+            tokens_BS,
+            length_B,
             max_new_tokens,
-            jax.random.key(seed),
+            seed,
             temperature,
             top_p,
         )
@@ -68,21 +76,32 @@ def generate(
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
 def _complete(
-    cfg, variables, tokens_BS, length_B, max_new_tokens, key, temperature, top_p
+    next_logits,
+    variables,
+    tokens_BS,
+    length_B,
+    max_new_tokens,
+    seed,
+    temperature,
+    top_p,
 ):
-    model = Transformer(cfg)
-    rows_B = jnp.arange(len(length_B))
+    rows_B, key = jnp.arange(len(length_B)), jax.random.key(seed)
 
     def step(i, tokens_BS):
-        features: Any = model.apply(variables, tokens_BS, method="features")
-        last_BD = features.hidden_BSD[rows_B, length_B + i - 1]
-        logits_BV = (last_BD @ features.head_DV.astype(last_BD.dtype)).astype(
-            jnp.float32
-        )
+        logits_BV = next_logits(variables, tokens_BS, length_B + i - 1)
         next_B = sample(logits_BV, jax.random.fold_in(key, i), temperature, top_p)
         return tokens_BS.at[rows_B, length_B + i].set(next_B)
 
-    return jax.lax.fori_loop(0, max_new_tokens, step, tokens_BS)
+    return jax.lax.fori_loop(0, max_new_tokens, step, jnp.asarray(tokens_BS))
+
+
+@functools.cache  # one function for a model, that is compiled once
+def _on_one_device(cfg: ModelConfig) -> NextLogits:
+    def next_logits(variables, tokens_BS, last_B):
+        features: Any = Transformer(cfg).apply(variables, tokens_BS, method="features")
+        return vocabulary.next_logits(features.hidden_BSD, features.head_DV, last_B)
+
+    return next_logits
 
 
 def _check(cfg, prompts, max_new_tokens, temperature, top_p):

@@ -73,6 +73,10 @@ class Group:
         self.index = index
         self._lines = lines
 
+    @property
+    def is_alone(self) -> bool:
+        return not self._lines
+
     def exchange(self, what: str, value: Any) -> list[Any]:
         """The values of all processes, by index. Waits for all of them.
 
@@ -84,7 +88,7 @@ class Group:
           ElsewhereError: another process called `fail` instead.
           ConnectionError: another process has ended.
         """
-        if not self._lines:
+        if self.is_alone:
             return [value]
         mine = {"what": what, "value": value}
         if self.index > 0:

@@ -96,9 +96,16 @@ def first_before_others(what: str) -> Iterator[None]:
         exchange(what, None)
 
 
-def any_signal(mine: int) -> int:
-    """The signal that stops the run: that of any process, or 0 if none has any."""
-    return max(exchange("signals", mine))
+def any_signal(mine: int, *, ask: bool) -> int:
+    """The signal that stops the run: that of any process, or 0 if none has any.
+
+    Args:
+      ask: whether to ask the others, which makes all wait for the slowest; the same on
+        all processes. Without it none stops. A lone process needs not ask.
+    """
+    if _group.get().is_alone:
+        return mine
+    return max(exchange("signals", mine)) if ask else 0
 
 
 @contextlib.contextmanager

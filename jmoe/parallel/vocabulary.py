@@ -67,6 +67,25 @@ def _rows_backward(dtype, saved, d_rows_BTD):
 _rows.defvjp(_rows_forward, _rows_backward)
 
 
+def next_logits(
+    hidden_BSD: jax.Array, head_DV: jax.Array, last_B: jax.Array
+) -> jax.Array:
+    """Float32 logits of what follows position `last_B` of all T, of all of V.
+
+    The same on each device of the tensor group. Its all-reduce is of [B, D] hidden
+    states, its all-gather of the logits.
+    """
+    size = hidden_BSD.shape[1]
+    local_B = last_B - collectives.axis_index(AXIS) * size
+    here_B = (local_B >= 0) & (local_B < size)
+    rows_B = jnp.arange(len(last_B))
+    last_BD = hidden_BSD[rows_B, jnp.where(here_B, local_B, 0)]
+    last_BD = collectives.total(jnp.where(here_B[:, None], last_BD, 0), AXIS)
+    rounded_DV = head_DV.astype(last_BD.dtype)
+    logits_BV = jnp.dot(last_BD, rounded_DV, preferred_element_type=jnp.float32)
+    return collectives.gather(logits_BV, AXIS, 1)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def linear_cross_entropy(
     x_ND: jax.Array,

@@ -116,13 +116,6 @@ def put_batch(layout: Layout, batch: Batch) -> Batch:
     return jax.tree.map(put, batch)
 
 
-def whole(layout: Layout, tree: Any) -> Any:
-    """All of each array, on the first device of this process. All-gathers."""
-    everywhere = NamedSharding(layout.mesh, WHOLE)
-    copy = jax.jit(lambda tree: tree, out_shardings=everywhere)
-    return jax.tree.map(lambda x: x.addressable_data(0), copy(tree))
-
-
 def _names(path: Any) -> tuple[Any, ...]:
     """The keys of a path, whatever kind of node each is of."""
     simple = functools.partial(jax.tree_util.keystr, simple=True)

@@ -43,8 +43,8 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import compiler, processes
+from jmoe.train import horizon, report, run_files, schedules, stages
 from jmoe.train import layout as layouts
-from jmoe.train import report, run_files, schedules, stages
 from jmoe.train.ahead import Ahead
 from jmoe.train.console import Console
 from jmoe.train.inputs import next_batch, open_inputs
@@ -55,8 +55,11 @@ from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
-# Pairs of prompt and continuation, from a trained model.
-Sampler = Callable[[RunConfig, Any, Tokenizer], Sequence[tuple[str, str]]]
+# Pairs of prompt and continuation, from a trained model's variables as they lie on the
+# mesh. All processes call it.
+Sampler = Callable[
+    [RunConfig, layouts.Layout, Any, Tokenizer], Sequence[tuple[str, str]]
+]
 
 
 def train(
@@ -84,9 +87,10 @@ def train(
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
+    run, decision = horizon.go_on(workdir, run) if resumes else (run, None)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer
-    optimizer = make_optimizer(run.optimizer, cfg.steps)
+    optimizer = make_optimizer(run.optimizer, run.horizon)
     train_step = jax.jit(
         steps.make_train_step(model, optimizer, run, layout),
         donate_argnums=0,
@@ -114,6 +118,8 @@ def train(
             log = stack.enter_context(MetricsLog(workdir, start_step=step))
             console = stack.enter_context(Console(cfg.steps, start_step=step))
         _show_header(console, run, workdir, parameters, step)
+        if decision is not None:
+            console.note(decision)
         stopped = stack.enter_context(_stop_signals())
         stack.enter_context(jax.transfer_guard("disallow"))
 
@@ -142,7 +148,8 @@ def train(
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
                     store.save(step, state, loader.get_state())
-            stop = processes.any_signal(max(stopped, default=0))
+            asks = step % cfg.signal_every == 0
+            stop = processes.any_signal(max(stopped, default=0), ask=asks)
 
         store.save(step, state, loader.get_state())
         store.wait()
@@ -152,13 +159,14 @@ def train(
                 f"{name}: saved step {step}; the same command goes on from it."
             )
             return stop
+        if shows:
+            report.write_report(workdir)  # whatever becomes of the samples
         if sample is not None:
             with jax.transfer_guard("allow"):
-                variables = layouts.whole(layout, state.variables)
-                if shows:
-                    _write_samples(workdir, step, sample(run, variables, tokenizer))
-        if shows:
-            report.write_report(workdir)
+                samples = sample(run, layout, state.variables, tokenizer)
+            if shows:
+                _write_samples(workdir, step, samples)
+                report.write_report(workdir)
         console.finish(workdir, unigram_entropy=inputs.entropy)
         return 0
 

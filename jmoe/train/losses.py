@@ -77,7 +77,7 @@ def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
 
 def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
     """A function of a microbatch's losses and the step: what gradients are taken of."""
-    mtp_weight = schedules.stepwise(run.train.mtp_weight, run.train.steps)
+    mtp_weight = schedules.stepwise(run.train.mtp_weight, run.horizon)
 
     def objective(losses: Losses, step: jax.Array) -> jax.Array:
         total = losses.main + layer_objective(losses, run)

@@ -10,13 +10,13 @@ from jmoe.config import OptimizerConfig
 from jmoe.train import schedules
 
 
-def make_optimizer(cfg: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, horizon: int) -> optax.GradientTransformation:
     """Clip by global norm, then the named optimizer on its schedule.
 
     Args:
-      steps: the run's length, which the learning-rate schedule is stretched over.
+      horizon: the steps that the learning-rate schedule is stretched over.
     """
-    rate = schedules.learning_rate(cfg.schedule, steps)
+    rate = schedules.learning_rate(cfg.schedule, horizon)
     optimizer = OPTIMIZERS[cfg.name](cfg, rate)
     if cfg.moment_dtype != "float32":
         optimizer = store_moments(optimizer, jnp.dtype(cfg.moment_dtype))

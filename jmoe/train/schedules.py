@@ -1,12 +1,14 @@
 """Learning rate, bias rate, MTP weight and batch size as functions of the step.
 
-Fractions of a run include its warm-up, so that what is to change together does. The
-first three are traced (a step is an int32 scalar, results are float32 scalars), so
-that a step's program is the same for all steps. The batch size decides shapes, so it is
-computed on the host.
+The first three are planned over a horizon of so many steps; beyond it they keep the
+value of its last step. Fractions of it include the warm-up, so that what is to change
+together does. They are traced (a step is an int32 scalar, results are float32 scalars),
+so that a step's program is the same for all steps. The batch size decides shapes, so it
+is computed on the host.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ def _half_cosine(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
     return optax.cosine_decay_schedule(cfg.peak, max(steps, 1), cfg.end_fraction)
 
 
-# What follows the warm-up, of `steps` the run's length; called with the steps since.
+# What follows the warm-up, of `steps` the horizon; called with the steps since.
 SCHEDULES = {
     "constant": constant,
     "cosine": cosine,
@@ -63,29 +65,30 @@ SCHEDULES = {
 }
 
 
-def learning_rate(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the named schedule to the end of the run."""
-    after = SCHEDULES[cfg.name](cfg, steps)
+def learning_rate(cfg: ScheduleConfig, horizon: int) -> optax.Schedule:
+    """Linear warm-up from 0, then the named schedule to the horizon's end."""
+    after = SCHEDULES[cfg.name](cfg, horizon)
     if not cfg.warmup_steps:
-        return after
+        return _held(after, horizon)
     warmup = optax.linear_schedule(0.0, cfg.peak, cfg.warmup_steps)
-    return optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    joined = optax.join_schedules([warmup, after], [cfg.warmup_steps])
+    return _held(joined, horizon)
 
 
-def stepwise(cfg: StepwiseConfig, steps: int) -> Schedule:
-    """`first` for the steps before `switch * steps`, `last` from there."""
-    turn = round(cfg.switch * steps)
+def stepwise(cfg: StepwiseConfig, horizon: int) -> Schedule:
+    """`first` for the steps before `switch * horizon`, `last` from there."""
+    turn = round(cfg.switch * horizon)
 
     def value(step: jax.Array) -> jax.Array:
         return jnp.where(step < turn, jnp.float32(cfg.first), jnp.float32(cfg.last))
 
-    return value
+    return _held(value, horizon)
+
+
+def _held(schedule: Callable[..., Any], horizon: int) -> Callable[..., Any]:
+    return lambda step: schedule(jnp.minimum(step, horizon - 1))
 
 
 def microbatches(cfg: TrainConfig, step: int) -> int:
     """How many microbatches optimizer step `step` takes: the batch-size ramp."""
-    last = cfg.batch_size // cfg.microbatch_size
-    if cfg.ramp_start is None or step >= cfg.ramp_steps:
-        return last
-    first = cfg.ramp_start // cfg.microbatch_size
-    return first + (last - first) * step // cfg.ramp_steps
+    return next(count for begin, count in reversed(cfg.ramp.items()) if begin <= step)

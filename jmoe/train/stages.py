@@ -14,7 +14,6 @@ import numpy as np
 from jmoe.config import AttentionConfig, ModelConfig, PipelineConfig, RunConfig
 from jmoe.parallel.partition import partition
 from jmoe.parallel.schedule import Schedule, build
-from jmoe.train import schedules
 
 
 class Rows(NamedTuple):
@@ -35,9 +34,8 @@ def check(run: RunConfig) -> None:
     Raises:
       ValueError: they don't.
     """
-    train, given = run.train, run.pipeline.microbatches
-    counts = {schedules.microbatches(train, i) for i in range(train.ramp_steps + 1)}
-    for count in sorted(counts) if given is None else [given]:
+    given = run.pipeline.microbatches
+    for count in run.train.ramp.values() if given is None else [given]:
         schedule = make_schedule(run.pipeline, run.mesh.pipe, count)
         cut(run.model, schedule, run.data.sequence_length)
 

@@ -52,7 +52,7 @@ def make_train_step(
     layout: Layout,
 ) -> TrainStep:
     """A function of the state and a batch of [A, B, T + 1] tokens, laid out so."""
-    cfg, steps = run.model, run.train.steps
+    cfg, steps = run.model, run.horizon
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
     learning_rate = schedules.learning_rate(run.optimizer.schedule, steps)

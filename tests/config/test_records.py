@@ -78,7 +78,7 @@ def test_a_field_missing_deep_inside_is_named_with_its_record():
         ("name='7'", lambda run: run.name, "7"),
         ("name=a=b", lambda run: run.name, "a=b"),
         ("name={[]: 1}", lambda run: run.name, "{[]: 1}"),
-        ("train.steps=7", lambda run: run.train.steps, 7),
+        ("train.steps=700", lambda run: run.train.steps, 700),
         ("train.ramp_start=8", lambda run: run.train.ramp_start, 8),
         ("train.ramp_start=none", lambda run: run.train.ramp_start, None),
         ("train.ramp_start=None", lambda run: run.train.ramp_start, None),
@@ -123,7 +123,7 @@ def test_an_assignment_sets_one_field(assignment, get, value):
 
 
 def test_an_assignment_leaves_all_else_alone():
-    run = overridden("train.steps=7", "data.sources.0.weight=5")
+    run = overridden("train.steps=700", "data.sources.0.weight=5")
     back = records.override(run, ["train.steps=600", "data.sources.0.weight=0.5"])
     assert back == plain_run()
 
@@ -142,7 +142,7 @@ def test_assignments_are_validated_only_together(order):
 
 
 def test_the_last_of_several_assignments_counts():
-    assert overridden("train.steps=1", "train.steps=2").train.steps == 2
+    assert overridden("train.steps=601", "train.steps=602").train.steps == 602
 
 
 @pytest.mark.parametrize(
@@ -152,13 +152,13 @@ def test_the_last_of_several_assignments_counts():
         ("", "--set '' must read path.to.field=value."),
         (
             "=3",
-            "Unknown field ''; known: name, model, data, train, optimizer, mesh, "
-            "pipeline, precision.",
+            "Unknown field ''; known: name, model, data, train, optimizer, "
+            "schedule, mesh, pipeline, precision.",
         ),
         (
             "trian.steps=3",
-            "Unknown field 'trian'; known: name, model, data, train, optimizer, mesh, "
-            "pipeline, precision. Did you mean 'train'?",
+            "Unknown field 'trian'; known: name, model, data, train, optimizer, "
+            "schedule, mesh, pipeline, precision. Did you mean 'train'?",
         ),
         ("train.steps.x=3", "train.steps is a plain value; it has no field 'x'."),
         (

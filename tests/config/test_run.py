@@ -5,8 +5,11 @@ import math
 import pytest
 
 from jmoe.config import records
-from jmoe.config.run import ScheduleConfig, TrainConfig
+from jmoe.config.run import MOST_SIZES, ScheduleConfig, TrainConfig
 from tests.plain_run import plain_run
+
+# Ten sizes, if it were by one microbatch at a time.
+RAMP = ("train.batch_size=80", "train.ramp_start=8", "train.ramp_steps=100")
 
 
 @pytest.mark.parametrize(
@@ -33,6 +36,41 @@ from tests.plain_run import plain_run
         ),
         (["train.ramp_start=16"], "ramp_start=16 must be at most batch_size=8."),
         (["train.ramp_steps=-1"], "ramp_steps=-1 must be at least 0."),
+        (
+            ["train.batch_size=16", "train.ramp_start=8"],
+            "ramp_steps=0 must be at least 1 with ramp_start=8.",
+        ),
+        (
+            [*RAMP, "train.ramp_increment=12"],
+            "ramp_increment=12 must be a positive multiple of microbatch_size=8.",
+        ),
+        (
+            [*RAMP, "train.ramp_increment=0"],
+            "ramp_increment=0 must be a positive multiple of microbatch_size=8.",
+        ),
+        (
+            [*RAMP, "train.ramp_increment=8"],
+            "ramp_increment=8 makes 10 sizes of batches from ramp_start=8 to "
+            "batch_size=80, each a program of its own; at most 8 may be: "
+            "ramp_increment=16, or none.",
+        ),
+        (
+            [*RAMP, "train.ramp_steps=601"],
+            "train.ramp_steps=601 must be at most the 600 steps that schedules are "
+            "planned over (schedule.steps).",
+        ),
+        (["train.signal_every=0"], "signal_every=0 must be at least 1."),
+        (["schedule.steps=0"], "steps=0 must be at least 1."),
+        (
+            ["schedule.beyond=restart"],
+            "beyond='restart' is not one of 'refuse', 'hold'.",
+        ),
+        (
+            ["schedule.steps=599"],
+            "train.steps=600 exceeds schedule.steps=599, which learning rate, bias "
+            "rate and MTP weight are planned over. Either schedule.beyond=hold keeps "
+            "their last values, or schedule.steps=600 plans them anew.",
+        ),
         (["train.loss_chunk=0"], "loss_chunk=0 must be at least 1."),
         (["train.log_every=0"], "log_every=0 must be at least 1."),
         (["train.eval_every=0"], "eval_every=0 must be at least 1."),
@@ -60,6 +98,7 @@ from tests.plain_run import plain_run
             ["optimizer.schedule.name=linear"],
             "name='linear' is not one of 'constant', 'cosine', 'wsd', 'multi_step'.",
         ),
+        (["optimizer.schedule.peak=inf"], "peak=inf must be finite."),
         (["optimizer.schedule.peak=-1"], "peak=-1.0 must be at least 0.0."),
         (["optimizer.schedule.warmup_steps=-1"], "warmup_steps=-1 must be at least 0."),
         (
@@ -120,9 +159,58 @@ def test_a_sequence_may_fill_all_positions():
     assert run.data.sequence_length == run.model.max_positions
 
 
-def test_a_ramp_starts_at_a_multiple_of_the_microbatch():
-    train = TrainConfig(steps=10, batch_size=32, microbatch_size=8, ramp_start=16)
-    assert train.ramp_start == 16
+@pytest.mark.parametrize(
+    ("name", "turn"),
+    [("constant", 600), ("cosine", 600), ("wsd", 480), ("multi_step", 406)],
+)
+def test_a_warm_up_may_end_where_its_schedule_first_turns_and_no_later(name, turn):
+    def run(warmup, *more):
+        fields = {"name": name, "warmup_steps": warmup}
+        given = [f"optimizer.schedule.{key}={value}" for key, value in fields.items()]
+        return records.override(plain_run(), [*given, *more])
+
+    assert run(turn).optimizer.schedule.warmup_steps == turn
+    with pytest.raises(ValueError) as error:
+        run(turn + 1)
+    assert str(error.value) == (
+        f"optimizer.schedule.warmup_steps={turn + 1} must be at most {turn}: there "
+        f"'{name}' first turns, of the 600 steps that schedules are planned over "
+        "(schedule.steps)."
+    )
+    assert run(turn + 1, "schedule.steps=700").horizon == 700
+
+
+def test_schedules_are_planned_over_the_runs_steps_unless_they_are_told_otherwise():
+    assert plain_run().horizon == 600
+    longer = records.override(plain_run(), ["schedule.steps=900"])
+    assert (longer.train.steps, longer.horizon) == (600, 900)
+    held = ["schedule.steps=500", "schedule.beyond=hold"]
+    assert records.override(plain_run(), held).horizon == 500
+
+
+def ramp(**fields):
+    return TrainConfig(steps=10, microbatch_size=8, **fields).ramp
+
+
+def test_a_batch_grows_along_a_line_by_whole_increments():
+    by_12 = ramp(batch_size=96, ramp_start=16, ramp_steps=100, ramp_increment=24)
+    # From 2 microbatches to 12, by 3: line = 2 + step / 10.
+    assert by_12 == {0: 2, 30: 5, 60: 8, 90: 11, 100: 12}
+    # What several begin at is the largest's.
+    assert ramp(batch_size=56, ramp_start=8, ramp_steps=2) == {0: 1, 1: 4, 2: 7}
+    assert ramp(batch_size=16, ramp_start=16, ramp_steps=9) == {0: 2}
+    assert ramp(batch_size=16) == {0: 2}
+
+
+def test_v3s_ramp_has_at_most_eight_sizes_by_default():
+    # 3072 to 15360 sequences over 469B tokens, in microbatches of 256.
+    fields = {"batch_size": 15360, "microbatch_size": 256, "ramp_start": 3072}
+    train = TrainConfig(steps=20_000, ramp_steps=12_426, **fields)
+    assert list(train.ramp.values()) == [12, 19, 26, 33, 40, 47, 54, 60]
+    assert len(train.ramp) == MOST_SIZES
+    # The next smaller multiple would make one more.
+    with pytest.raises(ValueError, match="makes 9 sizes .*ramp_increment=1792"):
+        TrainConfig(steps=20_000, ramp_steps=12_426, ramp_increment=1536, **fields)
 
 
 def test_clipping_can_be_turned_off():

@@ -153,6 +153,21 @@ def test_so_does_one_that_computes_its_stages_again(name):
     assert_trained(cut, result(cut, traced))
 
 
+def test_a_weight_whose_gradient_only_w_multiplies_gets_its_own_microbatchs_data(
+    monkeypatch,
+):
+    def shifted(weights, state, batch, x):
+        shift = batch["scale"][:, None] * weights["scale"]  # nothing that B asks for
+        return (x + jnp.tanh(x @ weights["w"]) + shift, jnp.float32(0)), None
+
+    monkeypatch.setitem(KINDS, "narrow", shifted)
+    cut, traced = training.__wrapped__("zb_h1", 2)  # here W comes later than B
+    narrow, _ = result(cut, traced).groups
+    (want, _), _ = jax.jit(in_a_row)(*arguments(cut))
+    for name, gradient in narrow.items():
+        assert_same(cut.to_layers("narrow", gradient), want["narrow"][name])
+
+
 @each_size
 @each_schedule
 def test_forward_passes_alone_find_the_same_sums(name, ranks):

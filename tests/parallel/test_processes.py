@@ -1,11 +1,12 @@
 """A run as several processes: who is one, and what they must agree on."""
 
+import functools
 import pathlib
 import shutil
 
 import pytest
 
-from jmoe.parallel import processes
+from jmoe.parallel import meeting, processes
 from tests.several_processes import together
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -109,8 +110,31 @@ def test_process_0_goes_first_and_its_value_counts():
 
 
 def test_a_signal_of_one_process_is_known_to_all():
-    assert together(processes.any_signal, 0, 15, 0) == [15] * 3
-    assert together(processes.any_signal, 0, 0, 0) == [0] * 3
+    asked = functools.partial(processes.any_signal, ask=True)
+    assert together(asked, 0, 15, 0) == [15] * 3
+    assert together(asked, 0, 0, 0) == [0] * 3
+
+
+def test_between_asks_nothing_travels_and_no_process_stops(monkeypatch):
+    exchanged = []
+
+    def count(group, what, value):
+        exchanged.append(value)
+        return exchange(group, what, value)
+
+    exchange = meeting.Group.exchange
+    monkeypatch.setattr(meeting.Group, "exchange", count)
+
+    def run(mine: int) -> int:
+        """The step after which a process stops that got a signal in the third."""
+        for step in range(1, 30):
+            signal = mine if step >= 3 else 0
+            if processes.any_signal(signal, ask=step % 5 == 0):
+                return step
+        return 0
+
+    assert together(run, 0, 15, 0) == [5] * 3
+    assert sorted(exchanged) == [0, 0, 15]
 
 
 def test_a_lone_process_agrees_with_itself_and_waits_for_nobody():
@@ -119,7 +143,7 @@ def test_a_lone_process_agrees_with_itself_and_waits_for_nobody():
         with processes.first_before_others("data"):
             pass
         assert processes.from_first("step", lambda: 7) == 7
-        assert processes.any_signal(15) == 15
+        assert processes.any_signal(15, ask=False) == 15
         assert processes.index() == 0
 
 

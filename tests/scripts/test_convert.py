@@ -57,7 +57,8 @@ def test_training_goes_on_from_imported_weights(script, trained, imported):
     outcome = script("train", record, f"--workdir={imported}")
     assert outcome.code == 0, outcome.err
     assert losses(imported)[0] == pytest.approx(losses(trained)[-1], abs=0.05)
-    outcome = script("train", record, f"--workdir={imported}", "--set=train.steps=3")
+    more = ("--set=train.steps=3", "--set=schedule.beyond=hold")
+    outcome = script("train", record, f"--workdir={imported}", *more)
     assert "Goes on from the checkpoint of step 2" in outcome.out
 
 

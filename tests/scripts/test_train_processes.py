@@ -31,6 +31,7 @@ def arguments(smallest_arguments) -> list[str]:
         "train.ramp_start": "none",
         "train.eval_every": STEPS,
         "train.checkpoint_every": 1,
+        "train.signal_every": 2,
     }
     return [*smallest_arguments, *(f"--set={k}={v}" for k, v in values.items())]
 
@@ -92,7 +93,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step(stopped):
     assert [process.code for process in ended] == [128 + signal.SIGTERM] * 2
     assert [process.err for process in ended] == ["", ""]
     step = max(int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert 0 < step < STEPS
+    assert 0 < step < STEPS and step % 2 == 0
     assert f"SIGTERM: saved step {step}; the same command goes on" in ended[0].out
 
 
@@ -117,6 +118,7 @@ def test_two_processes_go_on_where_one_stopped(arguments, alone, tmp_path):
     )
     assert [(process.code, process.err) for process in ended] == [(0, "")] * 2
     assert f"Goes on from the checkpoint of step {STEPS - 1}" in ended[0].out
+    assert len((workdir / "samples.jsonl").read_text().splitlines()) == 3
     assert_same_run(workdir, alone)
 
 

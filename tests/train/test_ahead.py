@@ -68,6 +68,6 @@ def test_a_training_counts_its_steps_and_evaluations(smallest, tmp_path, monkeyp
             super().add(result)
 
     monkeypatch.setattr(loop, "Ahead", Counted)
-    run = override(smallest, ["train.steps=3"])
+    run = override(smallest, ["train.steps=3", "schedule.steps=40"])
     assert loop.train(run, tmp_path / "run") == 0
     assert added == [dict] * 3 + [Evaluation] * run.train.eval_batches

@@ -9,24 +9,21 @@ import jax
 import numpy as np
 import pytest
 
-from jmoe.checkpoint.store import Store
-from jmoe.config import RunConfig, override
-from jmoe.nn.model import Transformer
+from jmoe.config import override
+from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
 from jmoe.train.console import Console
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
-from jmoe.train.optimizer import make_optimizer
-from jmoe.train.state import make_state
 from jmoe.train.step import Evaluation
 from jmoe.train.trained import load_trained
 from tests.plain_run import plain_run
+from tests.train.whole_runs import assert_same_end, last_state, rows
 
-TIMES = {"time", "tokens_per_second", "step_seconds"}
 STOP = 5  # inside the ramp, and between checkpoints
 
 
-def sample(run, state, tokenizer):
+def sample(run, layout, variables, tokenizer):
     return [("prompt", tokenizer.decode([7]))]
 
 
@@ -43,36 +40,8 @@ def copied_run(whole_run, tmp_path) -> pathlib.Path:
     return shutil.copytree(whole_run, tmp_path / "copy")
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
-    """What was logged, without what depends on the clock."""
-    return [
-        {name: value for name, value in row.items() if name not in TIMES}
-        for row in run_files.read_rows(workdir / run_files.METRICS)
-    ]
-
-
 def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
     return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-
-
-def last_state(run: RunConfig, workdir: pathlib.Path):
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
-    with Store(workdir / loop.CHECKPOINTS) as store:
-        return jax.device_get(store.restore(make))
-
-
-def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> None:
-    """To the bit: the state, the loader's position, and all that was logged."""
-    got_state, want_state = last_state(run, got), last_state(run, want)
-    same = jax.tree.map(np.array_equal, got_state, want_state)
-    assert all(jax.tree.leaves(same)), same
-    assert rows(got) == rows(want)
-    balance = [
-        list(run_files.read_rows(workdir / run_files.BALANCE))
-        for workdir in (got, want)
-    ]
-    assert balance[0] == balance[1]
 
 
 def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
@@ -112,6 +81,26 @@ def test_a_run_learns_its_text_and_moves_its_biases(smallest, whole_run):
     steps_N = np.abs(np.diff(bias_NLE, axis=0)).max((1, 2))
     np.testing.assert_allclose(steps_N[:38], 1e-3, rtol=1e-3)
     assert steps_N[38:].tolist() == [0]  # the rate turns 0 at 0.966 of the run
+
+
+def test_samples_are_of_divided_weights_and_their_failure_leaves_the_report(
+    smallest, tmp_path
+):
+    def fail(run, layout, variables, tokenizer):
+        where = layouts.shardings(layout, variables)
+        same = jax.tree.map(
+            lambda x, to: x.sharding.is_equivalent_to(to, x.ndim), variables, where
+        )
+        assert all(jax.tree.leaves(same)), same
+        raise RuntimeError("no samples")
+
+    mesh = ["mesh=data=2,expert=4,tensor=2", "train.microbatch_size=8"]
+    steps = ["train.ramp_start=none", "train.steps=2", "schedule.steps=40"]
+    run = override(smallest, [*mesh, *steps])
+    with pytest.raises(RuntimeError, match="no samples"):
+        train(run, tmp_path / "run", sample=fail)
+    assert (tmp_path / "run" / "report.html").exists()
+    assert load_trained(tmp_path / "run").step == 2
 
 
 def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(

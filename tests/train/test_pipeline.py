@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.config import mesh as config
+from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
@@ -183,12 +184,25 @@ def test_a_pipelines_checkpoint_goes_on_in_another_shape(
     assert_same(got, want)
 
 
+# From 2 microbatches to 8.
+RAMP = ("train.ramp_start=16", "train.ramp_steps=60")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         (["pipeline.schedule=2f2b"], "'2f2b' is not one of 'gpipe', '1f1b'"),
         (["pipeline.microbatches=12"], "=12 must be a multiple of the 8 that"),
         (["pipeline.microbatches=128"], "divide the 64 sequences"),
+        # A ramp's first batches are of 2, then of 3 microbatches.
+        (
+            [*RAMP, "pipeline.microbatches=16"],
+            "pipeline.microbatches=16 must be a multiple of the 3 that",
+        ),
+        (
+            [*RAMP, "train.ramp_increment=16", "pipeline.microbatches=48"],
+            "divide the 16 sequences that each part of a batch of 16 has",
+        ),
         (["mesh.zero_stage=3"], "zero_stage=3 must be 1 with pipe=2"),
         (["model.layer_loop=unroll"], "layer_loop='unroll' must be 'scan' with"),
         (["pipeline.remat=block"], "remat='block' is not one of 'none', 'stage'"),
@@ -207,6 +221,14 @@ def test_a_pipeline_that_no_mesh_can_run_is_refused(run, settings, message):
             ["mesh.pipe=8", "pipeline.schedule=dualpipe"],
             "num_microbatches=8 must be even and at least 16",
         ),
+        (
+            ["mesh.pipe=2", "pipeline.schedule=dualpipe", *RAMP],
+            "num_microbatches=2 must be even and at least 4",
+        ),
+        (
+            ["mesh.pipe=2", "pipeline.schedule=dualpipe", *RAMP, "train.ramp_start=32"],
+            "num_microbatches=5 must be even and at least 4",
+        ),
         (["mesh.pipe=6"], "6 stages are more than the 5 layers"),
         (
             ["mesh.pipe=4", "pipeline.schedule=interleaved_1f1b"],
@@ -218,3 +240,14 @@ def test_a_schedule_that_cannot_take_the_run_is_refused(run, settings, message):
     changed = override(run, settings)
     with pytest.raises(ValueError, match=message):
         stages.check(changed)
+
+
+def test_every_batch_of_a_ramp_that_is_accepted_can_be_divided(run):
+    ramp = ("train.ramp_start=32", "train.ramp_steps=9", "train.ramp_increment=32")
+    changed = on(run, "pipe=2,data=2", *ramp, "pipeline.microbatches=16")
+    stages.check(changed)
+    assert list(changed.train.ramp.values()) == [4, 8]
+    for count in changed.train.ramp.values():
+        rows = np.zeros((count, 8 // changed.mesh.batch_parts, 17), np.int32)
+        divided = pipelined._divided(Batch(rows, rows), changed)
+        assert divided.tokens_BT.shape == (16, count * 4 // 16, 17)

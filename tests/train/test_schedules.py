@@ -6,8 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from jmoe.config import RunConfig, ScheduleConfig, StepwiseConfig, override
+from jmoe.config import (
+    RunConfig,
+    ScheduleConfig,
+    StepwiseConfig,
+    TrainConfig,
+    override,
+)
+from jmoe.config.run import MOST_SIZES
 from jmoe.train.schedules import SCHEDULES, learning_rate, microbatches, stepwise
 
 PEAK = 2.2e-4
@@ -36,18 +45,20 @@ def test_a_constant_rate_stays(warmup_steps):
 
 
 def test_a_cosine_falls_to_its_end_over_what_the_warm_up_leaves():
-    at = [200, 400, 600, 1000, 2000]
+    at = [200, 400, 600, 999, 1000, 2000]
     got = rates(1000, at, name="cosine", warmup_steps=200, end_fraction=0.1)
-    quarter = 0.1 + 0.9 * (1 + np.cos(np.pi / 4)) / 2
-    want = PEAK * np.array([1, quarter, 0.55, 0.1, 0.1])
+    done = np.array([0, 0.25, 0.5, 799 / 800, 799 / 800, 799 / 800])
+    want = PEAK * (0.1 + 0.9 * (1 + np.cos(np.pi * done)) / 2)
     np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 200])
 def test_wsd_falls_linearly_in_the_last_part_of_the_run(warmup_steps):
     fields = {"warmup_steps": warmup_steps, "decay_fraction": 0.2, "end_fraction": 0.1}
-    got = rates(1000, [200, 800, 900, 1000], name="wsd", **fields)
-    np.testing.assert_allclose(got, PEAK * np.array([1, 1, 0.55, 0.1]), rtol=1e-5)
+    got = rates(1000, [200, 800, 900, 999, 1000], name="wsd", **fields)
+    end = 0.1 + 0.9 / 200
+    want = PEAK * np.array([1, 1, 0.55, end, end])
+    np.testing.assert_allclose(got, want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("warmup_steps", [0, 200])
@@ -66,6 +77,19 @@ def test_a_stepwise_value_changes_at_its_switch_and_takes_a_traced_step():
     got = [value(jnp.int32(step)) for step in (0, 2, 3, 11)]
     assert got == [np.float32(x) for x in (0.3, 0.3, 0.1, 0.1)]
     assert got[0].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("switch", [0.0, 0.5, 1.0])
+def test_beyond_its_horizon_a_value_stays_what_it_was_at_the_last_step(switch):
+    value = stepwise(StepwiseConfig(first=0.3, last=0.1, switch=switch), 12)
+    want = np.float32(0.3 if switch == 1 else 0.1)
+    assert [value(jnp.int32(step)) for step in (11, 12, 13, 10_000)] == [want] * 4
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_beyond_its_horizon_the_rate_stays_what_it_was_at_the_last_step(name):
+    last, *beyond = rates(1000, [999, 1000, 1001, 50_000], name=name, warmup_steps=9)
+    assert beyond == [last] * 3
 
 
 def test_v3s_bias_rate_and_mtp_weight_are_the_defaults(smallest):
@@ -93,6 +117,37 @@ def ramp(smallest) -> RunConfig:
 def test_a_batch_grows_by_equal_steps_to_its_full_size(ramp):
     got = [microbatches(ramp.train, step) for step in range(15)]
     assert got == [2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7, 8, 8, 8]
+
+
+def test_an_increment_makes_fewer_sizes(ramp):
+    train = dataclasses.replace(ramp.train, ramp_increment=4)
+    got = [microbatches(train, step) for step in range(15)]
+    assert got == [2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 8, 8, 8]
+
+
+@given(
+    first=st.integers(1, 40),
+    grown=st.integers(1, 60),
+    increment=st.none() | st.integers(9, 30),
+    steps=st.integers(1, 200),
+)
+def test_a_ramp_follows_its_line_in_at_most_eight_sizes(first, grown, increment, steps):
+    cfg = TrainConfig(
+        steps=500,
+        microbatch_size=2,
+        batch_size=2 * (first + grown),
+        ramp_start=2 * first,
+        ramp_steps=steps,
+        ramp_increment=increment and 2 * increment,
+    )
+    got = [microbatches(cfg, step) for step in range(steps + 3)]
+    assert list(dict.fromkeys(got)) == list(cfg.ramp.values()) == sorted(set(got))
+    assert len(set(got)) <= MOST_SIZES
+    by = increment or -(-grown // (MOST_SIZES - 1))
+    for step, count in enumerate(got[:steps]):
+        line = first + grown * step / steps
+        assert count <= line < count + by and (count - first) % by == 0
+    assert got[steps:] == [first + grown] * 3
 
 
 def test_without_a_ramp_every_batch_is_full(ramp):

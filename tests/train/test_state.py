@@ -12,7 +12,7 @@ from jmoe.train.state import count_parameters, make_state
 
 
 def abstract_state(run):
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    optimizer = make_optimizer(run.optimizer, run.horizon)
     return jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
 
 

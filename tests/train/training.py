@@ -52,7 +52,7 @@ class Trainer(NamedTuple):
     @classmethod
     def of(cls, run, variables):
         model = Transformer(run.model, fp8.dot_general(run.precision))
-        optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.train.steps))
+        optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.horizon))
         layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
         params = variables["params"]
         opt_state = optimizer.init(params)

@@ -1,0 +1,44 @@
+"""What a run left on disk, to compare with another's."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from jmoe.checkpoint.store import Store
+from jmoe.config import RunConfig
+from jmoe.nn.model import Transformer
+from jmoe.train import run_files
+from jmoe.train.optimizer import make_optimizer
+from jmoe.train.state import make_state
+from jmoe.train.trained import CHECKPOINTS
+
+TIMES = {"time", "tokens_per_second", "step_seconds"}
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    """What was logged, without what depends on the clock."""
+    return [
+        {name: value for name, value in row.items() if name not in TIMES}
+        for row in run_files.read_rows(workdir / run_files.METRICS)
+    ]
+
+
+def last_state(run: RunConfig, workdir: pathlib.Path):
+    optimizer = make_optimizer(run.optimizer, run.horizon)
+    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
+    with Store(workdir / CHECKPOINTS) as store:
+        return jax.device_get(store.restore(make))
+
+
+def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> None:
+    """To the bit: the state, the loader's position, and all that was logged."""
+    got_state, want_state = last_state(run, got), last_state(run, want)
+    same = jax.tree.map(np.array_equal, got_state, want_state)
+    assert all(jax.tree.leaves(same)), same
+    assert rows(got) == rows(want)
+    balance = [
+        list(run_files.read_rows(workdir / run_files.BALANCE))
+        for workdir in (got, want)
+    ]
+    assert balance[0] == balance[1]
