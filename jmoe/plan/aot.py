@@ -108,7 +108,7 @@ def abstract_step(
     """The step, and the shapes of its state and batch, which know where they lie."""
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
+    optimizer = make_optimizer(run.optimizer, run.train.steps, layout)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
     step = make_train_step(model, optimizer, run, layout)
     return step, state, abstract_batch(run, layout)

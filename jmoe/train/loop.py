@@ -86,7 +86,7 @@ def train(
     resumes = workdirs.check_run(workdir, run)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer
-    optimizer = make_optimizer(run.optimizer, cfg.steps)
+    optimizer = make_optimizer(run.optimizer, cfg.steps, layout)
     train_step = jax.jit(
         steps.make_train_step(model, optimizer, run, layout),
         donate_argnums=0,

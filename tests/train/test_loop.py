@@ -12,6 +12,7 @@ import pytest
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
@@ -54,8 +55,10 @@ def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
 
 
 def last_state(run: RunConfig, workdir: pathlib.Path):
-    optimizer = make_optimizer(run.optimizer, run.train.steps)
-    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
+    model = Transformer(run.model)
+    layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+    optimizer = make_optimizer(run.optimizer, run.train.steps, layout)
+    make = jax.eval_shape(lambda: make_state(model, optimizer, 0))
     with Store(workdir / loop.CHECKPOINTS) as store:
         return jax.device_get(store.restore(make))
 
