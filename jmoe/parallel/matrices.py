@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 
 from jmoe.ops.matrices import MatrixDims
@@ -52,8 +53,8 @@ def map_matrices(
     x_B = x.reshape(-1, *x.shape[leading:])
 
     def overwrite(x_B: jax.Array, start: int | jax.Array, size: int) -> jax.Array:
-        items_C = lax.dynamic_slice_in_dim(x_B, start, size)
-        items_C = _apply(function, items_C, dims, shares)
+        items_C = _row_major(lax.dynamic_slice_in_dim(x_B, start, size))
+        items_C = _row_major(_apply(function, items_C, dims, shares))
         return lax.dynamic_update_slice_in_dim(x_B, items_C, start, 0)
 
     size = _round_items(x_B, dims, shares, round_bytes)
@@ -104,6 +105,11 @@ def _apply(
         x_N = collectives.all_to_all(x_N, axes, dim, 0)
     back = sorted(range(len(order)), key=order.__getitem__)
     return x_N[:count].reshape(ordered.shape).transpose(back)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """Keeps the compiler from transposing all of the stack, once, instead of items."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _devices(shares: list[collectives.Axes]) -> int:
