@@ -16,7 +16,7 @@ SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
 OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 MUON_SCALES = ("rms", "spectral")
-# Up to here, what a moment forgets in a step is a unit in bfloat16's last place or more.
+# Up to here, a step forgets at least a unit in a bfloat16 moment's last place.
 MAX_BFLOAT16_BETA = 1 - 2**-7
 # In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
 # of the recipes of `jmoe.ops.fp8`.

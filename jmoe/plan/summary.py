@@ -123,6 +123,12 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
     return summarise(run, device, aot.compile_step(run, devices))
 
 
+def compile_optimizer(run: RunConfig, device: Device = H20) -> Summary:
+    """The optimizer's part of the step of `run`, compiled alone."""
+    devices = aot.absent_devices(device, run.mesh.num_devices)
+    return summarise(run, device, aot.compile_optimizer(run, devices))
+
+
 def optimizer_bytes(run: RunConfig, device: Device = H20) -> int:
     """What the optimizer keeps on one device; nothing is compiled."""
     devices = aot.absent_devices(device, run.mesh.num_devices)

@@ -78,7 +78,9 @@ def muon(
         lambda description: "muon" if description.hidden_matrix else "adamw",
         layout.descriptions,
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate, layout)}, labels)
+    return optax.partition(
+        {"muon": matrices, "adamw": adamw(cfg, rate, layout)}, labels
+    )
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}

@@ -1,4 +1,4 @@
-"""Newton-Schulz against singular values; against optax's, see tests/train/test_muon.py."""
+"""Newton-Schulz against singular values; tests/train have it against optax's."""
 
 import jax
 import numpy as np

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jmoe.config import MeshConfig
 from jmoe.ops.matrices import MatrixDims
 from jmoe.parallel.matrices import map_matrices
 from jmoe.parallel.mesh import make_mesh
+from jmoe.plan import traffic
 
 MATRIX = MatrixDims(fan_in=(-2,), fan_out=(-1,))
 HEADS = MatrixDims(fan_in=(-3,), fan_out=(-2, -1))
@@ -92,6 +94,27 @@ def test_a_round_holds_no_more_than_it_may_and_the_last_one_what_is_left():
     got = map_matrices(watched, x, P(), MATRIX, round_bytes=3 * 4 * 6 * 4 + 1)
     np.testing.assert_array_equal(got, x)
     assert {shape[0] for shape in found} == {3, 1}
+
+
+def test_rounds_bound_what_travels_and_the_stack_is_overwritten():
+    mesh, where = make_mesh(MeshConfig(data=2, expert=8)), P("expert", "data")
+    lie = NamedSharding(mesh, where)
+    x = jax.ShapeDtypeStruct((8 * 64, 32, 16), jnp.float32, sharding=lie)
+    limit, stack = 8 * 32 * 16 * 4, 64 * 16 * 16 * 4
+
+    def of_part(x):
+        return map_matrices(mixed, x, where, MATRIX, round_bytes=limit)
+
+    mapped = jax.shard_map(
+        of_part, mesh=mesh, in_specs=(where,), out_specs=where, check_vma=False
+    )
+    program = jax.jit(mapped, donate_argnums=0).lower(x).compile()
+    found = traffic.collectives(program.as_text(), mesh.shape)
+    assert {(c.kind, c.axes, c.times) for c in found} == {("all-to-all", ("data",), 4)}
+    assert all(c.operand_bytes <= limit for c in found)
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes == stack
+    assert memory.temp_size_in_bytes < stack
 
 
 def test_dimensions_that_make_no_matrix_number_matrices():
