@@ -55,14 +55,14 @@ from tests.plain_run import plain_run
         (
             ["optimizer.moment_dtype=bfloat16", "optimizer.beta2=0.998"],
             "beta2=0.998 must be at most 0.9921875 with moment_dtype='bfloat16': "
-            "closer to 1, a moment's steps are less than bfloat16's last place, and rounding "
-            "undoes them. moment_dtype='float32' is for any.",
+            "closer to 1, a moment's steps are less than bfloat16's last place, and "
+            "rounding undoes them. moment_dtype='float32' is for any.",
         ),
         (
             ["optimizer.moment_dtype=bfloat16", "optimizer.beta1=0.993"],
             "beta1=0.993 must be at most 0.9921875 with moment_dtype='bfloat16': "
-            "closer to 1, a moment's steps are less than bfloat16's last place, and rounding "
-            "undoes them. moment_dtype='float32' is for any.",
+            "closer to 1, a moment's steps are less than bfloat16's last place, and "
+            "rounding undoes them. moment_dtype='float32' is for any.",
         ),
         (["optimizer.beta1=1"], "beta1=1.0 must be at most 0.9999999."),
         (["optimizer.beta2=1"], "beta2=1.0 must be at most 0.9999999."),

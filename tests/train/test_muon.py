@@ -167,7 +167,10 @@ def sizes(shape: str) -> list[int]:
 @pytest.mark.parametrize("mesh", ["data=2,expert=8", "expert=16", "data=4,expert=4"])
 def test_each_of_sixteen_devices_makes_a_sixteenth_of_the_experts_orthogonal(run, mesh):
     alone = multiplications(compiled(run, "", is_expert))
-    assert alone > 0
+    # Gate, up and down of 16 experts in three layers and the MTP module: [32, 16].
+    fewer, more = 16, 32
+    each = 5 * (2 * fewer**2 * more + fewer**3)
+    assert alone == 3 * 16 * 4 * each
     assert 16 * multiplications(compiled(run, mesh, is_expert)) == alone
 
 
