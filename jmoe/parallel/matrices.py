@@ -71,11 +71,10 @@ def _round_items(
     shares: list[collectives.Axes],
     round_bytes: int,
 ) -> int:
-    """How many items a round takes: where possible, as many matrices a device."""
+    """How many items a round takes: as many as make each device's matrices as many."""
     item = x_B.shape[1:]
     devices = _devices(shares)
     matrices = math.prod(item[dim] for dim in dims.batch(len(item)))
-    # Of as many items' matrices each device has as many.
     even = devices // math.gcd(devices, matrices)
     # An item's shares on a device are as much as its whole matrices on all devices.
     item_bytes = math.prod(item) * x_B.dtype.itemsize

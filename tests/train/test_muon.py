@@ -1,6 +1,6 @@
 """Muon on meshes: what one device computes, of each matrix once, with little traffic.
 
-Shapes: A microbatch, B sequence, T position, N matrix, I fan-in, O fan-out.
+Shapes: N matrix, I fan-in, O fan-out.
 """
 
 import math
