@@ -132,7 +132,7 @@ def compiled(run: RunConfig, mesh: str, chosen=lambda path: True) -> str:
     return jax.jit(muon.update).lower(gradients, state).compile().as_text()
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", MESHES[-3:])
 def test_matrices_are_swapped_and_neither_gathered_nor_summed(run, mesh):
     shape = on(run, mesh).mesh.shape
     found = traffic.collectives(compiled(run, mesh), shape)
