@@ -45,8 +45,8 @@ def boxed_params(cfg):
     return shapes["params"]
 
 
-def key_of(name: str) -> str | None:
-    return next((key for key in MATRICES if f".{name}".endswith(f".{key}")), None)
+def key_of(name: str) -> str:
+    return next(key for key in MATRICES if name.endswith(f".{key}"))
 
 
 @pytest.mark.parametrize("loop", LAYER_LOOPS)
