@@ -11,7 +11,7 @@ of a round, N matrix, I fan-in, O fan-out.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +68,7 @@ def map_matrices(
 def _round_items(
     x_B: jax.Array,
     dims: MatrixDims,
-    shares: list[collectives.Axes],
+    shares: Sequence[collectives.Axes],
     round_bytes: int,
 ) -> int:
     """How many items a round takes: as many as make each device's matrices as many."""
@@ -85,7 +85,7 @@ def _apply(
     function: Callable[[jax.Array], jax.Array],
     items_C: jax.Array,
     dims: MatrixDims,
-    shares: list[collectives.Axes],
+    shares: Sequence[collectives.Axes],
 ) -> jax.Array:
     """`function` of some items' matrices, of which this device has its shares."""
     order = dims.batch(items_C.ndim) + dims.both
@@ -111,6 +111,6 @@ def _row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
-def _devices(shares: list[collectives.Axes]) -> int:
+def _devices(shares: Sequence[collectives.Axes]) -> int:
     """How many devices have shares of the same matrices."""
     return math.prod(map(collectives.axis_size, shares))

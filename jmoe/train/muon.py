@@ -43,7 +43,7 @@ SCALES: dict[str, Scale] = {"rms": rms, "spectral": spectral}
 class MuonState(NamedTuple):
     """count: int32, steps done. mu: the momentum, float32."""
 
-    count: jax.Array
+    count: Any
     mu: Any
 
 
@@ -58,7 +58,7 @@ def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
     def init(params: Any) -> MuonState:
         return MuonState(jnp.int32(0), optax.tree.zeros_like(params))
 
-    def update(updates: Any, state: MuonState, params: Any = None) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
         count = optax.safe_increment(state.count)
         mu = optax.tree.update_moment(updates, state.mu, MOMENTUM, 1)
