@@ -14,7 +14,7 @@ from jmoe.balance import dropping
 from jmoe.config import model, run
 from jmoe.ops import fp8
 from jmoe.parallel import exchange
-from jmoe.train import optimizer, schedules
+from jmoe.train import muon, optimizer, schedules
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("jmoe", "scripts", "experiments", "tests")
@@ -136,6 +136,7 @@ def test_a_new_flag_is_a_decision():
     [
         (run.SCHEDULES, schedules.SCHEDULES),
         (run.OPTIMIZERS, optimizer.OPTIMIZERS),
+        (run.MUON_SCALES, muon.SCALES),
         (run.PRECISIONS, ["native", *fp8.RECIPES]),
         (model.EXCHANGES, exchange.BACKENDS),
         (model.WIRE_DTYPES, exchange.WIRES),
@@ -144,6 +145,7 @@ def test_a_new_flag_is_a_decision():
     ids=[
         "schedules",
         "optimizers",
+        "muon_scales",
         "precisions",
         "exchanges",
         "wire_dtypes",

@@ -34,25 +34,28 @@ def run(names: Sequence[str], console: rich.console.Console) -> Report:
         nodes: summary.apart(summary.optimizer_bytes, programs.v2_lite(nodes=nodes))
         for nodes in (1, 2, 4)
     }
-    return make_report(summaries, optimizer_by_data)
+    muon = summary.apart(summary.compile_optimizer, programs.v2_lite_muon())
+    return make_report(summaries, optimizer_by_data, muon)
 
 
 def make_report(
-    summaries: Sequence[Summary], optimizer_by_data: Mapping[int, int]
+    summaries: Sequence[Summary], optimizer_by_data: Mapping[int, int], muon: Summary
 ) -> Report:
     """Figures with their bounds, and the programs in full.
 
     Args:
       optimizer_by_data: bytes of the optimizer's on a device, by the data axis's size.
+      muon: of a program that is its step alone.
     """
     figures = [figure for found in summaries for figure in _figures(found)]
     return Report(
         suite="hopper",
         compared=("jax-cuda13-plugin",),
         settings={"options": compiler.GPU_OPTIONS},
-        figures=[*figures, _zero(optimizer_by_data)],
+        figures=[*figures, _zero(optimizer_by_data), *_muon(muon)],
         samples={found.run.name: found.to_dict() for found in summaries}
-        | {"optimizer_bytes_by_data": dict(optimizer_by_data)},
+        | {"optimizer_bytes_by_data": dict(optimizer_by_data)}
+        | {muon.run.name: muon.to_dict()},
     )
 
 
@@ -146,4 +149,28 @@ def _zero(optimizer_by_data: Mapping[int, int]) -> Figure:
         definition="how far off 1 / n of a device's memory it is on n times the data "
         "axis, at most",
         at_most=0.05,
+    )
+
+
+def _muon(found: Summary) -> Iterator[Figure]:
+    name = found.run.name
+    yield Figure(
+        name=f"{name}: optimizer's temporaries",
+        value=found.memory.temporaries / GIB,
+        unit="GiB",
+        definition="of its step alone, beside weights, gradients and its state",
+        at_most=2.0,
+    )
+    yield Figure(
+        name=f"{name}: optimizer's gathers",
+        value=sum(c.kind == "all-gather" for c in found.collectives),
+        unit="",
+        definition="all-gathers in its step alone",
+        at_most=0,
+    )
+    yield Figure(
+        name=f"{name}: optimizer's traffic",
+        value=sum(c.times * c.moved_bytes for c in found.collectives) / GIB,
+        unit="GiB",
+        definition="that a device sends in its step alone, to share out matrices",
     )

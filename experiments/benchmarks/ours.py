@@ -60,8 +60,8 @@ def train_step(
     run = workload.run(mesh=mesh, precision=precision)
     step_after_step()  # as scripts/train.py does
     model = Transformer(run.model, fp8.dot_general(run.precision))
-    optimizer = make_optimizer(run.optimizer, run.horizon)
     layout = make_layout(model, run_mesh(run.mesh))
+    optimizer = make_optimizer(run.optimizer, run.horizon, layout)
     advance = jax.jit(
         make_train_step(model, optimizer, run, layout),
         donate_argnums=0,

@@ -27,11 +27,10 @@ from jmoe.parallel.pipeline.table import Instruction
 from jmoe.parallel.schedule import gpipe
 from jmoe.parallel.schedule.ticks import as_ticks
 from jmoe.train import pipelined, stages
-from jmoe.train.layout import WHOLE, born, make_layout, put_batch, run_mesh
+from jmoe.train.layout import WHOLE, born, make_layout, on_mesh, put_batch, run_mesh
 from jmoe.train.losses import prediction_losses, sum_losses
 from jmoe.train.runtime import step_after_step
 from jmoe.train.state import make_variables
-from jmoe.train.step import on_mesh
 
 _CALLS = 3
 

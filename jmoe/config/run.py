@@ -18,6 +18,9 @@ OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 # Of batches; each is a program of its own.
 MOST_SIZES = 8
+MUON_SCALES = ("rms", "spectral")
+# Up to here, a step forgets at least a unit in a bfloat16 moment's last place.
+MAX_BFLOAT16_BETA = 1 - 2**-7
 # In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
 # of the recipes of `jmoe.ops.fp8`.
 PRECISIONS = (
@@ -90,7 +93,13 @@ class HorizonConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW or Muon after a clip by global norm; norms and biases never decay."""
+    """AdamW or Muon after a clip by global norm; norms and biases never decay.
+
+    beta1, beta2 and epsilon are AdamW's; Muon has it for what is no hidden matrix.
+    muon_scale: what its steps are scaled to, rms: the root mean square of AdamW's, so
+    that one `peak` suits both (arXiv 2502.16982); spectral: the same change of outputs
+    at every width. moment_dtype: of what is kept between steps.
+    """
 
     name: str = "adamw"
     beta1: float = 0.9
@@ -99,14 +108,38 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # inf: no clipping
     moment_dtype: str = "float32"
+    muon_scale: str = "rms"
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self):
-        checks.one_of(self, name=OPTIMIZERS, moment_dtype=MOMENT_DTYPES)
+        checks.one_of(
+            self,
+            name=OPTIMIZERS,
+            moment_dtype=MOMENT_DTYPES,
+            muon_scale=MUON_SCALES,
+        )
         checks.at_least(self, beta1=0.0, beta2=0.0, epsilon=0.0, weight_decay=0.0)
         checks.at_most(self, beta1=0.9999999, beta2=0.9999999)
         if not self.clip_norm > 0:
             raise ValueError(f"clip_norm={self.clip_norm} must be above 0.")
+        if self.moment_dtype == "bfloat16":
+            self._check_bfloat16_moments()
+
+    def _check_bfloat16_moments(self) -> None:
+        """A moment whose steps are rounded away stays at what it was.
+
+        Above the limit, one that averages ever smaller gradients stops falling while it
+        is more than twice too large, and near 1 it stops at once.
+        """
+        for field in ("beta1", "beta2"):
+            value = getattr(self, field)
+            if value > MAX_BFLOAT16_BETA:
+                raise ValueError(
+                    f"{field}={value} must be at most {MAX_BFLOAT16_BETA} with "
+                    "moment_dtype='bfloat16': closer to 1, a moment's steps are less "
+                    "than bfloat16's last place, and rounding undoes them. "
+                    "moment_dtype='float32' is for any."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

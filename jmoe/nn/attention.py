@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jmoe.config import AttentionConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
+from jmoe.nn.parameter import TO_HEADS
 from jmoe.ops import attention, dot, rope
 from jmoe.ops.after_attention import after_attention
 from jmoe.parallel import collectives
@@ -82,7 +83,9 @@ class LatentAttention(nn.Module):
         heads = collectives.share(self.cfg.num_heads, "tensor", "num_heads")
         features = (heads, per_head)
         dims = (source, "heads", None)
-        return Linear(features, dims, self.init_std, self.dot_general, name=name)
+        return Linear(
+            features, dims, self.init_std, self.dot_general, TO_HEADS, name=name
+        )
 
 
 def rotation(cfg: AttentionConfig, length: int) -> tuple[jax.Array, jax.Array]:

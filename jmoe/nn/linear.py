@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jmoe.nn.parameter import MATRIX, Description, described
 from jmoe.ops import dot, norm, stored
+from jmoe.ops.matrices import MatrixDims
 
 DotGeneral = Callable[..., jax.Array]
-Initializer = Callable[..., Any]  # of a parameter in a box, which `param` opens
 
 
 def named_param(
@@ -19,10 +20,15 @@ def named_param(
     shape: Sequence[int],
     dims: Sequence[str | None],
     std: float,
+    hidden_matrix: MatrixDims | None = None,
 ) -> jax.Array:
-    """A float32 normal parameter whose dimensions carry their logical names."""
-    normal = nn.initializers.normal(std)
-    init: Initializer = nn.with_logical_partitioning(normal, tuple(dims))
+    """A float32 normal parameter whose dimensions carry their logical names.
+
+    Args:
+      hidden_matrix: see `jmoe.nn.parameter.Description`.
+    """
+    description = Description(hidden_matrix=hidden_matrix)
+    init = described(nn.initializers.normal(std), dims, description)
     return module.param(name, init, tuple(shape), jnp.float32)
 
 
@@ -40,18 +46,20 @@ class Linear(nn.Module):
 
     `dot_general` is where other number formats come in. It is given the kernel in the
     dtype that it is held in, and computes in x's: so the kernel's gradient is rounded
-    to x's dtype nowhere.
+    to x's dtype nowhere. `matrix` says which of the kernel's dimensions, [input,
+    *features], are one matrix.
     """
 
     features: tuple[int, ...]
     dims: tuple[str | None, ...]  # logical names: input, then features
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    matrix: MatrixDims = MATRIX
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], *self.features)
-        kernel = weight(self, "kernel", shape, self.dims, self.init_std)
+        kernel = weight(self, "kernel", shape, self.dims, self.init_std, self.matrix)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         if isinstance(kernel, stored.FewerBits):
             kernel = stored.as_array(kernel, x.dtype).reshape(shape)
@@ -67,6 +75,6 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         ones = nn.initializers.ones_init()
-        init: Initializer = nn.with_logical_partitioning(ones, (self.dim,))
+        init = described(ones, (self.dim,), Description(decays=False))
         scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return norm.rms_norm(x, scale_D, self.epsilon)

@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
+from jmoe.nn.parameter import MATRIX, TWO_MATRICES
 from jmoe.nn.router import Router, Stats
 from jmoe.ops import dot, fp8, grouped
 from jmoe.ops.swiglu import after_swiglu
@@ -35,6 +36,7 @@ class SwiGLU(nn.Module):
             ("embed", None, "mlp"),
             self.init_std,
             self.dot_general,
+            TWO_MATRICES,
             name="gate_up",
         )(collectives.gather(x_BSD, "tensor", 1))
         out_BTD = Linear(
@@ -71,6 +73,7 @@ class RoutedExperts(nn.Module):
             (experts, hidden, 2, mlp),
             ("expert", "embed", None, "mlp"),
             self.init_std,
+            TWO_MATRICES,
         )
         down_EFD = weight(
             self,
@@ -78,6 +81,7 @@ class RoutedExperts(nn.Module):
             (experts, mlp, hidden),
             ("expert", "mlp", "embed"),
             self.init_std,
+            MATRIX,
         )
 
         def apply(*tokens_R: jax.Array) -> jax.Array:

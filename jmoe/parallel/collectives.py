@@ -81,6 +81,15 @@ def swap(x_P: jax.Array, axis: str) -> jax.Array:
     return lax.all_to_all(x_P, axis, 0, 0) if _present(axis) else x_P
 
 
+def all_to_all(x: jax.Array, axes: Axes, split_dim: int, join_dim: int) -> jax.Array:
+    """Piece i of `x`, along `split_dim`, goes to device i; those that come are joined.
+
+    With the two dimensions exchanged it is its own inverse. An all-to-all.
+    """
+    axes = _present(axes)
+    return lax.all_to_all(x, axes, split_dim, join_dim, tiled=True) if axes else x
+
+
 def _present(axes: Axes) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     names = (axes,) if isinstance(axes, str) else axes

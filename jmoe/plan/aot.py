@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
 from jax.experimental import topologies
 
 from jmoe.config import RunConfig
@@ -83,13 +84,37 @@ def absent_devices(device: Device, count: int) -> Sequence[Any]:
 
 def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     """The training step of `run` for `run.mesh` made of `devices`."""
-    start, cpu_start = time.perf_counter(), time.process_time()
+    start = _now()
     step, state, batch = abstract_step(run, devices)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
+    return _compile(lowered, state, devices, start)
+
+
+def compile_optimizer(run: RunConfig, devices: Sequence[Any]) -> Program:
+    """The optimizer's part of the step alone; updates take the gradients' place."""
+    start = _now()
+    model, optimizer, layout = _parts(run, devices)
+    state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
+
+    def step(params: Any, opt_state: Any, gradients: Any) -> Any:
+        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, updates
+
+    donated = jax.jit(step, donate_argnums=(0, 1, 2))
+    lowered = donated.lower(state.params, state.opt_state, state.params)
+    return _compile(lowered, state, devices, start)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _compile(
+    lowered: Any, state: TrainState, devices: Sequence[Any], start: tuple[float, float]
+) -> Program:
     options = compiler.options(devices[0].platform)
     compiled: Any = lowered.compile(compiler_options=options)
-    seconds = time.perf_counter() - start
-    cpu_seconds = time.process_time() - cpu_start
+    seconds, cpu_seconds = (now - then for now, then in zip(_now(), start, strict=True))
     text, stats = compiled.as_text(), compiled.memory_analysis()
     memory = Memory(
         parameters=device_bytes(state.params),
@@ -114,12 +139,18 @@ def abstract_step(
     run: RunConfig, devices: Sequence[Any]
 ) -> tuple[TrainStep, TrainState, Any]:
     """The step, and the shapes of its state and batch, which know where they lie."""
-    model = Transformer(run.model, fp8.dot_general(run.precision))
-    layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
-    optimizer = make_optimizer(run.optimizer, run.horizon)
+    model, optimizer, layout = _parts(run, devices)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
     step = make_train_step(model, optimizer, run, layout)
     return step, state, abstract_batch(run, layout)
+
+
+def _parts(
+    run: RunConfig, devices: Sequence[Any]
+) -> tuple[Transformer, optax.GradientTransformation, layouts.Layout]:
+    model = Transformer(run.model, fp8.dot_general(run.precision))
+    layout = layouts.make_layout(model, make_mesh(run.mesh, devices))
+    return model, make_optimizer(run.optimizer, run.horizon, layout), layout
 
 
 def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:

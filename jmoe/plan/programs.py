@@ -60,6 +60,13 @@ def v2_lite(*, nodes: int) -> RunConfig:
     return run_on(model, mesh, f"v2_lite_{8 * nodes}", exchange=exchange)
 
 
+def v2_lite_muon() -> RunConfig:
+    """`v2_lite` on two nodes, with Muon."""
+    run = v2_lite(nodes=2)
+    optimizer = dataclasses.replace(run.optimizer, name="muon")
+    return dataclasses.replace(run, name="v2_lite_16_muon", optimizer=optimizer)
+
+
 def v3_16() -> RunConfig:
     """Too large for two nodes; how far, the program says."""
     model, mesh = ModelConfig.preset("v3"), MeshConfig(expert=16)

@@ -123,6 +123,12 @@ def compile_run(run: RunConfig, device: Device = H20) -> Summary:
     return summarise(run, device, aot.compile_step(run, devices))
 
 
+def compile_optimizer(run: RunConfig, device: Device = H20) -> Summary:
+    """The optimizer's part of the step of `run`, compiled alone."""
+    devices = aot.absent_devices(device, run.mesh.num_devices)
+    return summarise(run, device, aot.compile_optimizer(run, devices))
+
+
 def held_ratio(memory: Memory) -> float:
     """What a device holds at rest of weights, moments and gradients, over an even part.
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe.config import ExchangeConfig, MeshConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
+from jmoe.nn.parameter import descriptions
 from jmoe.parallel import zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
 from jmoe.train.state import init_variables
@@ -25,10 +26,14 @@ WHOLE = PartitionSpec()
 
 
 class Layout(NamedTuple):
-    """A mesh, and a tree of `zero.Placement` like the model's parameters."""
+    """A mesh, and two trees like the model's parameters.
+
+    placements: of `zero.Placement`. descriptions: of `nn.parameter.Description`.
+    """
 
     mesh: Mesh
     placements: Any
+    descriptions: Any
 
     @property
     def stored(self) -> Any:
@@ -37,13 +42,28 @@ class Layout(NamedTuple):
 
 
 def make_layout(model: Transformer, mesh: Mesh) -> Layout:
-    """Where each parameter of `model` lies on `mesh`.
+    """Where each parameter of `model` lies on `mesh`, and what it is.
 
     Raises:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
     """
     boxed = jax.eval_shape(functools.partial(init_variables, model, 0))["params"]
-    return Layout(mesh, zero.place(boxed, mesh.shape))
+    return Layout(mesh, zero.place(boxed, mesh.shape), descriptions(boxed))
+
+
+def on_mesh(
+    function: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """A function of whole arrays, from one of a device's parts of them."""
+    if layout.mesh.size == 1:
+        return function
+    return jax.shard_map(
+        function,
+        mesh=layout.mesh,
+        in_specs=in_specs,
+        out_specs=out_specs,
+        check_vma=False,
+    )
 
 
 def run_mesh(cfg: MeshConfig) -> Mesh:

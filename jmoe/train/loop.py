@@ -90,7 +90,7 @@ def train(
     run, decision = horizon.go_on(workdir, run) if resumes else (run, None)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer
-    optimizer = make_optimizer(run.optimizer, run.horizon)
+    optimizer = make_optimizer(run.optimizer, run.horizon, layout)
     train_step = jax.jit(
         steps.make_train_step(model, optimizer, run, layout),
         donate_argnums=0,

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) or Muon (kellerjordan.github.io/posts/muon), by optax."""
+"""AdamW (arXiv 1711.05101), by optax, or Muon (`jmoe.train.muon`)."""
 
 from typing import Any
 
@@ -8,16 +8,21 @@ import optax
 
 from jmoe.config import OptimizerConfig
 from jmoe.train import schedules
+from jmoe.train.layout import Layout
+from jmoe.train.muon import SCALES, scale_by_muon
 
 
-def make_optimizer(cfg: OptimizerConfig, horizon: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, horizon: int, layout: Layout
+) -> optax.GradientTransformation:
     """Clip by global norm, then the named optimizer on its schedule.
 
     Args:
       horizon: the steps that the learning-rate schedule is stretched over.
+      layout: of the parameters, and what they are.
     """
     rate = schedules.learning_rate(cfg.schedule, horizon)
-    optimizer = OPTIMIZERS[cfg.name](cfg, rate)
+    optimizer = OPTIMIZERS[cfg.name](cfg, rate, layout)
     if cfg.moment_dtype != "float32":
         optimizer = store_moments(optimizer, jnp.dtype(cfg.moment_dtype))
     return optax.chain(clip_by_global_norm(cfg.clip_norm), optimizer)
@@ -38,87 +43,51 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(clip)
 
 
-def adamw(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with decay on `decayed` parameters only."""
+def adamw(
+    cfg: OptimizerConfig, rate: optax.Schedule, layout: Layout
+) -> optax.GradientTransformation:
+    """AdamW, with decay of the parameters that decay."""
+
+    def decays(params: Any) -> Any:
+        return jax.tree.map(
+            lambda description, x: x if _is_masked(x) else description.decays,
+            layout.descriptions,
+            params,
+        )
+
     return optax.adamw(
         rate,
         cfg.beta1,
         cfg.beta2,
         cfg.epsilon,
         weight_decay=cfg.weight_decay,
-        mask=decayed,
+        mask=decays,
     )
 
 
-def muon(cfg: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:
-    """Muon on hidden matrices, `adamw` on embedding, head, router and norms.
-
-    Updates are scaled to the RMS of AdamW's (arXiv 2502.16982, section 2.2), so that
-    one learning rate and one decay serve both.
-    """
-    matrices = optax.contrib.muon(
-        rate,
-        beta=0.95,
-        weight_decay=cfg.weight_decay,
-        consistent_rms=0.2,
-        muon_weight_dimension_numbers=matrix_dims,
+def muon(
+    cfg: OptimizerConfig, rate: optax.Schedule, layout: Layout
+) -> optax.GradientTransformation:
+    """Muon on hidden matrices, `adamw` on embedding, head, router and norms."""
+    matrices = optax.chain(
+        scale_by_muon(layout, SCALES[cfg.muon_scale]),
+        optax.add_decayed_weights(cfg.weight_decay),
+        optax.scale_by_learning_rate(rate),
     )
-    return optax.partition({"muon": matrices, "adamw": adamw(cfg, rate)}, _labels)
+    labels = jax.tree.map(
+        lambda description: "muon" if description.hidden_matrix else "adamw",
+        layout.descriptions,
+    )
+    return optax.partition(
+        {"muon": matrices, "adamw": adamw(cfg, rate, layout)}, labels
+    )
 
 
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
 
 
-def decayed(params: Any) -> Any:
-    """True for what weight decay pulls to zero: all but the norms' scales."""
-    return jax.tree.map_with_path(lambda path, _: _names(path)[-1] != "scale", params)
-
-
-def matrix_dims(params: Any) -> Any:
-    """Which dimensions of a parameter Muon takes as a matrix; None: it isn't Muon's.
-
-    Kernels are [layers?, experts?, in, out...]: what is in front of the last input
-    dimension is a batch of matrices, what follows it is one output.
-    """
-    dims = optax.contrib.MuonDimensionNumbers
-
-    def classify(path: Any, x: jax.Array) -> Any:
-        *modules, name = _names(path)
-        if name in ("embedding", "head", "scale") or "router" in modules:
-            return None
-        outputs = 2 if _has_two_outputs(modules, name) else 1
-        return dims(
-            reduction_axis=x.ndim - 1 - outputs,
-            output_axis=tuple(range(x.ndim - outputs, x.ndim)),
-        )
-
-    return jax.tree.map_with_path(classify, params)
-
-
-def _labels(params: Any) -> Any:
-    """The name of the optimizer that each parameter goes to."""
-
-    def is_leaf(dims: Any) -> bool:
-        return dims is None or isinstance(dims, optax.contrib.MuonDimensionNumbers)
-
-    return jax.tree.map(
-        lambda dims: "adamw" if dims is None else "muon",
-        matrix_dims(params),
-        is_leaf=is_leaf,
-    )
-
-
-def _has_two_outputs(modules: list[str], name: str) -> bool:
-    """Kernels [..., in, 2, mlp] and [..., in, heads, per head]."""
-    return "gate_up" in (name, *modules[-1:]) or modules[-1] in (
-        "query",
-        "query_up",
-        "kv_up",
-    )
-
-
-def _names(path: Any) -> list[str]:
-    return [key.key for key in path]
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
 def store_moments(

@@ -29,7 +29,7 @@ from jmoe.nn.model import Transformer, read_biases, write_biases
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.train import accumulated, pipelined, schedules
-from jmoe.train.layout import WHOLE, Layout
+from jmoe.train.layout import WHOLE, Layout, on_mesh
 from jmoe.train.losses import normalisers, sum_losses
 from jmoe.train.state import TrainState
 
@@ -109,21 +109,6 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
-
-
-def on_mesh(
-    function: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """A function of whole arrays, from one of a device's parts of them."""
-    if layout.mesh.size == 1:
-        return function
-    return jax.shard_map(
-        function,
-        mesh=layout.mesh,
-        in_specs=in_specs,
-        out_specs=out_specs,
-        check_vma=False,
-    )
 
 
 def _way_through(run: RunConfig) -> Any:

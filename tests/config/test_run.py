@@ -86,6 +86,22 @@ RAMP = ("train.batch_size=80", "train.ramp_start=8", "train.ramp_steps=100")
             ["optimizer.moment_dtype=float16"],
             "moment_dtype='float16' is not one of 'float32', 'bfloat16'.",
         ),
+        (
+            ["optimizer.muon_scale=rmsd"],
+            "muon_scale='rmsd' is not one of 'rms', 'spectral'.",
+        ),
+        (
+            ["optimizer.moment_dtype=bfloat16", "optimizer.beta2=0.998"],
+            "beta2=0.998 must be at most 0.9921875 with moment_dtype='bfloat16': "
+            "closer to 1, a moment's steps are less than bfloat16's last place, and "
+            "rounding undoes them. moment_dtype='float32' is for any.",
+        ),
+        (
+            ["optimizer.moment_dtype=bfloat16", "optimizer.beta1=0.993"],
+            "beta1=0.993 must be at most 0.9921875 with moment_dtype='bfloat16': "
+            "closer to 1, a moment's steps are less than bfloat16's last place, and "
+            "rounding undoes them. moment_dtype='float32' is for any.",
+        ),
         (["optimizer.beta1=1"], "beta1=1.0 must be at most 0.9999999."),
         (["optimizer.beta2=1"], "beta2=1.0 must be at most 0.9999999."),
         (["optimizer.beta1=-0.1"], "beta1=-0.1 must be at least 0.0."),

@@ -25,6 +25,11 @@ def v3():
     return dataclasses.replace(found, seconds=found.cpu_seconds)
 
 
+@pytest.fixture(scope="module")
+def muon():
+    return summary.apart(summary.compile_optimizer, programs.v2_lite_muon())
+
+
 def test_v2_lite_fits_on_16_h20s(v2_lite):
     assert v2_lite.fits
     assert v2_lite.memory.temporaries > 0
@@ -57,9 +62,22 @@ def test_no_pass_gathers_weights_or_other_devices_tokens(model, request):
     assert summary.batch_gathers(request.getfixturevalue(model)) == []
 
 
-def test_the_report_has_what_is_asked_of_both_and_says_that_it_is_met(v2_lite, v3):
-    report = hopper.make_report([v2_lite, v3], {1: 400, 2: 200, 4: 100})
+def test_muon_makes_matrices_orthogonal_in_2_gib_and_gathers_nothing(muon):
+    assert muon.memory.temporaries <= 2 * GIB
+    # Updates, weights and state take the place of gradients, weights and state.
+    assert muon.memory.outputs - muon.memory.aliased < 2**20
+    swapped = [c for c in muon.collectives if c.moved_bytes > summary.SMALL]
+    assert {c.kind for c in swapped} == {"all-to-all"}
+    # Experts, which are most of it, are swapped over data alone.
+    sent = {c.axes: 0 for c in swapped}
+    for c in swapped:
+        sent[c.axes] += c.times * c.moved_bytes
+    assert sent["data",] > sent["data", "expert"] > 0
+
+
+def test_the_report_has_what_is_asked_of_all_and_says_that_it_is_met(v2_lite, v3, muon):
+    report = hopper.make_report([v2_lite, v3], {1: 400, 2: 200, 4: 100}, muon)
     asked = [figure for figure in report.figures if figure.asked]
-    assert len(asked) == 15
+    assert len(asked) == 17
     assert all(figure.met for figure in asked)
     json.dumps(report.to_dict())

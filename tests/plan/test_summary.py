@@ -7,7 +7,7 @@ import re
 import jax
 import pytest
 
-from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig
+from jmoe.config import ExchangeConfig, MeshConfig, ModelConfig, OptimizerConfig
 from jmoe.config.presets import tiny_model
 from jmoe.plan import aot, programs, summary, traffic
 from jmoe.plan.device import H20
@@ -49,6 +49,18 @@ def test_the_state_is_donated_and_compiling_is_measured(compiled):
     )
     assert program.seconds > 0
     assert program.host_bytes > program.memory.total
+
+
+def test_the_optimizers_part_alone_overwrites_gradients_weights_and_its_state():
+    run = small_run(data=2, expert=4)
+    run = dataclasses.replace(run, optimizer=OptimizerConfig(name="muon"))
+    program = aot.compile_optimizer(run, jax.devices()[:8])
+    memory = program.memory
+    held = 2 * memory.parameters + memory.optimizer
+    assert held == pytest.approx(memory.arguments, rel=1e-3)
+    assert memory.aliased >= 0.99 * held
+    found = traffic.collectives(program.text, run.mesh.shape)
+    assert {c.kind for c in found} == {"all-to-all", "all-reduce"}  # of clipping
 
 
 def test_a_device_holds_its_part_of_an_array():

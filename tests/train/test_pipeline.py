@@ -153,7 +153,7 @@ def test_an_evaluation_in_a_pipeline_is_that_of_one_device(run, variables, mesh)
 def test_hidden_states_in_a_pipeline_are_those_of_one_device(run, variables):
     changed = on(run, "pipe=2,data=2,expert=2,tensor=2")
     trainer, model = Trainer.of(changed, variables), Transformer(run.model)
-    hidden_states = steps.on_mesh(
+    hidden_states = layouts.on_mesh(
         pipelined.make_hidden_states(model, changed, trainer.layout),
         trainer.layout,
         (trainer.layout.stored, layouts.WHOLE, P(BATCH_AXES)),

@@ -7,13 +7,20 @@ import pytest
 
 from jmoe.config import override
 from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import count_parameters, make_state
 
 
+def model_and_optimizer(run):
+    model = Transformer(run.model)
+    layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+    return model, make_optimizer(run.optimizer, run.horizon, layout)
+
+
 def abstract_state(run):
-    optimizer = make_optimizer(run.optimizer, run.horizon)
-    return jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
+    model, optimizer = model_and_optimizer(run)
+    return jax.eval_shape(lambda: make_state(model, optimizer, 0))
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -34,7 +41,7 @@ def test_the_optimizer_knows_parameters_and_no_bias(smallest, name):
 def test_a_new_state_follows_from_its_seed(smallest):
     run = override(smallest, ["model.num_layers=1", "model.num_dense_layers=0"])
     run = override(run, ["model.mtp_depth=0"])
-    model, optimizer = Transformer(run.model), make_optimizer(run.optimizer, 1)
+    model, optimizer = model_and_optimizer(run)
     make = jax.jit(lambda seed: make_state(model, optimizer, seed))
     first, again, other = map(jax.device_get, map(make, (0, 0, 1)))
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, first, again)))

@@ -52,8 +52,9 @@ class Trainer(NamedTuple):
     @classmethod
     def of(cls, run, variables):
         model = Transformer(run.model, fp8.dot_general(run.precision))
-        optimizer = optax.chain(KEEP, make_optimizer(run.optimizer, run.horizon))
         layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+        optimizer = make_optimizer(run.optimizer, run.horizon, layout)
+        optimizer = optax.chain(KEEP, optimizer)
         params = variables["params"]
         opt_state = optimizer.init(params)
         state = TrainState(jnp.int32(0), params, variables["router_state"], opt_state)

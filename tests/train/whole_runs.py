@@ -8,6 +8,7 @@ import numpy as np
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
 from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
 from jmoe.train import run_files
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
@@ -25,8 +26,10 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 
 
 def last_state(run: RunConfig, workdir: pathlib.Path):
-    optimizer = make_optimizer(run.optimizer, run.horizon)
-    make = jax.eval_shape(lambda: make_state(Transformer(run.model), optimizer, 0))
+    model = Transformer(run.model)
+    layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+    optimizer = make_optimizer(run.optimizer, run.horizon, layout)
+    make = jax.eval_shape(lambda: make_state(model, optimizer, 0))
     with Store(workdir / CHECKPOINTS) as store:
         return jax.device_get(store.restore(make))
 
