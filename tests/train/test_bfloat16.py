@@ -71,7 +71,7 @@ def take_step(run, variables) -> Step:
 
 def distance(got, want) -> float:
     got, want = (np.asarray(x, np.float64) for x in (got, want))
-    return np.linalg.norm(got - want) / np.linalg.norm(want)
+    return float(np.linalg.norm(got - want) / np.linalg.norm(want))
 
 
 def assert_within_the_format(got: Step, want: Step) -> None:
