@@ -28,7 +28,7 @@ from jmoe.parallel.schedule import gpipe
 from jmoe.parallel.schedule.ticks import as_ticks
 from jmoe.train import pipelined, stages
 from jmoe.train.layout import WHOLE, born, make_layout, on_mesh, put_batch, run_mesh
-from jmoe.train.losses import prediction_losses, sum_losses
+from jmoe.train.losses import normalisers, prediction_losses, sum_losses
 from jmoe.train.runtime import step_after_step
 from jmoe.train.state import make_variables
 
@@ -76,11 +76,12 @@ def alone(workload: Workload, ranks: int) -> Tasks:
     model = Transformer(run.model)
     layout = make_layout(model, run_mesh(MeshConfig()))
     variables = born(layout, functools.partial(make_variables, model, 0))
-    pieces = pipelined.Pieces(model, run, layout, gpipe(1, 1))
     batch = jax.tree.map(jnp.asarray, _microbatches(workload))
+    norms = normalisers(batch, run)
+    pieces = pipelined.Pieces(model, run, layout, gpipe(1, 1), norms)
 
     def lose(features, batch):
-        return prediction_losses(features, batch, run).main, ()
+        return prediction_losses(features, batch, run, norms).main, ()
 
     params, router_state = variables["params"], variables["router_state"]
     whole = pieces.model(params, router_state, batch, lose)

@@ -38,7 +38,7 @@ from jmoe.nn.moe import RoutedExperts, SwiGLU
 from jmoe.ops import fp8
 from jmoe.ops.rows import DOT, sort_rows
 from jmoe.ops.swiglu import swiglu
-from jmoe.train.losses import make_objective, microbatch_losses
+from jmoe.train.losses import make_objective, microbatch_losses, normalisers
 from jmoe.train.trained import Trained
 
 
@@ -74,7 +74,9 @@ def fp8_ranges(trained: Trained) -> dict[str, dict[str, Fractions]]:
 
     def loss(params, router_state, batch):
         with nn.intercept_methods(tally.intercept):
-            losses, _ = microbatch_losses(model, params, router_state, batch, run)
+            losses, _ = microbatch_losses(
+                model, params, router_state, batch, run, normalisers(batch, run)
+            )
         return objective(losses, jnp.int32(trained.step))
 
     variables = trained.variables["params"], trained.variables["router_state"]

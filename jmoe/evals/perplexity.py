@@ -1,15 +1,15 @@
 """A trained model's loss on held-out text, with its weights in any form."""
 
 import math
-import statistics
 from typing import NamedTuple
 
 import jax
+import numpy as np
 
 from jmoe.data.loader import validation_batches
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
-from jmoe.train.losses import microbatch_losses
+from jmoe.train.losses import microbatch_losses, normalisers
 from jmoe.train.trained import Trained, quantized
 
 
@@ -47,12 +47,16 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
     model = Transformer(run.model, fp8.dot_general(run.precision))
 
     @jax.jit
-    def loss(params, router_state, batch):
-        return microbatch_losses(model, params, router_state, batch, run)[0].main
+    def sums(params, router_state, batch):
+        """Of a batch, nats and targets."""
+        norms = normalisers(batch, run)
+        losses, _ = microbatch_losses(model, params, router_state, batch, run, norms)
+        return losses.main * norms.targets[0], norms.targets[0]
 
-    mean_of_batch = [float(loss(**variables, batch=batch)) for batch in batches]
+    found = [jax.device_get(sums(**variables, batch=batch)) for batch in batches]
+    nats, targets = np.asarray(found, np.float64).sum(0)
     return Perplexity(
-        loss=statistics.fmean(mean_of_batch),
-        tokens=sum(batch.tokens_BT[:, 1:].size for batch in batches),
+        loss=float(nats / targets),
+        tokens=int(targets),
         weight_bytes=sum(x.nbytes for x in jax.tree.leaves(variables["params"])),
     )

@@ -192,7 +192,7 @@ class Router(nn.Module):
         # Float32 end to end: bfloat16 scores tie often enough to skew the top-k. A GPU
         # rounds float32 products to TF32, hardly finer, unless asked not to.
         x_BTD = x_BTD.astype(jnp.float32)
-        logit_BTE = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
+        logit_BTE: jax.Array = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
         is_real_N = None if is_real_BT is None else is_real_BT.reshape(-1)

@@ -71,7 +71,7 @@ class Group:
     def __init__(self, index: int = 0, lines: Sequence[_Line] = ()):
         """`lines`: process 0 has one to each of the others, and each of them one."""
         self.index = index
-        self._lines = lines
+        self._lines: Sequence[_Line] = lines
 
     @property
     def is_alone(self) -> bool:

@@ -37,7 +37,7 @@ def embed(
     In `dtype`. The table's gradient has the table's.
     """
     local_BT, here_BT = _own(tokens_BT, table_VD.shape[0])
-    rows_BTD = _rows(table_VD, local_BT, jnp.dtype(dtype))
+    rows_BTD: jax.Array = _rows(table_VD, local_BT, jnp.dtype(dtype))
     if collectives.axis_size(AXIS) == 1:
         return rows_BTD
     # Of a token's row, other devices have zeros: no sum rounds it.

@@ -6,7 +6,7 @@ and a test holds that document to it.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jmoe.plan import hlo
@@ -91,7 +91,7 @@ def local(text: str) -> set[Local]:
     return set(_local(hlo.parse(text).computations))
 
 
-def _local(computations: Mapping[str, list[Instruction]]) -> Iterator[Local]:
+def _local(computations: Mapping[str, Sequence[Instruction]]) -> Iterator[Local]:
     roots = {name: inside[-1].opcode for name, inside in computations.items()}
     for instructions in computations.values():
         for instruction in instructions:

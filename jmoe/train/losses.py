@@ -173,7 +173,8 @@ def prediction_losses(
 
     def loss(hidden_BSD, depth):
         """Of predicting, at position t, token t + 1 + depth."""
-        target_BT = masks.shift_left(batch.tokens_BT, 1 + depth)[:, :-1]
+        tokens_BT = jnp.asarray(batch.tokens_BT)
+        target_BT = masks.shift_left(tokens_BT, 1 + depth)[:, :-1]
         weight_BT = is_target(batch, depth, run) / norms.targets[depth]
         total: jax.Array = linear_cross_entropy(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
