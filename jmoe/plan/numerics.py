@@ -23,18 +23,20 @@ DTYPES = {
     "u8": "uint8",
 }
 
+FLOATS = {"float32", "bfloat16", "float8_e4m3fn"}
+
 # What a collective carries, by its JAX name and kind; the first that fits.
 CARRIED = (
     ("tokens, choices and gates to experts", r"/dispatch/", ""),
     ("results from experts", r"/combine/", ""),
     ("between stages", "", "collective-permute"),
     ("layers' weights to their ranks, gradients back", "", "all-to-all"),
+    ("counts, losses, norms, softmax", "", "all-reduce"),
     ("positions of a layer", r"(Transformer|Tail|block|moe|dense|mtp)", ""),
     ("logits and what they need", r"(jvp\(\)|leave|while)/", "all-gather"),
     ("logits and what they need", r"(jvp\(\)|leave|while)/", "reduce-scatter"),
     ("weights", "", "all-gather"),
     ("gradients of weights", "", "reduce-scatter"),
-    ("counts, losses, norms", "", "all-reduce"),
 )
 
 # Where a device adds up or takes a function, by the JAX name.
@@ -59,7 +61,10 @@ class Travel(NamedTuple):
 
 
 class Local(NamedTuple):
-    """What a device computes, in which dtype: "sum", or one of `FUNCTIONS`."""
+    """What a device computes, in which dtype.
+
+    operation: "sum", one of `FUNCTIONS`, or "cast from" another floating dtype.
+    """
 
     place: str
     operation: str
@@ -83,7 +88,7 @@ def _carried(collective: Collective) -> str:
 
 
 def local(text: str) -> set[Local]:
-    """Returns what one device sums, and takes functions of; fused or not.
+    """Returns what one device sums, casts and takes functions of; fused or not.
 
     Args:
       text: optimised HLO.
@@ -94,16 +99,23 @@ def local(text: str) -> set[Local]:
 def _local(computations: Mapping[str, Sequence[Instruction]]) -> Iterator[Local]:
     roots = {name: inside[-1].opcode for name, inside in computations.items()}
     for instructions in computations.values():
+        dtypes = {one.name: _dtype(one.shape) for one in instructions}
         for instruction in instructions:
-            operation = _operation(instruction, roots)
+            operation = _operation(instruction, roots, dtypes)
             if operation is not None:
                 place = _place(instruction.op_name)
                 yield Local(place, operation, _dtype(instruction.shape))
 
 
-def _operation(instruction: Instruction, roots: Mapping[str, str]) -> str | None:
+def _operation(
+    instruction: Instruction, roots: Mapping[str, str], dtypes: Mapping[str, str]
+) -> str | None:
     if instruction.opcode in FUNCTIONS:
         return instruction.opcode
+    if instruction.opcode == "convert":
+        source = dtypes[instruction.operands[0]]
+        is_float = {source, _dtype(instruction.shape)} <= FLOATS
+        return f"cast from {source}" if is_float else None
     applied = re.search(r"to_apply=%?([\w.$-]+)", instruction.attributes)
     adds = applied is not None and roots[applied[1]] == "add"
     is_local = instruction.opcode in ("reduce", "scatter", "reduce-window")
