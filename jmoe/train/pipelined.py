@@ -159,11 +159,7 @@ def _divided(batch: Batch, run: RunConfig) -> Batch:
     """[A, B, T + 1] as the pipeline's microbatches."""
     count, sequences, length = batch.tokens_BT.shape
     wanted = run.pipeline.microbatches or count
-    if wanted % count or sequences % (wanted // count):
-        raise ValueError(
-            f"pipeline.microbatches={wanted} must be a multiple of {count} accumulated "
-            f"ones, and divide their {count * sequences} sequences."
-        )
+    assert wanted % count == 0 and count * sequences % wanted == 0  # see RunConfig
     shape = (wanted, count * sequences // wanted, length)
     return jax.tree.map(lambda x: x.reshape(shape), batch)
 

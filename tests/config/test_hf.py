@@ -181,6 +181,7 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.router.update_rule": "quantile",
     "moe.router.auxiliary_loss": "switch",
     "moe.router.auxiliary_weight": 0.01,
+    "moe.router.z_loss_weight": 1e-3,
     "moe.expert_mlp_dim": 32,
     "moe.num_shared_experts": 0,
     "moe.exchange.backend": "ragged",

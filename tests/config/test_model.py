@@ -142,7 +142,8 @@ def attention(**changes):
         ),
         (
             "moe.router.auxiliary_loss=gshard",
-            "auxiliary_loss='gshard' is not one of 'none', 'switch', 'sequence'.",
+            "auxiliary_loss='gshard' is not one of 'none', 'switch', 'sequence', "
+            "'global_batch'.",
         ),
         (
             "moe.router.auxiliary_weight=-0.1",

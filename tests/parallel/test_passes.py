@@ -12,7 +12,7 @@ import pytest
 from flax.core import meta
 
 from jmoe.config import override
-from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.block import DenseBlock, MoEBlock, Positions
 from jmoe.ops import rope
 from jmoe.parallel.passes import split
 from tests.parallel.toy_layers import ALL, LAYERS, D, F, N, arguments
@@ -209,20 +209,21 @@ def block(request, remat):
     segments = jnp.broadcast_to(jnp.arange(length) >= 10, (sequences, length))
     segments = segments.astype(jnp.int32)
     rng = np.random.default_rng(0)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), x, rotation, segments)
+    positions = Positions(rotation, segments)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions)
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype),
         meta.unbox(boxed),
     )
 
     def layer(params, at_hand, x):
-        state, rotation, segments = at_hand
+        state, positions = at_hand
         variables = {"params": params, "router_state": state}
-        y, stats = module.apply(variables, x, rotation, segments)
+        y, stats = module.apply(variables, x, positions)
         auxiliary = stats.auxiliary_loss if stats else jnp.float32(0)
         return (y, auxiliary), stats
 
-    at_hand = (variables.get("router_state", {}), rotation, segments)
+    at_hand = (variables.get("router_state", {}), positions)
     layer = jax.checkpoint(layer) if remat == "block" else layer
     return layer, variables["params"], at_hand, x
 

@@ -31,10 +31,11 @@ def compiled():
 def test_arguments_are_parameters_the_optimizers_and_a_batch(compiled):
     run, program = compiled
     memory = program.memory
-    # Adam's two moments and step; then biases, tokens, and the step.
+    # Adam's two moments and step; then biases, tokens with their documents (which
+    # say where padding is), and the step.
     assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-4)
     rest = memory.arguments - memory.parameters - memory.optimizer
-    batch = 4 * programs.MICROBATCHES * (run.data.sequence_length + 1)
+    batch = 2 * 4 * programs.MICROBATCHES * (run.data.sequence_length + 1)
     biases = 4 * run.model.num_moe_layers * run.model.moe.router.num_experts
     assert batch + biases <= rest <= batch + biases + 64
     assert memory.total == memory.arguments + memory.temporaries + (
