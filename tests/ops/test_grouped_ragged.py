@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.ops import grouped, grouped_ragged
+from jmoe.ops import grouped_ragged, segments
+from tests.ops.routed import alone
 from tests.programs import equations
 
 T, K, D, E, F = 300, 3, 16, 5, 8
@@ -45,8 +46,8 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
 ):
     product = grouped_ragged._product
 
-    def leaves_memory_as_it_was(name, left, right, size_E):
-        out = product(name, left, right, size_E)
+    def leaves_memory_as_it_was(name, left, right, size_E, **dtype):
+        out = product(name, left, right, size_E, **dtype)
         if name == "outer":
             assert left.shape[0] == right.shape[0]
             first = FIRST[hosts] if backend == "ragged" else SEGMENT
@@ -57,9 +58,9 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
         return jnp.where(rows_M < size_E.sum(), out, jnp.nan)
 
     given_arrays = arrays(of_nobody)
-    want = gradients(grouped.BACKENDS["blocks"], *given_arrays)
+    want = gradients(alone("blocks"), *given_arrays)
     monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
-    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=hosts)
+    routed_mlp = alone(backend, hosts=hosts)
     got = gradients(routed_mlp, *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
@@ -67,7 +68,7 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
 
 def test_a_device_with_all_experts_has_one_segment_and_no_loop():
     def loops(hosts):
-        routed_mlp = functools.partial(grouped.BACKENDS["ragged"], hosts=hosts)
+        routed_mlp = alone("ragged", hosts=hosts)
         traced = jax.make_jaxpr(functools.partial(gradients, routed_mlp))(*arrays(0.0))
         found = equations(traced.jaxpr)
         return sum(equation.primitive.name == "while" for equation, _ in found)
@@ -78,10 +79,8 @@ def test_a_device_with_all_experts_has_one_segment_and_no_loop():
 
 @functools.partial(jax.jit, static_argnums=1)
 def segments_computed(expert_TK, lengths):
-    plan = grouped_ragged._plan(expert_TK, E, lengths)
-    return grouped_ragged._over_segments(
-        plan, lengths, lambda s: (jnp.int32(1), s.size_E)
-    )
+    plan = segments.make_plan(expert_TK, E, lengths)
+    return segments.over_segments(plan, lengths, lambda s: (jnp.int32(1), s.size_E))
 
 
 @settings(deadline=None, max_examples=20)
@@ -91,7 +90,7 @@ def segments_computed(expert_TK, lengths):
 )
 def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, lengths):
     expert_TK = np.array(choices, np.int32).reshape(20, 3)
-    lengths = grouped_ragged.Lengths(*lengths)
+    lengths = segments.Lengths(*lengths)
     count, size_E = segments_computed(expert_TK, lengths)
     np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
     left_over = max(0, int(size_E.sum()) - lengths.first)
