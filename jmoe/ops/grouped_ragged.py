@@ -25,6 +25,11 @@ later one it is computed in each loop, so that no array need hold it for all: se
 products instead of five. All segments have T rows: in one long segment, XLA puts little
 between the start and the end of a collective.
 
+The weights' gradients of all parts of a batch make one sum, in float32 where it is of
+several products. The next part goes on where one ends, and each product is added in
+place: beside the sum there is one product's result. So where memory is needed most
+there is half of what two parts would need that XLA adds up afterwards.
+
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
 grows with E. Weights that are kept in fewer bits are dequantized before, all of a
@@ -54,6 +59,7 @@ from jmoe.ops.segments import (
     add_later,
     collect,
     cut,
+    has_later,
     make_plan,
     over_segments,
     spread,
@@ -71,7 +77,8 @@ Sums = tuple[jax.Array, jax.Array]  # of the gradients of gate_up [E, D, X] and 
 class Saved(NamedTuple):
     """What the backward pass is given; it computes the rest again.
 
-    like: of the weights, `stored.like`.
+    like, summed: no elements, of the weights' dtypes and those that their gradients are
+      summed in.
     """
 
     x_TD: jax.Array
@@ -79,6 +86,7 @@ class Saved(NamedTuple):
     gate_up_EDX: Weight
     down_EFD: Weight
     like: tuple[jax.Array, jax.Array]
+    summed: tuple[jax.Array, jax.Array]
     plan: Plan
 
 
@@ -91,12 +99,17 @@ class Middle(NamedTuple):
 
 
 def _forward(parts, weights, recipe, lengths):
+    dtype = parts[0][0].dtype
     like = tuple(stored.like(w) for w in weights)
-    gate_up_EDX, down_EFD = (_ready(w, parts[0][0].dtype, recipe) for w in weights)
+    plans = [make_plan(part[1], weights[1].shape[0], lengths) for part in parts]
+    # One product's result is rounded to the weights' dtype by the product.
+    several = len(plans) > 1 or has_later(plans[0], lengths)
+    wide = jnp.float32 if several else dtype
+    summed = tuple(x.astype(jnp.promote_types(wide, x.dtype)) for x in like)
+    ready = (*(_ready(w, dtype, recipe) for w in weights), like, summed)
     saved = [
-        Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
-        for x_TD, expert_TK, gate_TK in parts
-        for plan in [make_plan(expert_TK, down_EFD.shape[0], lengths)]
+        Saved(x_TD, gate_TK, *ready, plan)
+        for (x_TD, _, gate_TK), plan in zip(parts, plans, strict=True)
     ]
     return [_output(recipe, lengths, part) for part in saved], saved
 
@@ -172,7 +185,7 @@ def _backend(
 
     def gradients(recipe, lengths, saved, dy):
         of_parts, of_weights = [], None
-        # Backward, as the passes of all layers go.
+        # The last one's output has its gradient first.
         for part, dy_TD in reversed([*zip(saved, dy, strict=True)]):
             (dx_TD, d_gate_TK), of_weights = backward(
                 recipe, lengths, part, dy_TD, of_weights
@@ -185,7 +198,8 @@ def _backend(
 
     def routed_mlp(parts, weights, recipe: Recipe = None, hosts: int = 1):
         lengths = lengths_of(parts[0][1].shape, hosts)
-        return compute([tuple(part) for part in parts], weights, recipe, lengths)
+        parts = [tuple(part) for part in parts]
+        return compute(parts, tuple(weights), recipe, lengths)
 
     return routed_mlp
 
@@ -265,12 +279,10 @@ def _first_weight_gradients(
     if total is not None:
         return _add_weight_gradients(recipe, saved, dy_TD, middle, segment, total)
     x_MD, dy_MD = spread(saved.x_TD, segment), spread(dy_TD, segment)
-    more = saved.plan.rows.choice_N.size > segment.choice_M.size
-    held = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
-    of_gate_up, of_down = (jnp.float32 if more else dtype for dtype in held)
+    of_gate_up, of_down = saved.summed
     return (
-        _outer(recipe, x_MD, middle.d_h_MX, segment, of_gate_up),
-        _outer(recipe, middle.act_MF, dy_MD, segment, of_down),
+        _outer(recipe, x_MD, middle.d_h_MX, segment, of_gate_up.dtype),
+        _outer(recipe, middle.act_MF, dy_MD, segment, of_down.dtype),
     )
 
 
@@ -282,7 +294,7 @@ def _add_weight_gradients(
     segment: Segment,
     total: Sums,
 ) -> Sums:
-    """Returns `total` with a segment's; of arrays as large, there is one besides."""
+    """Returns `total` with a segment's added, of one of the weights after the other."""
     d_gate_up_EDX, d_down_EFD = total
     x_MD, dy_MD = spread(saved.x_TD, segment), spread(dy_TD, segment)
     x_MD = _after(d_gate_up_EDX, x_MD)

@@ -50,6 +50,11 @@ def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
     return -(-(rows - lengths.first) // lengths.later)
 
 
+def has_later(plan: Plan, lengths: Lengths) -> bool:
+    """Whether there is room for rows in more than the first segment."""
+    return plan.rows.choice_N.size > lengths.first
+
+
 def make_plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> Plan:
     most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
     spare = most - expert_TK.size
@@ -81,7 +86,7 @@ def add_later(
         row = lengths.first + i * lengths.later
         return add(cut(plan, row, lengths.later), total)
 
-    if plan.rows.choice_N.size == lengths.first:
+    if not has_later(plan, lengths):
         return total
     return lax.fori_loop(0, _num_later(plan.owned, lengths), add_one, total)
 

@@ -36,8 +36,8 @@ AXIS = "expert"
 Rows = tuple[jax.Array, jax.Array, jax.Array]
 
 Experts = Callable[[Sequence[Rows]], Sequence[jax.Array]]
-"""`experts([(x_RD, expert_RK, gate_RK), ...]) -> [y_RD, ...]`, one for each chunk, of
-the experts that this device hosts.
+"""`experts([(x_RD, expert_RK, gate_RK), ...]) -> [y_RD, ...]`, of the experts that this
+device hosts, on the rows of each chunk.
 
 expert_RK: int32 in [0, E / P]; the last is "nobody", and contributes nothing, neither
 to a result nor to a gradient. The contract of `jmoe.ops.grouped`.

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.ops import grouped_ragged, segments
+from jmoe.ops import grouped, grouped_ragged, segments
 from tests.ops.routed import alone
 from tests.programs import equations
 
@@ -64,6 +64,30 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
     got = gradients(routed_mlp, *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
+def test_parts_add_to_one_float32_sum_of_the_weights_gradients(backend):
+    """That of three equal parts is three times one's, rounded once."""
+    expert_TK, x_TD, gate_TK, *weights = map(jnp.asarray, arrays(0.3))
+    narrow = [w.astype(jnp.bfloat16) for w in weights]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def of_weights(count, weights):
+        part = x_TD.astype(jnp.bfloat16), expert_TK, gate_TK
+
+        def outputs(weights):
+            return grouped.BACKENDS[backend]([part] * count, weights, hosts=2)
+
+        y, pull = jax.vjp(outputs, weights)
+        return pull([jnp.ones_like(y_TD) for y_TD in y])[0]
+
+    one = of_weights(1, [w.astype(jnp.float32) for w in narrow])
+    for got, x in zip(of_weights(3, narrow), one, strict=True):
+        want = 3 * np.asarray(x, np.float64)
+        largest = np.abs(want).max()
+        allowed = np.abs(want) * jnp.finfo(jnp.bfloat16).eps / 2 + 1e-6 * largest
+        assert (np.abs(np.asarray(got, np.float64) - want) <= allowed).all()
 
 
 def test_a_device_with_all_experts_has_one_segment_and_no_loop():
