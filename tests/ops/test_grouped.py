@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.extend import core
 
 from jmoe.config import model
-from jmoe.ops import fp8, grouped, grouped_blocks, row_tasks
+from jmoe.ops import fp8, grouped, row_tasks
 from tests.ops.routed import alone
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
@@ -352,7 +352,7 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
         layer = shape((8, 256, 2, 128)), shape((8, 128, 256))
         choices = jax.ShapeDtypeStruct((16, 2), np.int32)
         arrays = [layer] * layers, shape((16, 256)), choices, shape((16, 2))
-        lowered = gradient_norms.lower(grouped_blocks.routed_mlp_blocks, *arrays)
+        lowered = gradient_norms.lower(alone("blocks"), *arrays)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     gradient_bytes = 4 * 8 * 256 * 3 * 128
