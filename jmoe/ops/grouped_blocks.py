@@ -54,7 +54,7 @@ from jmoe.ops.rows import Rows, sort_rows
 from jmoe.ops.swiglu import swiglu
 
 Recipe = fp8.Recipe | None
-RoutedMLP = Callable[..., Any]
+RoutedMLP = Callable[..., list[jax.Array]]
 
 Kept = jax.Array | fp8.Quantized
 """Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""

@@ -26,9 +26,9 @@ products instead of five. All segments have T rows: in one long segment, XLA put
 between the start and the end of a collective.
 
 The weights' gradients of all parts of a batch make one sum, in float32 where it is of
-several products. The next part goes on where one ends, and each product is added in
-place: beside the sum there is one product's result. So where memory is needed most
-there is half of what two parts would need that XLA adds up afterwards.
+several products. A part goes on where another ends, and each product is added in place:
+beside the sum there is one product's result, and neither a part's own sum nor a third
+array for two to be added up into.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
@@ -174,7 +174,7 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD, of_we
 def _backend(
     backward: Callable[..., Any],
     lengths_of: Callable[[tuple[int, ...], int], Lengths],
-) -> Callable[..., Any]:
+) -> Callable[..., list[jax.Array]]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
 
     Each y_TD has x's dtype and is summed in float32; the gates are float32.

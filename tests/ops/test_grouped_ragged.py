@@ -66,24 +66,40 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def of_weights(backend, parts, weights):
+    """Their gradients, if that of each output is one."""
+
+    def outputs(weights):
+        return grouped.BACKENDS[backend](parts, weights, hosts=2)
+
+    y, pull = jax.vjp(outputs, weights)
+    return pull([jnp.ones_like(y_TD) for y_TD in y])[0]
+
+
+@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
+def test_no_two_arrays_as_large_as_the_weights_are_added_up(backend):
+    expert_TK, x_TD, gate_TK, *weights = arrays(0.3)
+    parts = [(x_TD, expert_TK, gate_TK)] * 2
+    traced = jax.make_jaxpr(functools.partial(of_weights, backend))(parts, weights)
+    added = {
+        equation.outvars[0].aval.shape
+        for equation, _ in equations(traced.jaxpr)
+        if equation.primitive.name in ("add", "add_any")
+    }
+    assert {(D, 2 * F), (F, D)} < added
+    assert added.isdisjoint({(E, D, 2 * F), (E, D, 2, F), (E, F, D)})
+
+
 @pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
 def test_parts_add_to_one_float32_sum_of_the_weights_gradients(backend):
     """That of three equal parts is three times one's, rounded once."""
     expert_TK, x_TD, gate_TK, *weights = map(jnp.asarray, arrays(0.3))
+    part = x_TD.astype(jnp.bfloat16), expert_TK, gate_TK
     narrow = [w.astype(jnp.bfloat16) for w in weights]
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def of_weights(count, weights):
-        part = x_TD.astype(jnp.bfloat16), expert_TK, gate_TK
-
-        def outputs(weights):
-            return grouped.BACKENDS[backend]([part] * count, weights, hosts=2)
-
-        y, pull = jax.vjp(outputs, weights)
-        return pull([jnp.ones_like(y_TD) for y_TD in y])[0]
-
-    one = of_weights(1, [w.astype(jnp.float32) for w in narrow])
-    for got, x in zip(of_weights(3, narrow), one, strict=True):
+    one = of_weights(backend, [part], [w.astype(jnp.float32) for w in narrow])
+    three = of_weights(backend, [part] * 3, narrow)
+    for got, x in zip(three, one, strict=True):
         want = 3 * np.asarray(x, np.float64)
         largest = np.abs(want).max()
         allowed = np.abs(want) * jnp.finfo(jnp.bfloat16).eps / 2 + 1e-6 * largest
