@@ -85,8 +85,8 @@ class Saved(NamedTuple):
     gate_TK: jax.Array
     gate_up_EDX: Weight
     down_EFD: Weight
-    like: tuple[jax.Array, jax.Array]
-    summed: tuple[jax.Array, jax.Array]
+    like: tuple[jax.Array, ...]
+    summed: tuple[jax.Array, ...]
     plan: Plan
 
 
@@ -106,9 +106,9 @@ def _forward(parts, weights, recipe, lengths):
     several = len(plans) > 1 or has_later(plans[0], lengths)
     wide = jnp.float32 if several else dtype
     summed = tuple(x.astype(jnp.promote_types(wide, x.dtype)) for x in like)
-    ready = (*(_ready(w, dtype, recipe) for w in weights), like, summed)
+    gate_up_EDX, down_EFD = (_ready(w, dtype, recipe) for w in weights)
     saved = [
-        Saved(x_TD, gate_TK, *ready, plan)
+        Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, summed, plan)
         for (x_TD, _, gate_TK), plan in zip(parts, plans, strict=True)
     ]
     return [_output(recipe, lengths, part) for part in saved], saved
@@ -184,7 +184,8 @@ def _backend(
         return _forward(*operands)[0]
 
     def gradients(recipe, lengths, saved, dy):
-        of_parts, of_weights = [], None
+        of_parts: list[Any] = []
+        of_weights: Any = None
         # The last one's output has its gradient first.
         for part, dy_TD in reversed([*zip(saved, dy, strict=True)]):
             (dx_TD, d_gate_TK), of_weights = backward(

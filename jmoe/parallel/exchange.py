@@ -86,7 +86,8 @@ def exchange(
         )
     x, expert, gate = (jnp.split(y, cfg.chunks) for y in (x_ND, expert_NK, gate_NK))
     chunks = [*zip(x, expert, gate, strict=True)]
-    paths = [BACKENDS[cfg.backend](*choices, cfg, router) for _, *choices in chunks]
+    find_path = BACKENDS[cfg.backend]
+    paths = [find_path(e_NK, g_NK, cfg, router) for _, e_NK, g_NK in chunks]
     y = experts(
         [
             _dispatch(path, *chunk, cfg, router)

@@ -127,9 +127,8 @@ def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
 def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     dy_TD, x_TD, gate_TK, *weights = floats(expert_TK.shape)
-    got = value_and_gradients(
-        alone(backend), expert_TK, dy_TD, x_TD, 0 * gate_TK, *weights
-    )
+    arrays = dy_TD, x_TD, 0 * gate_TK, *weights
+    got = value_and_gradients(alone(backend), expert_TK, *arrays)
     ones_T1 = jnp.ones((len(x_TD), 1))
     y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
     compare(got, {"gates": jnp.einsum("ktd,td->tk", y_KTD, dy_TD)}, 2e-6)
@@ -239,11 +238,7 @@ def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(c
     expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
     whole, apart = (
-        value_and_gradients(
-            alone(name, recipe=fp8.RECIPES["fp8"]),
-            expert_TK,
-            *arrays,
-        )
+        value_and_gradients(alone(name, recipe=fp8.RECIPES["fp8"]), expert_TK, *arrays)
         for name in ("ragged", "ragged_apart")
     )
     assert max(off_by(apart, whole).values()) < 1e-3
