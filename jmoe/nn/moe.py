@@ -84,16 +84,17 @@ class RoutedExperts(nn.Module):
             MATRIX,
         )
 
-        def apply(*tokens_R: jax.Array) -> jax.Array:
+        def apply(parts_R):
             """The experts that are here, on the tokens of all the tensor group."""
-            of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
-            x, expert, gate = of_group
+            parts = [
+                [collectives.gather(x, "tensor", 0) for x in part] for part in parts_R
+            ]
             recipe = fp8.recipe_of(self.dot_general)
             routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
             hosts = collectives.axis_size("expert")
             weights = gate_up_ED2F, down_EFD
-            y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
-            return collectives.scatter_sum(y, "tensor", 0)
+            y = routed_mlp(parts, weights, recipe=recipe, hosts=hosts)
+            return [collectives.scatter_sum(y_TD, "tensor", 0) for y_TD in y]
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
 

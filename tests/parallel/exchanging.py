@@ -54,6 +54,11 @@ def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
     return jnp.einsum("re,ref,efd->rd", gate_RE, act_REF, down_EFD)
 
 
+def one_by_one(experts):
+    """As an exchange wants experts, from a function of one chunk's rows."""
+    return lambda chunks: [experts(*chunk) for chunk in chunks]
+
+
 @functools.cache
 def on_mesh(mesh_cfg, cfg, router):
     """Outputs, gradients and each device's drops, jitted, of whole arrays."""
@@ -69,7 +74,8 @@ def on_mesh(mesh_cfg, cfg, router):
                 tokens = (collectives.gather(x, "tensor", 0) for x in tokens_R)
                 return collectives.scatter_sum(mlps(*tokens, *weights), "tensor", 0)
 
-            got = subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
+            of_chunks = one_by_one(experts)
+            got = subject.exchange(x_ND, expert_NK, gate_NK, of_chunks, cfg, router)
             return (got.y_ND * dy_ND).sum(), got
 
         gradients, got = jax.grad(loss, range(4), has_aux=True)(x_ND, gate_NK, *weights)

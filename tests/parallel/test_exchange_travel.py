@@ -22,6 +22,7 @@ from tests.parallel.exchanging import (
     arrays,
     compare,
     on_mesh,
+    one_by_one,
     random_choices,
 )
 
@@ -52,7 +53,7 @@ def weighed(cfg, dtype=np.float32, peers=4, dim=200):
     rng = np.random.default_rng(2)
     dy, x = (jnp.asarray(rng.normal(size=(TOKENS, dim)), dtype) for _ in range(2))
     expert_NK, gate_NK = random_choices(), rng.random((TOKENS, 4), np.float32)
-    experts = functools.partial(scaled, own=16 // peers)
+    experts = one_by_one(functools.partial(scaled, own=16 // peers))
 
     def on_device(expert_NK, dy, x, gate_NK):
         def run(x, gate_NK):
@@ -103,7 +104,8 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
             return x_RD
 
         cfg = ExchangeConfig(backend=backend)
-        subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
+        of_chunks = one_by_one(experts)
+        subject.exchange(x_ND, expert_NK, gate_NK, of_chunks, cfg, router)
         return arrived[0]
 
     run = on_peers(on_device, peers)
