@@ -37,6 +37,7 @@ from jmoe.checkpoint import pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, to_dict
+from jmoe.data import durable
 from jmoe.data.loader import Loader
 from jmoe.data.packing import Batch
 from jmoe.data.tokenizer import Tokenizer
@@ -246,9 +247,8 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Old or new, never half: a run that goes on trusts this file."""
-    unfinished = workdir / f".{TOKENIZER}.tmp"
-    tokenizer.save(unfinished)
-    unfinished.replace(workdir / TOKENIZER)
+    with durable.replacing(workdir / TOKENIZER) as unfinished:
+        tokenizer.save(unfinished)
 
 
 def _restore_or_make(
@@ -307,7 +307,7 @@ def _write_info(
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in _PACKAGES},
     }
-    (workdir / run_files.INFO).write_text(json.dumps(info, indent=2))
+    durable.write_text(workdir / run_files.INFO, json.dumps(info, indent=2))
 
 
 def _write_samples(
@@ -317,7 +317,7 @@ def _write_samples(
     path = workdir / run_files.SAMPLES
     rows = [row for row in run_files.read_rows(path) if row["step"] < step]
     rows += [{"step": step, "prompt": p, "text": text} for p, text in samples]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    durable.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _show_header(

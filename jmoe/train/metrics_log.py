@@ -9,7 +9,6 @@ Shapes: L MoE layers, E routed experts.
 
 import json
 import math
-import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from jmoe.data import durable
 from jmoe.train import run_files
 
 # Generated messages, which type checkers can't look into.
@@ -99,13 +99,14 @@ class MetricsLog:
 def _resume(path: pathlib.Path, start_step: int) -> TextIO:
     """Opens `path` for appending, without broken lines and steps past `start_step`."""
     if path.exists():
-        whole = path.with_suffix(".partial")
-        with whole.open("w", encoding="utf-8") as file:
+        with (
+            durable.replacing(path) as whole,
+            whole.open("w", encoding="utf-8") as file,
+        ):
             for line in run_files.read_lines(path):
                 row = run_files.parse_row(line)
                 if row is not None and row["step"] <= start_step:
                     file.write(line.rstrip("\n") + "\n")
-        os.replace(whole, path)  # atomic: a crash here leaves the old file or the new
     return path.open("a", encoding="utf-8")
 
 
