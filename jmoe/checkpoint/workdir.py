@@ -22,6 +22,7 @@ _UNFINISHED = durable.unfinished(pathlib.Path(CONFIG)).name
 FIXED = (
     "model",
     "data",
+    "initial_weights",
     "optimizer.name",
     "optimizer.moment_dtype",
     "train.microbatch_size",

@@ -54,7 +54,7 @@ def make_directory(path: pathlib.Path) -> None:
 
 
 def publish(made: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives the directory `made` the name `path`, once all that it holds is on the disk.
+    """Gives the directory `made` the name `path`, once all of it is on the disk.
 
     Raises:
       OSError: the name is taken, or the disk failed.

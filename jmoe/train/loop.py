@@ -52,7 +52,7 @@ from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
-from jmoe.train.trained import CHECKPOINTS, TOKENIZER
+from jmoe.train.trained import CHECKPOINTS, TOKENIZER, check_start
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -88,6 +88,7 @@ def train(
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
+    check_start(workdir, run)
     run, decision = horizon.go_on(workdir, run) if resumes else (run, None)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer
