@@ -158,7 +158,8 @@ def test_the_last_of_several_assignments_counts():
         (
             "trian.steps=3",
             "Unknown field 'trian'; known: name, model, data, train, optimizer, "
-            "schedule, mesh, pipeline, precision, initial_weights. Did you mean 'train'?",
+            "schedule, mesh, pipeline, precision, initial_weights. "
+            "Did you mean 'train'?",
         ),
         ("train.steps.x=3", "train.steps is a plain value; it has no field 'x'."),
         (
