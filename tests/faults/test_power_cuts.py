@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jmoe.checkpoint import paths
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
@@ -61,19 +62,12 @@ def test_a_checkpoint_is_synced_before_its_name_and_that_before_older_ones_go(sa
     for step in STEPS[1:]:
         unfinished = f"{above}/{step}.orbax-checkpoint-tmp"
         named = at["rename", unfinished, f"{above}/{step}"]
-        synced = {path for what, path in _before(saving, named) if what == "fsync"}
-        data = {path for path in synced if path.startswith(f"{unfinished}/")}
-        assert {
-            f"{unfinished}/{name}" for name in ("manifest.ocdbt", "_METADATA")
-        } <= data
-        assert f"{unfinished}/.manifest.json.tmp" in data and unfinished in synced
+        synced = {call[1] for call in saving.calls[:named] if call[0] == "fsync"}
+        names = (paths.MERGED, "_METADATA", ".manifest.json.tmp")
+        assert {unfinished, *(f"{unfinished}/{name}" for name in names)} <= synced
         older = f"{above}/{step - 1}"
         removed = at["rename", older, f"{older}.removed"]
         assert ("fsync", above) in saving.calls[named:removed]
-
-
-def _before(disk, index):
-    return [call for call in disk.calls[:index] if len(call) == 2]
 
 
 def test_every_cut_leaves_the_record_of_a_run_old_or_new(tmp_path):
