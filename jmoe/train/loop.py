@@ -149,10 +149,12 @@ def train(
                 console.update(step, metrics)
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
+                    log.sync()
                     store.save(step, state, loader.get_state())
             asks = step % cfg.signal_every == 0
             stop = processes.any_signal(max(stopped, default=0), ask=asks)
 
+        log.sync()
         store.save(step, state, loader.get_state())
         store.wait()
         if stop:
@@ -199,7 +201,7 @@ class _Silent:
     def ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    log = header = update = note = finish = ignore
+    log = sync = header = update = note = finish = ignore
 
 
 class _Meter:

@@ -1,7 +1,8 @@
 """Writes what a run measures: metrics.jsonl, balance.jsonl and TensorBoard events.
 
 `jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
-nothing; a run that goes on from a checkpoint first drops the rows of steps it is about
+nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
+A run that goes on from a checkpoint first drops the rows of steps it is about
 to repeat, so curves never overlap.
 
 Shapes: L MoE layers, E routed experts.
@@ -9,6 +10,7 @@ Shapes: L MoE layers, E routed experts.
 
 import json
 import math
+import os
 import pathlib
 import time
 from collections.abc import Mapping
@@ -83,6 +85,11 @@ class MetricsLog:
             bias = _plain(bias_LE, _BALANCE_DIGITS)
             _append(self._balance, {"step": step, "load_LE": load, "bias_LE": bias})
 
+    def sync(self) -> None:
+        """Returns when all rows are on the disk, from where events can be remade."""
+        for file in (self._metrics, self._balance):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Closes the files; a closed log takes no more rows."""
         self._metrics.close()
@@ -107,7 +114,9 @@ def _resume(path: pathlib.Path, start_step: int) -> TextIO:
                 row = run_files.parse_row(line)
                 if row is not None and row["step"] <= start_step:
                     file.write(line.rstrip("\n") + "\n")
-    return path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8")
+    durable.sync(path.parent)
+    return file
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:

@@ -55,16 +55,21 @@ class Image:
 class Disk:
     """Watches `root`, which is on the disk with all that it holds.
 
+    Args:
+      every: how many calls there are from one cut to the next.
+
     Attributes:
       images: the different ones that a cut can leave, by when.
       calls: names and paths below root, in the order of their ends: ("fsync", "a"),
         ("rename", "a", "b").
     """
 
-    def __init__(self, root: pathlib.Path):
+    def __init__(self, root: pathlib.Path, every: int = 1):
         self.images: dict[Image, None] = {}
         self.calls: list[tuple[str, ...]] = []
-        self._root = root.resolve()
+        self.root = root.resolve()
+        self._every = every
+        self._contents: dict[bytes, bytes] = {}  # so that each is in memory once
         self._synced: dict[int, bytes | dict[str, int]] = {}  # by inode
         self._kept: dict[int, int] = {}  # inode -> a descriptor
         self._promised: Any = None
@@ -72,7 +77,7 @@ class Disk:
         self._chance = random.Random(0)
 
     def __enter__(self) -> "Disk":
-        for path in [self._root, *self._root.rglob("*")]:
+        for path in [self.root, *self.root.rglob("*")]:
             self._note(path)
         self._before = {name: getattr(os, name) for name in _SEEN}
         for name, function in self._before.items():
@@ -95,15 +100,16 @@ class Disk:
         def call(*args: Any, **options: Any) -> Any:
             paths = [_path(args[0], options)]
             paths += [_path(args[1], {})] if name in ("rename", "replace") else []
-            if not paths[0].is_relative_to(self._root):
+            if not paths[0].is_relative_to(self.root):
                 return function(*args, **options)
             with self._lock:
                 result = function(*args, **options)
                 if name == "fsync":
                     self._note(paths[0])
-                below = (os.path.relpath(path, self._root) for path in paths)
+                below = (os.path.relpath(path, self.root) for path in paths)
                 self.calls.append((name, *below))
-                self._cut()
+                if len(self.calls) % self._every == 0:
+                    self._cut()
             return result
 
         return call
@@ -135,7 +141,7 @@ class Disk:
     def _cut(self) -> None:
         """Adds what is left if the power goes now."""
         for choose in CHOICES.values():
-            root = os.stat(self._root).st_ino
+            root = os.stat(self.root).st_ino
             content = tuple(self._left(root, "", choose))
             self.images[Image(content, self._promised)] = None
 
@@ -150,7 +156,7 @@ class Disk:
             if data != synced and (synced is None or share):
                 synced = data[: int(share * len(data))]
             assert isinstance(synced, bytes)
-            yield name, synced
+            yield name, self._contents.setdefault(synced, synced)
             return
         if name:
             yield name, None
