@@ -179,13 +179,13 @@ def convert(direction: str, workdir: pathlib.Path, model: pathlib.Path, out):
         import_run(model, out, started=quiet, assignments=["name=imported"])
 
 
-@pytest.mark.parametrize("direction", ["export", "import"])
+@pytest.mark.parametrize(("direction", "every"), [("export", 3), ("import", 15)])
 def test_a_power_cut_at_any_moment_leaves_a_directory_whole_or_not_there(
-    workdir, tmp_path, direction
+    workdir, tmp_path, direction, every
 ):
     export(workdir, tmp_path / "model")
     (tmp_path / "root").mkdir()
-    with power.Disk(tmp_path / "root", every=3) as disk:
+    with power.Disk(tmp_path / "root", every=every) as disk:
         convert(direction, workdir, tmp_path / "model", tmp_path / "root" / "out")
         disk.promise("out")
     want = {f"out/{name}": data for name, data in files(disk.root / "out").items()}
