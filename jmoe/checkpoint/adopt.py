@@ -16,7 +16,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from jmoe.checkpoint import manifest
+from jmoe.checkpoint import manifest, paths
+from jmoe.data import durable
 
 DESCRIPTION = ".zarray"
 
@@ -78,9 +79,10 @@ def adopt(
         for name, array in arrays.items()
         for file, sums in array.files.items()
     }
-    with ocp.Checkpointer(handler) as writer:
-        path = pathlib.Path(directory).absolute() / str(step)
-        writer.save(path, args=_Adopt(dict(arrays)))
+    path = pathlib.Path(directory).absolute() / str(step)
+    durable.make_directory(path.parent)
+    with ocp.Checkpointer(handler, temporary_path_class=paths.Renamed) as writer:
+        writer.save(paths.Literal(path), args=_Adopt(dict(arrays)))
 
 
 class _ArrayHandler(ocp.type_handlers.NumpyHandler):

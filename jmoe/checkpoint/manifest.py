@@ -8,9 +8,10 @@ written last:
     position  where the data loader stood
     arrays    name -> "float32[64,8]", for each array of the state
     files     path -> [bytes, CRC-32], for each file below the checkpoint's directory
+    crc       CRC-32 of all this, which checkpoints of jmoe 0.1 lack
 
-A checkpoint is whole if all of its files have their full size; restoring also compares
-the checksums.
+A checkpoint is whole if its manifest is as it was written, for a directory of this
+name, and all of its files have their full size; restoring also compares their sums.
 """
 
 import concurrent.futures
@@ -22,8 +23,11 @@ from typing import Any
 
 import jax
 
+from jmoe.data import durable
+
 FILE_NAME = "manifest.json"
 _REWRITTEN = "_CHECKPOINT_METADATA"  # Orbax touches it once more after we are done
+_FIELDS = {"step": int, "position": dict, "arrays": dict, "files": dict}
 _FLOATS = {"float16", "bfloat16", "float32"}
 _LISTED_DIFFERENCES = 8
 _CHUNK_BYTES = 1 << 20
@@ -68,6 +72,8 @@ def write(
 ) -> None:
     """Writes `manifest`, with the files of `directory` added to it, beside them.
 
+    Returns when all are on the disk, so that the directory may take its name.
+
     Args:
       known: sizes and sums of files that needn't be read for them.
     """
@@ -79,22 +85,20 @@ def write(
         sums = pool.map(_size_and_crc, unread.values())
         files |= dict(zip(unread, sums, strict=True))
     files.pop(_REWRITTEN, None)
-    text = json.dumps({**manifest, "files": files}, indent=1)
-    (directory / FILE_NAME).write_text(text)
+    whole = json.loads(json.dumps({**manifest, "files": files}))  # as it is read
+    durable.sync_tree(directory)
+    text = json.dumps({**whole, "crc": _own_crc(whole)}, indent=1)
+    durable.write_text(directory / FILE_NAME, text)
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose files have their full size.
 
     Raises:
-      DamagedCheckpointError: a file is missing or has another size; names both.
+      DamagedCheckpointError: the manifest was altered or is another step's, or a file
+        is missing or has another size; names both.
     """
-    try:
-        manifest = json.loads((directory / FILE_NAME).read_text())
-    except FileNotFoundError:
-        raise DamagedCheckpointError(directory, f"{FILE_NAME} is missing") from None
-    except ValueError as error:
-        raise DamagedCheckpointError(directory, f"{FILE_NAME}: {error}") from None
+    manifest = _read_own(directory)
     for name, (written, _) in manifest["files"].items():
         path = directory / name
         if not path.is_file():
@@ -105,6 +109,40 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
                 directory, f"{name} has {found} bytes, not {written}"
             )
     return manifest
+
+
+def _read_own(directory: pathlib.Path) -> dict[str, Any]:
+    """The manifest as it was written; only its files remain to be looked at."""
+    try:
+        manifest = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DamagedCheckpointError(directory, f"{FILE_NAME} is missing") from None
+    except ValueError as error:
+        raise DamagedCheckpointError(directory, f"{FILE_NAME}: {error}") from None
+    crc = manifest.pop("crc", None) if isinstance(manifest, dict) else None
+    if not _is_well_formed(manifest) or crc not in (None, _own_crc(manifest)):
+        raise DamagedCheckpointError(directory, f"{FILE_NAME} was altered")
+    if str(manifest["step"]) != directory.name:
+        step = manifest["step"]
+        raise DamagedCheckpointError(directory, f"{FILE_NAME} is that of step {step}")
+    return manifest
+
+
+def _is_well_formed(manifest: Any) -> bool:
+    """Of older manifests, which have no sum of their own, no more can be said."""
+    if not isinstance(manifest, dict) or manifest.keys() != _FIELDS.keys():
+        return False
+    if not all(isinstance(manifest[name], kind) for name, kind in _FIELDS.items()):
+        return False
+    described, pairs = manifest["arrays"].values(), manifest["files"].values()
+    return all(isinstance(text, str) for text in described) and all(
+        isinstance(pair, list) and [*map(type, pair)] == [int, int] for pair in pairs
+    )
+
+
+def _own_crc(manifest: Mapping[str, Any]) -> int:
+    """CRC-32 of what a manifest says, however it is laid out as text."""
+    return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
 def check_sums(directory: pathlib.Path, files: Mapping[str, list[int]]) -> None:

@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 import tensorstore
 
-from jmoe.checkpoint import manifest
-
-_MERGED = "manifest.ocdbt"  # Orbax's file where arrays share data files
+from jmoe.checkpoint import manifest, paths
 
 
 class Pieces:
@@ -50,7 +48,7 @@ class Pieces:
 
     def _spec(self, name: str) -> dict[str, Any]:
         store: dict[str, Any] = {"driver": "file", "path": f"{self._directory}/"}
-        if (self._directory / _MERGED).exists():
+        if (self._directory / paths.MERGED).exists():
             store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
         else:
             store["path"] += f"{name}/"

@@ -3,7 +3,9 @@
 A checkpoint is a directory named by its step. Orbax writes the arrays (uncompressed:
 zstd takes over twice as long and saves 8% of float32 weights) under a temporary name,
 we add `manifest.json` with the data loader's position and a checksum of each file, and
-Orbax renames the directory. A run killed meanwhile leaves only the temporary name.
+Orbax renames the directory. A run killed meanwhile leaves only the temporary name. All
+is on the disk before it has its name, and the name is before anything older goes, so
+that a power cut leaves the newest or the one before.
 
 The state is any pytree of arrays. It is stored flat, by name ("params/embed/kernel"),
 so that a checkpoint stays readable when a container's class changes, and in part.
@@ -17,6 +19,7 @@ import concurrent.futures
 import json
 import operator
 import pathlib
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from typing import Any, Self
@@ -25,8 +28,9 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jmoe.checkpoint import manifest
+from jmoe.checkpoint import manifest, paths
 from jmoe.checkpoint.manifest import DamagedCheckpointError
+from jmoe.data import durable
 from jmoe.parallel import processes
 
 PyTree = Any
@@ -41,9 +45,9 @@ class Store:
 
     Opening a store and reading from it change nothing on disk. Saving removes what
     interrupted saves left unfinished and the whole checkpoints beyond the newest
-    `keep`. One that claims to be as new as the step being saved, but was neither saved
-    nor restored here, is damaged or of another continuation of the run: it is set aside
-    under another name, with a warning. Not thread-safe.
+    `keep`. One that claims to be newer than the step saved or restored last is damaged
+    or of another continuation of the run: it is set aside under another name, with a
+    warning. Not thread-safe.
     """
 
     def __init__(self, directory: pathlib.Path, *, keep: int = 2):
@@ -60,11 +64,18 @@ class Store:
                 timeout_secs=_WRITE_TIMEOUT_S,
                 create_directories_asynchronously=False,  # so that `save` can raise
             ),
+            temporary_path_class=paths.Renamed,
         )
         self._remover = concurrent.futures.ThreadPoolExecutor(1)
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint; warns of newer ones that are damaged."""
+        """The newest whole checkpoint; warns of newer ones that are damaged.
+
+        Returns None where nothing was ever saved.
+
+        Raises:
+          FileNotFoundError: there are checkpoints, and none of them is whole.
+        """
         return processes.from_first("newest checkpoint", self._newest)
 
     def _newest(self) -> int | None:
@@ -75,6 +86,8 @@ class Store:
                 logging.warning("Passed over: %s", error)
             else:
                 return step
+        if self._steps():
+            raise self._none_whole()
         return None
 
     def save(self, step: int, state: PyTree, position: Mapping[str, Any]) -> None:
@@ -106,6 +119,7 @@ class Store:
                 "restored last."
             )
         if processes.index() == 0:
+            durable.make_directory(self._directory)
             self._tidy(step)
         arrays = manifest.flatten(state)
         self._handler.manifest = {
@@ -116,7 +130,8 @@ class Store:
         # Orbax fetches arrays by `np.asarray`, which JAX counts as implicit.
         save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
-            self._writer.save(self._path(step), args=_Save(arrays, save_args))
+            path = paths.Literal(self._path(step))
+            self._writer.save(path, args=_Save(arrays, save_args))
         self._current = step
         self._writing = True
 
@@ -155,7 +170,7 @@ class Store:
             restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
             partial_restore=True,  # that nothing else is missing has been checked
         )
-        arrays = self._writer.restore(self._path(found), args=arguments)
+        arrays = self._writer.restore(paths.Literal(self._path(found)), args=arguments)
         self._current = found
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten(arrays[name] for name in wanted), position, found
@@ -172,7 +187,7 @@ class Store:
         if step is None:
             step = self.latest_step()
         if step is None:
-            raise FileNotFoundError(f"No whole checkpoint in {self._directory}.")
+            raise self._none_whole()
         self._require(step)
         manifest.read(self._path(step))
         return self._path(step)
@@ -210,7 +225,19 @@ class Store:
     def _steps(self) -> list[int]:
         """Steps that have a directory, whole or not, newest first."""
         names = (path.name for path in self._directory.glob("*") if path.is_dir())
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        steps = (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
+        return sorted(steps, reverse=True)
+
+    def _none_whole(self) -> FileNotFoundError:
+        complaint = f"No whole checkpoint in {self._directory}"
+        steps = ", ".join(map(str, self._steps()))
+        if not steps:
+            return FileNotFoundError(f"{complaint}.")
+        return FileNotFoundError(
+            f"{complaint}: those of these steps are damaged: {steps}. They were left "
+            "as they are. Put a whole copy of one in its place; or, to begin again at "
+            "step 0, choose another workdir or move that directory away."
+        )
 
     def _require(self, step: int) -> None:
         steps = self._steps()
@@ -239,7 +266,7 @@ class Store:
                 logging.warning("Passed over: %s", error)
             else:
                 return candidate, stored["position"]
-        raise FileNotFoundError(f"No whole checkpoint in {self._directory}.")
+        raise self._none_whole()
 
     def _tidy(self, step: int) -> None:
         """Leaves under steps' names only what this run can be continued from."""
@@ -248,8 +275,9 @@ class Store:
             self._remove(path)
         for path in self._directory.glob("[0-9]*.removed*"):
             self._remover.submit(shutil.rmtree, path, ignore_errors=True)
+        first = step if self._current is None else self._current + 1
         for other in self._steps():
-            if other >= step:
+            if other >= first:
                 aside = _rename(self._path(other), f"{other}.aside")
                 logging.warning(
                     "Saving step %d, which does not follow on the checkpoint of step "
@@ -283,8 +311,14 @@ class _SealingHandler(ocp.PyTreeCheckpointHandler):
     manifest: dict[str, Any]
 
     def finalize(self, directory) -> None:
-        super().finalize(directory)
-        manifest.write(pathlib.Path(directory), self.manifest)
+        super().finalize(paths.Literal(directory))
+        path = pathlib.Path(directory)
+        if not (path / paths.MERGED).is_file():
+            raise RuntimeError(
+                f"Orbax did not merge what the processes wrote to {path}, so that it "
+                "can't be read; it was not made a checkpoint."
+            )
+        manifest.write(path, self.manifest)
 
 
 # Orbax looks a handler up by the class of its arguments.

@@ -5,7 +5,6 @@ runs/tiny/checkpoints/   see `jmoe.checkpoint.store`
 """
 
 import json
-import os
 import pathlib
 import time
 from typing import Any
@@ -13,15 +12,17 @@ from typing import Any
 from absl import logging
 
 from jmoe.config import RunConfig, from_dict, to_dict
+from jmoe.data import durable
 from jmoe.parallel import processes
 
 CONFIG = "config.json"
-_UNFINISHED = ".config.json.tmp"
+_UNFINISHED = durable.unfinished(pathlib.Path(CONFIG)).name
 
 # What decides the shapes and the meaning of a checkpoint's arrays and data position:
 FIXED = (
     "model",
     "data",
+    "initial_weights",
     "optimizer.name",
     "optimizer.moment_dtype",
     "train.microbatch_size",
@@ -131,14 +132,8 @@ def _refuse_other_content(workdir: pathlib.Path) -> None:
 
 
 def _write(workdir: pathlib.Path, run: RunConfig) -> None:
-    """Old or new, never half: the file takes its name when it is on disk."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    unfinished = workdir / _UNFINISHED
-    with unfinished.open("w") as file:
-        json.dump(to_dict(run), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(workdir / CONFIG)
+    durable.make_directory(workdir)
+    durable.write_text(workdir / CONFIG, json.dumps(to_dict(run), indent=2))
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:

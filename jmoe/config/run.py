@@ -14,6 +14,8 @@ from jmoe.config.model import ModelConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
 BEYOND = ("refuse", "hold")
+# Those of an imported run are in its workdir, and nowhere else.
+INITIAL_WEIGHTS = ("random", "imported")
 OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
 # Of batches; each is a program of its own.
@@ -265,9 +267,10 @@ class RunConfig:
     mesh: MeshConfig = MeshConfig()
     pipeline: PipelineConfig = PipelineConfig()
     precision: str = "native"
+    initial_weights: str = "random"
 
     def __post_init__(self):
-        checks.one_of(self, precision=PRECISIONS)
+        checks.one_of(self, precision=PRECISIONS, initial_weights=INITIAL_WEIGHTS)
         length, limit = self.data.sequence_length, self.model.max_positions
         if length > limit:
             raise ValueError(

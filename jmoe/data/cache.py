@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 
 from jmoe.config.data import DataConfig
+from jmoe.data import durable
 
 
 def directory(cfg: DataConfig) -> pathlib.Path:
@@ -40,7 +41,7 @@ def made_once(path: pathlib.Path, make: Callable[[pathlib.Path], None]) -> pathl
         made.mkdir()
         make(made)
         try:
-            made.rename(path)
+            durable.publish(made, path)
         except OSError:
             if not path.exists():
                 raise

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.data import durable
+
 PAGE = 4096
 PARTIAL = ".partial"
 JOURNAL = "journal.jsonl"
@@ -171,8 +173,8 @@ class Directory:
         if rows and rows[0].get("work") == work:
             return {row["file"]: row for row in rows[1:]}
         shutil.rmtree(self.partial, ignore_errors=True)
-        self.partial.mkdir(parents=True)
-        self._add_row({"work": work})
+        durable.make_directory(self.partial)
+        durable.write_text(self._journal, json.dumps({"work": work}) + "\n")
         return {}
 
     def require_room(self, total: int) -> None:
@@ -220,20 +222,13 @@ class Directory:
     def write_text(self, name: str, text: str) -> None:
         """A small file, written anew in every attempt."""
         path = self.partial / name
-        with (
-            _explained(self.partial, len(text)),
-            path.open("w", encoding="utf-8") as file,
-        ):
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with _explained(self.partial, len(text)):
+            durable.write_text(path, text)
 
     def publish(self) -> None:
-        """Gives the directory its name."""
-        self._journal.unlink()
-        _sync_directory(self.partial)
-        self.partial.rename(self.out)
-        _sync_directory(self.out.parent)
+        """Gives the directory its name, and only then forgets how it was made."""
+        durable.publish(self.partial, self.out)
+        (self.out / JOURNAL).unlink()
 
     def _add_row(self, row: dict[str, Any]) -> None:
         with self._lock, self._journal.open("a") as journal:
@@ -336,11 +331,3 @@ def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         for line in path.read_text().splitlines():
             rows.append(json.loads(line))
     return rows
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

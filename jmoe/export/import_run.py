@@ -108,6 +108,7 @@ def make_run(
             sequence_length=min(256, reader.cfg.max_positions),
         ),
         train=TrainConfig(steps=1000, batch_size=16, microbatch_size=16),
+        initial_weights="imported",
     )
     return override(run, assignments)
 

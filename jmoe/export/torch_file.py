@@ -5,13 +5,13 @@ safetensors first, and torch gets them mapped from there: what the system has no
 for, it drops and reads again.
 """
 
-import os
 import pathlib
 import shutil
 from typing import Any
 
 import numpy as np
 
+from jmoe.data import durable
 from jmoe.export import safetensors
 from jmoe.export.export_run import export_run
 
@@ -29,15 +29,11 @@ def export_torch(workdir: pathlib.Path, out: pathlib.Path, **options: Any) -> No
     if out.exists():
         raise ValueError(f"out={str(out)!r} exists already; choose another.")
     directory = out.with_name(out.name + ".safetensors")
-    unfinished = out.with_name(out.name + ".partial")
     export_run(workdir, directory, **options)
     try:
-        torch.save(_mapped(directory), unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        unfinished.rename(out)
+        with durable.replacing(out) as unfinished:
+            torch.save(_mapped(directory), unfinished)
     finally:
-        unfinished.unlink(missing_ok=True)
         shutil.rmtree(directory)
 
 

@@ -37,6 +37,7 @@ from jmoe.checkpoint import pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, to_dict
+from jmoe.data import durable
 from jmoe.data.loader import Loader
 from jmoe.data.packing import Batch
 from jmoe.data.tokenizer import Tokenizer
@@ -51,7 +52,7 @@ from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
-from jmoe.train.trained import CHECKPOINTS, TOKENIZER
+from jmoe.train.trained import CHECKPOINTS, TOKENIZER, check_start
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -87,6 +88,7 @@ def train(
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
+    check_start(workdir, run)
     run, decision = horizon.go_on(workdir, run) if resumes else (run, None)
     inputs = open_inputs(run, layout.mesh, workdir if resumes else None)
     loader, tokenizer = inputs.loader, inputs.tokenizer
@@ -147,10 +149,12 @@ def train(
                 console.update(step, metrics)
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
+                    log.sync()
                     store.save(step, state, loader.get_state())
             asks = step % cfg.signal_every == 0
             stop = processes.any_signal(max(stopped, default=0), ask=asks)
 
+        log.sync()
         store.save(step, state, loader.get_state())
         store.wait()
         if stop:
@@ -197,7 +201,7 @@ class _Silent:
     def ignore(self, *_: Any, **__: Any) -> None:
         pass
 
-    log = header = update = note = finish = ignore
+    log = sync = header = update = note = finish = ignore
 
 
 class _Meter:
@@ -246,9 +250,8 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
     """Old or new, never half: a run that goes on trusts this file."""
-    unfinished = workdir / f".{TOKENIZER}.tmp"
-    tokenizer.save(unfinished)
-    unfinished.replace(workdir / TOKENIZER)
+    with durable.replacing(workdir / TOKENIZER) as unfinished:
+        tokenizer.save(unfinished)
 
 
 def _restore_or_make(
@@ -307,7 +310,7 @@ def _write_info(
         "versions": {"python": platform.python_version()}
         | {package: metadata.version(package) for package in _PACKAGES},
     }
-    (workdir / run_files.INFO).write_text(json.dumps(info, indent=2))
+    durable.write_text(workdir / run_files.INFO, json.dumps(info, indent=2))
 
 
 def _write_samples(
@@ -317,7 +320,7 @@ def _write_samples(
     path = workdir / run_files.SAMPLES
     rows = [row for row in run_files.read_rows(path) if row["step"] < step]
     rows += [{"step": step, "prompt": p, "text": text} for p, text in samples]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    durable.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _show_header(

@@ -1,7 +1,8 @@
 """Writes what a run measures: metrics.jsonl, balance.jsonl and TensorBoard events.
 
 `jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
-nothing; a run that goes on from a checkpoint first drops the rows of steps it is about
+nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
+A run that goes on from a checkpoint first drops the rows of steps it is about
 to repeat, so curves never overlap.
 
 Shapes: L MoE layers, E routed experts.
@@ -20,6 +21,7 @@ from numpy.typing import ArrayLike
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from jmoe.data import durable
 from jmoe.train import run_files
 
 # Generated messages, which type checkers can't look into.
@@ -83,6 +85,11 @@ class MetricsLog:
             bias = _plain(bias_LE, _BALANCE_DIGITS)
             _append(self._balance, {"step": step, "load_LE": load, "bias_LE": bias})
 
+    def sync(self) -> None:
+        """Returns when all rows are on the disk, from where events can be remade."""
+        for file in (self._metrics, self._balance):
+            os.fsync(file.fileno())
+
     def close(self) -> None:
         """Closes the files; a closed log takes no more rows."""
         self._metrics.close()
@@ -99,14 +106,17 @@ class MetricsLog:
 def _resume(path: pathlib.Path, start_step: int) -> TextIO:
     """Opens `path` for appending, without broken lines and steps past `start_step`."""
     if path.exists():
-        whole = path.with_suffix(".partial")
-        with whole.open("w", encoding="utf-8") as file:
+        with (
+            durable.replacing(path) as whole,
+            whole.open("w", encoding="utf-8") as file,
+        ):
             for line in run_files.read_lines(path):
                 row = run_files.parse_row(line)
                 if row is not None and row["step"] <= start_step:
                     file.write(line.rstrip("\n") + "\n")
-        os.replace(whole, path)  # atomic: a crash here leaves the old file or the new
-    return path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8")
+    durable.sync(path.parent)
+    return file
 
 
 def _append(file: TextIO, row: Mapping[str, Any]) -> None:

@@ -49,6 +49,25 @@ def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
     return Trained(run, tokenizer, variables, step)
 
 
+def check_start(workdir: pathlib.Path, run: RunConfig) -> None:
+    """Refuses to begin at random where imported weights are meant; changes nothing.
+
+    Raises:
+      ValueError: `run` was imported, and `workdir` isn't where.
+    """
+    if run.initial_weights == "random":
+        return
+    with Store(workdir / CHECKPOINTS) as store:
+        if store.latest_step() is not None:
+            return
+    raise ValueError(
+        f"initial_weights={run.initial_weights!r}, but workdir={str(workdir)!r} has no "
+        "checkpoint to take them from. To go on from them, let workdir be the "
+        "directory that scripts/import_hf.py made, or a copy of it; to begin with "
+        "random weights, --set initial_weights=random."
+    )
+
+
 def quantized(trained: Trained, form: str) -> Trained:
     """With its weights in one of `jmoe.nn.quantized.FORMS`; itself where it's native.
 

@@ -39,8 +39,9 @@ def adopted(request, tmp_path):
         name: by_hand(tmp_path / "by_hand" / name, array)
         for name, array in arrays.items()
     }
-    adopt.adopt(tmp_path / "store", STEP, written, position={"sequences": 9})
-    return tmp_path / "store", arrays
+    directory = tmp_path / "store[1]"
+    adopt.adopt(directory, STEP, written, position={"sequences": 9})
+    return directory, arrays
 
 
 def test_it_is_restored_and_read_in_part(adopted):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -93,6 +94,18 @@ def cut_manifest(checkpoint):
     path.write_text(path.read_text()[:50])
 
 
+def edit_position(checkpoint):
+    path = checkpoint / manifest.FILE_NAME
+    edited = path.read_text().replace('"batch": ', '"batch": 1')
+    assert edited != path.read_text()
+    path.write_text(edited)
+
+
+def copy_another_step(checkpoint):
+    shutil.rmtree(checkpoint)
+    shutil.copytree(checkpoint.with_name("10"), checkpoint)
+
+
 def lose_everything(checkpoint):
     shutil.rmtree(checkpoint)
     checkpoint.mkdir()
@@ -103,6 +116,8 @@ DAMAGES = (
     lose_arrays,
     lose_manifest,
     cut_manifest,
+    edit_position,
+    copy_another_step,
     lose_everything,
     flip_a_bit,
 )
@@ -279,10 +294,49 @@ def test_a_damaged_checkpoint_asked_for_by_step_is_an_error_that_names_it(
 def test_a_checkpoint_that_is_not_there_is_an_error_that_lists_those_that_are(saved):
     with Store(saved) as store, pytest.raises(FileNotFoundError, match="30, 20, 10"):
         store.restore(abstract(make_state(0)), step=15)
+
+
+@pytest.mark.parametrize("damage", [cut_manifest, flip_a_bit])
+def test_where_none_is_whole_the_error_says_what_to_do_and_nothing_changes(
+    saved, damage
+):
     for step in (10, 20, 30):
-        cut_arrays(saved / str(step))
-    with Store(saved) as store, pytest.raises(FileNotFoundError, match="No whole"):
+        damage(saved / str(step))
+    left = {path: path.stat().st_mtime_ns for path in saved.rglob("*")}
+    with Store(saved) as store:
+        with pytest.raises(FileNotFoundError, match="damaged: 30, 20, 10. .* move"):
+            if damage is flip_a_bit:  # which only reading all finds
+                store.restore(abstract(make_state(0)))
+            store.latest_step()
+    assert {path: path.stat().st_mtime_ns for path in saved.rglob("*")} == left
+
+
+def test_a_damaged_checkpoint_takes_no_whole_ones_place(saved):
+    flip_a_bit(saved / "30")
+    with Store(saved, keep=2) as store:
         store.restore(abstract(make_state(0)))
+        store.save(40, make_state(40), {"batch": 40})
+    names = sorted(path.name for path in saved.iterdir())
+    assert names == ["20", "30.aside", "40"]
+
+
+@pytest.mark.parametrize("name", ["a[1]", "[!x]", "a*b?", "**"])
+def test_a_directory_may_have_a_patterns_name(tmp_path, name):
+    state = {"x": jnp.arange(3), "key": jax.random.key(3)}
+    with Store(tmp_path / name) as store:
+        store.save(1, state, {})
+        got, _, _ = store.restore(abstract(state))
+    assert_same_bits(got, state)
+
+
+def test_what_orbax_did_not_merge_is_never_a_checkpoint(saved, monkeypatch):
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda *_: None)
+    with Store(saved, keep=1) as store:
+        store.save(40, make_state(40), {})
+        with pytest.raises(RuntimeError, match="did not merge .*40.orbax"):
+            store.wait()
+        assert store.latest_step() == 30
+    assert {"10", "20", "30"} <= {path.name for path in saved.iterdir()}
 
 
 def test_another_continuation_of_the_run_is_set_aside_whole(saved):

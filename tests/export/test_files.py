@@ -13,6 +13,7 @@ import pytest
 
 from jmoe.export.export_run import export_run
 from jmoe.export.import_run import import_run
+from tests.faults import power
 
 SHARD = 100_000
 
@@ -169,6 +170,45 @@ def test_a_killed_export_leaves_no_directory_that_looks_whole(workdir, tmp_path)
     export(workdir, out)
     assert found
     assert all((out / name).stat().st_mtime_ns == at for name, at in found.items())
+
+
+def convert(direction: str, workdir: pathlib.Path, model: pathlib.Path, out):
+    if direction == "export":
+        export(workdir, out)
+    else:
+        import_run(model, out, started=quiet, assignments=["name=imported"])
+
+
+@pytest.mark.parametrize(("direction", "every"), [("export", 3), ("import", 15)])
+def test_a_power_cut_at_any_moment_leaves_a_directory_whole_or_not_there(
+    workdir, tmp_path, direction, every
+):
+    export(workdir, tmp_path / "model")
+    (tmp_path / "root").mkdir()
+    with power.Disk(tmp_path / "root", every=every) as disk:
+        convert(direction, workdir, tmp_path / "model", tmp_path / "root" / "out")
+        disk.promise("out")
+    want = {f"out/{name}": data for name, data in files(disk.root / "out").items()}
+    whole = 0
+    for image in disk.images:
+        found = dict(image.content)
+        assert "out" in found or not image.promised
+        if "out" in found:
+            assert {**found, **want} == found
+            whole += 1
+    assert 0 < whole < len(disk.images)
+
+
+def test_an_export_goes_on_after_a_power_cut(workdir, tmp_path):
+    (tmp_path / "root").mkdir()
+    with power.Disk(tmp_path / "root", every=20) as disk:
+        export(workdir, tmp_path / "root" / "out")
+    want = files(tmp_path / "root" / "out")
+    begun = [image for image in disk.images if "out.partial" in dict(image.content)]
+    for count, image in enumerate(begun[::5]):
+        image.restore(tmp_path / str(count))
+        export(workdir, tmp_path / str(count) / "out")
+        assert files(tmp_path / str(count) / "out") == want
 
 
 def can_mount() -> bool:

@@ -75,6 +75,8 @@ def test_a_run_goes_out_and_comes_in_byte_by_byte(
         text = "some text, and more"
         assert now.tokenizer.encode(text) == was.tokenizer.encode(text)
         assert (now.run.model.dtype, now.step) == (was.run.model.dtype, 0)
+        weights = (was.run.initial_weights, now.run.initial_weights)
+        assert weights == ("random", "imported")
 
 
 def test_safetensors_own_library_reads_the_same(workdir, contents, tmp_path):

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.store import Store
 from jmoe.config import override
 from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
@@ -16,7 +18,8 @@ from jmoe.train.console import Console
 from jmoe.train.loop import evaluate, train
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.step import Evaluation
-from jmoe.train.trained import load_trained
+from jmoe.train.trained import CHECKPOINTS, load_trained
+from tests.faults import power
 from tests.plain_run import plain_run
 from tests.train.whole_runs import assert_same_end, last_state, rows
 
@@ -173,6 +176,51 @@ def test_another_model_is_refused_and_nothing_overwritten(smallest, copied_run):
         train(other, copied_run)
     assert "train.seed: 0 there, 1 given" in str(e.value)
     assert files(copied_run) == before
+
+
+def test_where_no_checkpoint_is_whole_nothing_begins_at_random(smallest, copied_run):
+    for step in (20, 40):
+        (copied_run / "checkpoints" / str(step) / "manifest.json").write_text("{}")
+    before = files(copied_run)
+    with pytest.raises(FileNotFoundError, match="No whole checkpoint in .*: 40, 20"):
+        train(smallest, copied_run)
+    assert files(copied_run) == before
+
+
+def test_an_imported_runs_record_begins_nothing_at_random(smallest, tmp_path):
+    run = override(smallest, ["initial_weights=imported"])
+    workdirs.open_run(tmp_path / "without_checkpoint", run)
+    before = files(tmp_path)
+    for name in ("without_checkpoint", "new"):
+        complaint = f"workdir='.*{name}' has no checkpoint .* let workdir be"
+        with pytest.raises(ValueError, match=complaint):
+            train(run, tmp_path / name)
+    assert files(tmp_path) == before and not (tmp_path / "new").exists()
+
+
+def test_a_power_cut_at_any_moment_loses_nothing_since_the_last_checkpoint(
+    smallest, tmp_path
+):
+    every_step = ["train.checkpoint_every=1", "train.keep_checkpoints=1"]
+    run = override(smallest, ["train.steps=2", "schedule.steps=40", *every_step])
+    (tmp_path / "root").mkdir()
+    with power.Disk(tmp_path / "root") as disk:
+        assert train(run, tmp_path / "root" / "run") == 0
+        disk.promise(2)
+    steps = set()
+    for count, image in enumerate(disk.images):
+        image.restore(tmp_path / str(count))
+        workdir = tmp_path / str(count) / "run"
+        with Store(workdir / CHECKPOINTS) as store:
+            step = store.latest_step()
+        if step not in steps or image.promised:
+            assert (step or 0) >= (image.promised or 0)
+            assert step is None or load_trained(workdir).step == step
+        steps.add(step)
+        logged = {row["step"] for row in rows(workdir)}
+        assert logged >= set(range(1, (step or 0) + 1))
+        assert step is None or json.loads((workdir / "run.json").read_text())
+    assert steps == {None, 1, 2}
 
 
 def test_a_run_goes_on_with_its_own_tokenizer(smallest, copied_run, capsys):
