@@ -138,8 +138,9 @@ class Files:
 class Directory:
     """`out` in the making; a context manager, which an error leaves unpublished.
 
-    While it is entered, no other process makes the same `out`. After a ValueError, that is if what was read is wrong, nothing is kept. After any
-    other error, such as a full disk, the files that are whole are.
+    While it is entered, no other process makes the same `out`. After a ValueError, that
+    is if what was read is wrong, nothing is kept. After any other error, such as a full
+    disk, the files that are whole are.
 
     Args:
       out: must not be there yet.

@@ -193,22 +193,6 @@ def test_loading_a_model_reads_what_training_saved(smallest, whole_run):
     assert all(jax.tree.leaves(same))
 
 
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in a terminal; a shell's background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_ever(interruptible):
-    with loop._stop_signals() as stopped:
-        signal.raise_signal(signal.SIGINT)
-        assert stopped == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
 def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
     parts = [
         Evaluation(np.float32(30), np.float32(10), np.array([[6, 0], [3, 3]])),
