@@ -1,6 +1,7 @@
 """A run from start to end: stopped, damaged, repeated, it comes to the same."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -164,6 +165,25 @@ def test_a_complete_run_says_so_and_changes_nothing(smallest, copied_run, capsys
     events = {path.name for path in (copied_run / "tensorboard").iterdir()}
     assert changed - events <= {"run.json", "report.html"}
     assert before.keys() <= after.keys()
+
+
+def test_a_second_run_in_the_workdir_is_refused_while_the_first_is_there(
+    smallest, copied_run
+):
+    seen = []
+
+    def begin_another(*_):
+        before = files(copied_run)
+        with pytest.raises(
+            ValueError, match=rf"copy' is being .*process {os.getpid()}"
+        ):
+            train(smallest, copied_run)
+        seen.append(files(copied_run) == before)
+        return []
+
+    assert train(smallest, copied_run, sample=begin_another) == 0
+    assert seen == [True]
+    assert not (copied_run / ".lock").exists()
 
 
 def test_another_model_is_refused_and_nothing_overwritten(smallest, copied_run):
