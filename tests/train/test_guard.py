@@ -42,10 +42,11 @@ def watch(outcomes, saved=None, **settings) -> tuple[Guard, list[str]]:
     return watching, said
 
 
-@pytest.fixture(scope="module", params=["", "data=2,expert=2", "muon"])
+@pytest.fixture(scope="module", params=["", "data=2,expert=4,tensor=2", "muon"])
 def trainer(request, smallest) -> Trainer:
     mesh, name = ("", "muon") if request.param == "muon" else (request.param, "adamw")
-    settings = ["train.ramp_start=none", f"optimizer.name={name}"]
+    settings = ["train.ramp_start=none", "train.microbatch_size=8"]
+    settings.append(f"optimizer.name={name}")
     run = on(smallest, mesh, *settings)
     return Trainer.of(run, random_variables(run))
 
@@ -58,7 +59,7 @@ def test_a_step_that_must_not_count_changes_nothing_but_counters_of_steps(
     finite, none = layouts.put_whole(trainer.layout, np.float32([math.inf, 0]))
     state, _ = trainer.step(trainer.state, rows[0], finite)
     if cause == "loss":  # too large logits, of weights that are finite
-        head = state.params["head"] * 1e37
+        head = state.params["head"] * 1e38
         state = state.replace(params={**state.params, "head": head})
     limit = finite if cause == "loss" else none
     after, metrics = trainer.step(state, rows[1], limit)
