@@ -65,6 +65,11 @@ def main(argv: list[str]) -> int:
             signal = train(run, workdir, sample=sample)
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)
+    except FloatingPointError as error:
+        runtime.report_mistake(error)
+        return runtime.DIVERGED
+    except KeyboardInterrupt:
+        return runtime.report_interrupt()
     return 128 + signal if signal else 0
 
 

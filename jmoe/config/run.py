@@ -21,6 +21,9 @@ MOMENT_DTYPES = ("float32", "bfloat16")
 # Of batches; each is a program of its own.
 MOST_SIZES = 8
 MUON_SCALES = ("rms", "spectral")
+# What becomes of a run at a step that would spoil it; see TrainConfig.
+ON_NONFINITE = ("skip", "stop")
+ON_SPIKE = ("ignore", "skip", "stop")
 # Up to here, a step forgets at least a unit in a bfloat16 moment's last place.
 MAX_BFLOAT16_BETA = 1 - 2**-7
 # In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
@@ -163,7 +166,13 @@ class StepwiseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Steps, batches and intervals. Batches count sequences, over all processes."""
+    """Steps, batches and intervals. Batches count sequences, over all processes.
+
+    on_nonfinite: what becomes of the run at a step whose loss or gradients aren't
+    finite; on_spike: at one whose loss is a spike (`jmoe.train.guard`). Either way the
+    step changes no parameter, moment or bias; skip: training goes on with the next
+    batch; stop: it ends with an error, after a checkpoint.
+    """
 
     steps: int
     batch_size: int  # of one optimizer step, once the ramp is over
@@ -180,11 +189,18 @@ class TrainConfig:
     checkpoint_every: int = 200
     keep_checkpoints: int = 2
     signal_every: int = 10  # at which several processes agree whether to stop
+    on_nonfinite: str = "skip"
+    on_spike: str = "ignore"
+    spike_score: float = 8.0  # standard deviations above the median of recent losses
+    max_skipped: int = 10  # so many in a row end the run, as "stop" does
     seed: int = 0
 
     def __post_init__(self):
+        checks.one_of(self, on_nonfinite=ON_NONFINITE, on_spike=ON_SPIKE)
         checks.at_least(
             self,
+            spike_score=0.0,
+            max_skipped=1,
             steps=1,
             batch_size=1,
             microbatch_size=1,

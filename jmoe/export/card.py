@@ -166,6 +166,12 @@ def _measured(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, str]:
     for key, what in _FIGURES.items():
         values = [row[key] for row in rows if key in row and row["step"] <= step]
         if values:
-            value = values[-1]
-            found[what] = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+            found[what] = _figure(values[-1])
     return found
+
+
+def _figure(value: int | float | str) -> str:
+    """As text; what isn't finite is a word in a run's files, and stays one."""
+    if isinstance(value, str):
+        return f"{value}: the run has diverged"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

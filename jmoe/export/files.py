@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from jmoe.checkpoint import lock
 from jmoe.data import durable
 
 PAGE = 4096
@@ -138,30 +139,44 @@ class Files:
 class Directory:
     """`out` in the making; a context manager, which an error leaves unpublished.
 
-    After a ValueError, that is if what was read is wrong, nothing is kept. After any
-    other error, such as a full disk, the files that are whole are.
+    While it is entered, no other process makes the same `out`. After a ValueError, that
+    is if what was read is wrong, nothing is kept. After any other error, such as a full
+    disk, the files that are whole are.
 
     Args:
       out: must not be there yet.
       work: what is being made of what, as text. A partial directory of the same work
         is gone on with, one of other work is begun anew.
+
+    Raises on entering:
+      ValueError: `out` is there, or is being made by another process.
     """
 
     def __init__(self, out: pathlib.Path, work: str):
         self.out = pathlib.Path(os.path.abspath(out))
-        if self.out.exists():
-            raise ValueError(f"out={str(out)!r} exists already; choose another.")
         self.partial = self.out.with_name(self.out.name + PARTIAL)
+        self._work = work
         self._journal = self.partial / JOURNAL
         self._lock = threading.Lock()
-        self._whole = self._resume(work)
+        self._whole: dict[str, dict[str, Any]] = {}
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Directory":
+        with contextlib.ExitStack() as held:
+            path = self.partial.with_name(self.partial.name + lock.FILE)
+            held.enter_context(lock.hold(path, f"out={str(self.out)!r}"))
+            if self.out.exists():
+                raise ValueError(
+                    f"out={str(self.out)!r} exists already; choose another."
+                )
+            self._whole = self._resume(self._work)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and (issubclass(kind, ValueError) or not self._whole):
-            shutil.rmtree(self.partial, ignore_errors=True)
+        with self._held:
+            if kind is not None and (issubclass(kind, ValueError) or not self._whole):
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def _resume(self, work: str) -> dict[str, dict[str, Any]]:
         rows = _read_rows(self._journal)

@@ -23,6 +23,7 @@ _PROGRESS: dict[str, Callable[[float], str]] = {
     "tokens_per_second": lambda value: f"{count(value):>6} [dim]tok/s[/dim]",
     "loss": lambda value: f"[dim]loss[/dim] {value:.4f}",
     "max_vio": lambda value: f"[dim]MaxVio[/dim] {value:.3f}",
+    "skipped": lambda value: f"[red]skipped {value}[/red]" if value else "",
 }
 _EVALUATION: dict[str, Callable[[float], str]] = {
     "val_loss": lambda value: f"[dim]validation loss[/dim] {value:.4f}",
@@ -182,6 +183,9 @@ class Console:
             vio = latest["global_max_vio"]
             meaning = f"a busiest expert gets {1 + vio:.2f} times its fair share"
             yield "global MaxVio", f"{vio:.3f}", meaning
+        if latest.get("skipped"):
+            meaning = "steps whose loss or gradients weren't finite, or were spikes"
+            yield "skipped", str(latest["skipped"]), meaning
         if self._speeds:
             yield "tokens/s", count(statistics.median(self._speeds)), "median"
         yield "time", duration(self._clock() - self._started), ""
@@ -214,4 +218,6 @@ def _live_line(out: rich.console.Console) -> rich.progress.Progress:
 def _read(
     readings: Mapping[str, Callable[[float], str]], metrics: Mapping[str, Any]
 ) -> list[str]:
-    return [read(metrics[key]) for key, read in readings.items() if key in metrics]
+    """Those that are there, and have something to say."""
+    found = (read(metrics[key]) for key, read in readings.items() if key in metrics)
+    return list(filter(None, found))

@@ -136,6 +136,16 @@ def put_batch(layout: Layout, batch: Batch) -> Batch:
     return jax.tree.map(put, batch)
 
 
+def put_whole(layout: Layout, tree: Any) -> Any:
+    """Host arrays, the same on every process, whole on every device of the mesh."""
+    sharding = NamedSharding(layout.mesh, WHOLE)
+    # Where there are several processes, JAX counts it as implicit.
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+        )
+
+
 def _names(path: Any) -> tuple[Any, ...]:
     """The keys of a path, whatever kind of node each is of."""
     simple = functools.partial(jax.tree_util.keystr, simple=True)

@@ -22,9 +22,8 @@ import platform
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -33,7 +32,7 @@ import numpy as np
 
 import jmoe.train.step as steps
 from jmoe.balance import dropping, load
-from jmoe.checkpoint import pieces
+from jmoe.checkpoint import lock, pieces
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, to_dict
@@ -44,7 +43,7 @@ from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import compiler, processes
-from jmoe.train import horizon, report, run_files, schedules, stages
+from jmoe.train import guard, horizon, report, run_files, schedules, stages
 from jmoe.train import layout as layouts
 from jmoe.train.ahead import Ahead
 from jmoe.train.console import Console
@@ -52,8 +51,10 @@ from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
+from jmoe.train.stop_signals import StopSignals
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER, check_start
 
+_GUARD = "guard"  # its state, beside the data loader's position
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 # Pairs of prompt and continuation, from a trained model's variables as they lie on the
@@ -77,11 +78,17 @@ def train(
 
     Raises:
       ValueError, FileNotFoundError: a mistake in the record, the data or the workdir,
-        or a difference in these between processes; before anything is compiled or
-        overwritten.
+        a difference in these between processes, a workdir that another run writes to,
+        or a checkpoint that isn't finite; before anything is overwritten.
+      FloatingPointError: too many steps had to be skipped, or one that may not be
+        (`jmoe.train.guard`); after a last checkpoint.
     """
     cfg = run.train
     _agree_on_run(run, workdir)
+    shows = processes.index() == 0
+    locked = workdir / lock.FILE, f"workdir={str(workdir)!r}"
+    if shows:
+        lock.require_free(*locked)
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe.exchange, layout.mesh)
@@ -103,13 +110,16 @@ def train(
 
     with contextlib.ExitStack() as stack:
         stack.callback(loader.close)
+        if shows:
+            if not resumes:  # a directory without a record may hold nothing else
+                workdirs.open_run(workdir, run)
+            stack.enter_context(lock.hold(*locked))
         store = stack.enter_context(
             Store(workdir / CHECKPOINTS, keep=cfg.keep_checkpoints)
         )
         make = functools.partial(make_state, model, optimizer, cfg.seed)
-        state, step = _restore_or_make(make, layout, store, loader)
+        state, step, saved = _restore_or_make(make, layout, store, loader)
         parameters = count_parameters(state.params, run.model.moe.router)
-        shows = processes.index() == 0
         if shows:
             workdirs.open_run(workdir, run)
             _keep_tokenizer(workdir, tokenizer)
@@ -122,21 +132,25 @@ def train(
         _show_header(console, run, workdir, parameters, step)
         if decision is not None:
             console.note(decision)
-        stopped = stack.enter_context(_stop_signals())
+        signals = stack.enter_context(StopSignals(console.note))
+        watch = guard.Guard(cfg, saved, console.note)
         stack.enter_context(jax.transfer_guard("disallow"))
 
         sequences = int(loader.get_state()["sequences"])
         meter = _Meter(step, sequences * run.data.sequence_length)
         ahead = Ahead()
         stop = 0  # or the signal that any process got
-        while step < cfg.steps and not stop:
+        while step < cfg.steps and not stop and watch.verdict is None:
             batch = next_batch(loader, schedules.microbatches(cfg, step))
-            state, measured = train_step(state, put(batch))
-            ahead.add(measured)
+            limit = layouts.put_whole(layout, watch.loss_limit())
+            state, measured = train_step(state, put(batch), limit)
             step += 1
+            ahead.add(measured)
+            watch.add(step, measured)
             meter.add(batch.tokens_BT[..., 1:].size * inputs.num_parts)
             if _is_due(cfg.log_every, step, cfg.steps):
-                metrics = jax.device_get(measured)
+                watch.catch_up()
+                metrics = jax.device_get(measured) | {"skipped": watch.skipped}
                 load_LE, bias_LE = metrics.pop("load_LE"), metrics.pop("bias_LE")
                 metrics |= meter.read(step)
                 load_LE = load_LE / load_LE.sum(-1, keepdims=True)
@@ -150,13 +164,18 @@ def train(
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
                     log.sync()
-                    store.save(step, state, loader.get_state())
+                    store.save(step, state, _position(loader, watch))
             asks = step % cfg.signal_every == 0
-            stop = processes.any_signal(max(stopped, default=0), ask=asks)
+            stop = processes.any_signal(signals.first, ask=asks)
 
         log.sync()
-        store.save(step, state, loader.get_state())
+        store.save(step, state, _position(loader, watch))
         store.wait()
+        signals.close()
+        if watch.verdict is not None:
+            raise FloatingPointError(
+                f"{watch.verdict} Saved step {step}; the same command goes on from it."
+            )
         if stop:
             name = signal.Signals(stop).name
             console.note(
@@ -259,15 +278,24 @@ def _restore_or_make(
     layout: layouts.Layout,
     store: Store,
     loader: Loader,
-) -> tuple[TrainState, int]:
+) -> tuple[TrainState, int, Mapping[str, Any] | None]:
+    """The state, its step, and what the guard had seen until then."""
     if store.latest_step() is None:
-        return layouts.born(layout, make), 0
+        return layouts.born(layout, make), 0, None
     abstract = layouts.abstract(layout, make)
     if _holds_weights_only(store):
-        return _restore_weights(make, layout, abstract, store), 0
-    state, position, step = store.restore(abstract)
-    loader.set_state(position)
-    return state, step
+        state, step = _restore_weights(make, layout, abstract, store), 0
+        position = {}
+    else:
+        state, position, step = store.restore(abstract)
+        loader.set_state(position)
+    guard.require_finite(state, store.locate(step))
+    return state, step, position.get(_GUARD)
+
+
+def _position(loader: Loader, watch: guard.Guard) -> dict[str, Any]:
+    """What a checkpoint has besides arrays."""
+    return {**loader.get_state(), _GUARD: watch.state()}
 
 
 def _holds_weights_only(store: Store) -> bool:
@@ -361,25 +389,3 @@ def _devices(run: RunConfig) -> str:
         return kind
     axes = [f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1]
     return f"{run.mesh.num_devices} x {kind}: {', '.join(axes)}"
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that gets the first SIGTERM or SIGINT; a second one acts as ever."""
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped  # only the main thread may handle signals
-        return
-    before = {int(n): signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, _: Any) -> None:
-        stopped.append(number)
-        signal.signal(number, before[number])
-
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield stopped
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

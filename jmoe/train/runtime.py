@@ -5,6 +5,7 @@ import os
 import pathlib
 import platform
 import re
+import signal
 import sys
 
 from absl import app, flags, logging
@@ -14,7 +15,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 _LARGE = 2**25  # bytes; the largest threshold that glibc takes
 
 COMPILED = "compiled"  # JAX's cache, in the directory where prepared data is cached
-MISTAKE = 2  # exit code
+# Exit codes.
+MISTAKE = 2
+DIVERGED = 3
 
 
 def set_up(argv: list[str]) -> None:
@@ -94,6 +97,12 @@ def log_warnings_only() -> None:
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+
+
+def report_interrupt() -> int:
+    """Says that Ctrl-C ended the process, and returns the exit code for it."""
+    print("SIGINT: ended.", file=sys.stderr)
+    return 128 + signal.SIGINT
 
 
 def report_mistake(error: Exception) -> int:

@@ -11,12 +11,17 @@ its part (`parallel.zero`), and the optimizer works on the parts.
 The bias moves once an optimizer step, after it, from the whole batch's counts. Those
 are integers and are summed as such, so neither accumulation nor recomputation nor the
 mesh can change the bias's path by a bit.
+
+A step whose loss or gradients aren't finite changes nothing but counters of steps. The
+choice is made element by element where the update is written, so it costs no pass over
+memory; the gradients' norm, which clipping needs, tells it of all of them.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
@@ -33,7 +38,7 @@ from jmoe.train.layout import WHOLE, Layout, on_mesh
 from jmoe.train.losses import normalisers, sum_losses
 from jmoe.train.state import TrainState
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 EvalStep = Callable[[Any, Any, Batch], "Evaluation"]
 
 
@@ -51,7 +56,11 @@ def make_train_step(
     run: RunConfig,
     layout: Layout,
 ) -> TrainStep:
-    """A function of the state and a batch of [A, B, T + 1] tokens, laid out so."""
+    """A function of the state and a batch of [A, B, T + 1] tokens, laid out so.
+
+    It may be given a third argument, a float32 scalar: a step whose loss is above it
+    isn't taken either.
+    """
     cfg, steps = run.model, run.horizon
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
@@ -70,27 +79,33 @@ def make_train_step(
         (layout.stored, WHOLE, WHOLE),
     )
 
-    def train_step(state: TrainState, batch: Batch):
+    def train_step(
+        state: TrainState, batch: Batch, loss_limit: jax.Array | None = None
+    ):
         gradients, losses, stats = measure(
             state.params, state.router_state, state.step, batch
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        rate = bias_rate(state.step)
+        grad_norm = optax.tree.norm(gradients)
+        is_taken = jnp.isfinite(losses.main) & jnp.isfinite(grad_norm)
+        if loss_limit is not None:
+            is_taken &= losses.main <= loss_limit
+        rate, old_bias_LE = bias_rate(state.step), read_biases(state.router_state, cfg)
         bias_LE = bias_rule(
-            read_biases(state.router_state, cfg),
-            stats.load_E,
-            rate=rate,
-            margin_EM=stats.margin_EM,
+            old_bias_LE, stats.load_E, rate=rate, margin_EM=stats.margin_EM
         )
+        bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
+        params = optax.apply_updates(state.params, updates)
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=_choose(is_taken, params, state.params),
             router_state=write_biases(bias_LE, cfg),
-            opt_state=opt_state,
+            opt_state=_choose(is_taken, opt_state, state.opt_state),
         )
         metrics = {
             "loss": losses.main,
-            "grad_norm": optax.tree.norm(gradients),
+            "grad_norm": grad_norm,
+            "skipped": jnp.int32(~is_taken),
             "learning_rate": learning_rate(state.step),
             "bias_rate": rate,
             "load_LE": stats.load_E,
@@ -109,6 +124,21 @@ def make_train_step(
         return new_state, metrics
 
     return train_step
+
+
+def _choose(is_taken: jax.Array, new: Any, old: Any) -> Any:
+    """`new` if the step is taken, else `old`.
+
+    Schedules count a step all the same: their values follow from the step's number.
+    """
+
+    def leaf(new: Any, old: Any) -> Any:
+        return new if is_schedule(new) else jnp.where(is_taken, new, old)
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(leaf, new, old, is_leaf=is_schedule)
 
 
 def _way_through(run: RunConfig) -> Any:

@@ -12,6 +12,7 @@ from jmoe.config import RunConfig
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import quantize_weights
+from jmoe.train.guard import require_finite
 from jmoe.train.state import make_variables
 
 TOKENIZER = "tokenizer.json"
@@ -33,7 +34,8 @@ def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
 
     Raises:
       FileNotFoundError: `workdir` holds no run, or not this checkpoint.
-      ValueError: a file of the run is damaged, or of another version of jmoe.
+      ValueError: a file of the run is damaged, or of another version of jmoe, or the
+        weights aren't finite.
     """
     if not (workdir / workdirs.CONFIG).is_file():
         raise FileNotFoundError(
@@ -46,6 +48,7 @@ def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
         variables, _, step = store.restore(
             jax.eval_shape(make), step, ignore=_ONLY_FOR_TRAINING
         )
+        require_finite(variables, store.locate(step))
     return Trained(run, tokenizer, variables, step)
 
 

@@ -131,6 +131,17 @@ def test_what_was_begun_otherwise_is_begun_anew(interrupted, tmp_path):
     assert files(out) == files(tmp_path / "again")
 
 
+def test_one_place_is_written_to_by_one_export_at_a_time(workdir, tmp_path):
+    def progress(nbytes):
+        with pytest.raises(ValueError, match=rf"out' is being .*process {os.getpid()}"):
+            export(workdir, tmp_path / "out", dtype="bfloat16")
+
+    export(workdir, tmp_path / "out", started=lambda total: progress)
+    export(workdir, tmp_path / "again")
+    assert files(tmp_path / "out") == files(tmp_path / "again")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "again", "run"}
+
+
 def test_an_interrupted_import_goes_on_at_its_whole_chunks(workdir, tmp_path):
     export(workdir, tmp_path / "hf")
     imported = functools.partial(import_run, tmp_path / "hf")

@@ -11,9 +11,16 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from jmoe.checkpoint.store import Store
+from jmoe.checkpoint.workdir import read_run
 from jmoe.data.tokenizer import train_bpe
+from jmoe.train import run_files
+from jmoe.train.trained import load_trained
+from tests.train.whole_runs import last_state
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
@@ -72,6 +79,50 @@ def test_sigterm_saves_before_the_exit_and_the_same_command_goes_on(
     assert (outcome.code, outcome.err) == (0, "")
     assert f"Goes on from the checkpoint of step {step}." in outcome.out
     assert losses(tmp_path / "run") == losses(trained)
+
+
+def test_a_run_that_diverges_ends_with_an_error_and_finite_weights(
+    script, smallest_arguments, tmp_path
+):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    settings = ["optimizer.schedule.peak=1e30", "train.max_skipped=3"]
+    outcome = script(
+        "train", workdir, *smallest_arguments, *(f"--set={s}" for s in settings)
+    )
+    assert outcome.code == 3
+    assert_one_line(outcome.err, "skipped: loss or gr.*3 in a row, train.max_skipped")
+    assert "Step 3 skipped: loss or gradients aren't finite" in outcome.out
+    rows = list(run_files.read_rows(tmp_path / "run" / "metrics.jsonl"))
+    assert [row["skipped"] for row in rows][:3] == [0, 0, 1]
+    step = rows[-1]["step"]
+    assert f"Saved step {step};" in outcome.err
+    assert load_trained(tmp_path / "run").step == step  # which wants finite weights
+
+
+@pytest.fixture(scope="module")
+def broken(trained, tmp_path_factory) -> pathlib.Path:
+    """The run with weights that aren't finite in its newest checkpoint."""
+    workdir = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "broken")
+    state, position, step = last_state(read_run(workdir), workdir)
+    state = state.replace(
+        params={**state.params, "head": state.params["head"] * np.nan}
+    )
+    with Store(workdir / "checkpoints") as store:
+        store.save(step + 1, jax.tree.map(jnp.asarray, state), position)
+    return workdir
+
+
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+def test_a_checkpoint_that_is_not_finite_is_one_line(
+    script, smallest_arguments, broken, name
+):
+    before = files(broken)
+    arguments = [*smallest_arguments, "--set=train.steps=60"] if name == "train" else []
+    held = ["--set=schedule.beyond=hold"] if name == "train" else []
+    outcome = script(name, f"--workdir={broken}", *arguments, *held)
+    assert outcome.code == 2
+    assert_one_line(outcome.err, "checkpoints/41 has NaN or infinite numbers in params")
+    assert files(broken) == before
 
 
 def test_a_complete_run_says_so(script, trained, smallest_arguments, tmp_path):

@@ -32,6 +32,7 @@ def arguments(smallest_arguments) -> list[str]:
         "train.eval_every": STEPS,
         "train.checkpoint_every": 1,
         "train.signal_every": 2,
+        "train.on_spike": "skip",
     }
     return [*smallest_arguments, *(f"--set={k}={v}" for k, v in values.items())]
 

@@ -111,6 +111,20 @@ def test_the_final_table_of_a_run_without_steps_has_no_results():
     assert "runs/tiny/metrics.jsonl" in file.getvalue()
 
 
+def test_skipped_steps_are_shown_where_there_are_any():
+    shown = []
+    for skipped in (0, 3):
+        file = io.StringIO()
+        with Console(10, out=_plain(file)) as console:
+            console.update(10, METRICS | {"skipped": skipped})
+            console.finish("runs/tiny")
+        shown.append(file.getvalue())
+    assert "skipped" not in shown[0]
+    line, *_, table = shown[1].partition("\n")
+    assert "MaxVio 0.250  skipped 3  " in line
+    assert "steps whose loss or gradients weren't finite" in table
+
+
 def test_square_brackets_are_text_and_not_markup():
     file = io.StringIO()
     with Console(10, out=_plain(file)) as console:

@@ -1,6 +1,7 @@
 """A run from start to end: stopped, damaged, repeated, it comes to the same."""
 
 import json
+import os
 import pathlib
 import shutil
 import signal
@@ -169,6 +170,25 @@ def test_a_complete_run_says_so_and_changes_nothing(smallest, copied_run, capsys
     assert before.keys() <= after.keys()
 
 
+def test_a_second_run_in_the_workdir_is_refused_while_the_first_is_there(
+    smallest, copied_run
+):
+    seen = []
+
+    def begin_another(*_):
+        before = files(copied_run)
+        with pytest.raises(
+            ValueError, match=rf"copy' is being .*process {os.getpid()}"
+        ):
+            train(smallest, copied_run)
+        seen.append(files(copied_run) == before)
+        return []
+
+    assert train(smallest, copied_run, sample=begin_another) == 0
+    assert seen == [True]
+    assert not (copied_run / ".lock").exists()
+
+
 def test_another_model_is_refused_and_nothing_overwritten(smallest, copied_run):
     other = override(smallest, ["model.hidden_dim=48", "train.seed=1"])
     before = files(copied_run)
@@ -239,22 +259,6 @@ def test_loading_a_model_reads_what_training_saved(smallest, whole_run):
     saved = {"params": state.params, "router_state": state.router_state}
     same = jax.tree.map(np.array_equal, trained.variables, saved)
     assert all(jax.tree.leaves(same))
-
-
-@pytest.fixture
-def interruptible():
-    """Ctrl-C as in a terminal; a shell's background jobs ignore it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_the_first_signal_asks_to_stop_and_the_second_acts_as_ever(interruptible):
-    with loop._stop_signals() as stopped:
-        signal.raise_signal(signal.SIGINT)
-        assert stopped == [signal.SIGINT]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
 
 
 def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():

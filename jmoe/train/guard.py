@@ -1,0 +1,149 @@
+"""Steps that must not count: without finite gradients, or at a spike of the loss.
+
+The device decides, before a step changes anything (`train.step`). The host reads what
+became of a step LAG steps later, when it waits for nothing: it counts, says so, and
+ends a run that skips too many in a row.
+
+A spike is a loss whose robust z-score, by median and median absolute deviation of the
+WINDOW steps before it, exceeds `train.spike_score`. Losses of the last LAG steps aren't
+among these, whether they are known or not, and a checkpoint has the losses: so
+processes, and a run that goes on, decide alike.
+"""
+
+import collections
+import math
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jmoe.checkpoint import manifest
+from jmoe.config import TrainConfig
+
+LAG = 4
+WINDOW = 128
+ENOUGH = 32  # losses of which a deviation can be told
+_SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
+_NAMED = 3
+
+
+class Guard:
+    """What became of a run's steps.
+
+    Args:
+      saved: what `state` returned when the checkpoint was written, if there is any.
+      say: shows a line.
+
+    Attributes:
+      skipped: steps that weren't taken, in the whole run.
+      verdict: why the run must end, or None.
+    """
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        saved: Mapping[str, Any] | None,
+        say: Callable[[str], None],
+    ):
+        saved = saved or {}
+        self.skipped = saved.get("skipped", 0)
+        self.verdict: str | None = None
+        self._in_a_row = saved.get("in_a_row", 0)
+        # Of the last steps whose loss is known; None: it wasn't finite.
+        self._losses = collections.deque(saved.get("losses", ()), WINDOW + LAG)
+        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._cfg = cfg
+        self._say = say
+
+    def loss_limit(self) -> np.float32 | None:
+        """Above which the next step is a spike; None: no loss is one.
+
+        Infinite until ENOUGH losses are known.
+        """
+        if self._cfg.on_spike == "ignore":
+            return None
+        count = len(self._losses) - (LAG - len(self._pending))
+        used = list(self._losses)[: max(count, 0)][-WINDOW:]
+        losses = [loss for loss in used if loss is not None]
+        if len(losses) < ENOUGH:
+            return np.float32(math.inf)
+        median = statistics.median(losses)
+        deviation = statistics.median(abs(loss - median) for loss in losses)
+        return np.float32(median + self._cfg.spike_score * _SIGMA * deviation)
+
+    def add(self, step: int, measured: Mapping[str, jax.Array]) -> None:
+        """Takes what step `step` measured, and reads what an older one did."""
+        outcome = [measured[name] for name in ("skipped", "loss", "grad_norm")]
+        self._pending.append((step, outcome))
+        if len(self._pending) > LAG:
+            self._read_oldest()
+
+    def catch_up(self) -> None:
+        """Waits for all steps and reads what became of them."""
+        while self._pending:
+            self._read_oldest()
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must have, of numbers that JSON can hold; catches up."""
+        self.catch_up()
+        return {
+            "skipped": self.skipped,
+            "in_a_row": self._in_a_row,
+            "losses": list(self._losses),
+        }
+
+    def _read_oldest(self) -> None:
+        step, outcome = self._pending.popleft()
+        skipped, loss, grad_norm = map(float, jax.device_get(outcome))
+        self._losses.append(loss if math.isfinite(loss) else None)
+        if not skipped:
+            self._in_a_row = 0
+            return
+        self.skipped += 1
+        self._in_a_row += 1
+        spike = math.isfinite(loss) and math.isfinite(grad_norm)
+        what = "the loss is a spike" if spike else "loss or gradients aren't finite"
+        text = f"Step {step} skipped: {what} (loss {loss:.4g}, norm {grad_norm:.4g})."
+        if self._in_a_row == 1:
+            self._say(text)
+        field = "on_spike" if spike else "on_nonfinite"
+        if getattr(self._cfg, field) == "stop":
+            self._stop(f"{text} train.{field}='stop'.")
+        elif self._in_a_row >= self._cfg.max_skipped:
+            number = f"{self._in_a_row} in a row, train.max_skipped"
+            self._stop(f"{text} It is the last of {number}.")
+
+    def _stop(self, verdict: str) -> None:
+        self.verdict = self.verdict or verdict
+        self._in_a_row = 0  # who goes on all the same has as many again
+
+
+def require_finite(arrays: Any, where: Any) -> None:
+    """Refuses a tree of arrays with numbers that aren't finite.
+
+    Args:
+      where: they were read from; named in the error.
+
+    Raises:
+      ValueError: names the first such arrays.
+    """
+    floats = {
+        name: x
+        for name, x in manifest.flatten(arrays).items()
+        if jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    finite = jax.device_get(jax.jit(_are_finite)(floats))
+    broken = [name for name, is_finite in finite.items() if not is_finite]
+    if broken:
+        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
+        raise ValueError(
+            f"{where} has NaN or infinite numbers in {', '.join(broken[:_NAMED])}"
+            f"{more}; an older checkpoint may have none."
+        )
+
+
+def _are_finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.isfinite(x).all() for name, x in arrays.items()}
