@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -318,25 +317,6 @@ def test_a_damaged_checkpoint_takes_no_whole_ones_place(saved):
         store.save(40, make_state(40), {"batch": 40})
     names = sorted(path.name for path in saved.iterdir())
     assert names == ["20", "30.aside", "40"]
-
-
-@pytest.mark.parametrize("name", ["a[1]", "[!x]", "a*b?", "**"])
-def test_a_directory_may_have_a_patterns_name(tmp_path, name):
-    state = {"x": jnp.arange(3), "key": jax.random.key(3)}
-    with Store(tmp_path / name) as store:
-        store.save(1, state, {})
-        got, _, _ = store.restore(abstract(state))
-    assert_same_bits(got, state)
-
-
-def test_what_orbax_did_not_merge_is_never_a_checkpoint(saved, monkeypatch):
-    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", lambda *_: None)
-    with Store(saved, keep=1) as store:
-        store.save(40, make_state(40), {})
-        with pytest.raises(RuntimeError, match="did not merge .*40.orbax"):
-            store.wait()
-        assert store.latest_step() == 30
-    assert {"10", "20", "30"} <= {path.name for path in saved.iterdir()}
 
 
 def test_another_continuation_of_the_run_is_set_aside_whole(saved):
