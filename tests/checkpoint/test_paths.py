@@ -1,4 +1,4 @@
-"""Orbax finds its files in any directory, and where it doesn't, nothing is published."""
+"""Orbax finds its files in any directory; where not, nothing is published."""
 
 import jax
 import jax.numpy as jnp
