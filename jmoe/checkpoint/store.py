@@ -311,7 +311,7 @@ class _SealingHandler(ocp.PyTreeCheckpointHandler):
     manifest: dict[str, Any]
 
     def finalize(self, directory) -> None:
-        super().finalize(paths.Literal(directory))
+        super().finalize(directory)
         path = pathlib.Path(directory)
         if not (path / paths.MERGED).is_file():
             raise RuntimeError(

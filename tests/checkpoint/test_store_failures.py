@@ -1,0 +1,84 @@
+"""A save that fails or is killed is reported, and what was there before stays."""
+
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jmoe.checkpoint.store import Store
+
+SAVE_AND_HANG = """
+import sys, time
+import jax.numpy as jnp
+from jmoe.checkpoint import manifest
+from jmoe.checkpoint.store import Store
+
+store = Store(sys.argv[1])
+store.save(1, {"x": jnp.float32(1)}, {"batch": 1})
+store.wait()
+manifest.write = lambda *_: print("all but done", flush=True) or time.sleep(600)
+store.save(2, {"x": jnp.float32(2)}, {"batch": 2})
+store.wait()
+"""
+
+
+def test_a_writer_killed_just_before_it_is_done_leaves_the_checkpoint_before(
+    tmp_path, caplog
+):
+    command = [sys.executable, "-c", SAVE_AND_HANG, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdout.readline() == "all but done\n"
+        writer.kill()
+    unfinished = tmp_path / "2.orbax-checkpoint-tmp"
+    assert unfinished.exists()
+
+    with Store(tmp_path) as store:
+        assert store.latest_step() == 1
+        got, position, _ = store.restore({"x": jax.ShapeDtypeStruct((), "float32")})
+        assert (float(got["x"]), position) == (1.0, {"batch": 1})
+        assert unfinished.exists()  # reading removes nothing
+        store.save(2, {"x": jnp.float32(2)}, {})
+    assert f"Removing {unfinished}" in caplog.text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_a_failed_write_is_reported_and_can_be_repeated(tmp_path):
+    state = {"x": jnp.ones((512, 512))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Store(tmp_path) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # a full disk
+        try:
+            store.save(1, state, {})
+            with pytest.raises(ValueError, match="File too large"):
+                store.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert store.latest_step() is None
+        store.save(1, state, {})
+    assert Store(tmp_path).latest_step() == 1
+
+
+def test_a_directory_that_cannot_be_made_is_reported_by_save(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with Store(tmp_path / "file") as store, pytest.raises(OSError, match="file"):
+        store.save(1, {"x": jnp.ones(3)}, {})
+
+
+def test_a_position_that_json_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path,
+):
+    with Store(tmp_path / "new") as store:
+        with pytest.raises(TypeError, match="bytes"):
+            store.save(1, {"x": jnp.ones(3)}, {"iterator": b"state"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_reading_needs_no_directory_and_makes_none(tmp_path):
+    store = Store(tmp_path / "new")
+    assert store.latest_step() is None
+    with pytest.raises(FileNotFoundError, match="No whole checkpoint in .*new"):
+        store.restore({})
+    assert not (tmp_path / "new").exists()
