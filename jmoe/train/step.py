@@ -12,9 +12,8 @@ The bias moves once an optimizer step, after it, from the whole batch's counts. 
 are integers and are summed as such, so neither accumulation nor recomputation nor the
 mesh can change the bias's path by a bit.
 
-A step whose loss or gradients aren't finite changes nothing but counters of steps. The
-choice is made element by element where the update is written, so it costs no pass over
-memory; the gradients' norm, which clipping needs, tells it of all of them.
+A step whose loss or gradients aren't finite changes nothing but counters of steps: the
+optimizer isn't called. The gradients' norm, which clipping needs, tells of all of them.
 """
 
 from collections.abc import Callable
@@ -85,7 +84,6 @@ def make_train_step(
         gradients, losses, stats = measure(
             state.params, state.router_state, state.step, batch
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         grad_norm = optax.tree.norm(gradients)
         is_taken = jnp.isfinite(losses.main) & jnp.isfinite(grad_norm)
         if loss_limit is not None:
@@ -95,12 +93,21 @@ def make_train_step(
             old_bias_LE, stats.load_E, rate=rate, margin_EM=stats.margin_EM
         )
         bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
-        params = optax.apply_updates(state.params, updates)
+
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # Not element by element: a parameter's update is computed from new moments, and
+        # if these were a choice, old and new ones would take memory of their own.
+        params, opt_state = jax.lax.cond(
+            is_taken, update, _keep, state.params, state.opt_state
+        )
         new_state = TrainState(
             step=state.step + 1,
-            params=_choose(is_taken, params, state.params),
+            params=params,
             router_state=write_biases(bias_LE, cfg),
-            opt_state=_choose(is_taken, opt_state, state.opt_state),
+            opt_state=opt_state,
         )
         metrics = {
             "loss": losses.main,
@@ -126,19 +133,16 @@ def make_train_step(
     return train_step
 
 
-def _choose(is_taken: jax.Array, new: Any, old: Any) -> Any:
-    """`new` if the step is taken, else `old`.
-
-    Schedules count a step all the same: their values follow from the step's number.
-    """
-
-    def leaf(new: Any, old: Any) -> Any:
-        return new if is_schedule(new) else jnp.where(is_taken, new, old)
+def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """Both as they are, but schedules count the step: their values follow from it."""
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
 
-    return jax.tree.map(leaf, new, old, is_leaf=is_schedule)
+    def leaf(x: Any) -> Any:
+        return x._replace(count=x.count + 1) if is_schedule(x) else x
+
+    return params, jax.tree.map(leaf, opt_state, is_leaf=is_schedule)
 
 
 def _way_through(run: RunConfig) -> Any:

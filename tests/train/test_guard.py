@@ -51,20 +51,22 @@ def trainer(request, smallest) -> Trainer:
     return Trainer.of(run, random_variables(run))
 
 
-@pytest.mark.parametrize("cause", ["loss", "spike"])
+@pytest.mark.parametrize(
+    ("cause", "scale"), [("loss", 1e38), ("norm", 1e37), ("spike", 1.0)]
+)
 def test_a_step_that_must_not_count_changes_nothing_but_counters_of_steps(
-    trainer, cause
+    trainer, cause, scale
 ):
     rows = [layouts.put_batch(trainer.layout, batch(trainer.run, i)) for i in (0, 1)]
     finite, none = layouts.put_whole(trainer.layout, np.float32([math.inf, 0]))
     state, _ = trainer.step(trainer.state, rows[0], finite)
-    if cause == "loss":  # too large logits, of weights that are finite
-        head = state.params["head"] * 1e38
-        state = state.replace(params={**state.params, "head": head})
-    limit = finite if cause == "loss" else none
+    head = state.params["head"] * scale  # finite, but its logits or gradients aren't
+    state = state.replace(params={**state.params, "head": head})
+    limit = none if cause == "spike" else finite
     after, metrics = trainer.step(state, rows[1], limit)
     assert metrics["skipped"] == 1
-    assert np.isfinite(metrics["loss"]) == (cause == "spike")
+    assert np.isfinite(metrics["loss"]) == (cause != "loss")
+    assert np.isfinite(metrics["grad_norm"]) == (cause == "spike")
     assert same(after.replace(step=state.step), state, but=optax.ScaleByScheduleState)
     assert (state.step, after.step) == (1, 2)
     counts = [x.count for x in jax.tree.leaves(after, is_leaf=schedule) if schedule(x)]
