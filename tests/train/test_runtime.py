@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import pathlib
 import platform
 import subprocess
 import sys
@@ -66,10 +65,13 @@ def test_steps_on_a_cpu_follow_one_another():
     jax.config.update(ASYNC, before)
 
 
-def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(set_cache):
+def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
+    set_cache, tmp_path
+):
+    ours = tmp_path / "new" / "ours"
     set_cache(None)
-    keep_compiled(pathlib.Path("ours"))
-    assert jax.config.values[CACHE] == "ours"
+    keep_compiled(ours)
+    assert jax.config.values[CACHE] == str(ours) and ours.is_dir()
     set_cache("theirs")
-    keep_compiled(pathlib.Path("ours"))
+    keep_compiled(ours)
     assert jax.config.values[CACHE] == "theirs"
