@@ -127,7 +127,7 @@ def read_record(path: pathlib.Path) -> RunConfig:
     """The record in a file; raises as `read_run` does."""
     try:
         return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not the record of a run: {error}") from error
 
 

@@ -49,6 +49,7 @@ def main(argv: list[str]) -> int:
     if not 0 < _SHARD_GB.value < math.inf:
         raise ValueError(f"shard_gb={_SHARD_GB.value} must be above 0, and finite.")
     workdir = runtime.path(_WORKDIR)
+    runtime.start_jax()
     if _OUT.value is None:
         suffix = ".pt" if _FORMAT.value == "pt" else "_hf"
         # Beside the run, also if that is called "." or "run/".

@@ -43,6 +43,7 @@ def main(argv: list[str]) -> int:
     from jmoe.export.progress import Progress
 
     workdir = runtime.path(_WORKDIR)
+    runtime.start_jax()
     with Progress(f"to {workdir}") as progress:
         import_run(
             runtime.path(_MODEL),

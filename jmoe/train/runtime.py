@@ -29,8 +29,7 @@ def command(main: Callable[[list[str]], int]) -> Callable[[], NoReturn]:
 
     `main` takes what absl leaves of the command line and returns the exit code. What
     it raises as ValueError or OSError is a mistake, told in one line. Ctrl-C, and
-    output that nobody reads any more (`| head`), end it without a word, by the exit
-    codes that shells give them.
+    output that nobody reads any more (`| head`), end it without a word.
     """
     module = sys.modules[main.__module__]
 
@@ -51,13 +50,17 @@ def _answer(main: Callable[[list[str]], int], argv: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore
     try:
         code = main(argv)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
         return code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+    except MemoryError as error:
+        error.args = error.args or ("There is too little memory for this.",)
+        return report_mistake(error)
     except (ValueError, OSError) as error:
         return report_mistake(error)
 

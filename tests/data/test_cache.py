@@ -72,3 +72,13 @@ def test_the_default_directory_follows_the_desktop_convention(monkeypatch):
     assert cache.directory(DataConfig()) == pathlib.Path("/somewhere/jmoe")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache.directory(DataConfig()) == pathlib.Path.home() / ".cache" / "jmoe"
+
+
+def test_a_user_without_a_home_is_told_what_to_name_instead(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    with pytest.raises(ValueError, match="data.cache_dir or .* XDG_CACHE_HOME"):
+        cache.directory(DataConfig())
