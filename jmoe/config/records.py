@@ -91,7 +91,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         raise ValueError(f"{path}={value!r} must be of type {hint.__name__}.")
     if hint is int and not -(2**63) <= value < 2**63:
         raise ValueError(f"{path}={value} must fit into 64 bits.")
-    if hint is str and not checks.is_unicode(value):
+    if isinstance(value, str) and not checks.is_unicode(value):
         raise ValueError(f"{path}={value!r} must be UTF-8.")
     return value
 

@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -22,6 +22,7 @@ _LARGE = 2**25  # bytes; the largest threshold that glibc takes
 
 COMPILED = "compiled"  # JAX's cache, in the directory where prepared data is cached
 MISTAKE = 2  # exit code
+_STDOUT = 1  # file descriptor
 
 
 def command(main: Callable[[list[str]], int]) -> Callable[[], NoReturn]:
@@ -54,7 +55,7 @@ def _answer(main: Callable[[list[str]], int], argv: list[str]) -> int:
             sys.stdout.flush()
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
@@ -77,7 +78,7 @@ def set_up(argv: list[str]) -> None:
     log_warnings_only()
 
 
-def path(flag: flags.FlagHolder[str]) -> pathlib.Path:
+def path(flag: flags.FlagHolder[Any]) -> pathlib.Path:
     """Returns the path that a flag gives; raises as `checks.local_path` does."""
     return checks.local_path(flag.name, flag.value)
 
