@@ -251,3 +251,8 @@ def test_what_no_record_can_hold_is_refused(assignment, said):
 def test_a_list_is_no_record():
     with pytest.raises(ValueError, match="must be a record of RunConfig"):
         records.from_dict(RunConfig, [1])
+
+
+def test_a_value_is_never_evaluated():
+    run = records.override(plain_run(), ["name=__import__('os').getcwd()"])
+    assert run.name == "__import__('os').getcwd()"

@@ -168,6 +168,7 @@ def replace(index, value):
         ("start", replace(-1, 10**9), "documents lie elsewhere"),
         ("hash", lambda path: np.save(path, np.zeros(1)), "other shapes"),
         ("hash", lambda path: path.write_bytes(b""), "No data left"),
+        ("hash", lambda path: np.save(path, np.array([object])), "allow_pickle=False"),
     ],
 )
 def test_a_damaged_cache_is_made_again(
