@@ -40,5 +40,6 @@ def test_the_code_is_the_commit_and_whether_files_differ_from_it(tmp_path):
 
 def test_an_installed_package_has_no_commit_of_the_clone_around_it(tmp_path):
     git(tmp_path, "init")
+    git(tmp_path, "commit", "--allow-empty", "--message=theirs")
     (tmp_path / "site-packages").mkdir()
     assert starts.code(tmp_path / "site-packages") == {"commit": None, "dirty": None}
