@@ -15,11 +15,14 @@ import importlib
 import pathlib
 import sys
 
+try:
+    from jmoe.train import runtime
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
+
 import rich.console
 import rich.markup
 from absl import app, flags
-
-from jmoe.train import runtime
 
 # The suites are no part of the package that is installed.
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -48,10 +51,7 @@ def main(argv: list[str]) -> int:
     runtime.log_warnings_only()
     console = rich.console.Console(highlight=False)
     suite = importlib.import_module(SUITES[_SUITE.value])
-    try:
-        report = suite.run(_REPEATS.value, console.print)
-    except ValueError as error:
-        return runtime.report_mistake(error)
+    report = suite.run(_REPEATS.value, console.print)
     console.print(report.table())
     console.print(f"Written to {report.write()}")
     for result in report.wrong:
@@ -60,4 +60,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    runtime.command(main)()

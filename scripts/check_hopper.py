@@ -16,13 +16,17 @@ import pathlib
 import subprocess
 import sys
 
+try:
+    from jmoe.train import runtime
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
+
 import rich.console
-from absl import app, flags
+from absl import flags
 
 from jmoe.config import DataConfig
 from jmoe.data import cache
 from jmoe.plan import programs
-from jmoe.train import runtime
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for experiments, which are not installed
@@ -58,12 +62,9 @@ def main(argv: list[str]) -> int:
     # GPUs that are here aren't asked, and programs for absent ones can't be cached.
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
-    try:
-        if not _is_installed(NEEDED):
-            go_on_in(_environment())
-        return check()
-    except ValueError as error:
-        return runtime.report_mistake(error)
+    if not _is_installed(NEEDED):
+        go_on_in(_environment())
+    return check()
 
 
 def check() -> int:
@@ -109,7 +110,7 @@ def go_on_in(environment: pathlib.Path) -> None:
 
 def _environment() -> pathlib.Path:
     if _ENVIRONMENT.value:
-        return pathlib.Path(_ENVIRONMENT.value)
+        return runtime.path(_ENVIRONMENT)
     return cache.directory(DataConfig()) / "hopper"
 
 
@@ -121,4 +122,4 @@ def _is_installed(module: str) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    runtime.command(main)()

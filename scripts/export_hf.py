@@ -1,91 +1,14 @@
 """Writes a run's model as a directory that transformers and vLLM load.
 
-python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_hf
-python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_fp8 --dtype=fp8
-python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny.pt --format=pt
-python scripts/export_hf.py --dry_run --model=v3
-
-A dry run lists what would be written, and of DeepSeek-V3 in FP8 compares it with what
-was published.
+The program is jmoe/commands/export_hf.py. --help shows what it takes.
 """
 
-import pathlib
 import sys
 
-from absl import app, flags
-
-from jmoe.train import runtime
-
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
-_OUT = flags.DEFINE_string(
-    "out", None, "What to write; must not exist. By default <workdir>_hf."
-)
-_STEP = flags.DEFINE_integer(
-    "step", None, "Of which checkpoint; by default the newest."
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16", "fp8"],
-    "Of the weights; by default the checkpoint's. fp8 is DeepSeek's block FP8.",
-)
-_FORMAT = flags.DEFINE_enum(
-    "format",
-    "safetensors",
-    ["safetensors", "pt"],
-    "A directory with safetensors files, or a file for torch.load.",
-)
-_SHARD_GB = flags.DEFINE_float("shard_gb", 5.0, "About how large a file may be.")
-_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Only list what a model would have.")
-_MODEL = flags.DEFINE_string("model", "v3", "Preset of the dry run.")
-
-
-def main(argv: list[str]) -> int:
-    runtime.set_up(argv)
-    try:
-        if _DRY_RUN.value:
-            dry_run(_MODEL.value, _DTYPE.value or "fp8")
-        else:
-            if _SHARD_GB.value <= 0:
-                raise ValueError(f"shard_gb={_SHARD_GB.value} must be above 0.")
-            suffix = ".pt" if _FORMAT.value == "pt" else "_hf"
-            export(pathlib.Path(_OUT.value or f"{_WORKDIR.value}{suffix}"))
-    except (ValueError, OSError) as error:
-        return runtime.report_mistake(error)
-    return 0
-
-
-def export(out: pathlib.Path) -> None:
-    """Writes `out` as the flags say."""
-    from jmoe.export.export_run import export_run
-    from jmoe.export.progress import Progress
-    from jmoe.export.torch_file import export_torch
-
-    writer = {"safetensors": export_run, "pt": export_torch}[_FORMAT.value]
-    with Progress(f"to {out}") as progress:
-        writer(
-            pathlib.Path(_WORKDIR.value),
-            out,
-            step=_STEP.value,
-            dtype=_DTYPE.value,
-            shard_bytes=int(_SHARD_GB.value * 1e9),
-            started=progress.start,
-        )
-
-
-def dry_run(model: str, dtype: str) -> None:
-    """Prints the plan of a preset's export."""
-    import rich.console
-
-    from jmoe.export import dry_run as dry
-
-    made = dry.plan_preset(model, dtype)
-    console = rich.console.Console(highlight=False)
-    console.print(dry.table(made))
-    console.print(dry.summary(made))
-    if (model, dtype) == dry.PUBLISHED:
-        console.print("All names, shapes and types are those of the published files.")
-
+try:
+    from jmoe.commands.export_hf import start
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    start()

@@ -1,70 +1,14 @@
 """Completes a prompt with the model of a run.
 
-python scripts/generate.py --workdir=runs/tiny --prompt="def f("
-python scripts/generate.py --prompt="12 + 30 = " --temperature=0
-python scripts/generate.py --num_samples=3 --max_new_tokens=200
-python scripts/generate.py --weights=int4-experts
+The program is jmoe/commands/generate.py. --help shows what it takes.
 """
 
-import pathlib
 import sys
 
-from absl import app, flags
-
-from jmoe.data import cache
-from jmoe.train import runtime
-
-_WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
-_STEP = flags.DEFINE_integer(
-    "step", None, "Of which checkpoint; by default the newest."
-)
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
-_NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "How many continuations.", lower_bound=1
-)
-_MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 100, "The longest continuation, unless the document ends before."
-)
-_TEMPERATURE = flags.DEFINE_float(
-    "temperature", 0.7, "Divides the logits; 0 takes the most likely token."
-)
-_TOP_P = flags.DEFINE_float(
-    "top_p", 0.95, "Draws from the likeliest tokens that together have this share."
-)
-_WEIGHTS = flags.DEFINE_string(
-    "weights", "native", "How they are kept: native, fp8 or int4-experts."
-)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the drawing.")
-
-
-def main(argv: list[str]) -> int:
-    runtime.set_up(argv)
-    from jmoe.decode.generate import generate
-    from jmoe.train.trained import load_trained, quantized
-
-    try:
-        trained = load_trained(pathlib.Path(_WORKDIR.value), step=_STEP.value)
-        data, tokenizer = trained.run.data, trained.tokenizer
-        runtime.keep_compiled(cache.directory(data) / runtime.COMPILED)
-        prompt = [tokenizer.eos_id, *tokenizer.encode(_PROMPT.value)]
-        samples = generate(
-            trained.run.model,
-            quantized(trained, _WEIGHTS.value).variables,
-            [prompt] * _NUM_SAMPLES.value,
-            max_new_tokens=_MAX_NEW_TOKENS.value,
-            temperature=_TEMPERATURE.value,
-            top_p=_TOP_P.value,
-            seed=_SEED.value,
-            stop_id=tokenizer.eos_id,
-        )
-    except (ValueError, OSError) as error:
-        return runtime.report_mistake(error)
-    for number, new in enumerate(samples):
-        if number:
-            print("-" * 40)
-        print(_PROMPT.value + tokenizer.decode(new))
-    return 0
-
+try:
+    from jmoe.commands.generate import start
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    start()

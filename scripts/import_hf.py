@@ -1,64 +1,14 @@
 """Makes a directory that transformers or vLLM load into a run.
 
-python scripts/import_hf.py --model=DIRECTORY --workdir=runs/imported
-python scripts/generate.py --workdir=runs/imported --prompt="def f("
-python scripts/train.py --experiment=runs/imported/config.json --workdir=runs/imported
-
-What the run is to be trained on can be said with --set, as for scripts/train.py.
+The program is jmoe/commands/import_hf.py. --help shows what it takes.
 """
 
-import pathlib
 import sys
 
-from absl import app, flags
-
-from jmoe.train import runtime
-
-_MODEL = flags.DEFINE_string(
-    "model",
-    None,
-    "Directory with config.json, tokenizer.json and safetensors files.",
-    required=True,
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory to make; must not exist.", required=True
-)
-_DTYPE = flags.DEFINE_enum(
-    "dtype",
-    None,
-    ["float32", "bfloat16"],
-    "Of the checkpoint; by default each array's as the files have it.",
-)
-_FP8 = flags.DEFINE_enum(
-    "fp8",
-    "dequantize",
-    ["dequantize", "keep"],
-    "What becomes of FP8 weights. Kept, they can be exported again, not trained.",
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "path.to.field=value, over the run's defaults; repeatable."
-)
-
-
-def main(argv: list[str]) -> int:
-    runtime.set_up(argv)
-    from jmoe.export.import_run import import_run
-    from jmoe.export.progress import Progress
-
-    try:
-        with Progress(f"to {_WORKDIR.value}") as progress:
-            import_run(
-                pathlib.Path(_MODEL.value),
-                pathlib.Path(_WORKDIR.value),
-                started=progress.start,
-                assignments=_SET.value,
-                dtype=_DTYPE.value,
-                fp8=_FP8.value,
-            )
-    except (ValueError, OSError) as error:
-        return runtime.report_mistake(error)
-    return 0
-
+try:
+    from jmoe.commands.import_hf import start
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    start()

@@ -1,114 +1,14 @@
 """Trains a model; run it again with the same --workdir to go on where it stopped.
 
-python scripts/train.py
-python scripts/train.py --experiment=experiments/my_run.py --workdir=runs/my_run
-python scripts/train.py --set train.steps=2000 --set model.num_layers=6
-
-As several processes, of which each sees some of the devices: the same command for each,
-with the address of process 0, such as
---coordinator=10.0.0.1:4321 --num_processes=2 --process_id=0
-Slurm (srun) and MPI's launchers tell a process the last two, Slurm the first as well;
-Kubernetes' indexed jobs tell the last.
+The program is jmoe/commands/train.py. --help shows what it takes.
 """
 
-import pathlib
-import runpy
 import sys
-from collections.abc import Sequence
 
-from absl import app, flags
-
-from jmoe.checkpoint import workdir as workdirs
-from jmoe.config import RunConfig, checks, override, presets
-from jmoe.data import cache
-from jmoe.parallel import processes
-from jmoe.train import runtime
-
-_EXPERIMENT = flags.DEFINE_string(
-    "experiment",
-    "tiny",
-    "A run preset, a file with get_config() -> RunConfig, or a run's config.json.",
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Directory of the run; by default runs/<name of the run>."
-)
-_SET = flags.DEFINE_multi_string(
-    "set", [], "path.to.field=value, over the experiment's; repeatable."
-)
-# Flags, as they differ between machines and between the processes of one run.
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, which must be free there."
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "How many processes train together."
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this one is, from 0."
-)
-
-# One of each domain of the embedded corpus.
-PROMPTS = ("def mean(values):\n", "The module defines", "12 + 30 = ")
-SAMPLE_TOKENS = 64
-
-
-def main(argv: list[str]) -> int:
-    runtime.set_up(argv)
-    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-    try:
-        with processes.join(*place):
-            run = read_experiment(_EXPERIMENT.value, _SET.value)
-            workdir = pathlib.Path(_WORKDIR.value or f"runs/{run.name}")
-            from jmoe.train.loop import train  # JAX's start-up waits for a valid record
-
-            runtime.step_after_step()
-            runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
-            signal = train(run, workdir, sample=sample)
-    except (ValueError, OSError) as error:
-        return runtime.report_mistake(error)
-    except FloatingPointError as error:
-        runtime.report_mistake(error)
-        return runtime.DIVERGED
-    except KeyboardInterrupt:
-        return runtime.report_interrupt()
-    return 128 + signal if signal else 0
-
-
-def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
-    """The run that a preset or an experiment file describes, with overrides."""
-    if name.endswith(".json"):
-        run = workdirs.read_record(pathlib.Path(name))
-    elif not name.endswith(".py"):
-        run = checks.lookup(presets.RUNS, name, "experiment")()
-    elif not pathlib.Path(name).is_file():
-        raise FileNotFoundError(f"experiment={name!r} is not a file.")
-    else:
-        run = runpy.run_path(name).get("get_config", lambda: None)()
-    if not isinstance(run, RunConfig):
-        raise ValueError(f"experiment={name!r} has no get_config() -> RunConfig.")
-    return override(run, assignments)
-
-
-def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
-    """Short completions, as far as the model has positions for them."""
-    from jmoe.decode.generate import generate
-    from jmoe.decode.on_mesh import make_next_logits
-
-    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in PROMPTS]
-    room = run.model.max_positions - max(map(len, prompts))
-    if room < 1:
-        return []
-    new = generate(
-        run.model,
-        variables,
-        prompts,
-        max_new_tokens=min(SAMPLE_TOKENS, room),
-        temperature=0.7,
-        top_p=0.95,
-        stop_id=tokenizer.eos_id,
-        next_logits=make_next_logits(run, layout),
-    )
-    return list(zip(PROMPTS, map(tokenizer.decode, new), strict=True))
-
+try:
+    from jmoe.commands.train import start
+except ModuleNotFoundError as missing:
+    sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    start()

@@ -34,6 +34,7 @@ LAYERS = (
     "export",
     "plan",
     "serve",
+    "commands",
 )
 ONLY_IN = {"torch": "export", "transformers": "export", "vllm": "serve", "ray": "serve"}
 OPTIONAL = ("torch", "transformers")  # for checks; export itself works without them
@@ -48,8 +49,8 @@ FLAGS = {
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats"],
     "scripts/check_hopper.py": ["suite", "program", "environment"],
-    "scripts/evaluate.py": ["workdir", "step", "weights", "set"],
-    "scripts/export_hf.py": [
+    "jmoe/commands/evaluate.py": ["workdir", "step", "weights", "set"],
+    "jmoe/commands/export_hf.py": [
         "workdir",
         "out",
         "step",
@@ -59,7 +60,7 @@ FLAGS = {
         "dry_run",
         "model",
     ],
-    "scripts/generate.py": [
+    "jmoe/commands/generate.py": [
         "workdir",
         "step",
         "prompt",
@@ -70,7 +71,7 @@ FLAGS = {
         "weights",
         "seed",
     ],
-    "scripts/plan.py": [
+    "jmoe/commands/plan.py": [
         "pp",
         "microbatches",
         "schedule",
@@ -80,9 +81,9 @@ FLAGS = {
         "weights",
         "out",
     ],
-    "scripts/serve.py": ["model", "engine", "mtp", "set"],
-    "scripts/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
-    "scripts/train.py": [
+    "jmoe/commands/serve.py": ["model", "engine", "mtp", "set"],
+    "jmoe/commands/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
+    "jmoe/commands/train.py": [
         "experiment",
         "workdir",
         "set",

@@ -149,9 +149,14 @@ def check_sums(directory: pathlib.Path, files: Mapping[str, list[int]]) -> None:
     """Reads every file; raises DamagedCheckpointError for one that was altered."""
     paths = [directory / name for name in files]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        for name, found in zip(files, pool.map(_size_and_crc, paths), strict=True):
-            if list(found) != files[name]:
-                raise DamagedCheckpointError(directory, f"{name} was altered (CRC-32)")
+        try:
+            sums = list(pool.map(_size_and_crc, paths))
+        except FileNotFoundError as error:  # as another process removed it
+            reason = f"{error.filename} is missing"
+            raise DamagedCheckpointError(directory, reason) from error
+    for name, found in zip(files, sums, strict=True):
+        if list(found) != files[name]:
+            raise DamagedCheckpointError(directory, f"{name} was altered (CRC-32)")
 
 
 def check_arrays(

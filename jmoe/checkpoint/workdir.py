@@ -51,8 +51,7 @@ def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
     if not (workdir / CONFIG).exists():
         _refuse_other_content(workdir)
         return False
-    changes = _changes(to_dict(read_run(workdir)), to_dict(run))
-    refused = {name: pair for name, pair in changes.items() if _is_fixed(name)}
+    refused = fixed_changes(read_run(workdir), run)
     if refused:
         lines = [
             f"  {name}: {a!r} there, {b!r} given" for name, (a, b) in refused.items()
@@ -81,6 +80,17 @@ def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
             logging.info("%s goes on with %s=%r (was %r).", workdir, name, new, old)
         _write(workdir, run)
     return True
+
+
+def fixed_changes(
+    old: RunConfig, new: RunConfig, fixed: tuple[str, ...] = FIXED
+) -> dict[str, tuple[Any, Any]]:
+    """Returns what differs within `fixed` and isn't `FREE`: name -> (old, new)."""
+    return {
+        name: pair
+        for name, pair in _changes(to_dict(old), to_dict(new)).items()
+        if _is_in(name, fixed) and not _is_in(name, FREE)
+    }
 
 
 def check_shared(path: pathlib.Path, timeout_s: float = 60.0) -> None:
@@ -117,8 +127,8 @@ def read_run(workdir: pathlib.Path) -> RunConfig:
 def read_record(path: pathlib.Path) -> RunConfig:
     """The record in a file; raises as `read_run` does."""
     try:
-        return from_dict(RunConfig, json.loads(path.read_text()))
-    except ValueError as error:
+        return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not the record of a run: {error}") from error
 
 
@@ -145,10 +155,6 @@ def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
         for below, pair in _changes(old.get(name), new.get(name)).items():
             changes[f"{name}.{below}".rstrip(".")] = pair
     return changes
-
-
-def _is_fixed(name: str) -> bool:
-    return _is_in(name, FIXED) and not _is_in(name, FREE)
 
 
 def _is_in(name: str, fields: tuple[str, ...]) -> bool:

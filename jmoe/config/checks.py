@@ -1,10 +1,15 @@
 """The few checks that every record shares, each with one wording."""
 
 import math
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+MAX_SEED = 2**32 - 1  # JAX drops the bits of a key's seed beyond 32
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 def at_least(record: Any, **minimum: float) -> None:
@@ -43,6 +48,36 @@ def one_of(record: Any, **allowed: Sequence[Any]) -> None:
         if value not in values:
             listed = ", ".join(map(repr, values))
             raise ValueError(f"{field}={value!r} is not one of {listed}.")
+
+
+def local_path(field: str, text: str) -> pathlib.Path:
+    """Returns the path that `text` means, `~` expanded.
+
+    Raises:
+      ValueError: `text` is empty, a URL, or has what no name of a file can have; or
+        `~` means no directory.
+    """
+    if not text or "\0" in text or not is_unicode(text) or _URL.match(text):
+        raise ValueError(
+            f"{field}={text!r} must be a path of this machine, in UTF-8; URLs such as "
+            "gs:// are not supported."
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{field}={text!r}: nobody has that home here.") from error
+
+
+def is_unicode(text: str) -> bool:
+    """Returns whether `text` can be written as UTF-8.
+
+    A command line with other bytes becomes text that can't.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:

@@ -58,6 +58,7 @@ class DataConfig:
         if not self.tokenizer:
             raise ValueError("tokenizer='' must be 'builtin' or a tokenizer.json.")
         checks.at_least(self, sequence_length=1, seed=0)
+        checks.at_most(self, seed=checks.MAX_SEED)
         if not 0 < self.validation_fraction < 1:
             raise ValueError(
                 f"validation_fraction={self.validation_fraction!r} must lie "

@@ -13,6 +13,8 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
+from jmoe.config import checks
+
 Record = TypeVar("Record")
 
 
@@ -23,6 +25,9 @@ def to_dict(record: Any) -> Any:
 
 def from_dict(cls: type[Record], values: Mapping[str, Any], path: str = "") -> Record:
     """Builds the record `cls`; ValueError names the field that doesn't fit."""
+    if not isinstance(values, Mapping):
+        what = path.removesuffix(".")
+        raise ValueError(f"{what or 'It'} must be a record of {cls.__name__}.")
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = [field.name for field in fields]
@@ -84,6 +89,10 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
         return float(value)
     if not isinstance(value, hint) or (hint is int and not is_number):
         raise ValueError(f"{path}={value!r} must be of type {hint.__name__}.")
+    if hint is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{path}={value} must fit into 64 bits.")
+    if isinstance(value, str) and not checks.is_unicode(value):
+        raise ValueError(f"{path}={value!r} must be UTF-8.")
     return value
 
 
@@ -139,11 +148,11 @@ def _literal(text: str) -> Any:
         return float(text)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
-def _unknown_field(path: str, name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+def _unknown_field(path: str, name: Any, known: list[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"Unknown field {path!r}; known: {', '.join(known)}.{hint}"

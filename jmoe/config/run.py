@@ -212,7 +212,9 @@ class TrainConfig:
             checkpoint_every=1,
             keep_checkpoints=1,
             signal_every=1,
+            seed=0,
         )
+        checks.at_most(self, steps=2**31 - 1, seed=checks.MAX_SEED)
         start = self.batch_size if self.ramp_start is None else self.ramp_start
         for field, size in (("batch_size", self.batch_size), ("ramp_start", start)):
             if size < 1 or size % self.microbatch_size:

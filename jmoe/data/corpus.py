@@ -22,6 +22,7 @@ from jmoe.data.tokenizer import Tokenizer
 
 _RECIPE = 1  # raise it when the files change, so that no old ones are read
 _BATCH_CHARACTERS = 2_000_000
+_CHECKED_TOKENS = 1 << 24  # at a time
 
 
 class Corpus(NamedTuple):
@@ -42,11 +43,11 @@ def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpu
     """
     key = cache.key(_RECIPE, text.fingerprint, tokenizer.fingerprint)
     path = cache.made_once(
-        directory / "corpora" / key, lambda path: _write(path, text, tokenizer)
+        directory / "corpora" / key,
+        lambda path: _write(path, text, tokenizer),
+        lambda path: _flaw(path, tokenizer),
     )
-    token_S = np.load(path / "token.npy", mmap_mode="r")
-    start_N, hash_N = (np.load(path / f"{name}.npy") for name in ("start", "hash"))
-    return Corpus(text.name, key, token_S, start_N, hash_N)
+    return Corpus(text.name, key, *_open(path))
 
 
 def split(
@@ -83,10 +84,43 @@ def split(
     )
 
 
+def _open(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    token_S = np.load(path / "token.npy", mmap_mode="r")
+    return token_S, np.load(path / "start.npy"), np.load(path / "hash.npy")
+
+
+def _flaw(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
+    """What the files can't be as `_write` made them by; None if nothing.
+
+    Reads all tokens, which takes less than the sum of the text they come from.
+    """
+    try:
+        token_S, start_N, hash_N = _open(path)
+    except (OSError, ValueError, EOFError) as error:
+        return str(error)
+    shapes = token_S.ndim, start_N.shape
+    if shapes != (1, hash_N.shape) or token_S.dtype != _dtype(tokenizer):
+        return "its arrays have other shapes or types"
+    bound_N = np.append(start_N, len(token_S) - 1)
+    if bound_N[0] != 0 or not (np.diff(bound_N) > 0).all():
+        return "its documents lie elsewhere"
+    if not (token_S[bound_N] == tokenizer.eos_id).all():
+        return "its documents aren't apart"
+    for start in range(0, len(token_S), _CHECKED_TOKENS):
+        part_S = token_S[start : start + _CHECKED_TOKENS]
+        if part_S.max() >= tokenizer.vocab_size or part_S.min() < 0:
+            return f"it has tokens outside of vocab_size={tokenizer.vocab_size}"
+    return None
+
+
+def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger | np.signedinteger]:
+    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+
+
 def _write(path: pathlib.Path, text: Text, tokenizer: Tokenizer) -> None:
     """Tokenises in the order of reading, then copies in the order of the hashes."""
     logging.info("Tokenising %s into %s.", text.name, path)
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    dtype = _dtype(tokenizer)
     lengths, hashes = array.array("q"), array.array("Q")
     unordered = path / "unordered"
     with unordered.open("wb") as file:

@@ -7,6 +7,7 @@ import hashlib
 import pathlib
 from collections.abc import Callable, Iterator
 
+from jmoe.config import checks
 from jmoe.config.data import (
     BUILTIN_DOMAINS,
     BUILTIN_PATHS,
@@ -51,7 +52,7 @@ def _find(path: str) -> list[pathlib.Path]:
     """The files that a path means, in a fixed order; none for the embedded corpus."""
     if path in BUILTIN_PATHS:
         return []
-    pattern = pathlib.Path(path).expanduser()
+    pattern = checks.local_path("path", path)
     if pattern.exists():
         paths = [pattern]
     else:

@@ -17,6 +17,7 @@ from typing import Self
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jmoe.config import checks
 from jmoe.config.data import DataConfig
 from jmoe.data import cache, readers, text
 
@@ -59,7 +60,7 @@ class Tokenizer:
           FileNotFoundError: no such file.
           ValueError: not a tokenizer, or one without an end-of-text token.
         """
-        path = pathlib.Path(path).expanduser()
+        path = checks.local_path("tokenizer", str(path))
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer={str(path)!r}: no such file.")
         try:
@@ -166,9 +167,16 @@ def _trained(cfg: DataConfig, vocab_size: int) -> pathlib.Path:
         )
         train_bpe(sample, vocab_size).save(str(directory / "tokenizer.json"))
 
-    return cache.made_once(cache.directory(cfg) / "tokenizers" / key, make) / (
-        "tokenizer.json"
-    )
+    directory = cache.directory(cfg) / "tokenizers" / key
+    return cache.made_once(directory, make, _flaw) / "tokenizer.json"
+
+
+def _flaw(directory: pathlib.Path) -> str | None:
+    try:
+        Tokenizer.from_file(directory / "tokenizer.json")
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _sample(source: text.Text, num_characters: int) -> list[str]:

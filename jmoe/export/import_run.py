@@ -99,7 +99,11 @@ def import_run(
 def make_run(
     reader: Reader, workdir: pathlib.Path, assignments: Sequence[str]
 ) -> RunConfig:
-    """The run's record: the model's, and defaults that `assignments` change."""
+    """The run's record: the model's, and defaults that `assignments` change.
+
+    Raises:
+      ValueError: an assignment is malformed, or would make it another model.
+    """
     run = RunConfig(
         name=workdir.name,
         model=reader.cfg,
@@ -110,7 +114,10 @@ def make_run(
         train=TrainConfig(steps=1000, batch_size=16, microbatch_size=16),
         initial_weights="imported",
     )
-    return override(run, assignments)
+    made = override(run, assignments)
+    for name, (old, new) in workdirs.fixed_changes(run, made, ("model",)).items():
+        raise ValueError(f"{name}={new!r} must stay {old!r}, as the files have it.")
+    return made
 
 
 def chunks(path: str, leaf: Leaf) -> Iterator[Chunk]:

@@ -94,7 +94,7 @@ def read_exported(directory: pathlib.Path) -> Exported:
             f"{', '.join(missing)}. scripts/export_hf.py writes one from a run."
         )
     try:
-        hf = json.loads((directory / CONFIG).read_text())
+        hf = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{directory / CONFIG} is not JSON: {error}.") from error
     quantization = hf.get("quantization_config") or {}

@@ -12,19 +12,14 @@ Shapes: A microbatch, B sequence, T position, L MoE layer, E expert.
 """
 
 import contextlib
-import datetime
 import functools
 import json
 import math
 import os
 import pathlib
-import platform
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -50,12 +45,12 @@ from jmoe.train.console import Console
 from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
+from jmoe.train.starts import add_start
 from jmoe.train.state import TrainState, count_parameters, make_state
 from jmoe.train.stop_signals import StopSignals
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER, check_start
 
 _GUARD = "guard"  # its state, beside the data loader's position
-_PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 # Pairs of prompt and continuation, from a trained model's variables as they lie on the
 # mesh. All processes call it.
@@ -123,7 +118,13 @@ def train(
         if shows:
             workdirs.open_run(workdir, run)
             _keep_tokenizer(workdir, tokenizer)
-            _write_info(workdir, run, parameters, inputs.entropy)
+            add_start(
+                workdir,
+                device=_devices(run),
+                parameters=parameters[0],
+                active_parameters=parameters[1],
+                unigram_entropy=inputs.entropy,
+            )
         workdirs.check_shared(workdir / run_files.INFO)
         log, console = _Silent(), _Silent()
         if shows:
@@ -323,22 +324,6 @@ def _restore_weights(
 
     step, opt_state = layouts.born(layout, rest)
     return TrainState(step=step, opt_state=opt_state, **weights)
-
-
-def _write_info(
-    workdir: pathlib.Path, run: RunConfig, parameters: tuple[int, int], entropy: float
-) -> None:
-    info = {
-        "command": shlex.join(sys.argv),
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "device": _devices(run),
-        "parameters": parameters[0],
-        "active_parameters": parameters[1],
-        "unigram_entropy": entropy,
-        "versions": {"python": platform.python_version()}
-        | {package: metadata.version(package) for package in _PACKAGES},
-    }
-    durable.write_text(workdir / run_files.INFO, json.dumps(info, indent=2))
 
 
 def _write_samples(

@@ -1,8 +1,9 @@
 """The files of a run directory: their names, their rows, and how they are read back.
 
     config.json     the run's configuration, nested records as plain dicts
-    run.json        command, started, device (text), versions {name: text}, parameters,
-                    active_parameters, unigram_entropy (nats per token)
+    run.json        a list with a record for each start: command, started, commit and
+                    dirty (of jmoe's clone), device (text), versions {name: text},
+                    parameters, active_parameters, unigram_entropy (nats per token)
     metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
     balance.jsonl   {"step", "load_LE", "bias_LE"} a log; a layer's loads sum to 1
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
@@ -59,7 +60,7 @@ class Run:
 
     directory: pathlib.Path
     config: dict[str, Any]
-    info: dict[str, Any]
+    info: dict[str, Any]  # of the last start
     rows: list[dict[str, Any]]  # one a step, in order
     samples: list[dict[str, Any]]
     balance: Balance | None
@@ -94,11 +95,26 @@ def read_run(run_dir: str | pathlib.Path) -> Run:
     return Run(
         directory=directory,
         config=_read_record(directory / CONFIG),
-        info=_read_record(directory / INFO),
+        info=([{}] + read_starts(directory / INFO))[-1],
         rows=[merged[step] for step in sorted(merged)],
         samples=list(read_rows(directory / SAMPLES)),
         balance=_read_balance(directory / BALANCE),
     )
+
+
+def read_starts(path: pathlib.Path) -> list[dict[str, Any]]:
+    """The records of a `run.json`, by time; none if it is missing or damaged."""
+    starts = _read_json(path)
+    if isinstance(starts, dict):  # of a run that began before starts were kept
+        return [starts]
+    return starts if isinstance(starts, list) else []
+
+
+def replace_json(path: pathlib.Path, value: Any) -> None:
+    """Writes a file that is old or new, never half."""
+    unfinished = path.with_name(f".{path.name}.tmp")
+    unfinished.write_text(json.dumps(value, indent=2), encoding="utf-8")
+    unfinished.replace(path)
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:
@@ -129,11 +145,15 @@ def evenly(num_items: int, limit: int) -> np.ndarray:
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
+    record = _read_json(path)
     return record if isinstance(record, dict) else {}
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
 
 
 def _read_balance(path: pathlib.Path) -> Balance | None:

@@ -1,14 +1,20 @@
-"""What scripts share: how their process is set up, and how a mistake ends it."""
+"""What programs share: how their process is set up, and how a mistake ends it."""
 
+import contextlib
 import ctypes
+import functools
 import os
 import pathlib
 import platform
 import re
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
+
+from jmoe.config import checks
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
@@ -18,6 +24,52 @@ COMPILED = "compiled"  # JAX's cache, in the directory where prepared data is ca
 # Exit codes.
 MISTAKE = 2
 DIVERGED = 3
+_STDOUT = 1  # file descriptor
+
+
+def command(main: Callable[[list[str]], int]) -> Callable[[], NoReturn]:
+    """Returns what runs `main` as a program, for a script or an entry point.
+
+    `main` takes what absl leaves of the command line and returns the exit code. What
+    it raises as ValueError or OSError is a mistake, told in one line; a run that has
+    diverged (FloatingPointError) has a code of its own. Output that nobody reads any
+    more (`| head`) ends it without a word.
+    """
+    module = sys.modules[main.__module__]
+
+    def start() -> NoReturn:
+        # absl's help is about the program's own file: here, the module.
+        sys.modules["__main__"].__doc__ = module.__doc__
+        for flag in flags.FLAGS.flags_by_module_dict().get(module.__name__, ()):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+        app.run(functools.partial(_answer, main))
+        raise AssertionError("absl ends the process.")
+
+    return start
+
+
+def _answer(main: Callable[[list[str]], int], argv: list[str]) -> int:
+    # What the terminal has no character for is shown as its number.
+    with contextlib.suppress(AttributeError):  # a stream that isn't the terminal's
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore
+    try:
+        code = main(argv)
+        if sys.stdout is not None:  # as after `>&-`
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return report_interrupt()
+    except FloatingPointError as error:
+        report_mistake(error)
+        return DIVERGED
+    except MemoryError as error:
+        error.args = error.args or ("There is too little memory for this.",)
+        return report_mistake(error)
+    except (ValueError, OSError) as error:
+        return report_mistake(error)
 
 
 def set_up(argv: list[str]) -> None:
@@ -30,6 +82,43 @@ def set_up(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     keep_freed_memory()
     log_warnings_only()
+
+
+def path(flag: flags.FlagHolder[Any]) -> pathlib.Path:
+    """Returns the path that a flag gives; raises as `checks.local_path` does."""
+    return checks.local_path(flag.name, flag.value)
+
+
+def text(flag: flags.FlagHolder[str]) -> str:
+    """Returns what a flag gives, as UTF-8 whatever the locale.
+
+    Raises:
+      ValueError: its bytes aren't UTF-8.
+    """
+    try:
+        return os.fsencode(flag.value).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{flag.name}={flag.value!r} must be UTF-8; it isn't at byte offset "
+            f"{error.start}."
+        ) from error
+
+
+def start_jax() -> None:
+    """Makes JAX find its devices.
+
+    Raises:
+      ValueError: there are none of the platform that the user has chosen.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"JAX_PLATFORMS={jax.config.values['jax_platforms']!r}: JAX finds no such "
+            "device here. Without the variable it takes what there is."
+        ) from error
 
 
 def keep_freed_memory() -> bool:
@@ -82,9 +171,13 @@ def keep_compiled(directory: pathlib.Path) -> None:
     JAX stores what took over a second to compile, under a key of the program, the
     devices and the versions. A cache that the user has chosen already, as by
     JAX_COMPILATION_CACHE_DIR, stays.
+
+    Raises:
+      OSError: the directory isn't there and can't be made.
     """
     import jax  # its start-up can wait until the script knows what to do
 
+    directory.mkdir(parents=True, exist_ok=True)
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(directory))
 

@@ -2,13 +2,14 @@
 
 import functools
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
-from jmoe.config import RunConfig
+from jmoe.config import RunConfig, override
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import quantize_weights
@@ -18,6 +19,7 @@ from jmoe.train.state import make_variables
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
 _ONLY_FOR_TRAINING = ("opt_state", "step")
+_OF_WEIGHTS = ("model", "data.tokenizer")
 
 
 class Trained(NamedTuple):
@@ -69,6 +71,19 @@ def check_start(workdir: pathlib.Path, run: RunConfig) -> None:
         "directory that scripts/import_hf.py made, or a copy of it; to begin with "
         "random weights, --set initial_weights=random."
     )
+
+
+def reconfigured(trained: Trained, assignments: Sequence[str]) -> Trained:
+    """Returns it with `path.to.field=value` over its record.
+
+    Raises:
+      ValueError: a field is unknown, or one that its weights and tokens depend on.
+    """
+    run = override(trained.run, assignments)
+    changes = workdirs.fixed_changes(trained.run, run, _OF_WEIGHTS)
+    for name, (old, new) in changes.items():
+        raise ValueError(f"{name}={new!r} must stay {old!r}, as the run was trained.")
+    return trained._replace(run=run)
 
 
 def quantized(trained: Trained, form: str) -> Trained:

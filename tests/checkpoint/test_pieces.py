@@ -1,6 +1,7 @@
 """A part of a stored array costs little more than itself."""
 
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -66,3 +67,12 @@ def test_a_checkpoint_is_located_or_refused_as_it_is_restored(tmp_path):
         (tmp_path / "2" / "manifest.json").unlink()
         with pytest.raises(DamagedCheckpointError):
             store.locate(2)
+
+
+def test_a_checkpoint_that_is_removed_while_sums_are_compared_is_damaged(tmp_path):
+    with Store(tmp_path) as store:
+        store.save(2, {"x": jnp.arange(3)}, {})
+    pieces = Pieces(tmp_path / "2")
+    shutil.rmtree(tmp_path / "2")
+    with pytest.raises(DamagedCheckpointError, match="is missing"):
+        pieces.check_sums()

@@ -1,4 +1,4 @@
-"""Every number of every record is one: neither infinite nor NaN."""
+"""Numbers are neither infinite nor NaN, and paths are of this machine."""
 
 import dataclasses
 import math
@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from jmoe.config import records
+from jmoe.config import checks, records
 from jmoe.config.serve import ServeConfig
 from tests.plain_run import plain_run
 
@@ -68,3 +68,16 @@ def test_a_number_that_is_infinite_or_nan_is_refused_by_name(record, path, numbe
 def float_text(number: float) -> str:
     """As `--set` reads it: -inf is no literal, but a number too large is."""
     return "-1e999" if number == -math.inf else str(number)
+
+
+@pytest.mark.parametrize("text", ["gs://bucket/run", "", "nul\0", "latin1\udcff"])
+def test_what_is_no_path_of_this_machine_is_refused_by_name(text):
+    with pytest.raises(ValueError, match="workdir=.* must be a path of this machine"):
+        checks.local_path("workdir", text)
+
+
+def test_a_home_is_found_or_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checks.local_path("workdir", "~/run/") == tmp_path / "run"
+    with pytest.raises(ValueError, match="out='~nobody_here/x'.* home"):
+        checks.local_path("out", "~nobody_here/x")

@@ -229,3 +229,31 @@ def test_an_override_leaves_the_record_it_was_given_unchanged():
 def test_the_word_none_is_a_value_where_a_field_takes_words():
     run = records.override(plain_run(), ["model.remat=none"])
     assert run.model.remat == "none"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("train.seed=99999999999999999999", "train.seed=9+ must fit into 64 bits"),
+        ("train.seed=4294967296", "seed=4294967296 must be at most 4294967295"),
+        ("train.seed=-1", "seed=-1 must be at least 0"),
+        ("data.seed=4294967296", "seed=4294967296 must be at most 4294967295"),
+        ("train.steps=2147483648", "steps=2147483648 must be at most 2147483647"),
+        ("name=\udcff", r"name='\\udcff' must be UTF-8"),
+        ("data={1: 2}", "Unknown field 'data.1'"),
+        ("train.steps=" + "-" * 20_000 + "1", "must be of type int"),
+    ],
+)
+def test_what_no_record_can_hold_is_refused(assignment, said):
+    with pytest.raises(ValueError, match=said):
+        records.override(plain_run(), [assignment])
+
+
+def test_a_list_is_no_record():
+    with pytest.raises(ValueError, match="must be a record of RunConfig"):
+        records.from_dict(RunConfig, [1])
+
+
+def test_a_value_is_never_evaluated():
+    run = records.override(plain_run(), ["name=__import__('os').getcwd()"])
+    assert run.name == "__import__('os').getcwd()"

@@ -1,5 +1,8 @@
 """The tokenised source: nothing lost, ordered by hash, fairly split."""
 
+import pathlib
+import re
+
 import numpy as np
 import pytest
 import tokenizers
@@ -136,3 +139,45 @@ def test_the_share_of_validation_documents_is_the_fraction(
     streams = corpus.split(tokens, 0.2, 16)
     documents = np.sum(streams["validation"] == tokenizer.eos_id) - 1
     assert abs(documents - 400) < 4 * np.sqrt(2000 * 0.2 * 0.8)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def replace(index, value):
+    """Of an array's file."""
+
+    def change(path):
+        array = np.load(path)
+        array[index] = value
+        np.save(path, array)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "flaw"),
+    [
+        ("token", cut, "mmap length|reshape"),
+        ("token", replace(1, 65535), "tokens outside of vocab_size"),
+        ("token", replace(-1, 5), "documents aren't apart"),
+        ("token", lambda path: np.save(path, np.zeros((2, 2))), "other shapes"),
+        ("token", pathlib.Path.unlink, "No such file"),
+        ("start", replace(0, 1), "documents lie elsewhere"),
+        ("start", replace(-1, 10**9), "documents lie elsewhere"),
+        ("hash", lambda path: np.save(path, np.zeros(1)), "other shapes"),
+        ("hash", lambda path: path.write_bytes(b""), "No data left"),
+        ("hash", lambda path: np.save(path, np.array([object])), "allow_pickle=False"),
+    ],
+)
+def test_a_damaged_cache_is_made_again(
+    tokenizer, write_source, data_config, tmp_path, caplog, name, change, flaw
+):
+    cfg = data_config(write_source("fish", 5))
+    first = tokenize(cfg, tokenizer, tmp_path)
+    stored = [np.array(array) for array in first[2:]]
+    change(tmp_path / "cache" / "corpora" / first.key / f"{name}.npy")
+    again = tokenize(cfg, tokenizer, tmp_path)
+    assert re.search(f"is damaged .*({flaw}).*making it again", caplog.text)
+    assert all(map(np.array_equal, again[2:], stored))

@@ -1,5 +1,7 @@
 """The tokenizer: any text survives it, and one that doesn't fit is refused."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import tokenizers
@@ -133,3 +135,11 @@ def test_a_tokenizer_without_a_separator_is_refused(tmp_path):
     tokenizers.Tokenizer(tokenizers.models.WordLevel({"cat": 0})).save(str(path))
     with pytest.raises(ValueError, match=r"bare.json' has none.*<\|endoftext\|>"):
         Tokenizer.from_file(path)
+
+
+def test_a_damaged_cached_tokenizer_is_trained_again(write_source, data_config):
+    cfg = data_config(write_source("fish", 20))
+    first = load_tokenizer(cfg, 280)
+    (path,) = pathlib.Path(cfg.cache_dir).rglob("tokenizer.json")
+    path.write_text(path.read_text()[:100])
+    assert load_tokenizer(cfg, 280).fingerprint == first.fingerprint

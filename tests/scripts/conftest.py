@@ -11,6 +11,7 @@ import pytest
 from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[2]
+FLAGS_OF = (str(ROOT / "scripts"), "jmoe.commands.")
 
 
 class Outcome(NamedTuple):
@@ -44,8 +45,10 @@ def _forget_flags() -> None:
     """Those of scripts that ran before; a process has one set of flags."""
     for name in list(flags.FLAGS):
         module = flags.FLAGS.find_module_defining_flag(name)
-        if module == "<run_path>" or module.startswith(str(ROOT / "scripts")):
+        if module == "<run_path>" or module.startswith(FLAGS_OF):
             delattr(flags.FLAGS, name)
+    for module in [name for name in sys.modules if name.startswith("jmoe.commands.")]:
+        del sys.modules[module]  # its next import defines them again
 
 
 @pytest.fixture(scope="session")

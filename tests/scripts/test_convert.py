@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import pytest
 
@@ -62,6 +63,20 @@ def test_training_goes_on_from_imported_weights(script, trained, imported):
     assert "Goes on from the checkpoint of step 2" in outcome.out
 
 
+def test_another_model_than_the_files_have_is_refused(script, exported, tmp_path):
+    options = (f"--model={exported}", f"--workdir={tmp_path / 'x'}")
+    outcome = script("import_hf", *options, "--set=model.hidden_dim=48")
+    assert "model.hidden_dim=48 must stay 32" in outcome.mistake()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runs_directory_may_end_with_a_slash(script, trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    outcome = script("export_hf", f"--workdir={workdir}/")
+    assert outcome.code == 0, outcome.err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "run_hf"}
+
+
 def test_types_formats_and_sizes_of_files_can_be_chosen(script, trained, tmp_path):
     options = ("--dtype=fp8", "--shard_gb=0.00005")
     outcome = script(
@@ -91,6 +106,13 @@ def test_a_dry_run_writes_nothing(script, tmp_path):
         ("export_hf", ["--workdir={0}", "--out={0}"], "exists already"),
         ("export_hf", ["--workdir={0}", "--step=7"], "No checkpoint of step 7"),
         ("export_hf", ["--workdir={0}", "--shard_gb=0"], "shard_gb=0.0 must be above"),
+        (
+            "export_hf",
+            ["--workdir={0}", "--shard_gb=inf"],
+            "shard_gb=inf must be",
+        ),
+        ("export_hf", ["--workdir={0}", "--out=gs://x"], "must be a path of this"),
+        ("import_hf", ["--model=gs://x", "--workdir={0}/x"], "must be a path of this"),
         ("export_hf", ["--dry_run", "--model=v4"], "Unknown model preset 'v4'"),
         ("import_hf", ["--model={0}/no", "--workdir={0}/x"], "no' is not a directory"),
         (

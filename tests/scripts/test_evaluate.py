@@ -60,6 +60,8 @@ def test_of_a_run_in_fp8_it_shows_what_the_range_loses(script, trained):
         ("--weights=int3", "weights='int3' is not one of native, fp8, int4-experts"),
         ("--workdir=nowhere", "'nowhere' holds no run"),
         ("--step=7", "No checkpoint of step 7"),
+        ("--set=model.num_layers=4", "model.num_layers=4 must stay 2"),
+        ("--set=data.tokenizer=other.json", "data.tokenizer='other.json' must stay"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(script, trained, argument, complaint):

@@ -78,6 +78,8 @@ def test_an_earlier_checkpoint_can_be_asked_for(script, trained):
         ("--max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
         ("--temperature=-1", "temperature=-1.0 must be at least 0"),
         ("--top_p=0", "top_p=0.0 above 0"),
+        ("--prompt=ab\udcff", "prompt=.* must be UTF-8"),
+        ("--workdir=gs://bucket/run", "workdir=.* must be a path of this machine"),
         ("--weights=int3", "'int3' is not one of native, fp8, int4-experts"),
     ],
 )

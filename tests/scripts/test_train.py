@@ -143,6 +143,10 @@ def inputs(tmp_path) -> pathlib.Path:
     (tmp_path / "tokenizer.json").write_text("{}")
     train_bpe([" ".join(keyword.kwlist)], 301).save(str(tmp_path / "large.json"))
     (tmp_path / "no_config.py").write_text("import jmoe\n")
+    (tmp_path / "raises.py").write_text("def get_config():\n    return {}['x']\n")
+    (tmp_path / "syntax.py").write_text("def get_config(:\n")
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "thesis.tex").write_text("precious")
     return tmp_path
@@ -154,6 +158,16 @@ def inputs(tmp_path) -> pathlib.Path:
         ("--experiment=huge", "Unknown experiment 'huge'; known: tiny, small"),
         ("--experiment={}/none.py", "experiment='.*none.py' is not a file"),
         ("--experiment={}/no_config.py", "no_config.py' has no get_config"),
+        ("--experiment={}/raises.py", "raises.py', line 2: KeyError: 'x'"),
+        ("--experiment={}/syntax.py", "SyntaxError: invalid syntax .*line 1"),
+        ("--experiment={}/list.json", "list.json is not the record of a run"),
+        ("--experiment={}/deep.json", "deep.json is not the record of a run"),
+        ("--experiment=gs://bucket/run.json", "experiment=.* must be a path of this"),
+        ("--workdir=gs://bucket/run", "workdir=.* must be a path of this machine"),
+        ("--set=data.sources.0.path=gs://text.txt", "path=.* must be a path of this"),
+        ("--set=data.tokenizer=gs://t.json", "tokenizer=.* must be a path of this"),
+        ("--set=data.cache_dir=gs://cache", "cache_dir=.* must be a path of this"),
+        ("--workdir=~nobody_here/run", "workdir='~nobody_here/run'.* home"),
         ("--set=train.stepz=9", "Unknown field 'train.stepz'.*mean 'steps'"),
         ("--set=train.steps", "'train.steps' must read path.to.field=value"),
         ("--set=train.steps=many", "train.steps='many' must be of type int"),

@@ -62,7 +62,7 @@ def assert_same_run(got: pathlib.Path, want: pathlib.Path) -> None:
     np.testing.assert_allclose(measured(got), measured(want), rtol=1e-5)
     assert (got / "balance.jsonl").read_text() == (want / "balance.jsonl").read_text()
     entropies = [
-        json.loads((workdir / "run.json").read_text())["unigram_entropy"]
+        json.loads((workdir / "run.json").read_text())[-1]["unigram_entropy"]
         for workdir in (got, want)
     ]
     assert entropies[0] == entropies[1]

@@ -276,6 +276,6 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
 
 
 def test_the_record_of_a_run_says_how_it_was_made(whole_run):
-    info = json.loads((whole_run / "run.json").read_text())
+    (info,) = json.loads((whole_run / "run.json").read_text())
     assert info["device"].startswith("CPU")
     assert {"python", "jax", "jmoe"} <= info["versions"].keys()

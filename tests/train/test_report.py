@@ -77,7 +77,7 @@ def _write_run(run_dir: pathlib.Path, *, logs: int) -> None:
         log.log(logs, EVALUATION)
     info = {"command": "train <b>", "versions": {"jax": "0.0"}, "unigram_entropy": 5.5}
     info |= {"parameters": 2_000_000, "active_parameters": 1_000_000}
-    (run_dir / "run.json").write_text(json.dumps(info))
+    (run_dir / "run.json").write_text(json.dumps([info]))
     (run_dir / "config.json").write_text(json.dumps({"name": "a & b"}))
     sample = {"step": 1, "prompt": "if a <", "text": "</pre><script>x()</script>\x00"}
     (run_dir / "samples.jsonl").write_text(json.dumps(sample) + "\n")

@@ -2,14 +2,17 @@
 
 import ctypes
 import os
-import pathlib
 import platform
+import shlex
+import signal
 import subprocess
 import sys
+from typing import NamedTuple
 
 import jax
 import pytest
 
+from jmoe.train import runtime
 from jmoe.train.runtime import keep_compiled, keep_freed_memory, step_after_step
 
 ASYNC = "jax_cpu_enable_async_dispatch"
@@ -33,6 +36,11 @@ before = libc.mallinfo2().hblkhd
 assert libc.malloc(2**26)
 print(libc.mallinfo2().hblkhd - before)
 """
+
+
+class Flag(NamedTuple):
+    name: str
+    value: str
 
 
 @pytest.fixture
@@ -66,10 +74,64 @@ def test_steps_on_a_cpu_follow_one_another():
     jax.config.update(ASYNC, before)
 
 
-def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(set_cache):
+def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
+    set_cache, tmp_path
+):
+    ours = tmp_path / "new" / "ours"
     set_cache(None)
-    keep_compiled(pathlib.Path("ours"))
-    assert jax.config.values[CACHE] == "ours"
+    keep_compiled(ours)
+    assert jax.config.values[CACHE] == str(ours) and ours.is_dir()
     set_cache("theirs")
-    keep_compiled(pathlib.Path("ours"))
+    keep_compiled(ours)
     assert jax.config.values[CACHE] == "theirs"
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("top_k=9"), 2, "error: top_k=9\n"),
+        (FileNotFoundError("no run"), 2, "error: no run\n"),
+        (MemoryError(), 2, "error: There is too little memory for this.\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_an_error_ends_a_program_in_a_line_or_less(error, code, said, capsys):
+    def main(argv):
+        raise error
+
+    assert runtime._answer(main, []) == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_of_ours_is_not_taken_for_the_users():
+    with pytest.raises(KeyError):
+        runtime._answer(lambda argv: {}["absent"], [])
+
+
+def test_output_that_nobody_reads_ends_a_program_without_a_word():
+    write = "import sys; from jmoe.train import runtime\n"
+    write += "sys.exit(runtime._answer(lambda argv: print('much ' * 10**6), []))"
+    command = (
+        f"{sys.executable} -c {shlex.quote(write)} | true; exit ${{PIPESTATUS[0]}}"
+    )
+    done = subprocess.run(["bash", "-c", command], capture_output=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("given", ["naïve", "na\udcc3\udcafve"])
+def test_a_prompt_is_utf8_whatever_the_locale(given):
+    assert runtime.text(Flag("prompt", given)) == "naïve"
+
+
+def test_a_prompt_that_is_not_utf8_is_refused():
+    with pytest.raises(ValueError, match="prompt=.* must be UTF-8; .* byte offset 2"):
+        runtime.text(Flag("prompt", "ab\udcff"))
+
+
+def test_a_platform_without_devices_is_named(monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'cuda'")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match="JAX_PLATFORMS=.*: JAX finds no such device"):
+        runtime.start_jax()

@@ -1,0 +1,1 @@
+"""Programs: what a command line asks for, and how it is answered in the terminal."""
