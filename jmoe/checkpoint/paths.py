@@ -21,7 +21,8 @@ class Literal(type(epath.Path())):
     """A path whose own characters `[`, `]`, `*` and `?` stand for themselves."""
 
     def glob(self, pattern: str) -> Iterator["Literal"]:
-        return map(Literal, pathlib.Path(self).glob(pattern))
+        found = pathlib.Path(self).glob(pattern)
+        return (Literal(str(path)) for path in found)
 
 
 class Renamed(ocp.path.atomicity.AtomicRenameTemporaryPath):
