@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
         trained = load_trained(pathlib.Path(_WORKDIR.value), step=_STEP.value)
         data, tokenizer = trained.run.data, trained.tokenizer
         runtime.keep_compiled(cache.directory(data) / runtime.COMPILED)
-        prompt = [tokenizer.eos_id, *tokenizer.encode(_PROMPT.value)]
+        prompt = tokenizer.prompt(_PROMPT.value)
         samples = generate(
             trained.run.model,
             quantized(trained, _WEIGHTS.value).variables,
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
             temperature=_TEMPERATURE.value,
             top_p=_TOP_P.value,
             seed=_SEED.value,
-            stop_id=tokenizer.eos_id,
+            stop_ids=tokenizer.stop_ids,
         )
     except (ValueError, OSError) as error:
         return runtime.report_mistake(error)

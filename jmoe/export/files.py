@@ -218,13 +218,18 @@ class Directory:
         return self._whole[name]["sums"]
 
     def write_text(self, name: str, text: str) -> None:
+        """`write_bytes` of UTF-8."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
         """A small file, written anew in every attempt."""
         path = self.partial / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         with (
-            _explained(self.partial, len(text)),
-            path.open("w", encoding="utf-8") as file,
+            _explained(self.partial, len(content)),
+            path.open("wb") as file,
         ):
-            file.write(text)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 

@@ -51,7 +51,7 @@ from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import TrainState, count_parameters, make_state
-from jmoe.train.trained import CHECKPOINTS, TOKENIZER
+from jmoe.train.trained import CHECKPOINTS
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 
@@ -245,10 +245,13 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Old or new, never half: a run that goes on trusts this file."""
-    unfinished = workdir / f".{TOKENIZER}.tmp"
-    tokenizer.save(unfinished)
-    unfinished.replace(workdir / TOKENIZER)
+    """Old or new, never half: a run that goes on trusts these files."""
+    for name, content in tokenizer.files.items():
+        path = workdir / name
+        path.parent.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
 
 
 def _restore_or_make(

@@ -187,7 +187,7 @@ def test_a_tokenizer_that_is_missing_broken_or_too_large(model, refused):
     path.write_text("{}")
     refused("is not a tokenizer.json")
     path.write_text(good.replace('"<|endoftext|>"', '"<|nothing|>"'))
-    refused("has none of the tokens that may end")
+    refused(r"beside it, eos_token='<\|endoftext\|>' is not in the vocabulary")
 
 
 def test_no_config_and_no_directory(model, refused):
