@@ -87,8 +87,9 @@ def test_documents_are_stored_with_what_ends_and_what_opens_a_text(
     (tmp_path / "a.txt").write_text("cat<|endoftext|>mat cat")
     (source,) = text.open_sources(data_config(tmp_path / "a.txt"))
     keys = set()
-    for config, post_processor, opening in (({}, None, []), ({}, OPENS, [2])):
-        path = write(tmp_path, {TOKENIZER_CONFIG: config}, post_processor)
+    adds = {"bos_token": BEGIN, "add_bos_token": True}
+    for config, opening in (({}, []), (adds, [2])):
+        path = write(tmp_path, {TOKENIZER_CONFIG: config})
         tokenizer = Tokenizer.from_file(path)
         tokens = corpus.tokenize(source, tokenizer, tmp_path / "cache")
         first, second = sorted([[0], [1, 0]], key=len)

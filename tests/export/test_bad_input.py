@@ -146,7 +146,7 @@ def test_every_tensor_that_is_wrong_is_in_one_report(model, refused):
         "missing: model.norm.weight [162]",
         "unexpected: model.norm.unknown [162]",
         "misshapen: lm_head.weight [162, 300], not [300, 162]",
-        "unreadable: model.layers.2.mlp.gate.weight I32, not F32 or BF16",
+        "unreadable: model.layers.2.mlp.gate.weight I32, not F32 or BF16 or F16",
     ):
         assert f"\n  {line}" in report
     assert report.count("\n") == 3 + 3  # of the model's routers and MTP's
