@@ -50,12 +50,12 @@ def main(argv: list[str]) -> int:
     samples = generate(
         trained.run.model,
         quantized(trained, _WEIGHTS.value).variables,
-        [[tokenizer.eos_id, *tokenizer.encode(prompt)]] * _NUM_SAMPLES.value,
+        [tokenizer.prompt(prompt)] * _NUM_SAMPLES.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         temperature=_TEMPERATURE.value,
         top_p=_TOP_P.value,
         seed=_SEED.value,
-        stop_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
     )
     for number, new in enumerate(samples):
         if number:

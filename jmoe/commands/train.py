@@ -102,7 +102,7 @@ def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
     from jmoe.decode.generate import generate
     from jmoe.decode.on_mesh import make_next_logits
 
-    prompts = [[tokenizer.eos_id, *tokenizer.encode(text)] for text in PROMPTS]
+    prompts = [tokenizer.prompt(text) for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))
     if room < 1:
         return []
@@ -113,7 +113,7 @@ def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
         max_new_tokens=min(SAMPLE_TOKENS, room),
         temperature=0.7,
         top_p=0.95,
-        stop_id=tokenizer.eos_id,
+        stop_ids=tokenizer.stop_ids,
         next_logits=make_next_logits(run, layout),
     )
     return list(zip(PROMPTS, map(tokenizer.decode, new), strict=True))

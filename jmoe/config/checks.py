@@ -85,3 +85,28 @@ def lookup(table: Mapping[str, T], name: str, what: str) -> T:
     if name not in table:
         raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(table)}.")
     return table[name]
+
+
+def agreed(spellings: Mapping[str, Any]) -> Any:
+    """The one value of the keys that have any; None if none has.
+
+    Raises ValueError if two of them differ.
+    """
+    said = {key: value for key, value in spellings.items() if value is not None}
+    values = list(said.values())
+    if any(value != values[0] for value in values):
+        listed = " and ".join(f"{key}={value!r}" for key, value in said.items())
+        raise ValueError(f"{listed} disagree.")
+    return values[0] if values else None
+
+
+def refuse_unsupported(
+    given: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Raises ValueError for the first key that isn't absent or as `fixed` has it."""
+    for key, allowed in fixed.items():
+        value = given.get(key, allowed)
+        if value != allowed:
+            raise ValueError(
+                f"{prefix}{key}={value!r} is not supported; it must be {allowed!r}."
+            )

@@ -20,7 +20,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jmoe.config import checks, records
+from jmoe.config import checks, hf_rope, records
 from jmoe.config.model import (
     AttentionConfig,
     ModelConfig,
@@ -52,14 +52,7 @@ KEYS = {  # of each record: our field, Hugging Face's key
         "value_dim": "v_head_dim",
         "rope_theta": "rope_theta",
     },
-    YarnConfig: {  # inside rope_scaling
-        "factor": "factor",
-        "original_positions": "original_max_position_embeddings",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-    },
+    YarnConfig: hf_rope.KEYS,
     MoEConfig: {
         "expert_mlp_dim": "moe_intermediate_size",
         "num_shared_experts": "n_shared_experts",
@@ -84,13 +77,12 @@ DEFAULTS = {  # what a key means that is absent or null; all others are required
     "topk_method": "noaux_tc",
     "torch_dtype": "float32",
 }
-YARN_DEFAULTS = {
-    "beta_fast": 32.0,
-    "beta_slow": 1.0,
-    "mscale": None,
-    "mscale_all_dim": None,
+NULLS = {  # what a key means that is null, yet required: there are none, and no groups
+    "n_shared_experts": 0,
+    "n_group": 1,
+    "topk_group": 1,
 }
-
+WIDENED = {"float16": "float32"}  # types that jmoe computes in a wider one
 FIXED = {  # what the model has no choice about
     "model_type": "deepseek_v3",
     "attention_bias": False,
@@ -98,8 +90,6 @@ FIXED = {  # what the model has no choice about
     "moe_layer_freq": 1,
     "rope_interleave": True,
 }
-ROPE_FIXED = {"attention_factor": None, "partial_rotary_factor": 1.0, "truncate": True}
-ROPE_TYPES = ("default", "yarn")
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 
 TOPK_METHODS = {  # topk_method: our group_score
@@ -124,7 +114,7 @@ def model_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     extras = {
         key: value
         for key, value in hf.items()
-        if key not in written or written[key] != value
+        if (key not in written or written[key] != value) and not _is_widened(key, value)
     }
     return dataclasses.replace(cfg, hf_extras=json.dumps(extras, sort_keys=True))
 
@@ -144,6 +134,11 @@ def model_to_hf(cfg: ModelConfig) -> dict[str, Any]:
     return {k: v for k, v in extras.items() if k not in outdated} | written
 
 
+def _is_widened(key: str, value: Any) -> bool:
+    """Whether numbers come in as another type, so that theirs is not to be kept."""
+    return key in ("dtype", "torch_dtype") and value in tuple(WIDENED)
+
+
 def _reads_as(hf: Mapping[str, Any], cfg: ModelConfig) -> bool:
     try:
         return _read(hf) == dataclasses.replace(cfg, hf_extras="{}")
@@ -153,7 +148,7 @@ def _reads_as(hf: Mapping[str, Any], cfg: ModelConfig) -> bool:
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
     """Everything but `hf_extras`."""
-    _refuse_unsupported(hf, FIXED)
+    checks.refuse_unsupported(hf, FIXED)
     if ARCHITECTURE not in (hf.get("architectures") or [ARCHITECTURE]):
         raise ValueError(
             f"architectures={hf['architectures']!r} must hold {ARCHITECTURE!r}."
@@ -191,7 +186,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": attention.num_heads,
         "head_dim": attention.rope_dim,
         "qk_head_dim": attention.qk_dim,
-        "rope_scaling": _rope_scaling(attention.yarn),
+        "rope_scaling": hf_rope.write(attention.yarn),
         "topk_method": _topk_method(router),
     }
     for record in (cfg, attention, cfg.moe, router):
@@ -227,52 +222,17 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _one_spelling(hf: Mapping[str, Any]) -> dict[str, Any]:
     """`hf` in DeepSeek's own spelling, with absent and null keys filled in."""
-    ropes = {
-        key: _read_rope(hf[key], key)
-        for key in ("rope_scaling", "rope_parameters")
-        if hf.get(key)
-    }
-    thetas = {f"{key}.rope_theta": hf[key].get("rope_theta") for key in ropes}
+    theta, rope = hf_rope.read(hf)
+    dtype = checks.agreed({key: hf.get(key) for key in ("torch_dtype", "dtype")})
     given = {
         **hf,
-        "rope_theta": _agreed(thetas | {"rope_theta": hf.get("rope_theta")}),
-        "rope_scaling": _agreed(ropes),
-        "torch_dtype": _agreed({key: hf.get(key) for key in ("torch_dtype", "dtype")}),
+        "rope_theta": theta,
+        "rope_scaling": rope,
+        "torch_dtype": WIDENED.get(dtype, dtype),
     }
     said = {k: v for k, v in given.items() if v is not None or k not in DEFAULTS}
-    return DEFAULTS | said
-
-
-def _agreed(spellings: Mapping[str, Any]) -> Any:
-    """The one value of the keys that have any; None if none has."""
-    said = {key: value for key, value in spellings.items() if value is not None}
-    values = list(said.values())
-    if any(value != values[0] for value in values):
-        listed = " and ".join(f"{key}={value!r}" for key, value in said.items())
-        raise ValueError(f"{listed} disagree.")
-    return values[0] if values else None
-
-
-def _read_rope(given: Any, name: str) -> dict[str, Any]:
-    """YaRN's keys, from either spelling; none of them for plain rotary embeddings."""
-    if not isinstance(given, Mapping):
-        raise ValueError(f"{name}={given!r} must be an object.")
-    rope_type = given.get("rope_type", given.get("type", "default"))
-    if rope_type not in ROPE_TYPES:
-        listed = ", ".join(map(repr, ROPE_TYPES))
-        raise ValueError(f"{name}.rope_type={rope_type!r} is not one of {listed}.")
-    _refuse_unsupported(given, ROPE_FIXED, f"{name}.")
-    if rope_type == "default":
-        return {}
-    known = KEYS[YarnConfig].values()
-    return YARN_DEFAULTS | {k: given[k] for k in known if given.get(k) is not None}
-
-
-def _rope_scaling(yarn: YarnConfig | None) -> dict[str, Any] | None:
-    if yarn is None:
-        return None
-    keys = {key: getattr(yarn, name) for name, key in KEYS[YarnConfig].items()}
-    return {"type": "yarn"} | {k: v for k, v in keys.items() if v is not None}
+    nulls = {k: v for k, v in NULLS.items() if k in given and given[k] is None}
+    return DEFAULTS | said | nulls
 
 
 def _group_score(given: Mapping[str, Any]) -> str:
@@ -289,17 +249,6 @@ def _topk_method(router: RouterConfig) -> str:
     if router.group_score == "top2_sum":
         return "noaux_tc"
     return "greedy" if router.num_groups == 1 else "group_limited_greedy"
-
-
-def _refuse_unsupported(
-    given: Mapping[str, Any], fixed: Mapping[str, Any], prefix: str = ""
-) -> None:
-    for key, allowed in fixed.items():
-        value = given.get(key, allowed)
-        if value != allowed:
-            raise ValueError(
-                f"{prefix}{key}={value!r} is not supported; it must be {allowed!r}."
-            )
 
 
 def _refuse_missing(given: Mapping[str, Any], rope: Mapping[str, Any] | None) -> None:

@@ -5,6 +5,9 @@ ends the last, so that the slice of some neighbouring documents plus one token i
 where each document is opened and closed. Documents lie in the order of their hashes:
 that shuffles them, keeps copies together, and makes the validation set a prefix.
 
+Where a model's texts open with another token than the one that ends them, a separator
+is both, and the ending one closes the last document.
+
 Shapes: N documents, S stored tokens.
 """
 
@@ -39,7 +42,8 @@ def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpu
     """Tokenises the source, or finds it in `directory` where that was done before.
 
     Raises:
-      ValueError: the source has a bad record; nothing is kept then.
+      ValueError: the source has a bad record, or text that the tokenizer would lose;
+        nothing is kept then.
     """
     key = cache.key(_RECIPE, text.fingerprint, tokenizer.fingerprint)
     path = cache.made_once(
@@ -127,8 +131,8 @@ def _write(path: pathlib.Path, text: Text, tokenizer: Tokenizer) -> None:
         for documents in _batches(text.documents()):
             hashes.extend(map(document_hash, documents))
             for ids in tokenizer.encode_batch(documents):
-                np.array([tokenizer.eos_id, *ids], dtype).tofile(file)
-                lengths.append(1 + len(ids))
+                np.array([*tokenizer.separator, *ids], dtype).tofile(file)
+                lengths.append(len(tokenizer.separator) + len(ids))
     length_N, hash_N = np.asarray(lengths), np.asarray(hashes)
     end_N = np.cumsum(length_N)
     order_N = np.argsort(hash_N, kind="stable")

@@ -39,9 +39,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file, in UTF-8; returns when it is on the disk."""
+    """`write_bytes` of UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file; returns when it is on the disk."""
     with replacing(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(content)
 
 
 def make_directory(path: pathlib.Path) -> None:

@@ -64,8 +64,8 @@ def _read_txt(path: pathlib.Path, _: str) -> Iterator[str]:
 
 
 def _read_jsonl(path: pathlib.Path, field: str) -> Iterator[str]:
-    offset = 0
     with _open(path) as file:
+        offset = file.tell()
         for number, line in enumerate(file, start=1):
             text = _decode(line, f"{path}", offset)
             if text.strip():
@@ -100,7 +100,11 @@ def _read_arrayrecord(path: pathlib.Path, field: str) -> Iterator[str]:
 
 
 def _open(path: pathlib.Path) -> io.BufferedIOBase:
-    return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    """Stands behind a byte order mark, which is no text."""
+    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+        file.seek(0)
+    return file
 
 
 def _contains(file: io.BufferedIOBase, mark: bytes) -> bool:
@@ -116,7 +120,7 @@ def _contains(file: io.BufferedIOBase, mark: bytes) -> bool:
 def _divide(file: io.BufferedIOBase, path: pathlib.Path) -> Iterator[str]:
     """The text between separators, without the line ends beside them."""
     separator = SEPARATOR.encode()
-    rest, offset = b"", 0
+    rest, offset = b"", file.tell()
     while chunk := file.read(_CHUNK_BYTES):
         *parts, rest = (rest + chunk).split(separator)
         for part in parts:
@@ -128,7 +132,7 @@ def _divide(file: io.BufferedIOBase, path: pathlib.Path) -> Iterator[str]:
 def _cut(file: io.BufferedIOBase, path: pathlib.Path) -> Iterator[str]:
     """Passages that end with a line, or inside it where it is very long."""
     decoder = codecs.getincrementaldecoder("utf-8")()
-    offset, passage = 0, None
+    offset, passage = file.tell(), None
     while passage != b"":
         passage = file.read(PASSAGE_BYTES) + file.readline(PASSAGE_BYTES)
         # A character may straddle two passages: the decoder keeps its first bytes.

@@ -56,7 +56,10 @@ def _find(path: str) -> list[pathlib.Path]:
     if pattern.exists():
         paths = [pattern]
     else:
-        paths = sorted(map(pathlib.Path, glob.glob(str(pattern), recursive=True)))
+        literal = next(parent for parent in pattern.parents if parent.exists())
+        rest = str(pattern.relative_to(literal))
+        found = glob.glob(rest, root_dir=literal, recursive=True)
+        paths = sorted(literal / name for name in found)
     if not paths:
         raise FileNotFoundError(f"No file matches the source path {path!r}.")
     for file in paths:

@@ -5,13 +5,17 @@ The trained one splits text before merging, in the manner of DeepSeek-V3 (arXiv
 the line ends after it, runs of white space. Digits stand alone, so that arithmetic
 sees numbers place by place. All 256 bytes are in the vocabulary: any text can be
 encoded, and decodes to itself.
+
+A user's tokenizer may be one that has no token for some text and drops it. What would
+be lost is refused, whatever the tokenizer is made of.
 """
 
 import functools
 import heapq
 import itertools
 import pathlib
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Self
 
 import tokenizers
@@ -19,88 +23,170 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
-from jmoe.data import cache, readers, text
+from jmoe.data import cache, readers, special_tokens, text
 
-# How vocabularies in use call the token that ends a document.
-END_OF_TEXT = (
-    readers.SEPARATOR,
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",
-    "<eos>",
-    "</s>",
-)
+FILE = "tokenizer.json"
 SAMPLE_CHARACTERS = 6_000_000  # enough for a vocabulary of tens of thousands
-_RECIPE = 1  # raise it when training changes, so that no old result is reused
+_SHOWN = 40  # characters in a message
+_RECIPE = 2  # raise it when training changes, so that no old result is reused
 
+# A run longer than this is cut. Merging costs the square of a piece's length, and some
+# documents are one word, such as a genome; no word of a language is as long.
+PIECE_CHARACTERS = 256
+_RUN = f"{{1,{PIECE_CHARACTERS}}}"
+_ANY_RUN = f"{{0,{PIECE_CHARACTERS}}}"
 _PIECES = (
     r"\p{N}",
-    r"[^\r\n\p{L}\p{N}]?\p{L}[\p{L}\p{M}]*",
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*",
-    r"\s*[\r\n]+",
-    r"\s+(?!\S)",
-    r"\s+",
+    rf"[^\r\n\p{{L}}\p{{N}}]?\p{{L}}[\p{{L}}\p{{M}}]{_ANY_RUN}",
+    rf" ?[^\s\p{{L}}\p{{N}}]{_RUN}[\r\n]{_ANY_RUN}",
+    rf"\s{_ANY_RUN}[\r\n]{_RUN}",
+    rf"\s{_RUN}(?!\S)",
+    rf"\s{_RUN}",
 )
 
 
 class Tokenizer:
-    """Text to token ids and back, with one token that separates documents."""
+    """Text to token ids and back, with one token that separates documents.
 
-    def __init__(self, backend: tokenizers.Tokenizer, eos_id: int):
+    eos_id separates documents; separator is what stands before each, which has what
+    opens a text as well where that is another token. opening and stop_ids: what a text
+    to go on from begins with, and where its continuation ends. files: the bytes of
+    tokenizer.json and of what belongs to it, by name; tokenizer.json comes last.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        eos_id: int,
+        *,
+        opening: Sequence[int] | None = None,
+        stop_ids: Sequence[int] = (),
+        files: Mapping[str, bytes] | None = None,
+    ):
+        self.files = dict(files or {FILE: backend.to_str(pretty=True).encode()})
         # Text that spells a special token is text: only we place separators.
         backend.encode_special_tokens = True
+        # What another program left in the file would cut or fill every document.
+        backend.no_truncation()
+        backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         self._backend = backend
-        self.eos_id = eos_id  # opens and closes documents
+        self.eos_id = eos_id
+        self.opening = (eos_id,) if opening is None else tuple(opening)
+        self.separator = (eos_id, *(x for x in self.opening if x != eos_id))
+        self.stop_ids = tuple(stop_ids) or (eos_id,)
         self.vocab_size = max(backend.get_vocab().values()) + 1
 
     @classmethod
-    def from_file(cls, path: str | pathlib.Path) -> Self:
-        """Reads a tokenizer.json.
+    def from_file(
+        cls,
+        path: str | pathlib.Path,
+        otherwise: Mapping[str, bytes] = types.MappingProxyType({}),
+    ) -> Self:
+        """Reads a tokenizer.json, and what the files beside it say of its tokens.
+
+        Args:
+          otherwise: files to go by where there are none of these names beside it.
 
         Raises:
           FileNotFoundError: no such file.
-          ValueError: not a tokenizer, or one without an end-of-text token.
+          ValueError: not a tokenizer, one without an end-of-text token, or a file
+            beside it that doesn't fit.
         """
         path = checks.local_path("tokenizer", str(path))
         if not path.is_file():
             raise FileNotFoundError(f"tokenizer={str(path)!r}: no such file.")
+        content = path.read_bytes()
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(content)
         except Exception as error:  # the library raises nothing more specific
             raise ValueError(
                 f"tokenizer={str(path)!r} is not a tokenizer.json: {error}."
             ) from error
-        ids = [backend.token_to_id(name) for name in END_OF_TEXT]
-        found = [token for token in ids if token is not None]
-        if not found:
+        sidecars = {**otherwise, **special_tokens.read_sidecars(path.parent)}
+        try:
+            found = special_tokens.find(backend, sidecars)
+        except ValueError as error:
+            raise ValueError(f"tokenizer={str(path)!r}: beside it, {error}") from error
+        if found is None:
             raise ValueError(
                 f"tokenizer={str(path)!r} has none of the tokens that may end "
-                f"a document: {', '.join(END_OF_TEXT)}."
+                f"a document: {', '.join(special_tokens.END_OF_TEXT)}."
             )
-        return cls(backend, found[0])
+        return cls(
+            backend,
+            found.eos,
+            opening=found.opening,
+            stop_ids=found.stops,
+            files={**sidecars, FILE: content},
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """A key to what this tokenizer does."""
-        return cache.key(self._backend.to_str())
+        guessed = special_tokens.guessed(self._backend)
+        told = self.separator if self.separator != (guessed,) else ()
+        return cache.key(self._backend.to_str(), *told)
 
     def encode(self, document: str) -> list[int]:
-        """Token ids, with no separator before or after."""
-        return self._backend.encode(document, add_special_tokens=False).ids
+        """Token ids, with no separator before or after.
+
+        Raises:
+          ValueError: a part of the document has no token.
+        """
+        return self.encode_batch([document])[0]
 
     def encode_batch(self, documents: Sequence[str]) -> list[list[int]]:
         """`encode` of each, in parallel."""
-        encoded = self._backend.encode_batch_fast(
-            list(documents), add_special_tokens=False
-        )
-        return [encoding.ids for encoding in encoded]
+        try:
+            encoded = self._backend.encode_batch_fast(
+                list(documents), add_special_tokens=False
+            )
+        except Exception as error:  # of a model without a token for the unknown
+            raise ValueError(f"The tokenizer fails at a document: {error}.") from error
+        ids = [encoding.ids for encoding in encoded]
+        texts = self._backend.decode_batch(ids, skip_special_tokens=False)
+        for document, back in zip(documents, texts, strict=True):
+            if back != document:
+                self._refuse_loss(document)
+        return ids
+
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to go on from: at least one."""
+        return [*self.opening, *self.encode(text)] or [self.eos_id]
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text, separators spelled out; ids beyond the vocabulary vanish."""
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
     def save(self, path: str | pathlib.Path) -> None:
-        """Writes a tokenizer.json."""
-        self._backend.save(str(path))
+        """Writes a tokenizer.json, without what belongs to it."""
+        pathlib.Path(path).write_bytes(self.files[FILE])
+
+    def _refuse_loss(self, document: str) -> None:
+        """Raises ValueError if some characters have no token.
+
+        Blanks may have none, and what the tokenizer's own normalizer changes or drops
+        it means to.
+        """
+        if self._backend.normalizer is not None:
+            document = self._backend.normalizer.normalize_str(document)
+        covered = bytearray(len(document))
+        encoding = self._backend.encode(document, add_special_tokens=False)
+        for start, end in encoding.offsets:
+            covered[start:end] = bytes(b"\1" * (end - start))
+        kept = bytes(covered)
+        for at, character in enumerate(document):
+            if kept[at] or character.isspace():
+                continue
+            end = kept.find(1, at)
+            lost = document[at : end if end >= 0 else len(document)].rstrip()[:_SHOWN]
+            around = document[max(0, at - _SHOWN) : at + _SHOWN]
+            raise ValueError(
+                f"The tokenizer has no token for {lost!r}, which would be lost, in "
+                f"{around!r}; give it one for the unknown, or all bytes."
+            )
 
 
 def load_tokenizer(cfg: DataConfig, vocab_size: int) -> Tokenizer:
@@ -165,15 +251,15 @@ def _trained(cfg: DataConfig, vocab_size: int) -> pathlib.Path:
             _sample(source, int(SAMPLE_CHARACTERS * share / sum(shares)))
             for source, share in zip(sources, shares, strict=True)
         )
-        train_bpe(sample, vocab_size).save(str(directory / "tokenizer.json"))
+        train_bpe(sample, vocab_size).save(str(directory / FILE))
 
     directory = cache.directory(cfg) / "tokenizers" / key
-    return cache.made_once(directory, make, _flaw) / "tokenizer.json"
+    return cache.made_once(directory, make, _flaw) / FILE
 
 
 def _flaw(directory: pathlib.Path) -> str | None:
     try:
-        Tokenizer.from_file(directory / "tokenizer.json")
+        Tokenizer.from_file(directory / FILE)
     except (ValueError, OSError) as error:
         return str(error)
     return None

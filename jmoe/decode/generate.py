@@ -5,7 +5,8 @@ new tokens, and comes in few sizes, so that few programs are compiled.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -33,10 +34,10 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
-    stop_id: int | None = None,
+    stop_ids: Collection[int] = (),
     next_logits: NextLogits | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without `stop_id`.
+    """The new tokens of each prompt, up to and without the first of `stop_ids`.
 
     Args:
       variables: {"params": ..., "router_state": ...}.
@@ -67,11 +68,15 @@ def generate(
             top_p,
         )
     )
-    new = [
-        row[length : length + max_new_tokens].tolist()
+    return [
+        list(
+            itertools.takewhile(
+                lambda token: token not in stop_ids,
+                row[length : length + max_new_tokens].tolist(),
+            )
+        )
         for row, length in zip(done_BS, length_B, strict=True)
     ]
-    return [ids[: ids.index(stop_id)] if stop_id in ids else ids for ids in new]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))

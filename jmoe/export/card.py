@@ -1,25 +1,24 @@
 """The small files beside the weights: configuration, tokenizer, model card.
 
-The tokenizer begins a text with the token that opens documents, because that is what
-the model was trained on. Its chat template writes the turns of a conversation as plain
-text: jmoe trains base models, which have no markup for turns.
+The tokenizer of a model that jmoe trained begins a text with the token that opens
+documents, because that is what the model was trained on. Its chat template writes the
+turns of a conversation as plain text: jmoe trains base models, which have no markup for
+turns. A model that was imported keeps its own files.
 """
 
 import dataclasses
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jmoe.config import ModelConfig
+from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export.numerics import BLOCK
 from jmoe.train.formatting import count
 from jmoe.train.run_files import Run
 from jmoe.train.trained import TOKENIZER
 
-GENERATION = "generation_config.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 CARD = "README.md"
 
 QUANTIZATION = {
@@ -28,6 +27,8 @@ QUANTIZATION = {
     "quant_method": "fp8",
     "weight_block_size": [BLOCK, BLOCK],
 }
+# Unless a request says otherwise: as scripts/generate.py does.
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_p": 0.95}
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ message['role'] + ': ' + message['content'] + '\\n' }}"
@@ -45,7 +46,7 @@ _FIGURES = {
 
 
 def config_json(
-    cfg: ModelConfig, *, dtype: str, is_fp8: bool, eos_id: int | None
+    cfg: ModelConfig, *, dtype: str, is_fp8: bool, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
     """`config.json` of weights in `dtype`, those of products in FP8 if `is_fp8`."""
     extras = json.loads(cfg.hf_extras)
@@ -55,55 +56,42 @@ def config_json(
     written = plain.to_hf()
     if is_fp8:
         written["quantization_config"] = QUANTIZATION
-    if eos_id is not None:
-        written = {"bos_token_id": eos_id, "eos_token_id": eos_id} | written
-    return written
+    return token_ids(tokenizer) | written if tokenizer is not None else written
 
 
-def tokenizer_files(
-    path: pathlib.Path, max_positions: int
-) -> tuple[dict[str, Any], int]:
-    """What follows from a run's tokenizer.json: files by name, and the end's token.
+def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What opens and what ends a text, as Hugging Face's files say it."""
+    stops = list(tokenizer.stop_ids)
+    opening = {"bos_token_id": tokenizer.opening[0]} if tokenizer.opening else {}
+    return opening | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
 
-    The files are tokenizer.json, tokenizer_config.json and generation_config.json. A
-    run that was imported has the first two, and they stay as they are.
 
-    Raises:
-      FileNotFoundError, ValueError: it is missing, or no tokenizer.
+def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
+    """The files beside the weights that a tokenizer gives, by name.
+
+    One that came with a model keeps its files byte for byte, and gets no others: how a
+    chat is written and how to sample are the model's. One that came alone is described
+    in tokenizer_config.json and generation_config.json.
     """
-    tokenizer = Tokenizer.from_file(path)
+    if len(tokenizer.files) > 1:
+        return dict(tokenizer.files)
     opening = tokenizer.decode([tokenizer.eos_id])
-    described = json.loads(path.read_text(encoding="utf-8"))
-    imported = path.with_name(TOKENIZER_CONFIG)
-    if imported.is_file():
-        config = json.loads(imported.read_text(encoding="utf-8"))
-    else:
-        if not described.get("post_processor"):
-            described["post_processor"] = _opens_with(opening, tokenizer.eos_id)
-        config = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": opening,
-            "eos_token": opening,
-            "model_max_length": max_positions,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHAT_TEMPLATE,
-        }
-    files = {
-        TOKENIZER: described,
-        TOKENIZER_CONFIG: config,
-        GENERATION: _generation_json(tokenizer.eos_id),
+    described = json.loads(tokenizer.files[TOKENIZER])
+    if not described.get("post_processor"):
+        described["post_processor"] = _opens_with(opening, tokenizer.eos_id)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": opening,
+        "eos_token": opening,
+        "model_max_length": max_positions,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
     }
-    return files, tokenizer.eos_id
-
-
-def _generation_json(eos_id: int) -> dict[str, Any]:
-    """How to sample, unless a request says otherwise: as scripts/generate.py does."""
     return {
-        "bos_token_id": eos_id,
-        "eos_token_id": eos_id,
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_p": 0.95,
+        # Nothing was cut or filled in training.
+        TOKENIZER: described | {"truncation": None, "padding": None},
+        TOKENIZER_CONFIG: config,
+        GENERATION: token_ids(tokenizer) | SAMPLING,
     }
 
 

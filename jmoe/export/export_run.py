@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import pathlib
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.store import Store
 from jmoe.config import ModelConfig
+from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import card, layout, names, safetensors, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
@@ -47,16 +49,17 @@ def export_run(
             f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
         )
     cfg = workdirs.read_run(workdir).model
-    texts, eos_id = card.tokenizer_files(workdir / TOKENIZER, cfg.max_positions)
+    tokenizer = Tokenizer.from_file(workdir / TOKENIZER)
     with Store(workdir / CHECKPOINTS) as store:
         checkpoint = store.locate(step)
     source = sources.Stored(Pieces(checkpoint))
     made = make_plan(cfg, source, dtype=dtype, shard_bytes=shard_bytes)
     written_as = " and ".join(sorted({str(found) for found in made.dtypes.values()}))
-    texts[card.CARD] = card.model_card(
+    text = card.model_card(
         cfg, run_files.read_run(workdir), int(checkpoint.name), written_as=written_as
     )
-    write_directory(out, cfg, made, source, texts, eos_id, started(made.size))
+    progress = started(made.size)
+    write_directory(out, cfg, made, source, tokenizer, progress, {card.CARD: text})
     return made
 
 
@@ -79,11 +82,11 @@ def write_directory(
     cfg: ModelConfig,
     made: Plan,
     source: Source,
-    texts: Mapping[str, Any],
-    eos_id: int | None,
+    tokenizer: Tokenizer | None,
     progress: Progress,
+    texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """All files, then the directory's name.
+    """All files, those in `texts` as they are given, then the directory's name.
 
     The weights are compared with their sums meanwhile, which reads them into the page
     cache for the conversion too.
@@ -100,12 +103,17 @@ def write_directory(
             cfg,
             dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
             is_fp8=FLOAT8 in made.dtypes.values(),
-            eos_id=eos_id,
+            tokenizer=tokenizer,
         )
-        for name, content in {safetensors.CONFIG: config, **texts}.items():
-            if not isinstance(content, str):
+        files = {safetensors.CONFIG: config, **texts}
+        if tokenizer is not None:
+            files |= card.tokenizer_files(tokenizer, cfg.max_positions)
+        for name, content in files.items():
+            if isinstance(content, dict):
                 content = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-            directory.write_text(name, content)
+            if isinstance(content, str):
+                content = content.encode()
+            directory.write_bytes(name, content)
         directory.publish()
 
 

@@ -235,10 +235,15 @@ class Directory:
         return self._whole[name]["sums"]
 
     def write_text(self, name: str, text: str) -> None:
+        """`write_bytes` of UTF-8."""
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
         """A small file, written anew in every attempt."""
         path = self.partial / name
-        with _explained(self.partial, len(text)):
-            durable.write_text(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _explained(self.partial, len(content)):
+            durable.write_bytes(path, content)
 
     def publish(self) -> None:
         """Gives the directory its name, and only then forgets how it was made."""

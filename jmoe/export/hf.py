@@ -16,7 +16,8 @@ import numpy as np
 
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.export import card, export_run, sources, work, write
+from jmoe.data.tokenizer import Tokenizer
+from jmoe.export import export_run, sources, work, write
 from jmoe.export.read import Leaf, Reader, Slices
 
 
@@ -36,22 +37,18 @@ def save(
         written in the type they have.
       fp8: writes the matrices of attention and MLPs as block FP8 and the rest as
         bfloat16. Weights that `load` kept in FP8 are written as they are without it.
-      tokenizer: a tokenizer.json to put beside them.
+      tokenizer: a tokenizer.json to put beside them, with what belongs to it.
       shard_bytes: about how large a file may be.
 
     Raises:
       ValueError: `path` exists, or the variables aren't those of `cfg`.
     """
-    texts: dict[str, Any] = {}
-    eos_id = None
-    if tokenizer is not None:
-        path_of_it = pathlib.Path(tokenizer)
-        texts, eos_id = card.tokenizer_files(path_of_it, cfg.max_positions)
+    beside = None if tokenizer is None else Tokenizer.from_file(tokenizer)
     source = sources.InMemory(variables)
     dtype = "fp8" if fp8 else None
     made = export_run.make_plan(cfg, source, dtype=dtype, shard_bytes=shard_bytes)
     export_run.write_directory(
-        pathlib.Path(path), cfg, made, source, texts, eos_id, lambda _: None
+        pathlib.Path(path), cfg, made, source, beside, lambda _: None
     )
 
 

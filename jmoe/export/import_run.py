@@ -19,10 +19,17 @@ import numpy as np
 
 from jmoe.checkpoint import adopt
 from jmoe.checkpoint import workdir as workdirs
-from jmoe.config import DataConfig, RunConfig, TrainConfig, override, to_dict
+from jmoe.config import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    override,
+    to_dict,
+)
+from jmoe.data.special_tokens import GENERATION
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import layout, work
-from jmoe.export.card import TOKENIZER_CONFIG
 from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
 from jmoe.export.work import Budget
@@ -72,7 +79,7 @@ def import_run(
         call goes on from it.
     """
     with Reader(model, fp8=fp8, dtype=dtype) as reader:
-        tokenizer = Tokenizer.from_file(model / TOKENIZER)
+        tokenizer = Tokenizer.from_file(model / TOKENIZER, _said_by(reader.cfg))
         run = make_run(reader, workdir, assignments)
         if tokenizer.vocab_size > run.model.vocab_size:
             raise ValueError(
@@ -86,10 +93,8 @@ def import_run(
             shutil.rmtree(checkpoints, ignore_errors=True)
             adopt.adopt(checkpoints, 0, arrays, position={})
             shutil.rmtree(directory.partial / ARRAYS)
-            tokenizer.save(directory.partial / TOKENIZER)
-            if (model / TOKENIZER_CONFIG).is_file():
-                text = (model / TOKENIZER_CONFIG).read_text(encoding="utf-8")
-                directory.write_text(TOKENIZER_CONFIG, text)
+            for name, content in tokenizer.files.items():
+                directory.write_bytes(name, content)
             record = json.dumps(to_dict(run), indent=2)
             directory.write_text(workdirs.CONFIG, record)
             directory.publish()
@@ -118,6 +123,15 @@ def make_run(
     for name, (old, new) in workdirs.fixed_changes(run, made, ("model",)).items():
         raise ValueError(f"{name}={new!r} must stay {old!r}, as the files have it.")
     return made
+
+
+def _said_by(cfg: ModelConfig) -> dict[str, bytes]:
+    """generation_config.json, as transformers makes it of a config.json alone."""
+    said = json.loads(cfg.hf_extras)
+    ids = {key: said[key] for key in ("bos_token_id", "eos_token_id") if key in said}
+    if ids.get("eos_token_id") is None:
+        return {}
+    return {GENERATION: json.dumps({"_from_model_config": True} | ids).encode()}
 
 
 def chunks(path: str, leaf: Leaf) -> Iterator[Chunk]:

@@ -121,6 +121,14 @@ def expand(cfg: ModelConfig) -> list[Tensor]:
     return tensors
 
 
+def redundant(cfg: ModelConfig) -> list[Tensor]:
+    """What a checkpoint may repeat and ours never do: the head of tied embeddings."""
+    if not cfg.tie_embeddings:
+        return []
+    copies = _rows(abstract_leaves(cfg), "embedding", MODEL["head"][0])
+    return [dataclasses.replace(copy, is_copy=True) for copy in copies]
+
+
 @functools.lru_cache(maxsize=4)
 def abstract_leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """The model's variables by path, without their values."""

@@ -19,6 +19,7 @@ import numpy as np
 BLOCK = 128
 FP8_MAX = 448.0  # of e4m3; what exceeds it would turn into NaN
 FLOAT32 = np.dtype(np.float32)
+FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
@@ -49,9 +50,19 @@ def _widen_bfloat16(x: np.ndarray) -> np.ndarray:
     return wide.view(np.float32)
 
 
+def _widen_float16(x: np.ndarray) -> np.ndarray:
+    return x.astype(np.float32)
+
+
+def _float16_to_bfloat16(x: np.ndarray) -> np.ndarray:
+    return _round_to_bfloat16(_widen_float16(x))
+
+
 _CASTS: dict[tuple[np.dtype, np.dtype], Callable[[np.ndarray], np.ndarray]] = {
     (FLOAT32, BFLOAT16): _round_to_bfloat16,
     (BFLOAT16, FLOAT32): _widen_bfloat16,
+    (FLOAT16, FLOAT32): _widen_float16,
+    (FLOAT16, BFLOAT16): _float16_to_bfloat16,
 }
 
 

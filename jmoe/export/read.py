@@ -25,6 +25,9 @@ from jmoe.export.safetensors import Found
 FP8_MODES = ("dequantize", "keep")
 DTYPES = ("float32", "bfloat16")
 
+# Made anew from the configuration, whatever older versions of transformers saved.
+IGNORED = ".rotary_emb.inv_freq"
+
 _COMPARED = 16 << 20  # bytes at a time
 
 Slices = tuple[slice, ...]
@@ -59,8 +62,8 @@ class Reader:
     Args:
       fp8: "dequantize" turns FP8 weights into `dtype`; "keep" gives e4m3 leaves, and
         their block scales as the collection `fp8_scales`.
-      dtype: of the leaves; None: each as its file has it, FP8 as the config's
-        `torch_dtype`. Selection biases are float32 always.
+      dtype: of the leaves; None: each as its file has it, float16 as float32, and FP8
+        as the config's `torch_dtype`. Selection biases are float32 always.
 
     Raises:
       FileNotFoundError, ValueError: the directory isn't a whole checkpoint of a
@@ -79,8 +82,13 @@ class Reader:
             _one_of("dtype", dtype, DTYPES)
         self.directory = pathlib.Path(directory)
         self.cfg = ModelConfig.from_hf(safetensors.read_config(self.directory))
-        self.found = safetensors.read_headers(self.directory)
-        tensors = names.expand(self.cfg)
+        headers = safetensors.read_headers(self.directory)
+        self.found = {
+            name: found
+            for name, found in safetensors.split_experts(headers).items()
+            if not name.endswith(IGNORED)
+        }
+        tensors = names.expand(self.cfg) + names.redundant(self.cfg)
         check(tensors, self.found, self.directory)
         self._keeps = fp8 == "keep"
         if self._keeps and not any(x.code == "F8_E4M3" for x in self.found.values()):
@@ -122,13 +130,13 @@ class Reader:
         return out
 
     def check_copies(self) -> None:
-        """Raises ValueError if an MTP layer has an embedding or head of its own."""
+        """Raises ValueError if what repeats a tensor differs from it."""
         for copy in self.copies:
             original = self._owners[copy.path]
             if self._differ(self.found[copy.name], self.found[original]):
                 raise ValueError(
-                    f"{copy.name} differs from {original}; jmoe's MTP modules share "
-                    "the model's embedding and head."
+                    f"{copy.name} differs from {original}; in jmoe's models MTP "
+                    "modules share the embedding and the head, and tied ones are one."
                 )
 
     def raw(self, found: Found) -> np.ndarray:
@@ -178,7 +186,7 @@ class Reader:
         if found.dtype != FLOAT8 or out.dtype == FLOAT8:
             numerics.transpose(out, x)
             return
-        scale = self.raw(self.found[tensor.name + SCALE])
+        scale = numerics.cast(self.raw(self.found[tensor.name + SCALE]), FLOAT32)
         origin = (rows.start, columns.start)
         numerics.dequantize_transposed(out, x, scale, origin)
 
@@ -221,7 +229,7 @@ class Reader:
         wanted = dtype or (self.cfg.dtype if stored == {FLOAT8} else None)
         if wanted is not None:
             return FLOAT32 if wanted == "float32" else BFLOAT16
-        return FLOAT32 if FLOAT32 in stored else BFLOAT16
+        return BFLOAT16 if stored <= {BFLOAT16, FLOAT8} else FLOAT32
 
 
 def check(
@@ -253,7 +261,7 @@ def check(
             problems.append(
                 f"  misshapen: {name} {list(x.shape)}, not {list(expected[name])}"
             )
-        allowed = ("F32",) if name.endswith(SCALE) else ("F32", "BF16")
+        allowed = ("F32", "BF16", "F16")
         allowed += ("F8_E4M3",) if name in products else ()
         if x.code not in allowed:
             problems.append(

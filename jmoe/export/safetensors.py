@@ -8,16 +8,19 @@ cut short, or that isn't what its header says, shows by its size alone.
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmoe.export.layout import CODES, INDEX, SINGLE
+from jmoe.export.layout import CODES, INDEX, SCALE, SINGLE
+from jmoe.export.numerics import FLOAT16
 
 CONFIG = "config.json"
-DTYPES = {code: dtype for dtype, code in CODES.items()}
+DTYPES = {code: dtype for dtype, code in CODES.items()} | {"F16": FLOAT16}
 
+_FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)" rf"({SCALE})?")
 _MAX_HEADER = 100_000_000  # the format's own limit
 _LISTED = 20
 
@@ -108,6 +111,40 @@ def read_header(path: pathlib.Path) -> dict[str, Found]:
         raise ValueError(f"{path} has a corrupt header: {error}.") from None
     _check_extent(path, size, 8 + length, tensors)
     return tensors
+
+
+def split_experts(found: Mapping[str, Found]) -> dict[str, Found]:
+    """With each expert's tensors by name where a file holds those of a layer as one.
+
+    `experts.gate_up_proj` [experts, 2 * mlp, hidden] and `experts.down_proj` [experts,
+    hidden, mlp] are what transformers 5 has in memory, and writes on request. Every
+    expert's part is a range of the bytes. Block scales go the same way, unless a block
+    has rows of both gate and up.
+    """
+    split: dict[str, Found] = {}
+    for name, tensor in found.items():
+        match = _FUSED.fullmatch(name)
+        split |= _experts(tensor, *match.groups("")) if match else {name: tensor}
+    return split
+
+
+def _experts(tensor: Found, block: str, kind: str, scale: str) -> dict[str, Found]:
+    parts = kind.split("_")[:-1]  # of "gate_up_proj"
+    whole = f"{block}.{kind}{scale}"
+    if len(tensor.shape) != 3 or not tensor.shape[0] or tensor.shape[1] % len(parts):
+        return {whole: tensor}  # misshapen: the check will say so
+    experts, rows, columns = tensor.shape
+    nbytes = tensor.nbytes // experts // len(parts)
+    suffix = f".weight{scale}"
+    return {
+        f"{block}.{expert}.{part}_proj{suffix}": tensor._replace(
+            offset=tensor.offset + (expert * len(parts) + place) * nbytes,
+            nbytes=nbytes,
+            shape=(rows // len(parts), columns),
+        )
+        for expert in range(experts)
+        for place, part in enumerate(parts)
+    }
 
 
 def _found(path: pathlib.Path, start: int, row: Mapping[str, Any]) -> Found:

@@ -48,7 +48,7 @@ from jmoe.train.optimizer import make_optimizer
 from jmoe.train.starts import add_start
 from jmoe.train.state import TrainState, count_parameters, make_state
 from jmoe.train.stop_signals import StopSignals
-from jmoe.train.trained import CHECKPOINTS, TOKENIZER, check_start
+from jmoe.train.trained import CHECKPOINTS, check_start
 
 _GUARD = "guard"  # its state, beside the data loader's position
 
@@ -269,9 +269,10 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Old or new, never half: a run that goes on trusts this file."""
-    with durable.replacing(workdir / TOKENIZER) as unfinished:
-        tokenizer.save(unfinished)
+    """Old or new, never half: a run that goes on trusts these files."""
+    for name, content in tokenizer.files.items():
+        durable.make_directory((workdir / name).parent)
+        durable.write_bytes(workdir / name, content)
 
 
 def _restore_or_make(

@@ -146,3 +146,19 @@ def test_a_file_of_blanks_holds_no_text(tmp_path):
     path.write_text(" \n \n")
     with pytest.raises(ValueError, match="blank.txt: the file holds no text"):
         list(readers.documents(path, ""))
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".jsonl", ".jsonl.gz"])
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
+    path = tmp_path / f"file{suffix}"
+    write(path, DOCUMENTS)
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rb") as file:
+        plain = file.read()
+    with opened(path, "wb") as file:
+        file.write(b"\xef\xbb\xbf" + plain)
+    assert list(readers.documents(path, "text")) == DOCUMENTS
+    with opened(path, "wb") as file:
+        file.write(b"\xef\xbb\xbf{\xff")
+    with pytest.raises(ValueError, match="not UTF-8 at byte offset 4"):
+        list(readers.documents(path, "text"))

@@ -44,6 +44,18 @@ def test_a_file_whose_name_looks_like_a_glob_is_found(tmp_path):
     assert list(source.documents()) == ["one"]
 
 
+def test_a_glob_goes_through_a_directory_whose_name_looks_like_one(tmp_path):
+    folder = tmp_path / "run [1]*" / "deep[er]"
+    folder.mkdir(parents=True)
+    (tmp_path / "run 1").mkdir()
+    for name in ("b", "a"):
+        (folder / f"{name}1.txt").write_text(f"from {name}")
+    (source,) = open_paths(folder / "[ab]1.txt")
+    assert list(source.documents()) == ["from a", "from b"]
+    (source,) = open_paths(tmp_path / "run [1]*" / "**" / "?1.txt")
+    assert list(source.documents()) == ["from a", "from b"]
+
+
 def test_the_fingerprint_follows_the_content_and_not_the_place(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}')
     (tmp_path / "b.jsonl").write_text('{"text": "one"}')

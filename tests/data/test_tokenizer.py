@@ -8,6 +8,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jmoe.data import special_tokens
 from jmoe.data import tokenizer as tokenizer_lib
 from jmoe.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 
@@ -98,7 +99,7 @@ def test_a_source_has_its_weight_in_the_training_sample(
     assert size["bird"] == pytest.approx(1_000, rel=0.1)
 
 
-@pytest.mark.parametrize("name", tokenizer_lib.END_OF_TEXT)
+@pytest.mark.parametrize("name", special_tokens.END_OF_TEXT)
 def test_the_users_tokenizer_is_taken_with_its_own_separator(
     tmp_path, data_config, name
 ):
@@ -143,3 +144,76 @@ def test_a_damaged_cached_tokenizer_is_trained_again(write_source, data_config):
     (path,) = pathlib.Path(cfg.cache_dir).rglob("tokenizer.json")
     path.write_text(path.read_text()[:100])
     assert load_tokenizer(cfg, 280).fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        lambda backend: backend.enable_truncation(8),
+        lambda backend: backend.enable_padding(length=128, pad_id=5, pad_token="%"),
+        lambda backend: backend.enable_padding(pad_id=5, pad_token="%"),
+        lambda backend: setattr(backend.model, "dropout", 0.9),
+    ],
+    ids=["truncation", "padding", "padding_to_the_longest", "dropout"],
+)
+def test_settings_left_in_a_tokenizer_change_no_document(tmp_path, leave):
+    backend = train_bpe(TEXT, 300)
+    want = Tokenizer(train_bpe(TEXT, 300), eos_id=0)
+    leave(backend)
+    backend.save(str(tmp_path / "left.json"))
+    got = Tokenizer.from_file(tmp_path / "left.json")
+    assert got.encode_batch(TEXT[:2]) == want.encode_batch(TEXT[:2])
+    assert got.encode(TEXT[0]) == want.encode(TEXT[0])
+    assert got.fingerprint == want.fingerprint
+
+
+def without_unknown() -> Tokenizer:
+    """A BPE of the letters of "hello world"; others it drops without a word."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    backend.train_from_iterator(["hello world"], trainer)
+    return Tokenizer(backend, eos_id=0)
+
+
+def test_text_that_a_tokenizer_would_lose_is_refused_with_its_first_piece():
+    lossy = without_unknown()
+    with pytest.raises(ValueError, match="no token for '世界', .* in 'hello 世界 émi"):
+        lossy.encode_batch(["hello world", "hello 世界 émigré"])
+    with pytest.raises(ValueError, match="no token for '!'"):
+        lossy.encode("hello!")
+    assert lossy.encode("hello\n world")  # blanks are not lost text
+
+
+def test_what_a_normalizer_removes_and_an_unknown_token_covers_is_not_lost():
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"cafe": 0, "?": 1}, unk_token="?")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.NFD(), tokenizers.normalizers.StripAccents()]
+    )
+    known = Tokenizer(backend, eos_id=1)
+    assert known.encode("caf\u00e9 cafe\u0301 \u0301 tea") == [0, 0, 1]
+
+
+def test_a_model_that_fails_at_the_unknown_is_one_error():
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"hello": 0}))
+    with pytest.raises(ValueError, match=r"fails at a document: .*\[UNK\]"):
+        Tokenizer(backend, eos_id=0).encode("other")
+
+
+@pytest.mark.parametrize("run", ["A", "=", " ", "\n", "x\u0301", "字"])
+def test_no_piece_that_is_merged_is_longer_than_the_limit(run):
+    """Training takes the square of a piece's length, and a document may be one word."""
+    backend = train_bpe(["text"], 300)
+    document = f"a{run * 2000} {run * 3}{run * 700}."
+    pieces = backend.pre_tokenizer.pre_tokenize_str(document)
+    lengths = [end - start for _, (start, end) in pieces]
+    assert sum(lengths) == len(document)
+    assert max(lengths) <= 2 * tokenizer_lib.PIECE_CHARACTERS + 1
+    assert Tokenizer(backend, 0).decode(Tokenizer(backend, 0).encode(document)) == (
+        document
+    )

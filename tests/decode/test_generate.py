@@ -48,7 +48,7 @@ def test_fewer_new_tokens_are_the_first_of_more(complete, greedy):
 
 def test_a_completion_ends_before_the_stop_token(complete, greedy):
     stop = greedy[1][4]
-    got = complete(PROMPTS, max_new_tokens=NEW, stop_id=stop)
+    got = complete(PROMPTS, max_new_tokens=NEW, stop_ids=(stop,))
     assert got[1] == greedy[1][: greedy[1].index(stop)]
     for ids, new in zip(got, greedy, strict=True):
         assert stop not in ids and ids == new[: len(ids)]

@@ -79,6 +79,56 @@ def test_a_run_goes_out_and_comes_in_byte_by_byte(
         assert weights == ("random", "imported")
 
 
+SIDECARS = {  # as other tools write them: not as ours would
+    "tokenizer_config.json": b'{"eos_token":"<|endoftext|>",  "bos_token":null}\n\n',
+    "generation_config.json": b'{"eos_token_id":[0, 7],\r\n"temperature":0.6}',
+    "special_tokens_map.json": b"{}",
+    "chat_template.jinja": "{# \u4f60 #}{{ messages }}\r\n".encode(),
+    "additional_chat_templates/tool.jinja": b"{{ tools }}",
+    "tokenizer.json": None,
+}
+
+
+def test_what_belongs_to_the_tokenizer_goes_in_and_out_byte_by_byte(workdir, tmp_path):
+    first = tmp_path / "a"
+    export_quietly(workdir, first)
+    settings = json.loads((first / "tokenizer.json").read_text())
+    settings["truncation"] = {"max_length": 8, "stride": 0, "direction": "Right"}
+    settings["truncation"]["strategy"] = "LongestFirst"
+    given = SIDECARS | {"tokenizer.json": json.dumps(settings, indent=1).encode()}
+    for name, content in given.items():
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_bytes(content)
+    import_quietly(first, tmp_path / "imported")
+    export_quietly(tmp_path / "imported", tmp_path / "b")
+    weights = "README.md", "config.json", "*.safetensors", "*.index.json"
+    for directory in ("imported", "b"):
+        found = {name: (tmp_path / directory / name).read_bytes() for name in given}
+        assert found == given
+    left = {p.relative_to(tmp_path / "b") for p in (tmp_path / "b").rglob("*.*")}
+    left -= {
+        p.relative_to(tmp_path / "b") for w in weights for p in (tmp_path / "b").glob(w)
+    }
+    assert {path.as_posix() for path in left} == set(given)
+    tokenizer = load_trained(tmp_path / "imported").tokenizer
+    assert tokenizer.stop_ids == (0, 7)
+    assert tokenizer.prompt("text, " * 9) == [0, *tokenizer.encode("text, " * 9)]
+
+
+def test_where_only_the_config_says_the_stops_they_are_kept_too(workdir, tmp_path):
+    export_quietly(workdir, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    config |= {"bos_token_id": None, "eos_token_id": [5, 6]}
+    (tmp_path / "a" / "config.json").write_text(json.dumps(config))
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        (tmp_path / "a" / name).unlink()
+    import_quietly(tmp_path / "a", tmp_path / "imported")
+    assert load_trained(tmp_path / "imported").tokenizer.stop_ids == (5, 6)
+    export_quietly(tmp_path / "imported", tmp_path / "b")
+    again = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (again["bos_token_id"], again["eos_token_id"]) == (None, [5, 6])
+
+
 def test_safetensors_own_library_reads_the_same(workdir, contents, tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     torch = pytest.importorskip("torch")

@@ -5,6 +5,7 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
 from jmoe.export import hf
 from jmoe.export.export_run import export_run
@@ -73,10 +74,44 @@ def test_a_chat_template_survives_the_way_in_and_out(workdir, tmp_path):
     assert theirs("text")["input_ids"][0] == theirs.bos_token_id
 
 
+FAMILIES = {  # the names of the special tokens, what opens a text, what ends it
+    "deepseek": (("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<pad>"), 0, [1]),
+    "chatml": (("<|endoftext|>", "<|im_start|>", "<|im_end|>"), None, [2, 0]),
+    "llama3": (("<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"), 0, [1, 2]),
+}
+
+
+@pytest.mark.parametrize("specials, bos, stops", FAMILIES.values(), ids=FAMILIES)
+def test_a_prompt_and_its_end_are_those_of_the_models_own_tokenizer(
+    tmp_path, specials, bos, stops
+):
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=list(specials), initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(["hello world"] * 9, trainer)
+    names = {"eos_token": specials[stops[0]]}
+    if bos is not None:
+        names["bos_token"] = specials[bos]
+        backend.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f"{specials[bos]} $A", special_tokens=[(specials[bos], bos)]
+        )
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    theirs.save_pretrained(tmp_path)
+    generation = transformers.GenerationConfig(bos_token_id=bos, eos_token_id=stops)
+    generation.save_pretrained(tmp_path)
+    ours = hf.Tokenizer.from_file(tmp_path / "tokenizer.json")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.prompt("hello world") == theirs("hello world").input_ids
+    assert (ours.eos_id, ours.stop_ids) == (theirs.eos_token_id, tuple(stops))
+
+
 def test_the_tokenizer_opens_a_text_as_training_does(workdir, tmp_path):
     export_run(workdir, tmp_path / "hf", started=lambda _: lambda _: None)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    ours = hf.card.Tokenizer.from_file(workdir / "tokenizer.json")
+    ours = hf.Tokenizer.from_file(workdir / "tokenizer.json")
     text = "some more text"
     assert theirs(text)["input_ids"] == [ours.eos_id, *ours.encode(text)]
     assert theirs.decode(ours.encode(text)) == text

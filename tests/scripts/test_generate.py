@@ -23,7 +23,7 @@ def test_a_prompt_is_completed_by_the_runs_model(script, trained):
         variables,
         [[eos, *tokenizer.encode(PROMPT)]],
         max_new_tokens=20,
-        stop_id=eos,
+        stop_ids=(eos,),
     )
     assert outcome.out == PROMPT + tokenizer.decode(new) + "\n"
     assert "is" in outcome.out  # what the text has after every number
