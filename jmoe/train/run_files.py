@@ -26,6 +26,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jmoe.data import durable
+
 CONFIG = "config.json"
 INFO = "run.json"
 METRICS = "metrics.jsonl"
@@ -112,9 +114,7 @@ def read_starts(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def replace_json(path: pathlib.Path, value: Any) -> None:
     """Writes a file that is old or new, never half."""
-    unfinished = path.with_name(f".{path.name}.tmp")
-    unfinished.write_text(json.dumps(value, indent=2), encoding="utf-8")
-    unfinished.replace(path)
+    durable.write_text(path, json.dumps(value, indent=2))
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:

@@ -105,13 +105,15 @@ def text(flag: flags.FlagHolder[str]) -> str:
 
 
 def start_jax() -> None:
-    """Makes JAX find its devices.
+    """Makes JAX find its devices, in a process that is alone.
 
     Raises:
       ValueError: there are none of the platform that the user has chosen.
     """
     import jax
 
+    if jax.distributed.is_initialized():  # first, processes agree on what they do
+        return
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:

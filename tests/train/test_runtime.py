@@ -92,7 +92,8 @@ def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
         (ValueError("top_k=9"), 2, "error: top_k=9\n"),
         (FileNotFoundError("no run"), 2, "error: no run\n"),
         (MemoryError(), 2, "error: There is too little memory for this.\n"),
-        (KeyboardInterrupt(), 130, ""),
+        (KeyboardInterrupt(), 130, "SIGINT: ended.\n"),
+        (FloatingPointError("Step 3 skipped"), 3, "error: Step 3 skipped\n"),
     ],
 )
 def test_an_error_ends_a_program_in_a_line_or_less(error, code, said, capsys):
