@@ -17,7 +17,6 @@ from jax.sharding import PartitionSpec
 from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.newton_schulz import newton_schulz
 from jmoe.parallel.matrices import map_matrices
-from jmoe.train.averages import Taken, age, average
 from jmoe.train.layout import Layout, on_mesh
 
 MOMENTUM = 0.95
@@ -59,21 +58,14 @@ def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
     def init(params: Any) -> MuonState:
         return MuonState(jnp.int32(0), optax.tree.zeros_like(params))
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        is_taken: Taken = True,
-        **_: Any,
-    ) -> Any:
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
         del params
-        count, steps = age(state.count, is_taken)
-        mu = average(updates, state.mu, MOMENTUM, is_taken)
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(updates, state.mu, MOMENTUM, 1)
         ahead = jax.tree.map(
             lambda m, g: MOMENTUM * m + (1 - MOMENTUM) * g,
-            optax.tree.bias_correction(mu, MOMENTUM, steps + 1),
-            optax.tree.bias_correction(updates, MOMENTUM, steps),
+            optax.tree.bias_correction(mu, MOMENTUM, optax.safe_increment(count)),
+            optax.tree.bias_correction(updates, MOMENTUM, count),
         )
         updates = jax.tree.map(orthogonal, layout.descriptions, layout.stored, ahead)
         return updates, MuonState(count, mu)
@@ -83,7 +75,7 @@ def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
             return x
         return orthogonalize(x, spec, description.hidden_matrix, scale, layout)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def orthogonalize(

@@ -1,4 +1,4 @@
-"""AdamW (arXiv 1711.05101) or Muon (`jmoe.train.muon`), as chains of optax."""
+"""AdamW (arXiv 1711.05101), by optax, or Muon (`jmoe.train.muon`)."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ import optax
 
 from jmoe.config import OptimizerConfig
 from jmoe.train import schedules
-from jmoe.train.averages import scale_by_adam
 from jmoe.train.layout import Layout
 from jmoe.train.muon import SCALES, scale_by_muon
 
@@ -17,9 +16,6 @@ def make_optimizer(
     cfg: OptimizerConfig, horizon: int, layout: Layout
 ) -> optax.GradientTransformation:
     """Clip by global norm, then the named optimizer on its schedule.
-
-    Its `update` takes `is_taken`, a bool that may be traced; where it is false, the
-    state stays as it was, but for schedules' counts, and the updates mean nothing.
 
     Args:
       horizon: the steps that the learning-rate schedule is stretched over.
@@ -59,10 +55,13 @@ def adamw(
             params,
         )
 
-    return optax.chain(
-        scale_by_adam(cfg),
-        optax.add_decayed_weights(cfg.weight_decay, decays),
-        optax.scale_by_learning_rate(rate),
+    return optax.adamw(
+        rate,
+        cfg.beta1,
+        cfg.beta2,
+        cfg.epsilon,
+        weight_decay=cfg.weight_decay,
+        mask=decays,
     )
 
 
@@ -99,8 +98,6 @@ def store_moments(
     DeepSeek-V3 keeps AdamW's moments in bfloat16 (arXiv 2412.19437, section 3.3.3).
     """
 
-    told_too = optax.with_extra_args_support(inner)
-
     def cast(state: Any, to: Any) -> Any:
         def leaf(path: Any, x: jax.Array) -> jax.Array:
             fields = {getattr(key, "name", None) for key in path}
@@ -111,9 +108,8 @@ def store_moments(
     def init(params: Any) -> Any:
         return cast(inner.init(params), dtype)
 
-    def update(updates: Any, state: Any, params: Any = None, **told: Any) -> Any:
-        state = cast(state, jnp.float32)
-        updates, state = told_too.update(updates, state, params, **told)
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        updates, state = inner.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformation(init, update)

@@ -13,8 +13,7 @@ are integers and are summed as such, so neither accumulation nor recomputation n
 mesh can change the bias's path by a bit.
 
 A step whose loss or gradients aren't finite changes nothing but counters of steps: the
-optimizers of `train.optimizer` are told, and leave their state as it was. It is told by
-the gradients' norm, which clipping needs anyway.
+optimizer isn't called. The gradients' norm, which clipping needs, tells of all of them.
 """
 
 from collections.abc import Callable
@@ -62,7 +61,6 @@ def make_train_step(
     isn't taken either.
     """
     cfg, steps = run.model, run.horizon
-    optimizer = optax.with_extra_args_support(optimizer)
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
     learning_rate = schedules.learning_rate(run.optimizer.schedule, steps)
@@ -95,16 +93,19 @@ def make_train_step(
             old_bias_LE, stats.load_E, rate=rate, margin_EM=stats.margin_EM
         )
         bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
-        updates, opt_state = optimizer.update(
-            _if_taken(is_taken, gradients, 0.0),
-            state.opt_state,
-            state.params,
-            is_taken=is_taken,
+
+        def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # Not element by element: a parameter's update is computed from new moments, and
+        # if these were a choice, old and new ones would take memory of their own.
+        params, opt_state = jax.lax.cond(
+            is_taken, update, _keep, state.params, state.opt_state
         )
-        updates = _if_taken(is_taken, updates, -0.0)  # which leaves even -0.0 as it is
         new_state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=params,
             router_state=write_biases(bias_LE, cfg),
             opt_state=opt_state,
         )
@@ -132,9 +133,16 @@ def make_train_step(
     return train_step
 
 
-def _if_taken(is_taken: jax.Array, tree: Any, otherwise: float) -> Any:
-    """The tree, or arrays of one number; it is no pass over memory of its own."""
-    return jax.tree.map(lambda x: jnp.where(is_taken, x, otherwise), tree)
+def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
+    """Both as they are, but schedules count the step: their values follow from it."""
+
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    def leaf(x: Any) -> Any:
+        return x._replace(count=x.count + 1) if is_schedule(x) else x
+
+    return params, jax.tree.map(leaf, opt_state, is_leaf=is_schedule)
 
 
 def _way_through(run: RunConfig) -> Any:
