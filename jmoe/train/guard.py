@@ -97,16 +97,17 @@ class Guard:
 
     def _read_oldest(self) -> None:
         step, outcome = self._pending.popleft()
-        skipped, loss, grad_norm = map(float, jax.device_get(outcome))
+        is_skipped, loss, grad_norm = map(float, jax.device_get(outcome))
         self._losses.append(loss if math.isfinite(loss) else None)
-        if not skipped:
+        if not is_skipped:
             self._in_a_row = 0
             return
         self.skipped += 1
         self._in_a_row += 1
         spike = math.isfinite(loss) and math.isfinite(grad_norm)
         what = "the loss is a spike" if spike else "loss or gradients aren't finite"
-        text = f"Step {step} skipped: {what} (loss {loss:.4g}, norm {grad_norm:.4g})."
+        skipped = " skipped" if self._cfg.skips_steps else ""
+        text = f"Step {step}{skipped}: {what} (loss {loss:.4g}, norm {grad_norm:.4g})."
         if self._in_a_row == 1:
             self._say(text)
         field = "on_spike" if spike else "on_nonfinite"

@@ -75,8 +75,8 @@ def train(
       ValueError, FileNotFoundError: a mistake in the record, the data or the workdir,
         a difference in these between processes, a workdir that another run writes to,
         or a checkpoint that isn't finite; before anything is overwritten.
-      FloatingPointError: too many steps had to be skipped, or one that may not be
-        (`jmoe.train.guard`); after a last checkpoint.
+      FloatingPointError: a step wasn't finite or was a spike, and the run may not skip
+        it, or had to skip too many (`jmoe.train.guard`).
     """
     cfg = run.train
     _agree_on_run(run, workdir)
@@ -137,6 +137,13 @@ def train(
         watch = guard.Guard(cfg, saved, console.note)
         stack.enter_context(jax.transfer_guard("disallow"))
 
+        def save(step: int, state: TrainState) -> None:
+            """A checkpoint, but of no state that a step has spoilt."""
+            log.sync()
+            position = {**loader.get_state(), _GUARD: watch.state()}
+            if watch.verdict is None or cfg.skips_steps:
+                store.save(step, state, position)
+
         sequences = int(loader.get_state()["sequences"])
         meter = _Meter(step, sequences * run.data.sequence_length)
         ahead = Ahead()
@@ -164,18 +171,16 @@ def train(
                 console.update(step, metrics)
             if _is_due(cfg.checkpoint_every, step, cfg.steps):
                 with meter.paused(state):
-                    log.sync()
-                    store.save(step, state, _position(loader, watch))
+                    save(step, state)
             asks = step % cfg.signal_every == 0
             stop = processes.any_signal(signals.first, ask=asks)
 
-        log.sync()
-        store.save(step, state, _position(loader, watch))
+        save(step, state)
         store.wait()
         signals.close()
         if watch.verdict is not None:
             raise FloatingPointError(
-                f"{watch.verdict} Saved step {step}; the same command goes on from it."
+                f"{watch.verdict} The same command goes on from the newest checkpoint."
             )
         if stop:
             name = signal.Signals(stop).name
@@ -293,11 +298,6 @@ def _restore_or_make(
         loader.set_state(position)
     guard.require_finite(state, store.locate(step))
     return state, step, position.get(_GUARD)
-
-
-def _position(loader: Loader, watch: guard.Guard) -> dict[str, Any]:
-    """What a checkpoint has besides arrays."""
-    return {**loader.get_state(), _GUARD: watch.state()}
 
 
 def _holds_weights_only(store: Store) -> bool:

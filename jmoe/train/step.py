@@ -12,8 +12,9 @@ The bias moves once an optimizer step, after it, from the whole batch's counts. 
 are integers and are summed as such, so neither accumulation nor recomputation nor the
 mesh can change the bias's path by a bit.
 
-A step whose loss or gradients aren't finite changes nothing but counters of steps: the
-optimizer isn't called. The gradients' norm, which clipping needs, tells of all of them.
+A step whose loss or gradients aren't finite is told as `skipped`. If the run asks for
+that (`TrainConfig.skips_steps`), it changes nothing but counters of steps. The norm of
+the gradients, which clipping needs, tells it of all of them.
 """
 
 from collections.abc import Callable
@@ -92,17 +93,21 @@ def make_train_step(
         bias_LE = bias_rule(
             old_bias_LE, stats.load_E, rate=rate, margin_EM=stats.margin_EM
         )
-        bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
+        if run.train.skips_steps:
+            bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
 
         def update(params: Any, opt_state: Any) -> tuple[Any, Any]:
             updates, opt_state = optimizer.update(gradients, opt_state, params)
             return optax.apply_updates(params, updates), opt_state
 
-        # Not element by element: a parameter's update is computed from new moments, and
-        # if these were a choice, old and new ones would take memory of their own.
-        params, opt_state = jax.lax.cond(
-            is_taken, update, _keep, state.params, state.opt_state
-        )
+        if run.train.skips_steps:
+            # Not element by element: a parameter's update is computed from new moments,
+            # and if these were a choice, old and new ones would take memory.
+            params, opt_state = jax.lax.cond(
+                is_taken, update, _keep, state.params, state.opt_state
+            )
+        else:
+            params, opt_state = update(state.params, state.opt_state)
         new_state = TrainState(
             step=state.step + 1,
             params=params,

@@ -86,6 +86,7 @@ def test_a_run_that_diverges_ends_with_an_error_and_finite_weights(
 ):
     workdir = f"--workdir={tmp_path / 'run'}"
     settings = ["optimizer.schedule.peak=1e30", "train.max_skipped=3"]
+    settings.append("train.on_nonfinite=skip")
     outcome = script(
         "train", workdir, *smallest_arguments, *(f"--set={s}" for s in settings)
     )
@@ -95,8 +96,20 @@ def test_a_run_that_diverges_ends_with_an_error_and_finite_weights(
     rows = list(run_files.read_rows(tmp_path / "run" / "metrics.jsonl"))
     assert [row["skipped"] for row in rows][:3] == [0, 0, 1]
     step = rows[-1]["step"]
-    assert f"Saved step {step};" in outcome.err
     assert load_trained(tmp_path / "run").step == step  # which wants finite weights
+
+
+def test_a_run_that_may_not_skip_ends_before_what_it_spoilt_is_a_checkpoint(
+    script, smallest_arguments, tmp_path
+):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    settings = ("optimizer.schedule.peak=1e30", "train.checkpoint_every=1")
+    outcome = script(
+        "train", workdir, *smallest_arguments, *(f"--set={s}" for s in settings)
+    )
+    assert outcome.code == 3
+    assert_one_line(outcome.err, "Step 3: loss or gr.*train.on_nonfinite='stop'")
+    assert load_trained(tmp_path / "run").step == 2  # which wants finite weights
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from jmoe.train.guard import ENOUGH, LAG, Guard
 from tests.train.training import Trainer, batch, on, random_variables
 
 
-def config(**settings) -> TrainConfig:
+def config(on_nonfinite="skip", **settings) -> TrainConfig:
+    settings["on_nonfinite"] = on_nonfinite
     return TrainConfig(steps=1000, batch_size=1, microbatch_size=1, **settings)
 
 
@@ -46,6 +47,7 @@ def watch(outcomes, saved=None, **settings) -> tuple[Guard, list[str]]:
 def trainer(request, smallest) -> Trainer:
     mesh, name = ("", "muon") if request.param == "muon" else (request.param, "adamw")
     settings = ["train.ramp_start=none", "train.microbatch_size=8"]
+    settings.append("train.on_nonfinite=skip")
     settings.append(f"optimizer.name={name}")
     run = on(smallest, mesh, *settings)
     return Trainer.of(run, random_variables(run))
