@@ -84,17 +84,16 @@ class RoutedExperts(nn.Module):
             MATRIX,
         )
 
-        def apply(parts_R):
+        def apply(*tokens_R: jax.Array) -> jax.Array:
             """The experts that are here, on the tokens of all the tensor group."""
-            parts = [
-                [collectives.gather(x, "tensor", 0) for x in part] for part in parts_R
-            ]
+            of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
+            x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
             routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
             hosts = collectives.axis_size("expert")
             weights = gate_up_ED2F, down_EFD
-            y = routed_mlp(parts, weights, recipe=recipe, hosts=hosts)
-            return [collectives.scatter_sum(y_TD, "tensor", 0) for y_TD in y]
+            y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
+            return collectives.scatter_sum(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
 

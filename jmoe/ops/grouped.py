@@ -5,8 +5,9 @@ gate and up halves.
 
 All backends share one signature,
 
-    routed_mlp(parts, weights, recipe=None, hosts=1) -> [y_TD, ...]
-    parts = [(x_TD, expert_TK, gate_TK), ...];  weights = gate_up_ED2F, down_EFD
+    routed_mlp(
+        x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe=None, hosts=1
+    ) -> y_TD
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
 are dropless, cost time in proportion to T * K and not to E, and let gradients flow to
@@ -15,12 +16,8 @@ its choices may be expert E, "nobody", and contribute nothing: that is how a dev
 skips the experts that other devices host. With all experts on `hosts` devices, about
 one choice in as many is not nobody's; room is made for that, and any number is right.
 
-Parts of a batch, of one shape, are independent: one can be on its way from device to
-device while another is computed. They are given at once for the gradients of weights,
-which all parts add to: a sum for each part would be as many arrays of their size.
-
 Products have x's dtype, to which weights are converted. An expert's gradient is summed
-in float32 over all of its rows of a part, and has its weights' own dtype.
+in float32 over all of its rows, and has its weights' own dtype.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
 [E, F, D]; that is for inference, without gradients.

@@ -54,7 +54,7 @@ from jmoe.ops.rows import Rows, sort_rows
 from jmoe.ops.swiglu import swiglu
 
 Recipe = fp8.Recipe | None
-RoutedMLP = Callable[..., list[jax.Array]]
+RoutedMLP = Callable[..., jax.Array]
 
 Kept = jax.Array | fp8.Quantized
 """Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""
@@ -344,9 +344,11 @@ def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
     compute: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
     compute.defvjp(forward, backward)
 
-    def routed_mlp(parts, weights, recipe: Recipe = None, hosts: int = 1):
+    def routed_mlp(
+        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
+    ):
         del hosts  # a loop over the rows that there are makes no room
-        return [compute(*part, *weights, recipe) for part in parts]
+        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
 
     return routed_mlp
 

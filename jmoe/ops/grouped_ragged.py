@@ -25,11 +25,6 @@ later one it is computed in each loop, so that no array need hold it for all: se
 products instead of five. All segments have T rows: in one long segment, XLA puts little
 between the start and the end of a collective.
 
-The weights' gradients of all parts of a batch make one sum, in float32 where it is of
-several products. A part goes on where another ends, and each product is added in place:
-beside the sum there is one product's result, and neither a part's own sum nor a third
-array for two to be added up into.
-
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
 grows with E. Weights that are kept in fewer bits are dequantized before, all of a
@@ -51,19 +46,7 @@ from jax import lax
 
 from jmoe.ops import fp8, grouped_fp8, stored
 from jmoe.ops.by_platform import by_platform
-from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER
-from jmoe.ops.segments import (
-    Lengths,
-    Plan,
-    Segment,
-    add_later,
-    collect,
-    cut,
-    has_later,
-    make_plan,
-    over_segments,
-    spread,
-)
+from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
 
 TILE = 128  # rows that a block of GPU threads works on at a time
 
@@ -71,22 +54,47 @@ _DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED, "outer": OUTER}
 
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
-Sums = tuple[jax.Array, jax.Array]  # of the gradients of gate_up [E, D, X] and down
+
+
+class Lengths(NamedTuple):
+    """How many rows the first segment has, and each later one."""
+
+    first: int
+    later: int
+
+
+class Plan(NamedTuple):
+    """`rows`, with spare ones to whole segments; the row of each choice; those owned.
+
+    Rows from `owned` on are nobody's.
+    """
+
+    rows: Rows
+    row_TK: jax.Array
+    owned: jax.Array
+
+
+class Segment(NamedTuple):
+    """M rows from row `start` on, of which `size_E` are each expert's."""
+
+    start: jax.Array
+    choice_M: jax.Array
+    token_M: jax.Array
+    is_owned_M: jax.Array
+    size_E: jax.Array
 
 
 class Saved(NamedTuple):
     """What the backward pass is given; it computes the rest again.
 
-    like, summed: no elements, of the weights' dtypes and those that their gradients are
-      summed in.
+    like: of the weights, `stored.like`.
     """
 
     x_TD: jax.Array
     gate_TK: jax.Array
     gate_up_EDX: Weight
     down_EFD: Weight
-    like: tuple[jax.Array, ...]
-    summed: tuple[jax.Array, ...]
+    like: tuple[jax.Array, jax.Array]
     plan: Plan
 
 
@@ -98,54 +106,35 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(parts, weights, recipe, lengths):
-    dtype = parts[0][0].dtype
-    like = tuple(stored.like(w) for w in weights)
-    plans = [make_plan(part[1], weights[1].shape[0], lengths) for part in parts]
-    # One product's result is rounded to the weights' dtype by the product.
-    several = len(plans) > 1 or has_later(plans[0], lengths)
-    wide = jnp.float32 if several else dtype
-    summed = tuple(x.astype(jnp.promote_types(wide, x.dtype)) for x in like)
-    gate_up_EDX, down_EFD = (_ready(w, dtype, recipe) for w in weights)
-    saved = [
-        Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, summed, plan)
-        for (x_TD, _, gate_TK), plan in zip(parts, plans, strict=True)
-    ]
-    return [_output(recipe, lengths, part) for part in saved], saved
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
+    plan = _plan(expert_TK, down_EFD.shape[0], lengths)
+    like = stored.like(gate_up_ED2F), stored.like(down_EFD)
+    gate_up_EDX, down_EFD = (
+        _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
+    )
+    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
 
-
-def _output(recipe: Recipe, lengths: Lengths, saved: Saved) -> jax.Array:
     def output(segment):
         act_MF = _activations(*_hidden(recipe, saved, segment), segment)
-        y_MD = _dot(recipe, act_MF, saved.down_EFD, segment)
-        return collect(y_MD, saved.plan, segment).sum(1)
+        y_MD = _dot(recipe, act_MF, down_EFD, segment)
+        return _collect(y_MD, plan, segment).sum(1)
 
-    y_TD = over_segments(saved.plan, lengths, output)
-    return y_TD.astype(saved.x_TD.dtype)
+    y_TD = _over_segments(plan, lengths, output)
+    return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD, of_weights):
-    def add(segment, total):
-        of_inputs, of_weights = total
+def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+    def gradients(segment):
         middle = _middle(recipe, saved, dy_TD, segment)
-        own = _input_gradients(recipe, saved, middle, segment)
-        return (
-            jax.tree.map(jnp.add, of_inputs, own),
-            _add_weight_gradients(recipe, saved, dy_TD, middle, segment, of_weights),
-        )
+        of_inputs = _input_gradients(recipe, saved, middle, segment)
+        return of_inputs + _weight_gradients(recipe, saved, dy_TD, middle, segment)
 
-    first = cut(saved.plan, 0, lengths.first)
-    middle = _middle(recipe, saved, dy_TD, first)
-    total = (
-        _input_gradients(recipe, saved, middle, first),
-        _first_weight_gradients(recipe, saved, dy_TD, middle, first, of_weights),
-    )
-    return add_later(saved.plan, lengths, add, total)
+    return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD, of_weights):
+def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
     plan = saved.plan
-    first = cut(plan, 0, lengths.first)
+    first = _cut(plan, 0, lengths.first)
 
     # What needs only x could be computed long before this pass, and stay.
     of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
@@ -153,54 +142,45 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD, of_we
     # something in float32 that stays until then.
     middle = lax.optimization_barrier(_middle(recipe, of_pass, dy_TD, first))
 
-    def add_inputs(segment, total):
-        middle = _middle(recipe, of_pass, dy_TD, segment)
-        own = _input_gradients(recipe, of_pass, middle, segment)
-        return jax.tree.map(jnp.add, total, own)
+    def input_gradients(segment):
+        return _input_gradients(
+            recipe, of_pass, _middle(recipe, of_pass, dy_TD, segment), segment
+        )
 
     of_first = _input_gradients(recipe, of_pass, middle, first)
-    of_inputs = add_later(plan, lengths, add_inputs, of_first)
+    of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
-    later = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
+    of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
-    def add_weights(segment, total):
-        middle = _middle(recipe, later, dy_TD, segment)
-        return _add_weight_gradients(recipe, later, dy_TD, middle, segment, total)
+    def weight_gradients(segment):
+        middle = _middle(recipe, of_pass, dy_TD, segment)
+        return _weight_gradients(recipe, of_pass, dy_TD, middle, segment)
 
-    total = _first_weight_gradients(recipe, later, dy_TD, middle, first, of_weights)
-    return of_inputs, add_later(plan, lengths, add_weights, total)
+    of_first = _weight_gradients(recipe, of_pass, dy_TD, middle, first)
+    of_weights = _add_later(plan, lengths, weight_gradients, of_first)
+    return _results(saved, *of_inputs, *of_weights)
 
 
 def _backend(
-    backward: Callable[..., Any],
+    backward: Callable[[Recipe, Lengths, Saved, jax.Array], Any],
     lengths_of: Callable[[tuple[int, ...], int], Lengths],
-) -> Callable[..., list[jax.Array]]:
+) -> Callable[..., jax.Array]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
 
-    Each y_TD has x's dtype and is summed in float32; the gates are float32.
+    Its y_TD has x's dtype and is summed in float32; the gates are float32.
     """
 
-    def outputs(*operands):
+    def output(*operands):
         return _forward(*operands)[0]
 
-    def gradients(recipe, lengths, saved, dy):
-        of_parts: list[Any] = []
-        of_weights: Any = None
-        # The last one's output has its gradient first.
-        for part, dy_TD in reversed([*zip(saved, dy, strict=True)]):
-            (dx_TD, d_gate_TK), of_weights = backward(
-                recipe, lengths, part, dy_TD, of_weights
-            )
-            of_parts.append((dx_TD.astype(part.x_TD.dtype), None, d_gate_TK))
-        return of_parts[::-1], _as_weights(saved[0], of_weights)
+    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
+    compute.defvjp(_forward, backward)
 
-    compute: Any = jax.custom_vjp(outputs, nondiff_argnums=(2, 3))
-    compute.defvjp(_forward, gradients)
-
-    def routed_mlp(parts, weights, recipe: Recipe = None, hosts: int = 1):
-        lengths = lengths_of(parts[0][1].shape, hosts)
-        parts = [tuple(part) for part in parts]
-        return compute(parts, tuple(weights), recipe, lengths)
+    def routed_mlp(
+        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
+    ):
+        lengths = lengths_of(expert_TK.shape, hosts)
+        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe, lengths)
 
     return routed_mlp
 
@@ -237,7 +217,7 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
 
 def _hidden(recipe: Recipe, saved: Saved, segment: Segment):
     """The gate and up activations, and the rows' gates."""
-    x_MD = spread(saved.x_TD, segment)
+    x_MD = _spread(saved.x_TD, segment)
     h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
@@ -255,7 +235,7 @@ def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Ar
 def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
     activations = functools.partial(_activations, segment=segment)
     act_MF, pull = jax.vjp(activations, *_hidden(recipe, saved, segment))
-    dy_MD = spread(dy_TD, segment)
+    dy_MD = _spread(dy_TD, segment)
     return Middle(
         act_MF, *pull(_dot_transposed(recipe, dy_MD, saved.down_EFD, segment))
     )
@@ -264,69 +244,102 @@ def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
 def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segment):
     """Of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
-    dx_TD = collect(dx_MD, saved.plan, segment).sum(1)
-    return dx_TD, collect(middle.d_gate_M, saved.plan, segment)
+    dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
+    return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
 
 
-def _first_weight_gradients(
-    recipe: Recipe,
-    saved: Saved,
-    dy_TD: jax.Array,
-    middle: Middle,
-    segment: Segment,
-    total: Sums | None,
-) -> Sums:
-    """Returns those of a part's first segment, with the `total` of other parts."""
-    if total is not None:
-        return _add_weight_gradients(recipe, saved, dy_TD, middle, segment, total)
-    x_MD, dy_MD = spread(saved.x_TD, segment), spread(dy_TD, segment)
-    of_gate_up, of_down = saved.summed
-    return (
-        _outer(recipe, x_MD, middle.d_h_MX, segment, of_gate_up.dtype),
-        _outer(recipe, middle.act_MF, dy_MD, segment, of_down.dtype),
-    )
+def _weight_gradients(
+    recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
+):
+    """In the dtype that those of all segments are summed in."""
+    x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
+    more = saved.plan.rows.choice_N.size > segment.choice_M.size
+    held = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
+    dtypes = (jnp.float32 if more else dtype for dtype in held)
+    outer = functools.partial(_outer, recipe, segment=segment)
+    operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
+    return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
 
 
-def _add_weight_gradients(
-    recipe: Recipe,
-    saved: Saved,
-    dy_TD: jax.Array,
-    middle: Middle,
-    segment: Segment,
-    total: Sums,
-) -> Sums:
-    """Returns `total` with a segment's added, of one of the weights after the other."""
-    d_gate_up_EDX, d_down_EFD = total
-    x_MD, dy_MD = spread(saved.x_TD, segment), spread(dy_TD, segment)
-    x_MD = _after(d_gate_up_EDX, x_MD)
-    own_EDX = _outer(recipe, x_MD, middle.d_h_MX, segment, d_gate_up_EDX.dtype)
-    d_gate_up_EDX = _add_in_place(d_gate_up_EDX, own_EDX)
-    act_MF = _after(d_gate_up_EDX, middle.act_MF)
-    own_EFD = _outer(recipe, act_MF, dy_MD, segment, d_down_EFD.dtype)
-    return d_gate_up_EDX, _add_in_place(d_down_EFD, own_EFD)
-
-
-def _add_in_place(total_E: jax.Array, x_E: jax.Array) -> jax.Array:
-    """Their sum, an expert at a time: of whole arrays XLA would make a third one."""
-
-    def add(e, total_E):
-        of_expert = total_E[e] + x_E[e]
-        return lax.dynamic_update_index_in_dim(total_E, of_expert, e, 0)
-
-    return lax.fori_loop(0, len(x_E), add, total_E)
-
-
-def _as_weights(saved: Saved, of_weights: Sums) -> tuple[jax.Array, jax.Array]:
-    """In the weights' own shapes and dtypes."""
-    d_gate_up_EDX, d_down_EFD = of_weights
+def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
+    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
     d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
     of_gate_up, of_down = saved.like
-    return d_gate_up_ED2F.astype(of_gate_up.dtype), d_down_EFD.astype(of_down.dtype)
+    return (
+        dx_TD.astype(saved.x_TD.dtype),
+        None,
+        d_gate_TK,
+        d_gate_up_ED2F.astype(of_gate_up.dtype),
+        d_down_EFD.astype(of_down.dtype),
+    )
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
     """x, which cannot be read before `other` is there."""
     return lax.optimization_barrier((x, other))[0]
+
+
+def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
+    """How many segments these rows need, besides the first."""
+    return -(-(rows - lengths.first) // lengths.later)
+
+
+def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> Plan:
+    most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
+    spare = most - expert_TK.size
+    rows = sort_rows(expert_TK, num_experts, spare=spare)
+    choice_N = rows.choice_N[: expert_TK.size]
+    index_N = jnp.arange(expert_TK.size, dtype=jnp.int32)
+    row_N = jnp.zeros_like(choice_N).at[choice_N].set(index_N, unique_indices=True)
+    return Plan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
+
+
+def _over_segments(
+    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any]
+) -> Any:
+    """The sum of a tree of arrays over all segments that have rows."""
+    return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
+
+
+def _add_later(
+    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
+) -> Any:
+    """`_over_segments`, where that of the first segment is at hand."""
+
+    def add(i, total):
+        segment = _cut(plan, lengths.first + i * lengths.later, lengths.later)
+        return jax.tree.map(jnp.add, total, compute(segment))
+
+    if plan.rows.choice_N.size == lengths.first:
+        return first
+    return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
+
+
+def _cut(plan: Plan, row: jax.Array | int, length: int) -> Segment:
+    start = jnp.asarray(row, jnp.int32)
+    choice_M, token_M = (
+        lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
+    )
+    end_E = jnp.cumsum(plan.rows.size_E)
+    first_E = end_E - plan.rows.size_E
+    within_E = (jnp.clip(x, start, start + length) for x in (first_E, end_E))
+    is_owned_M = start + jnp.arange(length) < plan.owned
+    first_E, end_E = within_E
+    return Segment(start, choice_M, token_M, is_owned_M, end_E - first_E)
+
+
+def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
+    """Each row's token; nobody's rows have some token's."""
+    return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
+
+
+def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
+    """Each choice's row of an array [M, ...], float32; zeros where it isn't there."""
+    local_TK = plan.row_TK - segment.start
+    inside_TK = (local_TK >= 0) & (local_TK < segment.size_E.sum())
+    picked = rows.at[jnp.where(inside_TK, local_TK, 0)].get(mode="promise_in_bounds")
+    inside = inside_TK.reshape(inside_TK.shape + (1,) * (rows.ndim - 1))
+    return jnp.where(inside, picked.astype(jnp.float32), 0)
 
 
 def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.Array:

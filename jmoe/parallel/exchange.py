@@ -20,7 +20,7 @@ section 3.3.3).
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -33,11 +33,8 @@ from jmoe.parallel import collectives, ragged, slots
 
 AXIS = "expert"
 
-Rows = tuple[jax.Array, jax.Array, jax.Array]
-
-Experts = Callable[[Sequence[Rows]], Sequence[jax.Array]]
-"""`experts([(x_RD, expert_RK, gate_RK), ...]) -> [y_RD, ...]`, of the experts that this
-device hosts, on the rows of each chunk.
+Experts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""`experts(x_RD, expert_RK, gate_RK) -> y_RD`, of the experts that this device hosts.
 
 expert_RK: int32 in [0, E / P]; the last is "nobody", and contributes nothing, neither
 to a result nor to a gradient. The contract of `jmoe.ops.grouped`.
@@ -78,45 +75,40 @@ def exchange(
     """
     none = jnp.int32(0)
     if collectives.axis_size(AXIS) == 1:
-        (y_ND,) = experts([(x_ND, expert_NK, gate_NK)])
-        return Exchanged(y_ND, none, none)
+        return Exchanged(experts(x_ND, expert_NK, gate_NK), none, none)
     if x_ND.shape[0] % cfg.chunks:
         raise ValueError(
             f"chunks={cfg.chunks} must divide a device's {x_ND.shape[0]} tokens."
         )
     x, expert, gate = (jnp.split(y, cfg.chunks) for y in (x_ND, expert_NK, gate_NK))
-    chunks = [*zip(x, expert, gate, strict=True)]
-    find_path = BACKENDS[cfg.backend]
-    paths = [find_path(e_NK, g_NK, cfg, router) for _, e_NK, g_NK in chunks]
-    y = experts(
-        [
-            _dispatch(path, *chunk, cfg, router)
-            for path, chunk in zip(paths, chunks, strict=True)
-        ]
-    )
-    y = [path.carry_back(y_RD) for path, y_RD in zip(paths, y, strict=True)]
-    sending = jnp.stack([path.dropped_sending for path in paths])
-    receiving = jnp.stack([path.dropped_receiving for path in paths])
-    dropped = (n.sum(dtype=jnp.int32) for n in (sending, receiving))
+    done = [
+        _exchange_chunk(*chunk, experts, cfg, router)
+        for chunk in zip(x, expert, gate, strict=True)
+    ]
+    y, sending, receiving = zip(*done, strict=True)
+    dropped = (jnp.stack(n).sum(dtype=jnp.int32) for n in (sending, receiving))
     return Exchanged(jnp.concatenate(y), *dropped)
 
 
-def _dispatch(
-    path: "Path",
+def _exchange_chunk(
     x_ND: jax.Array,
     expert_NK: jax.Array,
     gate_NK: jax.Array,
+    experts: Experts,
     cfg: ExchangeConfig,
     router: RouterConfig,
-) -> Rows:
+) -> Exchanged:
     own = collectives.share(router.num_experts, AXIS, "num_experts")
+    path = BACKENDS[cfg.backend](expert_NK, gate_NK, cfg, router)
     x_RD = path.carry(x_ND, WIRES[cfg.dispatch_dtype])
     # 0 is nobody on the way: slots that no token fills are zeros.
     number_NK = jnp.where(expert_NK < router.num_experts, expert_NK + 1, 0)
     choices_NX = jnp.concatenate([number_NK.astype(jnp.float32), gate_NK], axis=1)
     number_RK, gate_RK = jnp.split(path.carry(choices_NX, AS_IT_IS), 2, axis=1)
     local_RK = number_RK.astype(jnp.int32) - 1 - collectives.axis_index(AXIS) * own
-    return x_RD, *_of_own_experts(local_RK, gate_RK, own)
+    y_RD = experts(x_RD, *_of_own_experts(local_RK, gate_RK, own))
+    y_ND = path.carry_back(y_RD)
+    return Exchanged(y_ND, path.dropped_sending, path.dropped_receiving)
 
 
 def _of_own_experts(

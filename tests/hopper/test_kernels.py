@@ -7,12 +7,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jmoe.ops import fp8
+from jmoe.ops import fp8, grouped
 from jmoe.ops.after_attention import after_attention
 from jmoe.ops.kernels import fp8_grouped, fp8_matmul, fp8_quantize
 from jmoe.ops.kernels import grouped as grouped_kernels
 from tests.hopper.compiled import Kernel, compile_text
-from tests.ops.routed import alone
 
 pytestmark = pytest.mark.hopper
 
@@ -147,8 +146,9 @@ def test_routed_experts_products_are_kernels(backend):
 
     def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):
         def output(x_TD, gate_TK, gate_up, down):
-            routed_mlp = alone(backend, recipe=fp8.RECIPES["fp8"], hosts=choices)
-            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down)
+            routed_mlp = grouped.BACKENDS[backend]
+            options = {"recipe": fp8.RECIPES["fp8"], "hosts": choices}
+            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, **options)
 
         y_TD, pull = jax.vjp(output, x_TD, gate_TK, gate_up, down)
         return y_TD, *pull(dy_TD)

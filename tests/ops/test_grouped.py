@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from jax.extend import core
 
 from jmoe.config import model
-from jmoe.ops import fp8, grouped, row_tasks
-from tests.ops.routed import alone
+from jmoe.ops import fp8, grouped, grouped_blocks, row_tasks
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
 E, D, F = 7, 12, 6
@@ -82,7 +81,7 @@ def compare(got, want, tolerance):
 def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
     expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
     arrays = floats(expert_TK.shape)
-    got = value_and_gradients(alone(backend), expert_TK, *arrays)
+    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
     compare(got, value_and_gradients(dense, expert_TK, *arrays), 2e-6)
 
 
@@ -90,7 +89,7 @@ def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
 def test_bfloat16_differs_from_float32_by_its_rounding(backend):
     expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
     arrays = floats(expert_TK.shape, jnp.bfloat16)
-    got = value_and_gradients(alone(backend), expert_TK, *arrays)
+    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
     kept = {name: x.dtype for name, x in got.items()}
     assert kept == dict.fromkeys(got, jnp.bfloat16) | {"gates": jnp.float32}
     arrays32 = [x.astype(jnp.float32) for x in arrays]
@@ -103,7 +102,7 @@ def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
     backend, dtype
 ):
     """Summed in float32 over all tasks and segments, whatever x and weights are in."""
-    routed_mlp = alone(backend, hosts=2)
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=2)
     _, _, _, *weights = floats((1, 3), jnp.bfloat16)
 
     def gradients(tokens, dtype):
@@ -127,8 +126,9 @@ def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
 def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     dy_TD, x_TD, gate_TK, *weights = floats(expert_TK.shape)
-    arrays = dy_TD, x_TD, 0 * gate_TK, *weights
-    got = value_and_gradients(alone(backend), expert_TK, *arrays)
+    got = value_and_gradients(
+        grouped.BACKENDS[backend], expert_TK, dy_TD, x_TD, 0 * gate_TK, *weights
+    )
     ones_T1 = jnp.ones((len(x_TD), 1))
     y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
     compare(got, {"gates": jnp.einsum("ktd,td->tk", y_KTD, dy_TD)}, 2e-6)
@@ -190,7 +190,7 @@ def off_by(got, want):
 def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
     expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = alone(backend, recipe=fp8.RECIPES["fp8"])
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
     got = value_and_gradients(routed_mlp, expert_TK, *arrays)
     want = one_by_one("fp8", expert_TK, *arrays)
     # A sum in another order may be rounded to the neighbouring e4m3 number.
@@ -204,7 +204,7 @@ def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
 def test_tokens_that_came_in_fp8_are_not_rounded_again(backend, dtype):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     _, x_TD, *arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = alone(backend, recipe=fp8.RECIPES["fp8"])
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
     x_TD, gate_TK, *weights = (x.astype(dtype) for x in (x_TD, *arrays))
     arrived_TD = fp8.dequantize(fp8.quantize(x_TD, power_of_two=True), dtype)
     assert (arrived_TD != x_TD).any()
@@ -222,8 +222,8 @@ def test_with_a_recipe_the_activations_are_kept_in_fp8_or_not_at_all(backend, ke
 
     def kept_with(recipe):
         def output(x, gates, gate_up, down):
-            routed_mlp = alone(backend, recipe=recipe)
-            return routed_mlp(x, expert_TK, gates, gate_up, down)
+            of_backend = grouped.BACKENDS[backend]
+            return of_backend(x, expert_TK, gates, gate_up, down, recipe=recipe)
 
         leaves = jax.tree.leaves(jax.vjp(output, *arrays)[1])
         rows = expert_TK.size + row_tasks.BLOCK
@@ -238,7 +238,11 @@ def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(c
     expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
     whole, apart = (
-        value_and_gradients(alone(name, recipe=fp8.RECIPES["fp8"]), expert_TK, *arrays)
+        value_and_gradients(
+            functools.partial(grouped.BACKENDS[name], recipe=fp8.RECIPES["fp8"]),
+            expert_TK,
+            *arrays,
+        )
         for name in ("ragged", "ragged_apart")
     )
     assert max(off_by(apart, whole).values()) < 1e-3
@@ -253,7 +257,9 @@ def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(c
 def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe, backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = alone(backend, recipe=fp8.RECIPES[recipe])
+    routed_mlp = functools.partial(
+        grouped.BACKENDS[backend], recipe=fp8.RECIPES[recipe]
+    )
     got = value_and_gradients(routed_mlp, expert_TK, *arrays)
     off = off_by(got, value_and_gradients(dense, expert_TK, *arrays))
     assert 1e-2 < min(off.values()) and max(off.values()) < 0.12
@@ -266,8 +272,10 @@ def equations(backend):
     """
 
     expert_TK = CHOICES["random"]
-    # Of hosts, so that `ragged` has a loop, too.
-    routed_mlp = alone(backend, hosts=expert_TK.shape[1])
+    routed_mlp = functools.partial(
+        grouped.BACKENDS[backend],
+        hosts=expert_TK.shape[1],  # `ragged` has a loop, too
+    )
 
     def pull(dy_TD, *arrays):
         def of_floats(x_TD, *rest):
@@ -347,7 +355,7 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
         layer = shape((8, 256, 2, 128)), shape((8, 128, 256))
         choices = jax.ShapeDtypeStruct((16, 2), np.int32)
         arrays = [layer] * layers, shape((16, 256)), choices, shape((16, 2))
-        lowered = gradient_norms.lower(alone("blocks"), *arrays)
+        lowered = gradient_norms.lower(grouped_blocks.routed_mlp_blocks, *arrays)
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
     gradient_bytes = 4 * 8 * 256 * 3 * 128

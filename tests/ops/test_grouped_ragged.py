@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jmoe.ops import grouped, grouped_ragged, segments
-from tests.ops.routed import alone
+from jmoe.ops import grouped, grouped_ragged
 from tests.programs import equations
 
 T, K, D, E, F = 300, 3, 16, 5, 8
@@ -46,8 +45,8 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
 ):
     product = grouped_ragged._product
 
-    def leaves_memory_as_it_was(name, left, right, size_E, **dtype):
-        out = product(name, left, right, size_E, **dtype)
+    def leaves_memory_as_it_was(name, left, right, size_E):
+        out = product(name, left, right, size_E)
         if name == "outer":
             assert left.shape[0] == right.shape[0]
             first = FIRST[hosts] if backend == "ragged" else SEGMENT
@@ -58,57 +57,17 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
         return jnp.where(rows_M < size_E.sum(), out, jnp.nan)
 
     given_arrays = arrays(of_nobody)
-    want = gradients(alone("blocks"), *given_arrays)
+    want = gradients(grouped.BACKENDS["blocks"], *given_arrays)
     monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
-    routed_mlp = alone(backend, hosts=hosts)
+    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=hosts)
     got = gradients(routed_mlp, *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def of_weights(backend, parts, weights):
-    """Their gradients, if that of each output is one."""
-
-    def outputs(weights):
-        return grouped.BACKENDS[backend](parts, weights, hosts=2)
-
-    y, pull = jax.vjp(outputs, weights)
-    return pull([jnp.ones_like(y_TD) for y_TD in y])[0]
-
-
-@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
-def test_no_two_arrays_as_large_as_the_weights_are_added_up(backend):
-    expert_TK, x_TD, gate_TK, *weights = arrays(0.3)
-    parts = [(x_TD, expert_TK, gate_TK)] * 2
-    traced = jax.make_jaxpr(functools.partial(of_weights, backend))(parts, weights)
-    added = {
-        equation.outvars[0].aval.shape
-        for equation, _ in equations(traced.jaxpr)
-        if equation.primitive.name in ("add", "add_any")
-    }
-    assert {(D, 2 * F), (F, D)} < added
-    assert added.isdisjoint({(E, D, 2 * F), (E, D, 2, F), (E, F, D)})
-
-
-@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
-def test_parts_add_to_one_float32_sum_of_the_weights_gradients(backend):
-    """That of three equal parts is three times one's, rounded once."""
-    expert_TK, x_TD, gate_TK, *weights = map(jnp.asarray, arrays(0.3))
-    part = x_TD.astype(jnp.bfloat16), expert_TK, gate_TK
-    narrow = [w.astype(jnp.bfloat16) for w in weights]
-    one = of_weights(backend, [part], [w.astype(jnp.float32) for w in narrow])
-    three = of_weights(backend, [part] * 3, narrow)
-    for got, x in zip(three, one, strict=True):
-        want = 3 * np.asarray(x, np.float64)
-        largest = np.abs(want).max()
-        allowed = np.abs(want) * jnp.finfo(jnp.bfloat16).eps / 2 + 1e-6 * largest
-        assert (np.abs(np.asarray(got, np.float64) - want) <= allowed).all()
-
-
 def test_a_device_with_all_experts_has_one_segment_and_no_loop():
     def loops(hosts):
-        routed_mlp = alone("ragged", hosts=hosts)
+        routed_mlp = functools.partial(grouped.BACKENDS["ragged"], hosts=hosts)
         traced = jax.make_jaxpr(functools.partial(gradients, routed_mlp))(*arrays(0.0))
         found = equations(traced.jaxpr)
         return sum(equation.primitive.name == "while" for equation, _ in found)
@@ -119,8 +78,10 @@ def test_a_device_with_all_experts_has_one_segment_and_no_loop():
 
 @functools.partial(jax.jit, static_argnums=1)
 def segments_computed(expert_TK, lengths):
-    plan = segments.make_plan(expert_TK, E, lengths)
-    return segments.over_segments(plan, lengths, lambda s: (jnp.int32(1), s.size_E))
+    plan = grouped_ragged._plan(expert_TK, E, lengths)
+    return grouped_ragged._over_segments(
+        plan, lengths, lambda s: (jnp.int32(1), s.size_E)
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -130,7 +91,7 @@ def segments_computed(expert_TK, lengths):
 )
 def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, lengths):
     expert_TK = np.array(choices, np.int32).reshape(20, 3)
-    lengths = segments.Lengths(*lengths)
+    lengths = grouped_ragged.Lengths(*lengths)
     count, size_E = segments_computed(expert_TK, lengths)
     np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
     left_over = max(0, int(size_E.sum()) - lengths.first)

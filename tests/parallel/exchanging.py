@@ -54,11 +54,6 @@ def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
     return jnp.einsum("re,ref,efd->rd", gate_RE, act_REF, down_EFD)
 
 
-def one_by_one(experts):
-    """As an exchange wants experts, from a function of one chunk's rows."""
-    return lambda chunks: [experts(*chunk) for chunk in chunks]
-
-
 @functools.cache
 def on_mesh(mesh_cfg, cfg, router):
     """Outputs, gradients and each device's drops, jitted, of whole arrays."""
@@ -74,8 +69,7 @@ def on_mesh(mesh_cfg, cfg, router):
                 tokens = (collectives.gather(x, "tensor", 0) for x in tokens_R)
                 return collectives.scatter_sum(mlps(*tokens, *weights), "tensor", 0)
 
-            of_chunks = one_by_one(experts)
-            got = subject.exchange(x_ND, expert_NK, gate_NK, of_chunks, cfg, router)
+            got = subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
             return (got.y_ND * dy_ND).sum(), got
 
         gradients, got = jax.grad(loss, range(4), has_aux=True)(x_ND, gate_NK, *weights)

@@ -22,7 +22,6 @@ from tests.parallel.exchanging import (
     arrays,
     compare,
     on_mesh,
-    one_by_one,
     random_choices,
 )
 
@@ -53,7 +52,7 @@ def weighed(cfg, dtype=np.float32, peers=4, dim=200):
     rng = np.random.default_rng(2)
     dy, x = (jnp.asarray(rng.normal(size=(TOKENS, dim)), dtype) for _ in range(2))
     expert_NK, gate_NK = random_choices(), rng.random((TOKENS, 4), np.float32)
-    experts = one_by_one(functools.partial(scaled, own=16 // peers))
+    experts = functools.partial(scaled, own=16 // peers)
 
     def on_device(expert_NK, dy, x, gate_NK):
         def run(x, gate_NK):
@@ -104,8 +103,7 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
             return x_RD
 
         cfg = ExchangeConfig(backend=backend)
-        of_chunks = one_by_one(experts)
-        subject.exchange(x_ND, expert_NK, gate_NK, of_chunks, cfg, router)
+        subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
         return arrived[0]
 
     run = on_peers(on_device, peers)
