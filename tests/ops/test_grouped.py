@@ -10,7 +10,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.extend import core
 
-from jmoe.config import model
 from jmoe.ops import fp8, grouped, grouped_blocks, row_tasks
 
 ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
@@ -393,16 +392,3 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes, block):
     owner = np.repeat(np.arange(5), sizes)
     assert covered == list(zip(owner, range(sum(sizes)), strict=True))
     assert own[2].max(initial=0) <= block
-
-
-def test_the_config_knows_the_same_backends():
-    assert ("auto", *grouped.BACKENDS) == model.EXPERT_BACKENDS
-
-
-def test_the_backend_is_the_platforms_unless_one_is_named(monkeypatch):
-    assert grouped.backend_name("auto") == "blocks"
-    assert {grouped.backend_name(name) for name in grouped.BACKENDS} == {
-        *grouped.BACKENDS
-    }
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert grouped.backend_name("auto") == "ragged"

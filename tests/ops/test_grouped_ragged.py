@@ -45,8 +45,8 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
 ):
     product = grouped_ragged._product
 
-    def leaves_memory_as_it_was(name, left, right, size_E):
-        out = product(name, left, right, size_E)
+    def leaves_memory_as_it_was(name, left, right, size_E, **dtype):
+        out = product(name, left, right, size_E, **dtype)
         if name == "outer":
             assert left.shape[0] == right.shape[0]
             first = FIRST[hosts] if backend == "ragged" else SEGMENT
