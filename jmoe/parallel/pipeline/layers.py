@@ -3,10 +3,6 @@
 A loop takes the layers of an instruction from the `begin`th on: forward from a stage's
 first layer, backward from its last.
 
-A layer is handed its weights as float32, whatever they are held in, so that it returns
-float32 gradients of them, to be added up. That costs nothing: products convert them
-back, which leaves no conversion.
-
 Stages that are computed again (`recompute`) keep nothing of F but its input. What B and
 W read of their layers is then stored by B, in the slot for what B owes.
 """
@@ -48,8 +44,10 @@ class Layers:
             state, batch = at_hand
             return group.layer(weights, state, batch, x)
 
-        weights = jax.eval_shape(lambda: self._weights(0))
-        state = jax.eval_shape(lambda: arrays.pick(group.state, 0))
+        weights, state = (
+            jax.eval_shape(lambda tree=tree: arrays.pick(tree, 0))
+            for tree in (group.weights, group.state)
+        )
         _, self._measured = jax.eval_shape(layer, weights, (state, batch), x)
         self._passes = split(layer, weights, (state, batch), x)
 
@@ -221,11 +219,7 @@ class Layers:
         """Weights of the stage's layer i, and what else it finds at hand."""
         row = self._row(step, i)
         state = arrays.pick(self._group.state, row)
-        return self._weights(row), (state, batch)
-
-    def _weights(self, row: Any) -> Any:
-        weights = arrays.pick(self._group.weights, row)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), weights)
+        return arrays.pick(self._group.weights, row), (state, batch)
 
     def _row(self, step: Instruction, i: Any) -> Any:
         return step.start_G[self._index] + i
