@@ -167,7 +167,7 @@ def test_every_mesh_has_float32s_loss_and_gradients_within_the_format(
         np.testing.assert_array_equal(got.metrics[name], float32_step.metrics[name])
 
 
-@parametrize_meshes("by layer")
+@parametrize_meshes("one device", "by layer")
 def test_gradients_of_layers_leave_each_microbatch_in_float32(step_on, mesh):
     """The last byte of most of them is then not zero, as it is of a few bfloat16s."""
     gradients = step_on(*mesh).gradients
