@@ -124,10 +124,14 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
 
 
 def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+    # What several segments add up is float32, and then rounded once.
+    several = saved.plan.rows.choice_N.size > lengths.first
+    summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
+
     def gradients(segment):
         middle = _middle(recipe, saved, dy_TD, segment)
         of_inputs = _input_gradients(recipe, saved, middle, segment)
-        return of_inputs + _weight_gradients(recipe, saved, dy_TD, middle, segment)
+        return of_inputs + _weight_gradients(recipe, summed, dy_TD, middle, segment)
 
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
@@ -150,6 +154,8 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.A
     of_first = _input_gradients(recipe, of_pass, middle, first)
     of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
+    # An overload's segments add up in the weights' dtype: float32 arrays for what few
+    # devices ever have would take room, and the exchanges' place, in every step.
     of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
     def weight_gradients(segment):
@@ -251,11 +257,9 @@ def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segm
 def _weight_gradients(
     recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
-    """In the dtype that those of all segments are summed in."""
+    """Of one segment, no narrower than the weights are."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
-    more = saved.plan.rows.choice_N.size > segment.choice_M.size
-    held = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
-    dtypes = (jnp.float32 if more else dtype for dtype in held)
+    dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
     outer = functools.partial(_outer, recipe, segment=segment)
     operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
     return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
