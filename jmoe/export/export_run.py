@@ -40,7 +40,8 @@ def export_run(
 
     Raises:
       FileNotFoundError: `workdir` holds no run, no tokenizer, or no such checkpoint.
-      ValueError: a file of the run is damaged; `out` exists.
+      ValueError: a file of the run is damaged, or its weights aren't finite; `out`
+        exists.
       OSError: the disk is full. What was finished is in `OUT.partial`, and the same
         call goes on from it.
     """
@@ -95,8 +96,10 @@ def write_directory(
         directory.require_room(made.size)
         with concurrent.futures.ThreadPoolExecutor(1) as aside:
             checked = aside.submit(source.check)
-            write.write(directory, made, source, progress)
-            checked.result()
+            try:
+                write.write(directory, made, source, progress)
+            finally:  # of damaged weights, no other error is true
+                checked.result()
         if len(made.shards) > 1:
             directory.write_text(layout.INDEX, layout.index_json(made.shards))
         config = card.config_json(
