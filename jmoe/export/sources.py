@@ -23,8 +23,10 @@ Index = tuple[int | slice, ...]
 
 
 class Source(abc.ABC):
-    """name: for messages. shapes, dtypes: of every leaf, by path. identity: changes with
-    the weights."""
+    """Weights by path.
+
+    name: for messages. shapes, dtypes: of every leaf. identity: changes with them.
+    """
 
     name: str
     shapes: Mapping[str, tuple[int, ...]]
