@@ -9,6 +9,7 @@ from typing import Any
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
+from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
@@ -28,11 +29,11 @@ def export_run(
     out: pathlib.Path,
     *,
     started: Started,
-    step: int | None = None,
+    step: Which = None,
     dtype: str | None = None,
     shard_bytes: int = write.SHARD_BYTES,
 ) -> Plan:
-    """Writes a run's newest whole checkpoint, or that of `step`, as a directory.
+    """Writes a run's newest whole checkpoint, that of `step`, or the best.
 
     Args:
       started: gets the number of bytes, returns what is told of progress.

@@ -195,9 +195,7 @@ class Reader:
         origin = (rows.start, columns.start)
         numerics.dequantize_transposed(out, x, scale, origin)
 
-    def _part(
-        self, name: str, rows: slice, columns: slice | None = None
-    ) -> np.ndarray:
+    def _part(self, name: str, rows: slice, columns: slice | None = None) -> np.ndarray:
         """Some rows, and of these some columns, of a tensor, which must be finite."""
         found = self.found[name]
         assert found.dtype is not None
