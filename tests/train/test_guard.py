@@ -38,7 +38,7 @@ def watch(outcomes, saved=None, **settings) -> tuple[Guard, list[str]]:
     said = []
     watching = Guard(config(**settings), saved, said.append)
     for step, outcome in enumerate(outcomes, start=1):
-        watching.add(step, outcome)
+        watching.add(step, outcome, 8 * step)
     watching.catch_up()
     return watching, said
 
@@ -131,7 +131,7 @@ def test_a_spike_is_above_the_limit_and_noise_is_not():
     watching = Guard(config(on_spike="skip"), None, print)
     for step, outcome in enumerate(losses, start=1):
         limits.append(watching.loss_limit())
-        watching.add(step, outcome)
+        watching.add(step, outcome, 8 * step)
     known = ENOUGH + LAG
     assert np.isinf(limits[:known]).all() and np.isfinite(limits[known:]).all()
     assert all(limit > x["loss"] for limit, x in zip(limits, losses, strict=True))
@@ -146,7 +146,7 @@ def test_a_limit_depends_neither_on_when_losses_are_read_nor_on_a_resume():
     for step, outcome in enumerate([*losses[:50], NOT_FINITE, *losses[50:]], start=1):
         for watching, found in zip((steady, resumed), limits, strict=True):
             found.append(watching.loss_limit())
-            watching.add(step, outcome)
+            watching.add(step, outcome, 8 * step)
         if step % 7 == 0:
             saved = json.loads(json.dumps(resumed.state(), allow_nan=False))
             resumed = Guard(config(on_spike="skip"), saved, print)

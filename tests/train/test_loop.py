@@ -16,9 +16,11 @@ from jmoe.config import override
 from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
 from jmoe.train.console import Console
-from jmoe.train.loop import evaluate, train
+from jmoe.train.loop import train
 from jmoe.train.metrics_log import MetricsLog
+from jmoe.train.state import TrainState
 from jmoe.train.step import Evaluation
+from jmoe.train.stretch import evaluate
 from jmoe.train.trained import CHECKPOINTS, load_trained
 from tests.faults import power
 from tests.plain_run import plain_run
@@ -266,7 +268,7 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
         Evaluation(np.float32(30), np.float32(10), np.array([[6, 0], [3, 3]])),
         Evaluation(np.float32(10), np.float32(10), np.array([[0, 6], [6, 0]])),
     ]
-    state = loop.TrainState(step=0, params=None, router_state=None, opt_state=None)
+    state = TrainState(step=0, params=None, router_state=None, opt_state=None)
     got = evaluate(lambda params, router_state, i: parts[int(i)], state, [0, 1])
     assert got["val_loss"] == 2.0
     assert got["val_perplexity"] == pytest.approx(np.exp(2.0))

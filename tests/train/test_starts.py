@@ -33,13 +33,13 @@ def test_the_code_is_the_commit_and_whether_files_differ_from_it(tmp_path):
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "--message=first")
     commit = git(tmp_path, "rev-parse", "HEAD").strip()
-    assert starts.code(tmp_path) == {"commit": commit, "dirty": False}
+    assert starts.commit(tmp_path) == {"commit": commit, "dirty": False}
     (tmp_path / "new.py").write_text("")
-    assert starts.code(tmp_path) == {"commit": commit, "dirty": True}
+    assert starts.commit(tmp_path) == {"commit": commit, "dirty": True}
 
 
 def test_an_installed_package_has_no_commit_of_the_clone_around_it(tmp_path):
     git(tmp_path, "init")
     git(tmp_path, "commit", "--allow-empty", "--message=theirs")
     (tmp_path / "site-packages").mkdir()
-    assert starts.code(tmp_path / "site-packages") == {"commit": None, "dirty": None}
+    assert starts.commit(tmp_path / "site-packages") == {"commit": None, "dirty": None}
