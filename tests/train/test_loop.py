@@ -128,7 +128,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     handler = signal.getsignal(signal.SIGTERM)
 
     assert train(smallest, tmp_path / "run", sample=sample) == 0
-    assert f"Goes on from the checkpoint of step {STOP}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Goes on from the checkpoint of step {STOP}" in out
+    assert "Since the last start: nothing has changed." in out
     assert_same_end(smallest, tmp_path / "run", whole_run)
     assert signal.getsignal(signal.SIGTERM) == handler == signal.SIG_DFL
 
@@ -151,8 +153,11 @@ def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
 ):
     arrays = max((copied_run / "checkpoints" / "40").rglob("*"), key=_size)
     arrays.write_bytes(arrays.read_bytes()[:-1])
-    assert train(smallest, copied_run, sample=sample) == 0
-    assert "Goes on from the checkpoint of step 20" in capsys.readouterr().out
+    run = override(smallest, ["train.keep_checkpoints=3"])
+    assert train(run, copied_run, sample=sample) == 0
+    out = capsys.readouterr().out
+    assert "Goes on from the checkpoint of step 20" in out
+    assert "Since the last start: train.keep_checkpoints 2 -> 3." in out
     assert_same_end(smallest, copied_run, whole_run)
     assert (copied_run / "checkpoints" / "40.aside").exists()  # nothing is lost
 
