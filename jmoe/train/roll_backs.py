@@ -47,9 +47,8 @@ class RollBacks:
 
     def leave_out(self, step: int, loader: Loader) -> None:
         """Moves the loader behind what is left out after `step`, where it stands."""
-        position = loader.get_state()
-        end = self._end(step)
-        if end is not None and end > position["sequences"]:
+        position, end = loader.get_state(), self._end(step)
+        if end is not None and end > int(position["sequences"]):
             loader.set_state({**position, "sequences": end})
 
     def add(self, step: int, loader: Loader, spoilt: Spoilt) -> str:

@@ -297,10 +297,15 @@ def test_variables_of_another_model(small_config, draw, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_not_exported(workdir, tmp_path):
+@pytest.mark.parametrize("damage", ["a bit", "to NaN"])
+def test_a_damaged_checkpoint_is_not_exported(workdir, tmp_path, damage):
     arrays = max(workdir.rglob("d/*"), key=lambda path: path.stat().st_size)
     data = np.fromfile(arrays, np.uint8)
-    data[len(data) // 2] ^= 1
+    middle = len(data) // 2
+    if damage == "to NaN":
+        data[middle : middle + 8] = 0xFF
+    else:
+        data[middle] ^= 1
     data.tofile(arrays)
     with pytest.raises(ValueError, match="checkpoints/7 is damaged: .* was altered"):
         export_run(workdir, tmp_path / "hf", started=quiet)
