@@ -8,6 +8,7 @@ written last:
     position  where the data loader stood
     arrays    name -> "float32[64,8]", for each array of the state
     files     path -> [bytes, CRC-32], for each file below the checkpoint's directory
+    validation_loss   at this step; absent where it wasn't evaluated, or isn't finite
     crc       CRC-32 of all this, which checkpoints of jmoe 0.1 lack
 
 A checkpoint is whole if its manifest is as it was written, for a directory of this
@@ -28,6 +29,7 @@ from jmoe.data import durable
 FILE_NAME = "manifest.json"
 _REWRITTEN = "_CHECKPOINT_METADATA"  # Orbax touches it once more after we are done
 _FIELDS = {"step": int, "position": dict, "arrays": dict, "files": dict}
+_KINDS = {**_FIELDS, "validation_loss": float}
 _FLOATS = {"float16", "bfloat16", "float32"}
 _LISTED_DIFFERENCES = 8
 _CHUNK_BYTES = 1 << 20
@@ -130,9 +132,11 @@ def _read_own(directory: pathlib.Path) -> dict[str, Any]:
 
 def _is_well_formed(manifest: Any) -> bool:
     """Of older manifests, which have no sum of their own, no more can be said."""
-    if not isinstance(manifest, dict) or manifest.keys() != _FIELDS.keys():
+    if not isinstance(manifest, dict):
         return False
-    if not all(isinstance(manifest[name], kind) for name, kind in _FIELDS.items()):
+    if not _FIELDS.keys() <= manifest.keys() <= _KINDS.keys():
+        return False
+    if not all(isinstance(manifest[name], _KINDS[name]) for name in manifest):
         return False
     described, pairs = manifest["arrays"].values(), manifest["files"].values()
     return all(isinstance(text, str) for text in described) and all(

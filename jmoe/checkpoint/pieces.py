@@ -23,8 +23,8 @@ class Pieces:
     """
 
     def __init__(self, directory: pathlib.Path):
-        self._directory = pathlib.Path(directory).absolute()
-        self._manifest = manifest.read(self._directory)
+        self.directory = pathlib.Path(directory).absolute()
+        self._manifest = manifest.read(self.directory)
         described = self._manifest["arrays"]
         parsed = {name: manifest.parse(text) for name, text in described.items()}
         self.shapes = {name: shape for name, (_, shape) in parsed.items()}
@@ -44,11 +44,11 @@ class Pieces:
 
     def check_sums(self) -> None:
         """Reads every file; raises DamagedCheckpointError for one that was altered."""
-        manifest.check_sums(self._directory, self.files)
+        manifest.check_sums(self.directory, self.files)
 
     def _spec(self, name: str) -> dict[str, Any]:
-        store: dict[str, Any] = {"driver": "file", "path": f"{self._directory}/"}
-        if (self._directory / paths.MERGED).exists():
+        store: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/"}
+        if (self.directory / paths.MERGED).exists():
             store = {"driver": "ocdbt", "base": store, "path": f"{name}/"}
         else:
             store["path"] += f"{name}/"

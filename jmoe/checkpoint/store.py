@@ -17,6 +17,7 @@ which checkpoint is read, writes the manifest once all have written, and removes
 
 import concurrent.futures
 import json
+import math
 import operator
 import pathlib
 import re
@@ -30,6 +31,13 @@ from absl import logging
 
 from jmoe.checkpoint import manifest, paths
 from jmoe.checkpoint.manifest import DamagedCheckpointError
+from jmoe.checkpoint.retention import (
+    BEST,
+    Retention,
+    Which,
+    find_best,
+    read_losses,
+)
 from jmoe.data import durable
 from jmoe.parallel import processes
 
@@ -41,20 +49,26 @@ _CHUNK_BYTES = 32 << 20
 
 
 class Store:
-    """The checkpoints of one run: saves without holding up training, keeps the newest.
+    """The checkpoints of one run: saves without holding up training, removes old ones.
 
     Opening a store and reading from it change nothing on disk. Saving removes what
-    interrupted saves left unfinished and the whole checkpoints beyond the newest
-    `keep`. One that claims to be newer than the step saved or restored last is damaged
-    or of another continuation of the run: it is set aside under another name, with a
-    warning. Not thread-safe.
+    interrupted saves left unfinished and the whole checkpoints that are not among the
+    newest `keep`, nor the `keep_best` of the lowest validation loss, nor of a step that
+    `keep_every` divides. One that claims to be newer than the step saved or restored
+    last is damaged or of another continuation of the run: it is set aside under another
+    name, with a warning. Not thread-safe.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep: int = 2):
-        if keep < 1:
-            raise ValueError(f"keep={keep} must be at least 1.")
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep: int = 2,
+        keep_best: int = 0,
+        keep_every: int | None = None,
+    ):
         self._directory = pathlib.Path(directory).absolute()
-        self._keep = keep
+        self._kept = Retention(newest=keep, best=keep_best, every=keep_every)
         self._current: int | None = None  # the step last saved or restored here
         self._writing = False
         self._handler = _SealingHandler(use_compression=False)
@@ -90,7 +104,13 @@ class Store:
             raise self._none_whole()
         return None
 
-    def save(self, step: int, state: PyTree, position: Mapping[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        position: Mapping[str, Any],
+        validation_loss: float = math.nan,
+    ) -> None:
         """Starts to write `state` and the data loader's `position` as one checkpoint.
 
         Returns once the arrays may be donated or overwritten. (On CPU the writer shares
@@ -102,6 +122,7 @@ class Store:
           step: the optimizer step; it names the checkpoint.
           state: any pytree of `jax.Array`.
           position: what JSON can hold.
+          validation_loss: of this step; NaN: it wasn't evaluated.
 
         Raises:
           TypeError: `position` holds something else.
@@ -127,6 +148,8 @@ class Store:
             "position": position,
             "arrays": manifest.describe(arrays),
         }
+        if math.isfinite(validation_loss):
+            self._handler.manifest["validation_loss"] = float(validation_loss)
         # Orbax fetches arrays by `np.asarray`, which JAX counts as implicit.
         save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
@@ -138,7 +161,7 @@ class Store:
     def restore(
         self,
         abstract_state: PyTree,
-        step: int | None = None,
+        step: Which = None,
         *,
         ignore: Collection[str] = (),
     ) -> tuple[PyTree, dict[str, Any], int]:
@@ -148,7 +171,8 @@ class Store:
           abstract_state: a pytree of `jax.ShapeDtypeStruct`. Its shardings place the
             arrays (where it has none, on the default device), and they are converted
             where it has another floating-point dtype than was stored.
-          step: this checkpoint and no other.
+          step: this checkpoint and no other; BEST: the whole one of the lowest
+            validation loss, of equals the earlier.
           ignore: parts of the stored state to leave unread, such as ["opt_state"].
 
         Returns:
@@ -160,6 +184,7 @@ class Store:
           ValueError: the stored arrays have other names, shapes or dtypes.
         """
         self.wait()
+        step = self._number(step)
         wanted = manifest.flatten(abstract_state)
         found, position = processes.from_first(
             "checkpoint to restore", lambda: self._choose(step, wanted, ignore)
@@ -175,8 +200,8 @@ class Store:
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten(arrays[name] for name in wanted), position, found
 
-    def locate(self, step: int | None = None) -> pathlib.Path:
-        """The directory of the newest whole checkpoint, or of `step`'s.
+    def locate(self, step: Which = None) -> pathlib.Path:
+        """The directory of the newest whole checkpoint, or of `step`'s, or the best.
 
         For reading in part (`jmoe.checkpoint.pieces`); sums aren't compared.
 
@@ -184,8 +209,7 @@ class Store:
           FileNotFoundError: there is no such checkpoint, or no whole one.
           DamagedCheckpointError: files of the checkpoint of `step` aren't whole.
         """
-        if step is None:
-            step = self.latest_step()
+        step = self.latest_step() if step is None else self._number(step)
         if step is None:
             raise self._none_whole()
         self._require(step)
@@ -239,6 +263,13 @@ class Store:
             "step 0, choose another workdir or move that directory away."
         )
 
+    def _number(self, step: Which) -> int | None:
+        """That of the best checkpoint, where this is asked for."""
+        if step != BEST:
+            return step
+        paths = map(self._path, self._steps())
+        return processes.from_first("best checkpoint", lambda: find_best(paths))
+
     def _require(self, step: int) -> None:
         steps = self._steps()
         if step not in steps:
@@ -288,14 +319,8 @@ class Store:
                 )
 
     def _drop_surplus(self) -> None:
-        whole = []
-        for step in self._steps():
-            try:
-                manifest.read(self._path(step))
-            except DamagedCheckpointError:
-                continue  # not ours to remove
-            whole.append(step)
-        for step in whole[self._keep :]:
+        whole = read_losses(map(self._path, self._steps()))  # others aren't ours
+        for step in self._kept.surplus(whole):
             self._remove(self._path(step))
 
     def _remove(self, path: pathlib.Path) -> None:

@@ -9,8 +9,6 @@ import pathlib
 import time
 from typing import Any
 
-from absl import logging
-
 from jmoe.config import RunConfig, from_dict, to_dict
 from jmoe.data import durable
 from jmoe.parallel import processes
@@ -74,12 +72,19 @@ def open_run(workdir: pathlib.Path, run: RunConfig) -> bool:
     if not check_run(workdir, run):
         _write(workdir, run)
         return False
-    changes = _changes(to_dict(read_run(workdir)), to_dict(run))
-    if changes:
-        for name, (old, new) in changes.items():
-            logging.info("%s goes on with %s=%r (was %r).", workdir, name, new, old)
+    if changes(workdir, run):
         _write(workdir, run)
     return True
+
+
+def changes(workdir: pathlib.Path, run: RunConfig) -> dict[str, tuple[Any, Any]]:
+    """Returns what differs from the record in `workdir`: name -> (old, new).
+
+    Nothing does where there is no record.
+    """
+    if not (pathlib.Path(workdir) / CONFIG).exists():
+        return {}
+    return _changes(to_dict(read_run(workdir)), to_dict(run))
 
 
 def fixed_changes(

@@ -2,7 +2,7 @@
 
 python scripts/evaluate.py --workdir=runs/tiny
 python scripts/evaluate.py --weights=native --weights=int4-experts
-python scripts/evaluate.py --set train.eval_batches=256
+python scripts/evaluate.py --set train.eval_batches=256 --step=best
 python scripts/evaluate.py --set precision=fp8
 
 Of a run in FP8 it also shows, tensor by tensor, how much is lost to e4m3's range.
@@ -16,8 +16,8 @@ from jmoe.data import cache
 from jmoe.train import runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
-_STEP = flags.DEFINE_integer(
-    "step", None, "Of which checkpoint; by default the newest."
+_STEP = flags.DEFINE_string(
+    "step", None, "Of which checkpoint, or best by validation; by default the newest."
 )
 _WEIGHTS = flags.DEFINE_multi_string(
     "weights", None, "native, fp8 or int4-experts; repeatable. By default all."
@@ -27,6 +27,7 @@ _SET = flags.DEFINE_multi_string("set", [], "path.to.field=value; repeatable.")
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    from jmoe.checkpoint.retention import parse_which
     from jmoe.evals.fp8_ranges import fp8_ranges
     from jmoe.evals.perplexity import perplexity
     from jmoe.nn.quantized import FORMS
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
     from jmoe.train.trained import load_trained, reconfigured
 
     runtime.start_jax()
-    trained = load_trained(runtime.path(_WORKDIR), step=_STEP.value)
+    trained = load_trained(runtime.path(_WORKDIR), step=parse_which(_STEP.value))
     trained = reconfigured(trained, _SET.value)
     runtime.keep_compiled(cache.directory(trained.run.data) / runtime.COMPILED)
     found = {form: perplexity(trained, form) for form in _WEIGHTS.value or list(FORMS)}

@@ -3,6 +3,7 @@
 python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_hf
 python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny_fp8 --dtype=fp8
 python scripts/export_hf.py --workdir=runs/tiny --out=runs/tiny.pt --format=pt
+python scripts/export_hf.py --workdir=runs/tiny --step=best
 python scripts/export_hf.py --dry_run --model=v3
 
 A dry run lists what would be written, and of DeepSeek-V3 in FP8 compares it with what
@@ -21,8 +22,8 @@ _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
 _OUT = flags.DEFINE_string(
     "out", None, "What to write; must not exist. By default <workdir>_hf."
 )
-_STEP = flags.DEFINE_integer(
-    "step", None, "Of which checkpoint; by default the newest."
+_STEP = flags.DEFINE_string(
+    "step", None, "Of which checkpoint, or best by validation; by default the newest."
 )
 _DTYPE = flags.DEFINE_enum(
     "dtype",
@@ -62,6 +63,7 @@ def main(argv: list[str]) -> int:
 
 def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Writes `out` as the flags say."""
+    from jmoe.checkpoint.retention import parse_which
     from jmoe.export.export_run import export_run
     from jmoe.export.progress import Progress
     from jmoe.export.torch_file import export_torch
@@ -71,7 +73,7 @@ def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
         writer(
             workdir,
             out,
-            step=_STEP.value,
+            step=parse_which(_STEP.value),
             dtype=_DTYPE.value,
             shard_bytes=int(_SHARD_GB.value * 1e9),
             started=progress.start,

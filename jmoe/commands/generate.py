@@ -4,6 +4,7 @@ python scripts/generate.py --workdir=runs/tiny --prompt="def f("
 python scripts/generate.py --prompt="12 + 30 = " --temperature=0
 python scripts/generate.py --num_samples=3 --max_new_tokens=200
 python scripts/generate.py --weights=int4-experts
+python scripts/generate.py --step=best
 """
 
 from absl import flags
@@ -13,8 +14,8 @@ from jmoe.data import cache
 from jmoe.train import runtime
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
-_STEP = flags.DEFINE_integer(
-    "step", None, "Of which checkpoint; by default the newest."
+_STEP = flags.DEFINE_string(
+    "step", None, "Of which checkpoint, or best by validation; by default the newest."
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
 _NUM_SAMPLES = flags.DEFINE_integer(
@@ -39,12 +40,13 @@ _SEED = flags.DEFINE_integer(
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    from jmoe.checkpoint.retention import parse_which
     from jmoe.decode.generate import generate
     from jmoe.train.trained import load_trained, quantized
 
     prompt = runtime.text(_PROMPT)
     runtime.start_jax()
-    trained = load_trained(runtime.path(_WORKDIR), step=_STEP.value)
+    trained = load_trained(runtime.path(_WORKDIR), step=parse_which(_STEP.value))
     data, tokenizer = trained.run.data, trained.tokenizer
     runtime.keep_compiled(cache.directory(data) / runtime.COMPILED)
     samples = generate(

@@ -17,5 +17,5 @@ from jmoe.config.run import HorizonConfig as HorizonConfig
 from jmoe.config.run import OptimizerConfig as OptimizerConfig
 from jmoe.config.run import RunConfig as RunConfig
 from jmoe.config.run import ScheduleConfig as ScheduleConfig
-from jmoe.config.run import StepwiseConfig as StepwiseConfig
-from jmoe.config.run import TrainConfig as TrainConfig
+from jmoe.config.train import StepwiseConfig as StepwiseConfig
+from jmoe.config.train import TrainConfig as TrainConfig

@@ -8,13 +8,8 @@ from jmoe.config.model import (
     RouterConfig,
     YarnConfig,
 )
-from jmoe.config.run import (
-    OptimizerConfig,
-    RunConfig,
-    ScheduleConfig,
-    StepwiseConfig,
-    TrainConfig,
-)
+from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig
+from jmoe.config.train import StepwiseConfig, TrainConfig
 
 
 def tiny_model() -> ModelConfig:

@@ -1,4 +1,4 @@
-"""A whole run: model, data, optimizer, schedules and how often things happen.
+"""A whole run: model, data, optimizer, and the horizon of its schedules.
 
 Schedules are counted in optimizer steps (`jmoe.train.schedules`); what DeepSeek-V3
 counts in tokens becomes a fraction of the steps that they are planned over, so that a
@@ -11,6 +11,7 @@ from jmoe.config import checks
 from jmoe.config.data import DataConfig
 from jmoe.config.mesh import MeshConfig, PipelineConfig
 from jmoe.config.model import ModelConfig
+from jmoe.config.train import TrainConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
 BEYOND = ("refuse", "hold")
@@ -18,12 +19,7 @@ BEYOND = ("refuse", "hold")
 INITIAL_WEIGHTS = ("random", "imported")
 OPTIMIZERS = ("adamw", "muon")
 MOMENT_DTYPES = ("float32", "bfloat16")
-# Of batches; each is a program of its own.
-MOST_SIZES = 8
 MUON_SCALES = ("rms", "spectral")
-# What becomes of a run at a step that would spoil it; see TrainConfig.
-ON_NONFINITE = ("stop", "skip")
-ON_SPIKE = ("ignore", "skip", "stop")
 # Up to here, a step forgets at least a unit in a bfloat16 moment's last place.
 MAX_BFLOAT16_BETA = 1 - 2**-7
 # In which linear layers and experts multiply: the activations' own dtype, or FP8 by one
@@ -145,137 +141,6 @@ class OptimizerConfig:
                     "than bfloat16's last place, and rounding undoes them. "
                     "moment_dtype='float32' is for any."
                 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StepwiseConfig:
-    """A number that is `first` until `switch` of the run, then `last`.
-
-    The bias rate (V3: 1e-3, then 0 for the last 500 of 14,800 billion tokens) and the
-    weight of the MTP loss (V3: 0.3, then 0.1 after 10,000) are of this form.
-    """
-
-    first: float
-    last: float
-    switch: float = 1.0  # fraction of the horizon's steps
-
-    def __post_init__(self):
-        checks.at_least(self, first=0.0, last=0.0, switch=0.0)
-        checks.at_most(self, switch=1.0)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Steps, batches and intervals. Batches count sequences, over all processes.
-
-    on_nonfinite: what becomes of the run at a step whose loss or gradients aren't
-    finite; on_spike: at one whose loss is a spike (`jmoe.train.guard`). skip: the step
-    changes no parameter, moment or bias, and training goes on with the next batch;
-    stop: it ends with an error, and leaves the newest checkpoint from before. Skipping
-    makes a step 5% slower on CPUs.
-    """
-
-    steps: int
-    batch_size: int  # of one optimizer step, once the ramp is over
-    microbatch_size: int  # of one forward and backward pass; divides batch_size
-    ramp_start: int | None = None  # batch_size at step 0; None: no ramp
-    ramp_steps: int = 0  # the batch grows linearly over these
-    ramp_increment: int | None = None  # by so much at a time; None: MOST_SIZES at most
-    bias_rate: StepwiseConfig = StepwiseConfig(first=1e-3, last=0.0, switch=0.966)
-    mtp_weight: StepwiseConfig = StepwiseConfig(first=0.3, last=0.1, switch=0.676)
-    loss_chunk: int = 1024  # tokens whose logits exist at one time
-    log_every: int = 10
-    eval_every: int = 200
-    eval_batches: int = 8  # of microbatch_size
-    checkpoint_every: int = 200
-    keep_checkpoints: int = 2
-    signal_every: int = 10  # at which several processes agree whether to stop
-    on_nonfinite: str = "stop"
-    on_spike: str = "ignore"
-    spike_score: float = 8.0  # standard deviations above the median of recent losses
-    max_skipped: int = 10  # so many in a row end the run, as "stop" does
-    seed: int = 0
-
-    def __post_init__(self):
-        checks.one_of(self, on_nonfinite=ON_NONFINITE, on_spike=ON_SPIKE)
-        checks.at_least(
-            self,
-            spike_score=0.0,
-            max_skipped=1,
-            steps=1,
-            batch_size=1,
-            microbatch_size=1,
-            ramp_steps=0,
-            loss_chunk=1,
-            log_every=1,
-            eval_every=1,
-            eval_batches=1,
-            checkpoint_every=1,
-            keep_checkpoints=1,
-            signal_every=1,
-            seed=0,
-        )
-        checks.at_most(self, steps=2**31 - 1, seed=checks.MAX_SEED)
-        start = self.batch_size if self.ramp_start is None else self.ramp_start
-        for field, size in (("batch_size", self.batch_size), ("ramp_start", start)):
-            if size < 1 or size % self.microbatch_size:
-                raise ValueError(
-                    f"{field}={size} must be a positive multiple of "
-                    f"microbatch_size={self.microbatch_size}."
-                )
-        if start > self.batch_size:
-            raise ValueError(
-                f"ramp_start={start} must be at most batch_size={self.batch_size}."
-            )
-        if start < self.batch_size:
-            self._check_ramp()
-
-    @property
-    def skips_steps(self) -> bool:
-        """Whether a step that must not count is made to change nothing."""
-        return self.on_nonfinite == "skip" or self.on_spike != "ignore"
-
-    @property
-    def ramp(self) -> dict[int, int]:
-        """Step -> microbatches of the steps from it on, in order; at most MOST_SIZES.
-
-        A batch is the largest of `ramp_start` plus whole increments that isn't above
-        the straight line to `batch_size`.
-        """
-        last = self.batch_size // self.microbatch_size
-        if self.ramp_start in (None, self.batch_size):
-            return {0: last}
-        first = self.ramp_start // self.microbatch_size
-        grown = range(0, last - first, self._increment // self.microbatch_size)
-        # Where several begin at one step, the largest counts.
-        begins = {-(-n * self.ramp_steps // (last - first)): first + n for n in grown}
-        return begins | {self.ramp_steps: last}
-
-    @property
-    def _increment(self) -> int:
-        if self.ramp_increment is not None:
-            return self.ramp_increment
-        assert self.ramp_start is not None
-        grown = (self.batch_size - self.ramp_start) // self.microbatch_size
-        return -(-grown // (MOST_SIZES - 1)) * self.microbatch_size
-
-    def _check_ramp(self) -> None:
-        start = f"ramp_start={self.ramp_start}"
-        if self.ramp_steps < 1:
-            raise ValueError(f"ramp_steps=0 must be at least 1 with {start}.")
-        increment = self._increment
-        if increment < 1 or increment % self.microbatch_size:
-            raise ValueError(
-                f"ramp_increment={increment} must be a positive multiple of "
-                f"microbatch_size={self.microbatch_size}."
-            )
-        if len(self.ramp) > MOST_SIZES:
-            fewest = dataclasses.replace(self, ramp_increment=None)._increment
-            raise ValueError(
-                f"ramp_increment={increment} makes {len(self.ramp)} sizes of batches "
-                f"from {start} to batch_size={self.batch_size}, each a program of its "
-                f"own; at most {MOST_SIZES} may be: ramp_increment={fewest}, or none."
-            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

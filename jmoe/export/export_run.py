@@ -9,6 +9,7 @@ from typing import Any
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
+from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
@@ -28,11 +29,11 @@ def export_run(
     out: pathlib.Path,
     *,
     started: Started,
-    step: int | None = None,
+    step: Which = None,
     dtype: str | None = None,
     shard_bytes: int = write.SHARD_BYTES,
 ) -> Plan:
-    """Writes a run's newest whole checkpoint, or that of `step`, as a directory.
+    """Writes a run's newest whole checkpoint, that of `step`, or the best.
 
     Args:
       started: gets the number of bytes, returns what is told of progress.
@@ -40,7 +41,8 @@ def export_run(
 
     Raises:
       FileNotFoundError: `workdir` holds no run, no tokenizer, or no such checkpoint.
-      ValueError: a file of the run is damaged; `out` exists.
+      ValueError: a file of the run is damaged, or its weights aren't finite; `out`
+        exists.
       OSError: the disk is full. What was finished is in `OUT.partial`, and the same
         call goes on from it.
     """
@@ -95,8 +97,10 @@ def write_directory(
         directory.require_room(made.size)
         with concurrent.futures.ThreadPoolExecutor(1) as aside:
             checked = aside.submit(source.check)
-            write.write(directory, made, source, progress)
-            checked.result()
+            try:
+                write.write(directory, made, source, progress)
+            finally:  # of damaged weights, no other error is true
+                checked.result()
         if len(made.shards) > 1:
             directory.write_text(layout.INDEX, layout.index_json(made.shards))
         config = card.config_json(

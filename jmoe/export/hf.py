@@ -41,7 +41,7 @@ def save(
       shard_bytes: about how large a file may be.
 
     Raises:
-      ValueError: `path` exists, or the variables aren't those of `cfg`.
+      ValueError: `path` exists, or the variables aren't those of `cfg` or not finite.
     """
     beside = None if tokenizer is None else Tokenizer.from_file(tokenizer)
     source = sources.InMemory(variables)
@@ -76,7 +76,8 @@ def load(
       The configuration, and the variables that `Transformer(cfg).apply` takes.
 
     Raises:
-      FileNotFoundError, ValueError: `path` isn't a whole checkpoint that jmoe reads.
+      FileNotFoundError, ValueError: `path` isn't a whole checkpoint that jmoe reads, or
+        its weights aren't finite.
     """
     with Reader(pathlib.Path(path), fp8=fp8, dtype=dtype) as reader:
         if jax.process_index() == 0:

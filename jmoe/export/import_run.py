@@ -74,7 +74,8 @@ def import_run(
 
     Raises:
       FileNotFoundError, ValueError: `model` isn't a whole checkpoint that jmoe reads,
-        or has no tokenizer; `workdir` exists. Nothing was written.
+        has no tokenizer, or weights that aren't finite; `workdir` exists. Nothing was
+        written.
       OSError: the disk is full. What was finished is in `WORKDIR.partial`, and the same
         call goes on from it.
     """

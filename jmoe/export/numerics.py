@@ -27,6 +27,13 @@ _PANEL_ROWS = 64
 _CHUNK = 1 << 18  # elements of a vector converted at a time
 
 _QUIET_NAN = np.uint32(0x7FC00000)
+# The bits that are all set in what isn't finite, and together in nothing else.
+_NOT_FINITE = {
+    FLOAT32: np.uint32(0x7F800000),
+    FLOAT16: np.uint16(0x7C00),
+    BFLOAT16: np.uint16(0x7F80),
+    FLOAT8: np.uint8(0x7F),
+}
 _VALUE_OF_FP8 = np.arange(256, dtype=np.uint8).view(FLOAT8).astype(np.float32)
 
 
@@ -132,6 +139,16 @@ def dequantize_transposed(
         values = np.take(_VALUE_OF_FP8, _raw(x_IO[here]))
         values *= scale[block, column_block]
         raw_OI[:, here] = _raw(cast(values, out_OI.dtype)).T
+
+
+def is_finite(x: np.ndarray) -> bool:
+    """Returns whether all of `x`, of at least one dimension, is finite."""
+    bits = _NOT_FINITE[x.dtype]
+    raw = _raw(x)
+    for start in range(0, len(x), _rows(x)):
+        if ((raw[start : start + _rows(x)] & bits) == bits).any():
+            return False
+    return True
 
 
 def blocks(size: int) -> int:

@@ -114,6 +114,9 @@ class Reader:
 
         Args:
           index: a slice for each of the leaf's dimensions, with start and stop.
+
+        Raises:
+          ValueError: what was read isn't finite; names file and tensor.
         """
         leaf = self.leaves[path]
         layers, experts, inner = _lead(leaf, index)
@@ -172,12 +175,12 @@ class Reader:
             inner = (inner[0], *inner[2:])
         found = self.found[tensor.name]
         if not tensor.transposed:
-            numerics.copy(out, self._part(found, *inner))
+            numerics.copy(out, self._part(tensor.name, *inner))
             return
         columns, rows, *within = inner
         if within:  # the file has heads, and what each head has, in one dimension
             rows = slice(rows.start * per_head, rows.stop * per_head)
-        x = self._part(found, rows, columns)
+        x = self._part(tensor.name, rows, columns)
         if within and within[0] != slice(0, per_head):
             assert found.dtype != FLOAT8, "a head's FP8 weights are read as a whole"
             x = x.reshape(-1, per_head, x.shape[-1])[:, within[0]]
@@ -186,23 +189,31 @@ class Reader:
         if found.dtype != FLOAT8 or out.dtype == FLOAT8:
             numerics.transpose(out, x)
             return
-        scale = numerics.cast(self.raw(self.found[tensor.name + SCALE]), FLOAT32)
+        name = tensor.name + SCALE
+        scale = self._finite(name, self.raw(self.found[name]))
+        scale = numerics.cast(scale, FLOAT32)
         origin = (rows.start, columns.start)
         numerics.dequantize_transposed(out, x, scale, origin)
 
-    def _part(
-        self, found: Found, rows: slice, columns: slice | None = None
-    ) -> np.ndarray:
-        """Some rows, and of these some columns, of what a file holds."""
+    def _part(self, name: str, rows: slice, columns: slice | None = None) -> np.ndarray:
+        """Some rows, and of these some columns, of a tensor, which must be finite."""
+        found = self.found[name]
         assert found.dtype is not None
         if columns is not None and columns != slice(0, found.shape[1]):
-            return self.raw(found)[rows, columns]
+            return self._finite(name, self.raw(found)[rows, columns])
         width = found.nbytes // found.shape[0]
         offset, length = rows.start * width, (rows.stop - rows.start) * width
         data = self._files.read(
             found.file, found.offset + offset, length, self._buffers
         )
-        return np.frombuffer(data, found.dtype).reshape(-1, *found.shape[1:])
+        x = np.frombuffer(data, found.dtype).reshape(-1, *found.shape[1:])
+        return self._finite(name, x)
+
+    def _finite(self, name: str, x: np.ndarray) -> np.ndarray:
+        if not numerics.is_finite(x):
+            file = self.found[name].file
+            raise ValueError(f"{file}: NaN or infinite numbers in {name}.")
+        return x
 
     def _leaves(self, tensors: Sequence[Tensor], dtype: str | None) -> dict[str, Leaf]:
         shapes = {path: x.shape for path, x in names.abstract_leaves(self.cfg).items()}

@@ -23,8 +23,12 @@ Index = tuple[int | slice, ...]
 
 
 class Source(abc.ABC):
-    """shapes, dtypes: of every leaf, by path. identity: changes with the weights."""
+    """Weights by path.
 
+    name: for messages. shapes, dtypes: of every leaf. identity: changes with them.
+    """
+
+    name: str
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, np.dtype]
     identity: str
@@ -42,6 +46,7 @@ class InMemory(Source):
     """Variables as `Transformer.init` makes them, on any devices of this process."""
 
     def __init__(self, variables: Any):
+        self.name = "Variables"
         self._leaves = manifest.flatten(variables)
         self.shapes = {path: tuple(x.shape) for path, x in self._leaves.items()}
         self.dtypes = {path: np.dtype(x.dtype) for path, x in self._leaves.items()}
@@ -61,6 +66,7 @@ class Stored(Source):
         wanted = (*COLLECTIONS, SCALES)
         names = [name for name in pieces.shapes if name.split("/")[0] in wanted]
         self._pieces = pieces
+        self.name = str(pieces.directory)
         self.shapes = {name: pieces.shapes[name] for name in names}
         self.dtypes = {name: pieces.dtypes[name] for name in names}
         self.identity = repr(sorted(pieces.files.items()))

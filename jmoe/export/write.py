@@ -85,7 +85,11 @@ def identity(made: Plan, source: Source) -> str:
 
 
 def write(directory: Directory, made: Plan, source: Source, progress: Progress) -> None:
-    """Writes every shard that `directory` doesn't have whole already."""
+    """Writes every shard that `directory` doesn't have whole already.
+
+    Raises:
+      ValueError: weights aren't finite; names the first that was found.
+    """
     buffers, budget = Buffers(), Budget()
 
     def write_shard(shard: Shard) -> None:
@@ -157,10 +161,10 @@ def _runs(unit: Unit, shard: Shard) -> list[tuple[int, int, list[Entry]]]:
 
 def _encode(unit: Unit, source: Source, arrays: Mapping[str, np.ndarray]) -> None:
     """Reads the unit and fills the arrays that stand for its part of the file."""
-    x = source.read(unit.path, unit.index)
+    x = _read_finite(source, unit.path, unit.index)
     scales = None
     if x.dtype == FLOAT8:
-        scales = source.read(sources.scales_path(unit.path), unit.index)
+        scales = _read_finite(source, sources.scales_path(unit.path), unit.index)
     for tensor in unit.tensors:
         piece = unit.piece(x, tensor)
         out = arrays[tensor.name]
@@ -172,6 +176,16 @@ def _encode(unit: Unit, source: Source, arrays: Mapping[str, np.ndarray]) -> Non
             numerics.transpose(out, piece)
         else:
             numerics.copy(out, piece)
+
+
+def _read_finite(source: Source, path: str, index: sources.Index) -> np.ndarray:
+    x = source.read(path, index)
+    if not numerics.is_finite(x):
+        raise ValueError(
+            f"{source.name}: NaN or infinite numbers in {path}, so that nothing was "
+            "written."
+        )
+    return x
 
 
 def _encode_kept(

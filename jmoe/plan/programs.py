@@ -13,7 +13,7 @@ from jmoe.config import MeshConfig, ModelConfig, PipelineConfig, RunConfig
 from jmoe.config.data import DataConfig
 from jmoe.config.mesh import SCHEDULES
 from jmoe.config.model import ExchangeConfig
-from jmoe.config.run import TrainConfig
+from jmoe.config.train import TrainConfig
 
 LENGTH = 4096
 MICROBATCHES = 2

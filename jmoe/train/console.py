@@ -24,6 +24,7 @@ _PROGRESS: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"[dim]loss[/dim] {value:.4f}",
     "max_vio": lambda value: f"[dim]MaxVio[/dim] {value:.3f}",
     "skipped": lambda value: f"[red]skipped {value}[/red]" if value else "",
+    "rolled_back": lambda value: f"[red]rolled back {value}[/red]" if value else "",
 }
 _EVALUATION: dict[str, Callable[[float], str]] = {
     "val_loss": lambda value: f"[dim]validation loss[/dim] {value:.4f}",
@@ -186,6 +187,9 @@ class Console:
         if latest.get("skipped"):
             meaning = "steps whose loss or gradients weren't finite, or were spikes"
             yield "skipped", str(latest["skipped"]), meaning
+        if latest.get("rolled_back"):
+            meaning = "times to a checkpoint, and on without the data after it"
+            yield "rolled back", str(latest["rolled_back"]), meaning
         if self._speeds:
             yield "tokens/s", count(statistics.median(self._speeds)), "median"
         yield "time", duration(self._clock() - self._started), ""

@@ -2,7 +2,8 @@
 
 The device decides, before a step changes anything (`train.step`). The host reads what
 became of a step LAG steps later, when it waits for nothing: it counts, says so, and
-ends a run that skips too many in a row.
+ends a run that skips too many in a row. By the policy to roll back, the step and those
+after it are taken, and thrown away with the state (`train.roll_backs`).
 
 A spike is a loss whose robust z-score, by median and median absolute deviation of the
 WINDOW steps before it, exceeds `train.spike_score`. Losses of the last LAG steps aren't
@@ -14,7 +15,7 @@ import collections
 import math
 import statistics
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,22 @@ _SIGMA = 1.4826  # of a normal distribution, in median absolute deviations
 _NAMED = 3
 
 
+class Spoilt(NamedTuple):
+    """The step before which a run must go back, and where its data ended."""
+
+    step: int
+    sequences: int
+    reason: str
+
+
+class _Pending(NamedTuple):
+    """A step whose outcome isn't known yet: skipped, loss, norm of the gradients."""
+
+    step: int
+    sequences: int
+    outcome: list[jax.Array]
+
+
 class Guard:
     """What became of a run's steps.
 
@@ -40,6 +57,7 @@ class Guard:
     Attributes:
       skipped: steps that weren't taken, in the whole run.
       verdict: why the run must end, or None.
+      spoilt: what it must go back from, or None. Later steps don't count.
     """
 
     def __init__(
@@ -51,12 +69,23 @@ class Guard:
         saved = saved or {}
         self.skipped = saved.get("skipped", 0)
         self.verdict: str | None = None
+        self.spoilt: Spoilt | None = None
         self._in_a_row = saved.get("in_a_row", 0)
         # Of the last steps whose loss is known; None: it wasn't finite.
         self._losses = collections.deque(saved.get("losses", ()), WINDOW + LAG)
-        self._pending: collections.deque[tuple[int, Any]] = collections.deque()
+        self._pending: collections.deque[_Pending] = collections.deque()
         self._cfg = cfg
         self._say = say
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next step may follow on those that are known."""
+        return self.verdict is None and self.spoilt is None
+
+    @property
+    def state_is_good(self) -> bool:
+        """Whether no step has spoilt the state; known of all after `catch_up`."""
+        return self.spoilt is None and (self.verdict is None or self._cfg.skips_steps)
 
     def loss_limit(self) -> np.float32 | None:
         """Above which the next step is a spike; None: no loss is one.
@@ -74,10 +103,14 @@ class Guard:
         deviation = statistics.median(abs(loss - median) for loss in losses)
         return np.float32(median + self._cfg.spike_score * _SIGMA * deviation)
 
-    def add(self, step: int, measured: Mapping[str, jax.Array]) -> None:
-        """Takes what step `step` measured, and reads what an older one did."""
+    def add(self, step: int, measured: Mapping[str, jax.Array], sequences: int) -> None:
+        """Takes what step `step` measured, and reads what an older one did.
+
+        Args:
+          sequences: the data's position after it.
+        """
         outcome = [measured[name] for name in ("skipped", "loss", "grad_norm")]
-        self._pending.append((step, outcome))
+        self._pending.append(_Pending(step, sequences, outcome))
         if len(self._pending) > LAG:
             self._read_oldest()
 
@@ -96,21 +129,28 @@ class Guard:
         }
 
     def _read_oldest(self) -> None:
-        step, outcome = self._pending.popleft()
-        is_skipped, loss, grad_norm = map(float, jax.device_get(outcome))
+        pending = self._pending.popleft()
+        if self.spoilt is not None:
+            return
+        is_skipped, loss, grad_norm = map(float, jax.device_get(pending.outcome))
         self._losses.append(loss if math.isfinite(loss) else None)
         if not is_skipped:
             self._in_a_row = 0
             return
-        self.skipped += 1
-        self._in_a_row += 1
         spike = math.isfinite(loss) and math.isfinite(grad_norm)
         what = "the loss is a spike" if spike else "loss or gradients aren't finite"
+        figures = f"(loss {loss:.4g}, norm {grad_norm:.4g})"
+        field = "on_spike" if spike else "on_nonfinite"
+        if getattr(self._cfg, field) == "roll_back" and self.verdict is None:
+            reason = f"Step {pending.step}: {what} {figures}."
+            self.spoilt = Spoilt(pending.step, pending.sequences, reason)
+            return
+        self.skipped += 1
+        self._in_a_row += 1
         skipped = " skipped" if self._cfg.skips_steps else ""
-        text = f"Step {step}{skipped}: {what} (loss {loss:.4g}, norm {grad_norm:.4g})."
+        text = f"Step {pending.step}{skipped}: {what} {figures}."
         if self._in_a_row == 1:
             self._say(text)
-        field = "on_spike" if spike else "on_nonfinite"
         if getattr(self._cfg, field) == "stop":
             self._stop(f"{text} train.{field}='stop'.")
         elif self._in_a_row >= self._cfg.max_skipped:

@@ -2,10 +2,13 @@
 
     config.json     the run's configuration, nested records as plain dicts
     run.json        a list with a record for each start: command, started, commit and
-                    dirty (of jmoe's clone), device (text), versions {name: text},
-                    parameters, active_parameters, unigram_entropy (nats per token)
+                    dirty (of jmoe's clone), code (a hash of jmoe's source), device
+                    (text), processes, versions {name: text}, parameters,
+                    active_parameters, unigram_entropy (nats per token)
     metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
     balance.jsonl   {"step", "load_LE", "bias_LE"} a log; a layer's loads sum to 1
+    roll_backs.jsonl  {"step" gone back to, "sequences" [begin, end] left out there,
+                    "spoilt" (the step that made it go back), "reason"}
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
     tensorboard/    metrics.jsonl again, as TensorBoard events
 
@@ -32,6 +35,7 @@ CONFIG = "config.json"
 INFO = "run.json"
 METRICS = "metrics.jsonl"
 BALANCE = "balance.jsonl"
+ROLL_BACKS = "roll_backs.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"

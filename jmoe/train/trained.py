@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.data.tokenizer import Tokenizer
@@ -31,8 +32,10 @@ class Trained(NamedTuple):
     step: int
 
 
-def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
-    """Reads a run's newest whole checkpoint, or that of `step`; changes nothing.
+def load_trained(workdir: pathlib.Path, *, step: Which = None) -> Trained:
+    """Reads a run's newest whole checkpoint, or that of `step`, or the best.
+
+    It changes nothing.
 
     Raises:
       FileNotFoundError: `workdir` holds no run, or not this checkpoint.
@@ -47,11 +50,11 @@ def load_trained(workdir: pathlib.Path, *, step: int | None = None) -> Trained:
     tokenizer = Tokenizer.from_file(workdir / TOKENIZER)
     make = functools.partial(make_variables, Transformer(run.model), seed=0)
     with Store(workdir / CHECKPOINTS) as store:
-        variables, _, step = store.restore(
+        variables, _, found = store.restore(
             jax.eval_shape(make), step, ignore=_ONLY_FOR_TRAINING
         )
-        require_finite(variables, store.locate(step))
-    return Trained(run, tokenizer, variables, step)
+        require_finite(variables, store.locate(found))
+    return Trained(run, tokenizer, variables, found)
 
 
 def check_start(workdir: pathlib.Path, run: RunConfig) -> None:

@@ -8,7 +8,8 @@ from jmoe.config import records
 from jmoe.config.data import SourceConfig
 from jmoe.config.model import ModelConfig, RouterConfig, YarnConfig
 from jmoe.config.presets import RUNS
-from jmoe.config.run import RunConfig, StepwiseConfig
+from jmoe.config.run import RunConfig
+from jmoe.config.train import StepwiseConfig
 from tests.plain_run import plain_run
 
 YARN = "model.attention.yarn={'factor': 4, 'original_positions': 256}"

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from jmoe.config import records
-from jmoe.config.run import MOST_SIZES, ScheduleConfig, TrainConfig
+from jmoe.config.run import ScheduleConfig
+from jmoe.config.train import MOST_SIZES, TrainConfig
 from tests.plain_run import plain_run
 
 # Ten sizes, if it were by one microbatch at a time.
@@ -77,6 +78,14 @@ RAMP = ("train.batch_size=80", "train.ramp_start=8", "train.ramp_steps=100")
         (["train.eval_batches=0"], "eval_batches=0 must be at least 1."),
         (["train.checkpoint_every=0"], "checkpoint_every=0 must be at least 1."),
         (["train.keep_checkpoints=0"], "keep_checkpoints=0 must be at least 1."),
+        (["train.keep_best=-1"], "keep_best=-1 must be at least 0."),
+        (["train.keep_every=0"], "keep_every=0 must be at least 1."),
+        (["train.max_roll_backs=0"], "max_roll_backs=0 must be at least 1."),
+        (
+            ["train.checkpoint_minutes=-1"],
+            "checkpoint_minutes=-1.0 must be at least 0.0.",
+        ),
+        (["train.checkpoint_minutes=inf"], "checkpoint_minutes=inf must be finite."),
         (["train.bias_rate.first=-1"], "first=-1.0 must be at least 0.0."),
         (["train.bias_rate.last=-1"], "last=-1.0 must be at least 0.0."),
         (["train.mtp_weight.switch=-0.5"], "switch=-0.5 must be at least 0.0."),

@@ -5,6 +5,8 @@ import pathlib
 import re
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -212,6 +214,60 @@ def test_an_mtp_module_with_an_embedding_of_its_own(model, refused):
     refused(f"{MTP_EMBEDDING} differs from {EMBEDDING}")
 
 
+def change_tensor(path: pathlib.Path, name: str, change) -> None:
+    """Rewrites a tensor of a safetensors file; `change` gets its bytes, to edit."""
+    data = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(data[:8], "little")
+    first, end = json.loads(data[8:start])[name]["data_offsets"]
+    own = np.frombuffer(data, np.uint8)[start + first : start + end]
+    change(own)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lm_head.weight",
+        "model.norm.weight",
+        "model.layers.1.mlp.experts.5.up_proj.weight",
+        "model.layers.0.self_attn.kv_b_proj.weight",
+    ],
+)
+def test_weights_that_are_not_finite_are_named(model, refused, name):
+    path = shard(model, name)
+    change_tensor(path, name, lambda own: own.view(np.float32)[-3:].fill(-np.inf))
+    refused(f"{path.name}: NaN or infinite numbers in {name}")
+
+
+@pytest.mark.parametrize("mode", ["dequantize", "keep"])
+@pytest.mark.parametrize("suffix", ["", "_scale_inv"])
+def test_fp8_weights_and_scales_that_are_not_finite_are_named(
+    small_run, tmp_path, suffix, mode
+):
+    export_run(small_run, tmp_path / "hf", started=quiet, dtype="fp8")
+    name = f"model.layers.1.mlp.experts.5.down_proj.weight{suffix}"
+    (path,) = (tmp_path / "hf").glob("*.safetensors")
+    change_tensor(path, name, lambda own: own[-4:].fill(0xFF))
+    with pytest.raises(ValueError, match=f"NaN or infinite numbers in {name}"):
+        hf.load(tmp_path / "hf", fp8=mode)
+
+
+@pytest.mark.parametrize("name", ["params/head", "router_state/moe/moe/router/bias"])
+def test_variables_that_are_not_finite_are_named_and_not_written(
+    small_config, draw, tmp_path, name
+):
+    cfg = small_config()
+
+    def spoil(path, x):
+        is_it = jax.tree_util.keystr(path, simple=True, separator="/") == name
+        return x.at[-1, -1].set(jnp.nan) if is_it else x
+
+    variables = jax.tree.map_with_path(spoil, draw(cfg))
+    with pytest.raises(ValueError, match=f"Variables: NaN or .* numbers in {name}"):
+        hf.save(tmp_path / "hf", cfg, variables)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_setting_that_does_not_exist(refused):
     refused("Unknown field 'train.stepz'", assignments=["train.stepz=3"])
 
@@ -241,10 +297,15 @@ def test_variables_of_another_model(small_config, draw, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_damaged_checkpoint_is_not_exported(workdir, tmp_path):
+@pytest.mark.parametrize("damage", ["a bit", "to NaN"])
+def test_a_damaged_checkpoint_is_not_exported(workdir, tmp_path, damage):
     arrays = max(workdir.rglob("d/*"), key=lambda path: path.stat().st_size)
     data = np.fromfile(arrays, np.uint8)
-    data[len(data) // 2] ^= 1
+    middle = len(data) // 2
+    if damage == "to NaN":
+        data[middle : middle + 8] = 0xFF
+    else:
+        data[middle] ^= 1
     data.tofile(arrays)
     with pytest.raises(ValueError, match="checkpoints/7 is damaged: .* was altered"):
         export_run(workdir, tmp_path / "hf", started=quiet)

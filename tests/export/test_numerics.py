@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jmoe.export import numerics
-from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
+from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT16, FLOAT32
 
 ANY_BITS = arrays.arrays(np.uint32, st.integers(1, 40))
 SIDES = st.integers(1, 300)
@@ -36,6 +36,26 @@ def test_bfloat16_survives_a_visit_to_float32_bit_by_bit(bits):
     is_quiet = ~np.isnan(x.astype(np.float32)) | (bits & 0x40 > 0)
     back = numerics.cast(numerics.cast(x, FLOAT32), BFLOAT16)
     assert back[is_quiet].tobytes() == x[is_quiet].tobytes()
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16, FLOAT8], ids=str)
+@hypothesis.given(arrays.arrays(np.uint32, st.integers(1, 3)))
+def test_numbers_are_finite_as_numpy_says_of_any_bits(dtype, bits):
+    x = bits.view(dtype)
+    with np.errstate(all="ignore"):
+        want = np.isfinite(x.astype(np.float32)).all()
+    assert numerics.is_finite(x) == want
+    special = np.array([1, -np.inf if dtype != FLOAT8 else np.nan], dtype)
+    assert numerics.is_finite(special[:1]) and not numerics.is_finite(special)
+
+
+def test_one_number_that_is_not_finite_is_found_wherever_it_is():
+    x = np.zeros((3, 200_000), np.float32)[:, ::2]  # several pieces, strided
+    assert numerics.is_finite(x)
+    for place in [(0, 0), (1, 50_000), (2, -1)]:
+        x[place] = np.nan
+        assert not numerics.is_finite(x)
+        x[place] = 0
 
 
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT8], ids=str)

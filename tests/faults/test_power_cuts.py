@@ -8,6 +8,7 @@ import pytest
 
 from jmoe.checkpoint import paths
 from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.retention import BEST
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
 from tests.faults import power
@@ -54,6 +55,27 @@ def test_every_cut_leaves_the_newest_checkpoint_or_the_one_before(saving, tmp_pa
         found.add((image.promised, step))
     # Each was there in time, and each cut before its end left the one before.
     assert {(1, 1), (2, 2), (3, 3), (None, 0), (1, 2), (2, 3)} <= found
+
+
+def test_every_cut_leaves_the_best_checkpoint_or_a_better_one(tmp_path):
+    root, losses = tmp_path / "root", {1: 2.0, 2: 1.0, 3: 1.5}
+    root.mkdir()
+    with power.Disk(root) as disk:
+        with Store(root / "run", keep=1, keep_best=1) as store:
+            for step, loss in losses.items():
+                store.save(step, state(step), {"batch": step}, loss)
+                store.wait()
+                disk.promise(step)
+    found = set()
+    for count, image in enumerate(disk.images):
+        image.restore(tmp_path / str(count))
+        with Store(tmp_path / str(count) / "run") as store:
+            if image.promised:
+                _, position, best = store.restore(ABSTRACT, BEST)
+                assert position == {"batch": best}
+                found.add((image.promised, best))
+    assert found == {(1, 1), (1, 2), (2, 2), (3, 2)}
+    assert {path.name for path in (root / "run").iterdir()} == {"2", "3"}
 
 
 def test_a_checkpoint_is_synced_before_its_name_and_that_before_older_ones_go(saving):

@@ -93,6 +93,18 @@ def test_types_formats_and_sizes_of_files_can_be_chosen(script, trained, tmp_pat
     assert torch.load(out).keys() == {n for n in found if not n.endswith("_inv")}
 
 
+def test_the_best_checkpoint_by_validation_can_be_exported(script, trained, tmp_path):
+    for step in (20, 40, "best"):
+        out = tmp_path / str(step)
+        outcome = script(
+            "export_hf", f"--workdir={trained}", f"--out={out}", f"--step={step}"
+        )
+        assert outcome.code == 0, outcome.err
+    weights = {p.parent.name: p.read_bytes() for p in tmp_path.glob("*/*.safetensors")}
+    assert weights["20"] != weights["40"] == weights["best"]
+    assert "| training steps | 40 |" in (tmp_path / "best" / "README.md").read_text()
+
+
 def test_a_dry_run_writes_nothing(script, tmp_path):
     outcome = script("export_hf", "--dry_run", "--model=tiny", "--dtype=bfloat16")
     assert outcome.code == 0, outcome.err
@@ -105,6 +117,7 @@ def test_a_dry_run_writes_nothing(script, tmp_path):
         ("export_hf", ["--workdir={0}/no"], "no' holds no run: it has no config.json"),
         ("export_hf", ["--workdir={0}", "--out={0}"], "exists already"),
         ("export_hf", ["--workdir={0}", "--step=7"], "No checkpoint of step 7"),
+        ("export_hf", ["--workdir={0}", "--step=-1"], "step='-1' must be a step's"),
         ("export_hf", ["--workdir={0}", "--shard_gb=0"], "shard_gb=0.0 must be above"),
         (
             "export_hf",

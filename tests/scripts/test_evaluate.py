@@ -41,10 +41,15 @@ def test_all_forms_are_shown_side_by_side(script, trained):
 
 
 def test_a_run_is_evaluated_on_as_much_text_as_is_asked_for(script, trained):
-    options = ("--weights=fp8", "--set=train.eval_batches=1", "--step=20")
-    outcome = script("evaluate", f"--workdir={trained}", *options)
-    assert outcome.code == 0 and "128 tokens" in outcome.out
-    assert "native" not in outcome.out
+    options = ("--weights=fp8", "--set=train.eval_batches=1")
+    outcomes = [
+        script("evaluate", f"--workdir={trained}", *options, f"--step={step}")
+        for step in (20, 40, "best")
+    ]
+    for outcome in outcomes:
+        assert outcome.code == 0 and "128 tokens" in outcome.out
+        assert "native" not in outcome.out
+    assert outcomes[0].out != outcomes[1].out == outcomes[2].out
 
 
 def test_of_a_run_in_fp8_it_shows_what_the_range_loses(script, trained):
@@ -60,6 +65,7 @@ def test_of_a_run_in_fp8_it_shows_what_the_range_loses(script, trained):
         ("--weights=int3", "weights='int3' is not one of native, fp8, int4-experts"),
         ("--workdir=nowhere", "'nowhere' holds no run"),
         ("--step=7", "No checkpoint of step 7"),
+        ("--step=1.5", "step='1.5' must be a step's number or 'best'"),
         ("--set=model.num_layers=4", "model.num_layers=4 must stay 2"),
         ("--set=data.tokenizer=other.json", "data.tokenizer='other.json' must stay"),
     ],

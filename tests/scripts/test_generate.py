@@ -69,11 +69,20 @@ def test_an_earlier_checkpoint_can_be_asked_for(script, trained):
     assert len(texts) == 2
 
 
+def test_the_best_checkpoint_by_validation_can_be_asked_for(script, copied):
+    before = script("generate", f"--workdir={copied}", "--step=20", *GREEDY)
+    best = (f"--workdir={copied}", "--step=best", *GREEDY)
+    assert script("generate", *best).out != before.out  # that of step 40 is better
+    shutil.rmtree(copied / "checkpoints" / "40")
+    assert script("generate", *best).out == before.out
+
+
 @pytest.mark.parametrize(
     ("argument", "complaint"),
     [
         ("--workdir={}/nowhere", "nowhere' holds no run: it has no config.json"),
         ("--step=7", "No checkpoint of step 7 in .*; found: 40, 20"),
+        ("--step=newest", "step='newest' must be a step's number or 'best'"),
         ("--max_new_tokens=64", "positions; the model has max_positions=64"),
         ("--max_new_tokens=0", "max_new_tokens=0 must be at least 1"),
         ("--temperature=-1", "temperature=-1.0 must be at least 0"),

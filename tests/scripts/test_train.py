@@ -99,16 +99,25 @@ def test_a_run_that_diverges_ends_with_an_error_and_finite_weights(
     assert load_trained(tmp_path / "run").step == step  # which wants finite weights
 
 
+@pytest.mark.parametrize(
+    ("policy", "complaint"),
+    [
+        ("stop", "train.on_nonfinite='stop'"),
+        ("roll_back", "gone back to step 2 as often as it may, train.max_roll_backs=3"),
+    ],
+)
 def test_a_run_that_may_not_skip_ends_before_what_it_spoilt_is_a_checkpoint(
-    script, smallest_arguments, tmp_path
+    script, smallest_arguments, tmp_path, policy, complaint
 ):
     workdir = f"--workdir={tmp_path / 'run'}"
-    settings = ("optimizer.schedule.peak=1e30", "train.checkpoint_every=1")
+    settings = ["optimizer.schedule.peak=1e30", "train.checkpoint_every=1"]
+    settings.append(f"train.on_nonfinite={policy}")
     outcome = script(
         "train", workdir, *smallest_arguments, *(f"--set={s}" for s in settings)
     )
     assert outcome.code == 3
-    assert_one_line(outcome.err, "Step 3: loss or gr.*train.on_nonfinite='stop'")
+    assert_one_line(outcome.err, f"Step 3: loss or gradients aren't .*{complaint}")
+    assert outcome.out.count("Back to step 2") == (3 if policy == "roll_back" else 0)
     assert load_trained(tmp_path / "run").step == 2  # which wants finite weights
 
 
@@ -125,17 +134,19 @@ def broken(trained, tmp_path_factory) -> pathlib.Path:
     return workdir
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "evaluate"])
+@pytest.mark.parametrize("name", ["train", "generate", "evaluate", "export_hf"])
 def test_a_checkpoint_that_is_not_finite_is_one_line(
     script, smallest_arguments, broken, name
 ):
-    before = files(broken)
+    before = files(broken.parent)
     arguments = [*smallest_arguments, "--set=train.steps=60"] if name == "train" else []
     held = ["--set=schedule.beyond=hold"] if name == "train" else []
     outcome = script(name, f"--workdir={broken}", *arguments, *held)
     assert outcome.code == 2
-    assert_one_line(outcome.err, "checkpoints/41 has NaN or infinite numbers in params")
-    assert files(broken) == before
+    assert_one_line(
+        outcome.err, "checkpoints/41.* NaN or infinite numbers in params/head"
+    )
+    assert files(broken.parent) == before
 
 
 def test_a_complete_run_says_so(script, trained, smallest_arguments, tmp_path):

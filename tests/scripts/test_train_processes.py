@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jmoe.parallel import processes
+from jmoe.train import run_files
 from tests import several_processes
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -121,6 +122,27 @@ def test_two_processes_go_on_where_one_stopped(arguments, alone, tmp_path):
     assert f"Goes on from the checkpoint of step {STEPS - 1}" in ended[0].out
     assert len((workdir / "samples.jsonl").read_text().splitlines()) == 3
     assert_same_run(workdir, alone)
+
+
+def test_two_processes_go_back_together_and_end_with_the_same_error(
+    arguments, tmp_path
+):
+    diverging = {
+        "optimizer.schedule.peak": 1e30,
+        "train.on_nonfinite": "roll_back",
+        "train.max_roll_backs": 1,
+        "train.checkpoint_every": STEPS,
+        "train.checkpoint_minutes": 0,  # at steps where both ask, which are even
+    }
+    more = [f"--set={k}={v}" for k, v in diverging.items()]
+    running = start_two([f"--workdir={tmp_path / 'run'}", *arguments, *MESH, *more])
+    ended = several_processes.ended(running, timeout_s=150)
+    assert [process.code for process in ended] == [3, 3]
+    assert ended[0].err == ended[1].err and ended[0].err.startswith("error: Step 3: ")
+    assert "gone back to step 2 as often as it may" in ended[0].err
+    (row,) = run_files.read_rows(tmp_path / "run" / "roll_backs.jsonl")
+    assert (row["step"], row["sequences"]) == (2, [8, 12])
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
 def complaints(running: list[subprocess.Popen]) -> list[str]:

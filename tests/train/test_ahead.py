@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.config import override
-from jmoe.train import loop
+from jmoe.train import loop, stretch
 from jmoe.train.ahead import Ahead
 from jmoe.train.step import Evaluation
 
@@ -16,7 +16,7 @@ from jmoe.train.step import Evaluation
 EVALUATE = """
 import jax, jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jmoe.train.loop import evaluate
+from jmoe.train.stretch import evaluate
 from jmoe.train.state import TrainState
 from jmoe.train.step import Evaluation
 
@@ -67,7 +67,7 @@ def test_a_training_counts_its_steps_and_evaluations(smallest, tmp_path, monkeyp
             added.append(type(result))
             super().add(result)
 
-    monkeypatch.setattr(loop, "Ahead", Counted)
+    monkeypatch.setattr(stretch, "Ahead", Counted)
     run = override(smallest, ["train.steps=3", "schedule.steps=40"])
     assert loop.train(run, tmp_path / "run") == 0
     assert added == [dict] * 3 + [Evaluation] * run.train.eval_batches

@@ -111,18 +111,25 @@ def test_the_final_table_of_a_run_without_steps_has_no_results():
     assert "runs/tiny/metrics.jsonl" in file.getvalue()
 
 
-def test_skipped_steps_are_shown_where_there_are_any():
+@pytest.mark.parametrize(
+    ("key", "name", "meaning"),
+    [
+        ("skipped", "skipped", "steps whose loss or gradients weren't finite"),
+        ("rolled_back", "rolled back", "times to a checkpoint, and on without the"),
+    ],
+)
+def test_steps_that_did_not_numberare_shown_where_there_are_any(key, name, meaning):
     shown = []
-    for skipped in (0, 3):
+    for number in (0, 3):
         file = io.StringIO()
         with Console(10, out=_plain(file)) as console:
-            console.update(10, METRICS | {"skipped": skipped})
+            console.update(10, METRICS | {key: number})
             console.finish("runs/tiny")
         shown.append(file.getvalue())
-    assert "skipped" not in shown[0]
+    assert name not in shown[0]
     line, *_, table = shown[1].partition("\n")
-    assert "MaxVio 0.250  skipped 3  " in line
-    assert "steps whose loss or gradients weren't finite" in table
+    assert f"MaxVio 0.250  {name} 3  " in line
+    assert meaning in table
 
 
 def test_square_brackets_are_text_and_not_markup():

@@ -38,7 +38,7 @@ def watch(outcomes, saved=None, **settings) -> tuple[Guard, list[str]]:
     said = []
     watching = Guard(config(**settings), saved, said.append)
     for step, outcome in enumerate(outcomes, start=1):
-        watching.add(step, outcome)
+        watching.add(step, outcome, 8 * step)
     watching.catch_up()
     return watching, said
 
@@ -120,6 +120,35 @@ def test_a_policy_to_stop_ends_the_run_at_the_first(field, outcome):
     assert watching.verdict is None
 
 
+@pytest.mark.parametrize(
+    ("field", "outcome"), [("on_nonfinite", NOT_FINITE), ("on_spike", SPIKE)]
+)
+def test_a_policy_to_roll_back_tells_the_step_and_where_its_data_ended(field, outcome):
+    policies = {"on_nonfinite": "stop", "on_spike": "stop"} | {field: "roll_back"}
+    outcomes = [
+        measured(),
+        outcome,
+        *[NOT_FINITE, SPIKE] * 3,
+    ]  # all from a spoilt state
+    watching, said = watch(outcomes, **policies)
+    assert watching.spoilt[:2] == (2, 16)
+    assert watching.spoilt.reason.startswith("Step 2: ")
+    assert (watching.verdict, watching.skipped, said) == (None, 0, [])
+    assert not watching.goes_on and not watching.state_is_good
+
+
+def test_what_ends_a_run_comes_before_what_it_would_go_back_from():
+    watching, _ = watch([NOT_FINITE, SPIKE], on_nonfinite="stop", on_spike="roll_back")
+    assert "Step 1" in watching.verdict and watching.spoilt is None
+
+
+@pytest.mark.parametrize(("policy", "is_good"), [("skip", True), ("stop", False)])
+def test_a_state_is_good_after_a_verdict_if_steps_are_skipped(policy, is_good):
+    watching, _ = watch([NOT_FINITE], on_nonfinite=policy, max_skipped=1)
+    assert watching.verdict and watching.state_is_good == is_good
+    assert watch([measured()], on_nonfinite=policy)[0].state_is_good
+
+
 def noisy(count: int) -> list[dict[str, jax.Array]]:
     rng = np.random.default_rng(0)
     falling = 3 * np.exp(-np.arange(count) / 50) + 2
@@ -131,7 +160,7 @@ def test_a_spike_is_above_the_limit_and_noise_is_not():
     watching = Guard(config(on_spike="skip"), None, print)
     for step, outcome in enumerate(losses, start=1):
         limits.append(watching.loss_limit())
-        watching.add(step, outcome)
+        watching.add(step, outcome, 8 * step)
     known = ENOUGH + LAG
     assert np.isinf(limits[:known]).all() and np.isfinite(limits[known:]).all()
     assert all(limit > x["loss"] for limit, x in zip(limits, losses, strict=True))
@@ -146,7 +175,7 @@ def test_a_limit_depends_neither_on_when_losses_are_read_nor_on_a_resume():
     for step, outcome in enumerate([*losses[:50], NOT_FINITE, *losses[50:]], start=1):
         for watching, found in zip((steady, resumed), limits, strict=True):
             found.append(watching.loss_limit())
-            watching.add(step, outcome)
+            watching.add(step, outcome, 8 * step)
         if step % 7 == 0:
             saved = json.loads(json.dumps(resumed.state(), allow_nan=False))
             resumed = Guard(config(on_spike="skip"), saved, print)
@@ -163,7 +192,7 @@ def test_arrays_that_are_not_finite_are_named():
 
 @pytest.mark.parametrize(
     "setting",
-    ["on_spike=rollback", "on_nonfinite=ignore", "max_skipped=0", "spike_score=-1"],
+    ["on_spike=go_back", "on_nonfinite=ignore", "max_skipped=0", "spike_score=-1"],
 )
 def test_a_policy_that_is_none_is_refused(smallest, setting):
     field = setting.partition("=")[0]

@@ -16,9 +16,11 @@ from jmoe.config import override
 from jmoe.train import layout as layouts
 from jmoe.train import loop, run_files
 from jmoe.train.console import Console
-from jmoe.train.loop import evaluate, train
+from jmoe.train.loop import train
 from jmoe.train.metrics_log import MetricsLog
+from jmoe.train.state import TrainState
 from jmoe.train.step import Evaluation
+from jmoe.train.stretch import evaluate
 from jmoe.train.trained import CHECKPOINTS, load_trained
 from tests.faults import power
 from tests.plain_run import plain_run
@@ -126,7 +128,9 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(
     handler = signal.getsignal(signal.SIGTERM)
 
     assert train(smallest, tmp_path / "run", sample=sample) == 0
-    assert f"Goes on from the checkpoint of step {STOP}" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"Goes on from the checkpoint of step {STOP}" in out
+    assert "Since the last start: nothing has changed." in out
     assert_same_end(smallest, tmp_path / "run", whole_run)
     assert signal.getsignal(signal.SIGTERM) == handler == signal.SIG_DFL
 
@@ -149,8 +153,11 @@ def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
 ):
     arrays = max((copied_run / "checkpoints" / "40").rglob("*"), key=_size)
     arrays.write_bytes(arrays.read_bytes()[:-1])
-    assert train(smallest, copied_run, sample=sample) == 0
-    assert "Goes on from the checkpoint of step 20" in capsys.readouterr().out
+    run = override(smallest, ["train.keep_checkpoints=3"])
+    assert train(run, copied_run, sample=sample) == 0
+    out = capsys.readouterr().out
+    assert "Goes on from the checkpoint of step 20" in out
+    assert "Since the last start: train.keep_checkpoints 2 -> 3." in out
     assert_same_end(smallest, copied_run, whole_run)
     assert (copied_run / "checkpoints" / "40.aside").exists()  # nothing is lost
 
@@ -266,7 +273,7 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
         Evaluation(np.float32(30), np.float32(10), np.array([[6, 0], [3, 3]])),
         Evaluation(np.float32(10), np.float32(10), np.array([[0, 6], [6, 0]])),
     ]
-    state = loop.TrainState(step=0, params=None, router_state=None, opt_state=None)
+    state = TrainState(step=0, params=None, router_state=None, opt_state=None)
     got = evaluate(lambda params, router_state, i: parts[int(i)], state, [0, 1])
     assert got["val_loss"] == 2.0
     assert got["val_perplexity"] == pytest.approx(np.exp(2.0))

@@ -16,7 +16,7 @@ from jmoe.config import (
     TrainConfig,
     override,
 )
-from jmoe.config.run import MOST_SIZES
+from jmoe.config.train import MOST_SIZES
 from jmoe.train.schedules import SCHEDULES, learning_rate, microbatches, stepwise
 
 PEAK = 2.2e-4
