@@ -1,0 +1,163 @@
+"""Connections to a real uvicorn that isn't behind anything."""
+
+import asyncio
+import functools
+import socket
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+import uvicorn
+
+from jmoe.config.serve import LimitsConfig
+from jmoe.serve.front import Access, Front
+from jmoe.serve.protocol import LimitedProtocol
+
+LIMITS = LimitsConfig(
+    connections=8, header_kib=4, header_seconds=0.3, body_seconds=0.3, stall_seconds=0.3
+)
+ASK = b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n"
+PATIENCE = 60  # seconds; a test that needs them has failed
+LARGE = 2**24  # bytes, more than any socket's buffer
+
+
+async def engine(scope, receive, send) -> None:
+    """Answers /health at once and /metrics with more than a socket holds."""
+    size = LARGE if scope["path"] == "/metrics" else 2
+    headers = [(b"content-length", str(size).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": b"x" * size})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[uvicorn.Server]:
+    config = uvicorn.Config(
+        Front(engine, Access(LIMITS)),
+        http=functools.partial(LimitedProtocol, limits=LIMITS),  # type: ignore[arg-type]
+        port=0,
+        log_level="critical",
+        timeout_keep_alive=PATIENCE,
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=asyncio.run, args=[server.serve()])
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server
+    server.should_exit = True
+    thread.join(PATIENCE)
+
+
+@pytest.fixture
+def connect(server):
+    """Opens a connection that sends these bytes; all are closed at the end."""
+    opened: list[socket.socket] = []
+    address = server.servers[0].sockets[0].getsockname()
+
+    def connect(sent: bytes = b"") -> socket.socket:
+        opened.append(socket.create_connection(address, timeout=PATIENCE))
+        opened[-1].sendall(sent)
+        return opened[-1]
+
+    yield connect
+    for connection in opened:
+        connection.close()
+    wait_until(lambda: not server.server_state.connections)
+
+
+def wait_until(condition) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    received = bytearray()
+    try:
+        while piece := connection.recv(2**16):
+            received += piece
+    except ConnectionResetError:
+        pass
+    return bytes(received)
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /hea", ASK[:-2]])
+def test_headers_that_do_not_come_end_a_connection(connect, sent):
+    assert b" 408 " in rest(connect(sent)).splitlines()[0]
+
+
+def test_headers_that_drip_end_a_connection_that_has_been_answered_before(connect):
+    connection = connect(ASK)
+    while not connection.recv(2**16).endswith(b"xx"):
+        pass
+    time.sleep(2 * LIMITS.header_seconds)  # doing nothing is no half of a request
+    with pytest.raises(OSError):
+        while True:
+            connection.sendall(b"G")
+            time.sleep(0.05)
+
+
+def test_pipelined_requests_are_answered_and_half_of_one_is_not_waited_for(connect):
+    received = rest(connect(ASK + ASK + ASK[:9]))
+    assert (received.count(b" 200 "), received.count(b" 408 ")) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        ASK[:-2] + b"a: " + b"x" * 5000,
+        ASK[:-2] + b"a: b\r\n" * 1000,
+        b"GET /" + b"x" * 5000,
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"nonsense\r\n\r\n",
+        ASK[:-2] + b"content-length: x\r\n\r\n",
+    ],
+)
+def test_headers_too_long_or_no_headers_are_refused(connect, sent):
+    assert rest(connect(sent)).startswith(b"HTTP/1.1 400 ")
+
+
+@pytest.mark.parametrize(
+    "framing", [b"content-length: 99", b"transfer-encoding: chunked"]
+)
+def test_a_body_that_does_not_come_ends_a_connection(connect, framing):
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: here\r\n" + framing + b"\r\n\r\n"
+    assert rest(connect(head)).startswith(b"HTTP/1.1 408 ")
+
+
+def test_garbage_after_a_request_ends_its_connection_only(connect):
+    received = rest(connect(ASK + b"\x00garbage\r\n\r\n"))
+    assert (received.count(b" 200 "), received.count(b" 400 ")) == (1, 1)
+    assert connect(ASK).recv(12) == b"HTTP/1.1 200"
+
+
+def test_no_connection_becomes_another_protocol(connect):
+    upgrade = (
+        b"connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n"
+    )
+    sent = ASK[:-2].replace(b"/health", b"/v1/realtime") + upgrade + b"\r\n"
+    assert rest(connect(sent)).startswith(b"HTTP/1.1 404 ")
+
+
+def test_a_client_that_reads_nothing_is_let_go(server, connect):
+    connect(ASK.replace(b"/health", b"/metrics"))
+    wait_until(lambda: server.server_state.connections)
+    wait_until(lambda: not server.server_state.connections)
+
+
+def test_a_client_that_reads_gets_all_of_it(connect):
+    connection = connect(ASK.replace(b"/health", b"/metrics"))
+    received = 0
+    while received < LARGE:
+        received += len(connection.recv(2**20))
+
+
+def test_one_connection_too_many_is_told_so_and_others_go_on(server, connect):
+    within = [connect() for _ in range(LIMITS.connections)]
+    wait_until(lambda: len(server.server_state.connections) == LIMITS.connections)
+    assert b" 503 " in rest(connect())
+    within[0].sendall(ASK)
+    assert within[0].recv(12) == b"HTTP/1.1 200"
