@@ -6,6 +6,7 @@ why it is h11's protocol and not httptools'. A connection is never upgraded.
 """
 
 import asyncio
+import http
 from typing import Any
 
 import h11
@@ -63,7 +64,10 @@ class LimitedProtocol(H11Protocol):
         """Answers what isn't a request yet."""
         start, body = answers.start_and_body(refused)
         headers = [*start["headers"], (b"connection", b"close")]
-        response = h11.Response(status_code=refused.status, headers=headers)
+        reason = http.HTTPStatus(refused.status).phrase
+        response = h11.Response(
+            status_code=refused.status, headers=headers, reason=reason
+        )
         data = h11.Data(data=body["body"])
         for event in (response, data, h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
