@@ -1,6 +1,6 @@
 """What a served model does while clients misbehave.
 
-`measure` sends hostile requests of every kind that `hostile_requests` has, many at once,
+`measure` sends hostile requests of every kind in `hostile_requests`, many at once,
 beside normal ones. A hostile one must be answered by a 4xx or its connection closed; a
 normal one must be answered as the first was, before any hostility.
 """

@@ -7,6 +7,7 @@ Ray nor vLLM. `protocol` bounds what comes before a request is one.
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -71,7 +72,8 @@ class Front:
             self._admit(scope)
             body = await self._read(scope, receive)
         except Refused as refused:
-            return await _answer_and_close(refused, receive, send)
+            most = self._access.limits.body_kib * 1024
+            return await _answer_and_close(refused, most, receive, send)
         if body is None:  # the client is gone
             return
         try:
@@ -173,20 +175,21 @@ def _too_large(limits: LimitsConfig) -> Refused:
     )
 
 
-async def _answer_and_close(refused: Refused, receive: Any, send: Any) -> None:
+async def _answer_and_close(
+    refused: Refused, most: int, receive: Any, send: Any
+) -> None:
     """Answers a request whose body isn't read to its end.
 
     A client that reads only once it has sent everything would find a closed connection
-    and no answer, so that what it still sends is thrown away for a moment.
+    and no answer. So up to `most` bytes that it still sends are thrown away, for a
+    moment.
     """
     refused.headers += (CLOSE,)
     start, body = answers.start_and_body(refused)
     await send(start)
     await send(body | {"more_body": True})
-    try:
+    with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER_SECONDS):
-            while (await receive()).get("more_body", False):
-                pass
-    except TimeoutError:
-        pass
+            while most > 0 and (message := await receive()).get("more_body", False):
+                most -= len(message["body"])
     await send({"type": "http.response.body", "body": b""})

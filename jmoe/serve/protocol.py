@@ -7,6 +7,8 @@ why it is h11's protocol and not httptools'. A connection is never upgraded.
 
 import asyncio
 import http
+import math
+import socket
 from typing import Any
 
 import h11
@@ -25,11 +27,10 @@ class LimitedProtocol(H11Protocol):
         super().__init__(config, *arguments, **more)
         self._limits = limits
         self._headers_due: asyncio.TimerHandle | None = None
-        self._reading_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
-        transport.set_write_buffer_limits(high=0)  # any unsent byte counts as unread
         super().connection_made(transport)
+        self._bound_stalls(transport.get_extra_info("socket"))
         most = self._limits.connections
         if len(self.connections) > most:
             self._end(
@@ -82,18 +83,18 @@ class LimitedProtocol(H11Protocol):
     def _should_upgrade(self) -> bool:
         return False
 
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        seconds = self._limits.stall_seconds
-        self._reading_due = self.loop.call_later(seconds, self.transport.abort)
+    def _bound_stalls(self, connection: Any) -> None:
+        """Has the kernel end a connection with bytes that its client doesn't take.
 
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        self._reading_due = _cancelled(self._reading_due)
+        Transports don't tell: with TLS, what a slow client is sent counts as sent.
+        """
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux
+            milliseconds = math.ceil(self._limits.stall_seconds * 1000)
+            option = (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            connection.setsockopt(*option)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._headers_due = _cancelled(self._headers_due)
-        self._reading_due = _cancelled(self._reading_due)
         super().connection_lost(exc)
 
 

@@ -1,13 +1,12 @@
 """Where keys come from, and a server that others reach without any."""
 
-import subprocess
-
 import pytest
 
 from jmoe.config import override
 from jmoe.config.serve import ServeConfig
 from jmoe.serve.front import digest
 from jmoe.serve.keys import VARIABLE, read_access
+from tests.serve.tls import certificate
 
 KEYS = ["first-key-of-tests", "second-key-of-tests"]
 
@@ -69,12 +68,3 @@ def test_a_certificate_that_does_not_fit_its_key_is_refused(tmp_path):
     )
     with pytest.raises(FileNotFoundError, match="nowhere"):
         access(files[0], "tls_key=nowhere")
-
-
-def certificate(directory, name: str) -> str:
-    path = f"{directory / name}"
-    curve = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
-    files = ["-keyout", f"{path}.key", "-out", f"{path}.pem", "-subj", "/CN=localhost"]
-    command = ["openssl", "req", "-x509", "-nodes", *curve, *files]
-    subprocess.run(command, check=True, capture_output=True)
-    return path

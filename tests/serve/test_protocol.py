@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ import pytest
 import uvicorn
 
 from jmoe.config.serve import LimitsConfig
+from jmoe.serve import front
 from jmoe.serve.front import Access, Front
 from jmoe.serve.protocol import LimitedProtocol
+from tests.serve.tls import certificate
 
 LIMITS = LimitsConfig(
     connections=8, header_kib=4, header_seconds=0.3, body_seconds=0.3, stall_seconds=0.3
@@ -30,23 +33,29 @@ async def engine(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[uvicorn.Server]:
+@pytest.fixture(scope="module", params=["http", "https"])
+def server(request, tmp_path_factory) -> Iterator[uvicorn.Server]:
+    files = {}
+    if request.param == "https":
+        path = certificate(tmp_path_factory.mktemp("tls"), "own")
+        files = {"ssl_certfile": f"{path}.pem", "ssl_keyfile": f"{path}.key"}
     config = uvicorn.Config(
         Front(engine, Access(LIMITS)),
         http=functools.partial(LimitedProtocol, limits=LIMITS),  # type: ignore[arg-type]
         port=0,
+        **files,
         log_level="critical",
         timeout_keep_alive=PATIENCE,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=asyncio.run, args=[server.serve()])
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield server
-    server.should_exit = True
-    thread.join(PATIENCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(front, "LINGER_SECONDS", 0.1)
+        thread.start()
+        wait_until(lambda: server.started)
+        yield server
+        server.should_exit = True
+        thread.join(PATIENCE)
 
 
 @pytest.fixture
@@ -56,9 +65,14 @@ def connect(server):
     address = server.servers[0].sockets[0].getsockname()
 
     def connect(sent: bytes = b"") -> socket.socket:
-        opened.append(socket.create_connection(address, timeout=PATIENCE))
-        opened[-1].sendall(sent)
-        return opened[-1]
+        connection = socket.create_connection(address, timeout=PATIENCE)
+        if server.config.is_ssl:
+            context = ssl.create_default_context()
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            connection = context.wrap_socket(connection)
+        opened.append(connection)
+        connection.sendall(sent)
+        return connection
 
     yield connect
     for connection in opened:
