@@ -1,27 +1,25 @@
 """Connections to a real uvicorn that isn't behind anything."""
 
-import asyncio
 import functools
 import socket
 import ssl
-import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import uvicorn
 
 from jmoe.config.serve import LimitsConfig
-from jmoe.serve import front
 from jmoe.serve.front import Access, Front
 from jmoe.serve.protocol import LimitedProtocol
+from tests.serve.running import PATIENCE, address, running, wait_until
 from tests.serve.tls import certificate
 
 LIMITS = LimitsConfig(
-    connections=8, header_kib=4, header_seconds=0.3, body_seconds=0.3, stall_seconds=0.3
+    connections=8, header_kib=4, header_seconds=0.3, body_seconds=0.3, stall_seconds=2
 )
 ASK = b"GET /health HTTP/1.1\r\nhost: here\r\n\r\n"
-PATIENCE = 60  # seconds; a test that needs them has failed
 LARGE = 2**24  # bytes, more than any socket's buffer
 
 
@@ -39,33 +37,18 @@ def server(request, tmp_path_factory) -> Iterator[uvicorn.Server]:
     if request.param == "https":
         path = certificate(tmp_path_factory.mktemp("tls"), "own")
         files = {"ssl_certfile": f"{path}.pem", "ssl_keyfile": f"{path}.key"}
-    config = uvicorn.Config(
-        Front(engine, Access(LIMITS)),
-        http=functools.partial(LimitedProtocol, limits=LIMITS),  # type: ignore[arg-type]
-        port=0,
-        **files,
-        log_level="critical",
-        timeout_keep_alive=PATIENCE,
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=asyncio.run, args=[server.serve()])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(front, "LINGER_SECONDS", 0.1)
-        thread.start()
-        wait_until(lambda: server.started)
+    http: Any = functools.partial(LimitedProtocol, limits=LIMITS)
+    with running(Front(engine, Access(LIMITS)), http=http, **files) as server:
         yield server
-        server.should_exit = True
-        thread.join(PATIENCE)
 
 
 @pytest.fixture
 def connect(server):
     """Opens a connection that sends these bytes; all are closed at the end."""
     opened: list[socket.socket] = []
-    address = server.servers[0].sockets[0].getsockname()
 
     def connect(sent: bytes = b"") -> socket.socket:
-        connection = socket.create_connection(address, timeout=PATIENCE)
+        connection = socket.create_connection(address(server), timeout=PATIENCE)
         if server.config.is_ssl:
             context = ssl.create_default_context()
             context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
@@ -78,13 +61,6 @@ def connect(server):
     for connection in opened:
         connection.close()
     wait_until(lambda: not server.server_state.connections)
-
-
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def rest(connection: socket.socket) -> bytes:
@@ -166,12 +142,16 @@ def test_a_client_that_reads_gets_all_of_it(connect):
     connection = connect(ASK.replace(b"/health", b"/metrics"))
     received = 0
     while received < LARGE:
-        received += len(connection.recv(2**20))
+        piece = connection.recv(2**20)
+        assert piece, f"closed after {received} bytes"
+        received += len(piece)
 
 
-def test_one_connection_too_many_is_told_so_and_others_go_on(server, connect):
-    within = [connect() for _ in range(LIMITS.connections)]
-    wait_until(lambda: len(server.server_state.connections) == LIMITS.connections)
+def test_one_connection_too_many_is_told_so_and_others_go_on(connect):
+    within = [connect(ASK) for _ in range(LIMITS.connections)]
+    for connection in within:  # idle, and still open
+        while not connection.recv(2**16).endswith(b"xx"):
+            pass
     assert b" 503 " in rest(connect())
     within[0].sendall(ASK)
     assert within[0].recv(12) == b"HTTP/1.1 200"
