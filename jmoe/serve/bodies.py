@@ -8,6 +8,7 @@ import json
 import math
 import re
 import reprlib
+from collections import Counter
 from typing import Any, NoReturn
 
 from jmoe.config.serve import LimitsConfig
@@ -29,7 +30,7 @@ COUNTS = {
 LEAST = {"n": 1, "best_of": 1}  # 0 for the others
 PROMPTS = ("prompt", "prompt_embeds")
 
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"')
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"')
 _BRACKET = re.compile(r"[\[\]{}]")
 
 
@@ -73,6 +74,8 @@ def _parse(body: bytes) -> dict[str, Any]:
 
 
 def _check_depth(text: str) -> None:
+    if text.count("[") + text.count("{") <= MAX_DEPTH:
+        return
     depth = 0
     for bracket in _BRACKET.findall(_STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
@@ -93,9 +96,8 @@ def _finite(text: str) -> float:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in found if keys.count(key) > 1)
-        raise ValueError(f"{reprlib.repr(twice)} is there twice")
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"{reprlib.repr(key)} is there twice")
     return found
 
 

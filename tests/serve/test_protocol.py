@@ -74,6 +74,14 @@ def rest(connection: socket.socket) -> bytes:
     return bytes(received)
 
 
+def read_answer(connection: socket.socket) -> None:
+    received = b""
+    while not received.endswith(b"xx"):
+        piece = connection.recv(2**16)
+        assert piece, f"closed after {received!r}"
+        received += piece
+
+
 @pytest.mark.parametrize("sent", [b"", b"GET /hea", ASK[:-2]])
 def test_headers_that_do_not_come_end_a_connection(connect, sent):
     assert b" 408 " in rest(connect(sent)).splitlines()[0]
@@ -81,8 +89,7 @@ def test_headers_that_do_not_come_end_a_connection(connect, sent):
 
 def test_headers_that_drip_end_a_connection_that_has_been_answered_before(connect):
     connection = connect(ASK)
-    while not connection.recv(2**16).endswith(b"xx"):
-        pass
+    read_answer(connection)
     time.sleep(2 * LIMITS.header_seconds)  # doing nothing is no half of a request
     with pytest.raises(OSError):
         while True:
@@ -149,9 +156,8 @@ def test_a_client_that_reads_gets_all_of_it(connect):
 
 def test_one_connection_too_many_is_told_so_and_others_go_on(connect):
     within = [connect(ASK) for _ in range(LIMITS.connections)]
-    for connection in within:  # idle, and still open
-        while not connection.recv(2**16).endswith(b"xx"):
-            pass
+    for connection in within:  # idle from then on, and open
+        read_answer(connection)
     assert b" 503 " in rest(connect())
     within[0].sendall(ASK)
     assert within[0].recv(12) == b"HTTP/1.1 200"
