@@ -41,7 +41,9 @@ def check(body: bytes, limits: LimitsConfig) -> None:
       Refused: with status 400 and one line, which names the field, its value and what
         is allowed.
     """
-    for field, value in _parse(body).items():
+    parsed = _parse(body)
+    _check_length("body", len(parsed), "items", limits)
+    for field, value in parsed.items():
         if field in COUNTS:
             _check_count(field, value, COUNTS[field], limits)
         elif field in PROMPTS:

@@ -78,7 +78,14 @@ def test_prompts_are_counted_whatever_they_are_made_of(prompt, fits):
 def test_other_lists_are_bounded_and_a_chats_messages_by_the_bodys_size_only():
     for value in (["x"] * 7, {str(i): 1 for i in range(7)}):
         assert "has 7 items" in refused({"stop": value}).message
+    assert "'body' has 7 items" in refused({str(i): 1 for i in range(7)}).message
     check(json.dumps({"messages": [{}] * 7, "stop": ["x"] * 6}).encode(), LIMITS)
+
+
+def test_a_body_of_many_keys_takes_no_time_to_speak_of():
+    keys = ",".join(f'"{i}": 1' for i in range(200_000))
+    body = f'{{{keys}, "199999": 2}}'.encode()
+    assert "'199999' is there twice" in refused(body).message
 
 
 @pytest.mark.parametrize(
