@@ -5,6 +5,8 @@ import dataclasses
 from jmoe.config import checks
 from jmoe.config.model import DTYPES
 
+OPEN_ROUTES = ("/health", "/metrics")  # what may be asked without a key
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
@@ -56,16 +58,63 @@ class EngineConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What one client may ask of the server, in bytes, in time and in work.
+
+    On each machine clients can make it hold at most `connections` times `body_kib`.
+    """
+
+    connections: int = 1024  # open at a time on each machine
+    header_kib: int = 32  # of a request's first line and headers
+    header_seconds: float = 10.0  # until they are there
+    body_kib: int = 2048  # of a request
+    body_seconds: float = 30.0  # until it is there
+    stall_seconds: float = 60.0  # that a client leaves sent bytes unread
+    prompts: int = 64  # of one request
+    choices: int = 16  # n and best_of
+    new_tokens: int | None = None  # of an answer; what the engine's max_length leaves
+    logprobs: int = 20  # alternatives to a token, as logprobs and its like ask for
+    items: int = 1024  # of a list or map besides prompts and messages, such as stop
+
+    def __post_init__(self):
+        checks.at_least(
+            self,
+            connections=1,
+            header_kib=1,
+            body_kib=1,
+            prompts=1,
+            choices=1,
+            logprobs=0,
+            items=1,
+        )
+        checks.finite(self, "header_seconds", "body_seconds", "stall_seconds")
+        for field in ("header_seconds", "body_seconds", "stall_seconds"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
+        if self.new_tokens is not None:
+            checks.at_least(self, new_tokens=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServeConfig:
     """Replicas of one model behind one address.
 
     With `max_replicas` above `min_replicas` their number follows the load: there are
     as many as it takes to give each about `requests_per_replica` at a time.
+
+    Keys are read from `key_file`, one a line, or from the environment's JMOE_API_KEYS.
+    With any, every request needs one but those for `open_routes`. Without, `host` must
+    be this machine's own.
     """
 
     name: str = ""  # of the model in requests; by default its directory's
     host: str = "127.0.0.1"
     port: int = 8000
+    key_file: str | None = None
+    open_routes: tuple[str, ...] = ("/health",)  # and "/metrics", where it may be read
+    tls_certificate: str | None = None  # PEM files; with both, https and no http
+    tls_key: str | None = None
+    limits: LimitsConfig = LimitsConfig()
     min_replicas: int = 1
     max_replicas: int = 1
     requests_per_replica: int = 32
@@ -82,3 +131,14 @@ class ServeConfig:
             drain_seconds=0.0,
         )
         checks.at_most(self, port=65_535)
+        for route in self.open_routes:
+            if route not in OPEN_ROUTES:
+                raise ValueError(
+                    f"open_routes has {route!r}, which is not one of "
+                    f"{', '.join(map(repr, OPEN_ROUTES))}."
+                )
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError(
+                f"tls_certificate={self.tls_certificate!r} and tls_key={self.tls_key!r}"
+                " must be given together."
+            )

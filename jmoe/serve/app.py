@@ -1,9 +1,9 @@
 """vLLM's own OpenAI server, as a Ray Serve application.
 
-Each replica is an engine with vLLM's HTTP application in front, so that every route,
-check and message is vLLM's. Ours are two things that only all replicas together can do:
-`/metrics` shows every replica, and SIGTERM drains: new requests get a 503, those in
-flight are finished, then the program ends.
+Each replica is an engine with vLLM's HTTP application. Ray's proxies pass requests on
+to it, from behind our `front`. Ours too are two things that only all replicas can do
+together: `/metrics` shows every replica, and SIGTERM drains: new requests get a 503,
+those in flight are finished, then the program ends.
 """
 # pyright: reportMissingImports=false
 
@@ -19,7 +19,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
-from jmoe.serve import replicas
+from jmoe.serve import proxy, replicas
+from jmoe.serve.answers import Refused, answer
+from jmoe.serve.front import Access
 from jmoe.serve.vllm_engine import Engine
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
@@ -28,7 +30,7 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
 APP = "jmoe"
-RETRY_SECONDS = 5  # what a refused client is told to wait
+DRAINING = Refused(503, "The server is shutting down.", headers=(("retry-after", "5"),))
 
 
 class Gate:
@@ -43,7 +45,7 @@ class Gate:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         if self._closed:
-            return await _draining()(scope, receive, send)
+            return await answer(DRAINING, send)
         task = asyncio.current_task()
         assert task is not None
         self._in_flight.add(task)
@@ -61,14 +63,6 @@ class Gate:
         for task in late:
             task.cancel()
         return len(late)
-
-
-def _draining() -> Any:
-    from starlette.responses import JSONResponse
-
-    error = {"message": "The server is shutting down.", "type": "unavailable"}
-    headers = {"Retry-After": str(RETRY_SECONDS)}
-    return JSONResponse({"error": error | {"code": 503}}, 503, headers)
 
 
 class Replica:
@@ -129,7 +123,9 @@ class Replica:
             self._engine.shutdown()
 
 
-def serve_until_stopped(cfg: ServeConfig, engine: Engine, device: str) -> None:
+def serve_until_stopped(
+    cfg: ServeConfig, engine: Engine, device: str, access: Access
+) -> None:
     """Starts Ray unless it runs already, serves, and drains at SIGTERM or Ctrl-C.
 
     Raises:
@@ -141,15 +137,15 @@ def serve_until_stopped(cfg: ServeConfig, engine: Engine, device: str) -> None:
     ray.init(include_dashboard=False, logging_level="error")
     try:
         _refuse_unfit_cluster(cfg, device)
-        _serve(cfg, engine, device)
+        _serve(cfg, engine, device, access)
     finally:
         ray.shutdown()
 
 
-def _serve(cfg: ServeConfig, engine: Engine, device: str) -> None:
+def _serve(cfg: ServeConfig, engine: Engine, device: str, access: Access) -> None:
     try:
         with _stop_signals():
-            _start(cfg, engine, device)
+            _start(cfg, engine, device, access)
             signal.pause()
     except _Stopped:
         pass
@@ -158,12 +154,14 @@ def _serve(cfg: ServeConfig, engine: Engine, device: str) -> None:
             _stop(cfg)
 
 
-def _start(cfg: ServeConfig, engine: Engine, device: str) -> None:
+def _start(cfg: ServeConfig, engine: Engine, device: str, access: Access) -> None:
     began = time.monotonic()
     serve.start(
-        http_options={"host": cfg.host, "port": cfg.port},
+        http_options=proxy.http_options(cfg),
         logging_config=replicas.LOGGING,
+        controller_options={"runtime_env": {"env_vars": proxy.environment(access)}},
     )
+    proxy.refuse_unguarded(cfg)
     options = replicas.deployment_options(cfg, engine, device)
     deployment = serve.deployment(serve.ingress()(Replica), **options)
     try:
@@ -173,7 +171,7 @@ def _start(cfg: ServeConfig, engine: Engine, device: str) -> None:
         reason = deployed.message.strip().splitlines()[-1]
         raise RuntimeError(f"No replica started: {reason}") from error
     print(
-        f"Serving {cfg.name} at http://{cfg.host}:{cfg.port} "
+        f"Serving {cfg.name} at {proxy.url(cfg)} "
         f"({time.monotonic() - began:.0f} s to start).",
         flush=True,
     )
@@ -192,7 +190,8 @@ def _stop(cfg: ServeConfig) -> None:
 
 
 def _refuse_taken_port(cfg: ServeConfig) -> None:
-    with socket.socket() as probe:
+    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
+    with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((cfg.host, cfg.port))

@@ -128,9 +128,13 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
         "tensor_parallel_size": cfg.tensor_parallel,
         "pipeline_parallel_size": cfg.pipeline_parallel,
         "enable_expert_parallel": cfg.expert_parallel,
+        "max_logprobs": serving.limits.logprobs,
         "seed": 0,
         **special,
     }
+    if serving.limits.new_tokens is not None:  # also where a request leaves it open
+        bound = {"max_new_tokens": serving.limits.new_tokens}
+        arguments["override_generation_config"] = bound
     if cfg.draft_tokens:
         arguments["speculative_config"] = {
             "method": "mtp",

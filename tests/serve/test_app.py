@@ -98,7 +98,11 @@ def test_models_health_and_metrics_are_there(server):
         ({"model": NAME, "prompt": 5.5}, 400, "body.prompt"),
         (greedy("x", 5) | {"model": "other"}, 404, "`other` does not exist"),
         (greedy("x", 5000), 400, "cannot be greater than max_model_len=1024"),
-        (greedy("x", -1), 400, "max_tokens must be at least"),
+        (greedy("x", -1), 400, "max_tokens=-1 must be at least 0"),
+        (greedy("x", 5, n=16384), 400, "n=16384 must be at most 16 (limits.choices)"),
+        (greedy("x", 5, logprobs=21), 400, "logprobs=21 must be at most 20"),
+        (greedy(["x"] * 65, 5), 400, "at most 64 may be asked for at once"),
+        (b" " * (2**21 + 1), 413, "more than 2048 KiB"),
         (greedy("x", 5, temperature=-1), 400, "temperature must be non-negative"),
         (greedy([0, 300], 5), 400, "out of vocabulary"),
         (greedy([0] * 1025, 1), 400, "1024"),
@@ -107,6 +111,12 @@ def test_models_health_and_metrics_are_there(server):
 def test_a_malformed_request_gets_a_4xx_with_the_reason(server, body, status, reason):
     response = server.ask("/v1/completions", body)
     assert (response.status, reason in response.text) == (status, True), response
+
+
+@pytest.mark.parametrize("path", ["/scale_elastic_ep", "/docs", "/-/routes"])
+def test_what_vllm_and_ray_serve_besides_is_not_reached(server, path):
+    for body in (None, {}):
+        assert server.ask(path, body).status == 404
 
 
 def test_a_killed_replica_is_replaced_and_its_requests_end(server, expected):
