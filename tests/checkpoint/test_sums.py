@@ -31,7 +31,12 @@ def files(tmp_path, monkeypatch) -> dict[str, bytes]:
     """Files below `tmp_path`, some larger than what one thread reads at a time."""
     monkeypatch.setattr(sums, "_BLOCK_BYTES", 16)
     monkeypatch.setattr(sums, "_CHUNK_BYTES", 5)
-    content = {"a/large": bytes(range(200)), "empty": b"", "b": b"b", "c/d/e": b"e" * 33}
+    content = {
+        "a/large": bytes(range(200)),
+        "empty": b"",
+        "b": b"b",
+        "c/d/e": b"e" * 33,
+    }
     for name, data in content.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(data)
