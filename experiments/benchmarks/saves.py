@@ -1,8 +1,8 @@
 """How long a save holds up training, against a save that is waited for.
 
-A step donates its state, as training does. It is timed alone, and while a checkpoint is
-written: there it shares the host's cores with the writer, and on CPUs the memory too, so
-that JAX copies what it would have donated.
+A step donates its state, as training does. It is timed alone, and while a checkpoint
+is written: then it shares the host's cores with the writer, and on CPUs the memory too,
+so that JAX copies what it would have donated.
 """
 
 import pathlib
