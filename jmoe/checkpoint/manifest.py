@@ -15,15 +15,15 @@ A checkpoint is whole if its manifest is as it was written, for a directory of t
 name, and all of its files have their full size; restoring also compares their sums.
 """
 
-import concurrent.futures
 import json
 import pathlib
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
+from jmoe.checkpoint import sums
 from jmoe.data import durable
 
 FILE_NAME = "manifest.json"
@@ -32,7 +32,6 @@ _FIELDS = {"step": int, "position": dict, "arrays": dict, "files": dict}
 _KINDS = {**_FIELDS, "validation_loss": float}
 _FLOATS = {"float16", "bfloat16", "float32"}
 _LISTED_DIFFERENCES = 8
-_CHUNK_BYTES = 1 << 20
 
 
 class DamagedCheckpointError(ValueError):
@@ -70,7 +69,7 @@ def parse(described: str) -> tuple[str, tuple[int, ...]]:
 def write(
     directory: pathlib.Path,
     manifest: Mapping[str, Any],
-    known: Mapping[str, tuple[int, int]] | None = None,
+    known: Mapping[str, Sequence[int]] | None = None,
 ) -> None:
     """Writes `manifest`, with the files of `directory` added to it, beside them.
 
@@ -80,12 +79,8 @@ def write(
       known: sizes and sums of files that needn't be read for them.
     """
     files = dict(known or {})
-    paths = [path for path in directory.rglob("*") if path.is_file()]
-    names = [path.relative_to(directory).as_posix() for path in paths]
-    unread = {n: p for n, p in zip(names, paths, strict=True) if n not in files}
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        sums = pool.map(_size_and_crc, unread.values())
-        files |= dict(zip(unread, sums, strict=True))
+    unread = (name for name in sums.names(directory) if name not in files)
+    files |= sums.of_files(directory, unread)
     files.pop(_REWRITTEN, None)
     whole = json.loads(json.dumps({**manifest, "files": files}))  # as it is read
     durable.sync_tree(directory)
@@ -149,17 +144,28 @@ def _own_crc(manifest: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
-def check_sums(directory: pathlib.Path, files: Mapping[str, list[int]]) -> None:
+def check_sums(directory: pathlib.Path, files: Mapping[str, Sequence[int]]) -> None:
     """Reads every file; raises DamagedCheckpointError for one that was altered."""
-    paths = [directory / name for name in files]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        try:
-            sums = list(pool.map(_size_and_crc, paths))
-        except FileNotFoundError as error:  # as another process removed it
-            reason = f"{error.filename} is missing"
-            raise DamagedCheckpointError(directory, reason) from error
-    for name, found in zip(files, sums, strict=True):
-        if list(found) != files[name]:
+    sizes = {name: size for name, (size, _) in files.items()}
+    compare(directory, files, sums.read(directory, sizes))
+
+
+def compare(
+    directory: pathlib.Path,
+    files: Mapping[str, Sequence[int]],
+    parts: Iterable[sums.Part],
+) -> None:
+    """Raises DamagedCheckpointError for a file of which other bytes were read.
+
+    Args:
+      parts: of all files, as `sums.read` gives them.
+    """
+    found = sums.join(parts)
+    for name, written in files.items():
+        size, crc = found.get(name, (0, 0))
+        if crc is None:
+            raise DamagedCheckpointError(directory, f"{name} is missing")
+        if [size, crc] != [*written]:
             raise DamagedCheckpointError(directory, f"{name} was altered (CRC-32)")
 
 
@@ -203,12 +209,3 @@ def _readable_as(expected: str, found: str) -> bool:
     return shape == stored_shape and (
         dtype == stored_dtype or {dtype, stored_dtype} <= _FLOATS
     )
-
-
-def _size_and_crc(path: pathlib.Path) -> tuple[int, int]:
-    size = crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            size += len(chunk)
-            crc = zlib.crc32(chunk, crc)
-    return size, crc

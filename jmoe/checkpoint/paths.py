@@ -17,6 +17,11 @@ from jmoe.data import durable
 MERGED = "manifest.ocdbt"  # Orbax's file where arrays share data files
 
 
+def of_process(index: int) -> str:
+    """Returns the name of the directory in which Orbax keeps what a process wrote."""
+    return f"ocdbt.process_{index}"
+
+
 class Literal(type(epath.Path())):
     """A path whose own characters `[`, `]`, `*` and `?` stand for themselves."""
 

@@ -11,11 +11,13 @@ The state is any pytree of arrays. It is stored flat, by name ("params/embed/ker
 so that a checkpoint stays readable when a container's class changes, and in part.
 
 Several processes (`jmoe.parallel.processes`) call the same methods, on one directory
-that all of them see. Each writes and reads what its devices hold; process 0 decides
-which checkpoint is read, writes the manifest once all have written, and removes.
+that all of them see. Each writes and reads what its devices hold, sums what it wrote,
+and compares the sums of its share of what is read; process 0 writes the manifest once
+all have written, and removes.
 """
 
 import concurrent.futures
+import functools
 import json
 import math
 import operator
@@ -29,7 +31,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jmoe.checkpoint import manifest, paths
+from jmoe.checkpoint import manifest, paths, sealed, sums
 from jmoe.checkpoint.manifest import DamagedCheckpointError
 from jmoe.checkpoint.retention import (
     BEST,
@@ -71,7 +73,7 @@ class Store:
         self._kept = Retention(newest=keep, best=keep_best, every=keep_every)
         self._current: int | None = None  # the step last saved or restored here
         self._writing = False
-        self._handler = _SealingHandler(use_compression=False)
+        self._handler = sealed.Handler(use_compression=False)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
             async_options=ocp.AsyncOptions(
@@ -154,7 +156,7 @@ class Store:
         save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
             path = paths.Literal(self._path(step))
-            self._writer.save(path, args=_Save(arrays, save_args))
+            self._writer.save(path, args=sealed.Save(arrays, save_args))
         self._current = step
         self._writing = True
 
@@ -186,11 +188,9 @@ class Store:
         self.wait()
         step = self._number(step)
         wanted = manifest.flatten(abstract_state)
-        found, position = processes.from_first(
-            "checkpoint to restore", lambda: self._choose(step, wanted, ignore)
-        )
+        found, position = self._choose(step, manifest.describe(wanted), ignore)
         targets = {name: _placed(array) for name, array in wanted.items()}
-        arguments = _Restore(
+        arguments = sealed.Restore(
             targets,
             restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
             partial_restore=True,  # that nothing else is missing has been checked
@@ -279,24 +279,56 @@ class Store:
             )
 
     def _choose(
-        self, step: int | None, wanted: Mapping[str, Any], ignore: Collection[str]
+        self, step: int | None, expected: Mapping[str, str], ignore: Collection[str]
     ) -> tuple[int, dict[str, Any]]:
-        """The step to read and the loader's position, all checks passed."""
+        """The step to read and the loader's position; each process reads some files.
+
+        All processes have the same parts to compare, and come to the same end.
+        """
+        passed = None
+        while True:
+            candidate, position, files = processes.from_first(
+                "checkpoint to restore",
+                functools.partial(self._candidate, step, passed, expected, ignore),
+            )
+            share = processes.index(), processes.count()
+            sizes = {name: size for name, (size, _) in files.items()}
+            parts = sums.read(self._path(candidate), sizes, *share)
+            parts = sum(processes.exchange("sums of a checkpoint", parts), [])
+            try:
+                manifest.compare(self._path(candidate), files, parts)
+            except DamagedCheckpointError as error:
+                if step is not None:
+                    raise
+                if processes.index() == 0:
+                    logging.warning("Passed over: %s", error)
+                passed = candidate
+            else:
+                return candidate, position
+
+    def _candidate(
+        self,
+        step: int | None,
+        passed: int | None,
+        expected: Mapping[str, str],
+        ignore: Collection[str],
+    ) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
+        """Step, position and files of the newest that may be whole, before `passed`."""
         if step is not None:
             self._require(step)
-        expected = manifest.describe(wanted)
         for candidate in self._steps() if step is None else [step]:
-            path = self._path(candidate)
+            if passed is not None and candidate >= passed:
+                continue
             try:
-                stored = manifest.read(path)
-                manifest.check_arrays(path, expected, stored["arrays"], ignore)
-                manifest.check_sums(path, stored["files"])
+                stored = manifest.read(self._path(candidate))
             except DamagedCheckpointError as error:
                 if step is not None:
                     raise
                 logging.warning("Passed over: %s", error)
-            else:
-                return candidate, stored["position"]
+                continue
+            path = self._path(candidate)
+            manifest.check_arrays(path, expected, stored["arrays"], ignore)
+            return candidate, stored["position"], stored["files"]
         raise self._none_whole()
 
     def _tidy(self, step: int) -> None:
@@ -328,33 +360,6 @@ class Store:
         step = path.name.partition(".")[0]
         removed = _rename(path, f"{step}.removed")
         self._remover.submit(shutil.rmtree, removed, ignore_errors=True)
-
-
-class _SealingHandler(ocp.PyTreeCheckpointHandler):
-    """Writes a manifest beside the arrays just before Orbax renames the directory."""
-
-    manifest: dict[str, Any]
-
-    def finalize(self, directory) -> None:
-        super().finalize(directory)
-        path = pathlib.Path(directory)
-        if not (path / paths.MERGED).is_file():
-            raise RuntimeError(
-                f"Orbax did not merge what the processes wrote to {path}, so that it "
-                "can't be read; it was not made a checkpoint."
-            )
-        manifest.write(path, self.manifest)
-
-
-# Orbax looks a handler up by the class of its arguments.
-@ocp.args.register_with_handler(_SealingHandler, for_save=True)
-class _Save(ocp.args.PyTreeSave):
-    pass
-
-
-@ocp.args.register_with_handler(_SealingHandler, for_restore=True)
-class _Restore(ocp.args.PyTreeRestore):
-    pass
 
 
 def _chunked(array: jax.Array) -> ocp.SaveArgs:

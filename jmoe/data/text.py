@@ -1,7 +1,7 @@
 """Text sources: from a configured path to the documents behind it."""
 
+import concurrent.futures
 import dataclasses
-import functools
 import glob
 import hashlib
 import pathlib
@@ -14,7 +14,7 @@ from jmoe.config.data import (
     DataConfig,
     SourceConfig,
 )
-from jmoe.data import builtin, cache, readers
+from jmoe.data import builtin, cache, digests, readers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,8 @@ class Text:
 def open_sources(cfg: DataConfig) -> list[Text]:
     """Finds the files of every source, and only then reads any of them.
 
-    Fingerprints come from the files' contents, about a second for each gigabyte.
+    Fingerprints come from the files' contents. Each file is read for it once, about a
+    second for each gigabyte, and again when it has changed (`jmoe.data.digests`).
 
     Raises:
       FileNotFoundError: a file doesn't exist, or a glob matches none.
@@ -37,7 +38,9 @@ def open_sources(cfg: DataConfig) -> list[Text]:
     """
     files = [_find(source.path) for source in cfg.sources]
     return [
-        _from_files(source, paths) if paths else _from_builtin(source)
+        _from_files(source, paths, cache.directory(cfg))
+        if paths
+        else _from_builtin(source)
         for source, paths in zip(cfg.sources, files, strict=True)
     ]
 
@@ -79,25 +82,18 @@ def _from_builtin(source: SourceConfig) -> Text:
     )
 
 
-def _from_files(source: SourceConfig, paths: list[pathlib.Path]) -> Text:
+def _from_files(
+    source: SourceConfig, paths: list[pathlib.Path], directory: pathlib.Path
+) -> Text:
     kinds = map(readers.suffix, paths)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        contents = pool.map(lambda path: digests.sha256(path, directory), paths)
+        fingerprint = cache.key(source.text_field, *kinds, *contents)
     return Text(
         name=source.path,
-        fingerprint=cache.key(source.text_field, *kinds, *map(_digest, paths)),
+        fingerprint=fingerprint,
         documents=lambda: _documents(paths, source.text_field),
     )
-
-
-def _digest(path: pathlib.Path) -> str:
-    stat = path.stat()
-    return _digest_unchanged(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.cache
-def _digest_unchanged(path: pathlib.Path, size: int, mtime_ns: int) -> str:
-    """Reads a file once in a process, unless it changes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _documents(paths: list[pathlib.Path], text_field: str) -> Iterator[str]:

@@ -68,6 +68,11 @@ def index() -> int:
     return _group.get().index
 
 
+def count() -> int:
+    """How many processes there are; waits for all of them."""
+    return len(exchange("count", None))
+
+
 def exchange(what: str, value: Any) -> list[Any]:
     """The JSON values that all processes give, by process. Waits for all of them.
 

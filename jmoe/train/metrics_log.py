@@ -1,4 +1,4 @@
-"""Writes what a run measures: metrics.jsonl, balance.jsonl and TensorBoard events.
+"""Writes what a run measures: metrics.jsonl, balance.npy and TensorBoard events.
 
 `jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
 nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
@@ -23,6 +23,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 
 from jmoe.data import durable
 from jmoe.train import run_files
+from jmoe.train.balance_log import BalanceLog
 
 # Generated messages, which type checkers can't look into.
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -30,7 +31,6 @@ SessionLog: Any = event_pb2.SessionLog  # pyright: ignore[reportAttributeAccessI
 Summary: Any = summary_pb2.Summary  # pyright: ignore[reportAttributeAccessIssue]
 
 _METRIC_DIGITS = 9  # what a float32 needs to survive
-_BALANCE_DIGITS = 6
 
 
 class MetricsLog:
@@ -46,7 +46,8 @@ class MetricsLog:
         directory = pathlib.Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
         self._metrics = _resume(directory / run_files.METRICS, start_step)
-        self._balance = _resume(directory / run_files.BALANCE, start_step)
+        balance = directory / run_files.BALANCE
+        self._balance = BalanceLog(balance, start_step=start_step)
         self._events = _open_events(directory / run_files.TENSORBOARD, start_step)
 
     def log(
@@ -57,7 +58,7 @@ class MetricsLog:
         load_LE: ArrayLike | None = None,
         bias_LE: ArrayLike | None = None,
     ) -> None:
-        """Writes one row of metrics and, where `load_LE` is given, one of balance.
+        """Writes one row of metrics and passes `load_LE` on to the `BalanceLog`.
 
         Args:
           step: the optimizer step measured. The rows of one step, say of training and
@@ -80,15 +81,13 @@ class MetricsLog:
         _append(self._metrics, row)
         self._events.write_event(_to_event(step, now, metrics))
         self._events.flush()
-        if load_LE is not None:
-            load = _plain(load_LE, _BALANCE_DIGITS)
-            bias = _plain(bias_LE, _BALANCE_DIGITS)
-            _append(self._balance, {"step": step, "load_LE": load, "bias_LE": bias})
+        if load_LE is not None and bias_LE is not None:
+            self._balance.append(step, load_LE, bias_LE)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk, from where events can be remade."""
-        for file in (self._metrics, self._balance):
-            os.fsync(file.fileno())
+        os.fsync(self._metrics.fileno())
+        self._balance.sync()
 
     def close(self) -> None:
         """Closes the files; a closed log takes no more rows."""
@@ -104,17 +103,9 @@ class MetricsLog:
 
 
 def _resume(path: pathlib.Path, start_step: int) -> TextIO:
-    """Opens `path` for appending, without broken lines and steps past `start_step`."""
-    if path.exists():
-        with (
-            durable.replacing(path) as whole,
-            whole.open("w", encoding="utf-8") as file,
-        ):
-            for line in run_files.read_lines(path):
-                row = run_files.parse_row(line)
-                if row is not None and row["step"] <= start_step:
-                    file.write(line.rstrip("\n") + "\n")
+    """Opens `path` for appending, without what comes after `start_step`."""
     file = path.open("a", encoding="utf-8")
+    run_files.drop_rows(path, after=start_step)
     durable.sync(path.parent)
     return file
 

@@ -6,7 +6,8 @@
                     (text), processes, versions {name: text}, parameters,
                     active_parameters, unigram_entropy (nats per token)
     metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
-    balance.jsonl   {"step", "load_LE", "bias_LE"} a log; a layer's loads sum to 1
+    balance.npy     {"step", "load_LE", "bias_LE"} of some logs, a layer's loads sum
+                    to 1 (`jmoe.train.balance_log`)
     roll_backs.jsonl  {"step" gone back to, "sequences" [begin, end] left out there,
                     "spoilt" (the step that made it go back), "reason"}
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
@@ -23,6 +24,8 @@ Shapes: N logs, K columns of a metric, L MoE layers, E routed experts.
 
 import dataclasses
 import json
+import mmap
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -30,11 +33,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jmoe.data import durable
+from jmoe.train import balance_log
 
 CONFIG = "config.json"
 INFO = "run.json"
 METRICS = "metrics.jsonl"
-BALANCE = "balance.jsonl"
+BALANCE = "balance.npy"
 ROLL_BACKS = "roll_backs.jsonl"
 SAMPLES = "samples.jsonl"
 TENSORBOARD = "tensorboard"
@@ -142,6 +146,28 @@ def parse_row(line: str) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
+def drop_rows(path: pathlib.Path, after: int) -> None:
+    """Cuts a `.jsonl` file behind its last whole row of no later step than `after`.
+
+    It reads from the end, where rows are of later steps: some, of a file of gigabytes.
+    """
+    with path.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        if not end:
+            return
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            while end:
+                start = data.rfind(b"\n", 0, end - 1) + 1
+                row = parse_row(data[start:end].decode(errors="replace"))
+                if row is not None and row["step"] <= after:
+                    break
+                end = start
+            has_newline = not end or data[end - 1 : end] == b"\n"
+        file.truncate(end)
+        file.seek(end)
+        file.write(b"" if has_newline else b"\n")
+
+
 def evenly(num_items: int, limit: int) -> np.ndarray:
     """Indices of at most `limit` (or 2) of the items, first and last among them."""
     num_kept = min(num_items, max(2, limit))
@@ -161,17 +187,15 @@ def _read_json(path: pathlib.Path) -> Any:
 
 
 def _read_balance(path: pathlib.Path) -> Balance | None:
-    """Parses only the lines it keeps: a big model's file has hundreds of megabytes."""
-    first = next(read_rows(path), None)
-    if first is None:
+    """Reads only the records it keeps: a big model's file has hundreds of megabytes."""
+    records_N = balance_log.read_records(path)
+    if records_N is None:
         return None
-    num_layers, num_experts = np.shape(first["load_LE"])
-    num_lines = sum(1 for _ in read_lines(path))
+    num_layers, num_experts = records_N.dtype["load_LE"].shape
     limit = min(_MAX_COLUMNS, _MAX_LOADS // (num_layers * num_experts))
-    kept = set(evenly(num_lines, limit).tolist())
-    lines = (line for at, line in enumerate(read_lines(path)) if at in kept)
-    rows = [row for row in map(parse_row, lines) if row is not None]
-    step_N = np.array([row["step"] for row in rows], dtype=np.int64)
-    load_NLE = np.array([row["load_LE"] for row in rows], dtype=np.float32)
-    bias_NLE = np.array([row["bias_LE"] for row in rows], dtype=np.float32)
-    return Balance(step_N, load_NLE * num_experts, bias_NLE)
+    kept_N = records_N[evenly(len(records_N), limit)]
+    kept_N = kept_N[kept_N["step"] > 0]  # a power cut may have left zeros
+    if not len(kept_N):
+        return None
+    load_NLE = kept_N["load_LE"] * num_experts
+    return Balance(kept_N["step"], load_NLE, kept_N["bias_LE"])

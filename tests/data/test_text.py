@@ -3,7 +3,12 @@
 import pytest
 
 from jmoe.config.data import DataConfig, SourceConfig
-from jmoe.data import text
+from jmoe.data import digests, text
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
 
 
 def open_paths(*paths, **fields):
@@ -80,3 +85,13 @@ def test_the_whole_builtin_corpus_is_its_domains_in_a_row():
     last = list(arithmetic.documents())
     assert list(whole.documents())[-len(last) :] == last
     assert whole.fingerprint != arithmetic.fingerprint
+
+
+def test_a_file_is_hashed_once_for_all_starts(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("one")
+    monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    (first,) = open_paths(tmp_path / "a.txt")
+    digests._remembered.cache_clear()
+    monkeypatch.delattr(digests, "_read")
+    (second,) = open_paths(tmp_path / "a.txt")
+    assert first.fingerprint == second.fingerprint

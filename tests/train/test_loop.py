@@ -53,7 +53,7 @@ def files(workdir: pathlib.Path) -> dict[pathlib.Path, bytes]:
 def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
     names = {path.name for path in whole_run.iterdir()}
     assert names == {
-        "balance.jsonl",
+        "balance.npy",
         "checkpoints",
         "config.json",
         "metrics.jsonl",

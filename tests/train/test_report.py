@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jmoe.train import report_balance
+from jmoe.train import balance_log, report_balance
+from jmoe.train.balance_log import BalanceLog
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.report import write_picture, write_report
 from jmoe.train.report_curves import noisy_line
@@ -117,7 +118,7 @@ def test_a_run_that_logged_once_has_a_report(tmp_path):
     )
 
 
-FILES = ["metrics.jsonl", "balance.jsonl", "samples.jsonl", "run.json", "config.json"]
+FILES = ["metrics.jsonl", "balance.npy", "samples.jsonl", "run.json", "config.json"]
 
 
 @pytest.mark.parametrize("name", FILES)  # whole, they leave nothing unrecorded
@@ -154,22 +155,16 @@ def test_a_diverged_run_says_when_it_diverged(tmp_path):
 
 @pytest.mark.parametrize("layers, experts, logs", [(60, 256, 200), (26, 64, 1000)])
 def test_a_big_model_has_a_report_below_a_megabyte_and_a_half(
-    tmp_path, layers, experts, logs
+    tmp_path, monkeypatch, layers, experts, logs
 ):
+    monkeypatch.setattr(balance_log, "_BYTES_A_LOG", 1 << 20)
     generator = np.random.default_rng(0)
-    # Incompressible: far from balance, and every log unlike the one before.
-    load_LE = generator.uniform(0, 2 / experts, (layers, experts)).round(6)
-    bias_LE = generator.uniform(-1, 1, (layers, experts)).round(3)
-    loads = [json.dumps(row) for row in load_LE.tolist()]
-    biases = [json.dumps(row) for row in bias_LE.tolist()]
-    with (tmp_path / "balance.jsonl").open("w") as file:
-        for step in range(logs):
-            generator.shuffle(loads)
-            generator.shuffle(biases)
-            load, bias = ", ".join(loads), ", ".join(biases)
-            file.write(
-                f'{{"step": {step}, "load_LE": [{load}], "bias_LE": [{bias}]}}\n'
-            )
+    log = BalanceLog(tmp_path / "balance.npy", start_step=0)
+    for step in range(1, logs + 1):
+        # Incompressible: far from balance, and every log unlike the one before.
+        load_LE = generator.uniform(0, 2 / experts, (layers, experts))
+        log.append(step, load_LE, generator.uniform(-1, 1, (layers, experts)))
+    log.close()
     with (tmp_path / "metrics.jsonl").open("w") as file:
         for step in range(1000):
             row = {"step": step} | METRICS | {"loss": generator.normal()}
@@ -181,9 +176,11 @@ def test_a_big_model_has_a_report_below_a_megabyte_and_a_half(
 
 def test_a_long_run_is_thinned_to_logs_that_span_it(tmp_path):
     _write_run(tmp_path, logs=1)
-    row = (tmp_path / "balance.jsonl").read_text().partition(",")[2]
-    lines = (f'{{"step":{step},{row}' for step in range(3, 2000))
-    (tmp_path / "balance.jsonl").write_text("".join(lines))
+    (tmp_path / "balance.npy").unlink()
+    log = BalanceLog(tmp_path / "balance.npy", start_step=0)
+    for step in range(3, 2000):
+        log.append(step, np.full((2, 8), 1 / 8), np.zeros((2, 8)))
+    log.close()
     assert "one of 400 logs,\nfrom step 3 to 1,999" in _read_report(tmp_path).text
 
 

@@ -1,0 +1,51 @@
+"""Orbax's handler of arrays, with a manifest of what it wrote.
+
+Each process sums the files that it has written itself. Once all have, process 0 merges
+Orbax's indices and writes the manifest, just before Orbax renames the directory.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from jmoe.checkpoint import manifest, paths, sums
+
+
+class Handler(ocp.PyTreeCheckpointHandler):
+    """Writes and reads `Save` and `Restore`.
+
+    Attributes:
+      manifest: of the checkpoint that is being written, but for its files.
+    """
+
+    manifest: dict[str, Any]
+
+    async def async_save(
+        self, directory, *args, **kwargs
+    ) -> list[ocp.future.ChainedFuture]:
+        written = await super().async_save(directory, *args, **kwargs)
+        own = pathlib.Path(directory) / paths.of_process(jax.process_index())
+        return [ocp.future.ChainedFuture(written or [], lambda: sums.leave(own))]
+
+    def finalize(self, directory) -> None:
+        super().finalize(directory)
+        path = pathlib.Path(directory)
+        if not (path / paths.MERGED).is_file():
+            raise RuntimeError(
+                f"Orbax did not merge what the processes wrote to {path}, so that it "
+                "can't be read; it was not made a checkpoint."
+            )
+        manifest.write(path, self.manifest, sums.collect(path))
+
+
+# Orbax looks a handler up by the class of its arguments.
+@ocp.args.register_with_handler(Handler, for_save=True)
+class Save(ocp.args.PyTreeSave):
+    pass
+
+
+@ocp.args.register_with_handler(Handler, for_restore=True)
+class Restore(ocp.args.PyTreeRestore):
+    pass
