@@ -160,6 +160,9 @@ def _relay(local: socket.socket, remote: socket.socket, first: bytes, ends: bool
             local.sendall(first)
         _pass_on(remote, local, ends)
         there.join()
+        with contextlib.suppress(OSError):
+            while not ends and local.recv(1 << 16):
+                pass
 
 
 def _pass_on(source: socket.socket, target: socket.socket, ends: bool = True) -> None:

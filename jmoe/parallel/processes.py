@@ -17,6 +17,7 @@ SIGABRT and a page of C++, at the latest after its own 100 s, and not by name.
 
 import contextlib
 import contextvars
+import ctypes
 import hashlib
 import json
 import os
@@ -155,13 +156,16 @@ def join(
         stop_jax = _start_jax(place, group, timeout_s)
         try:
             yield
-        except (ValueError, RuntimeError) as error:
+            exchange("the end", None)
+            stop_jax()
+        except BaseException as error:
+            _abandon_jax()
             # An error of XLA's begins with its code, as UNKNOWN, INTERNAL, ABORTED.
             is_from_xla = re.match("[A-Z_]+: ", str(error)) is not None
             loss = group.await_loss(_WORD_S) if is_from_xla else None
-            raise (error if loss is None else loss.as_error()) from error
-        exchange("the end", None)
-        stop_jax()
+            if loss is None:
+                raise
+            raise loss.as_error() from error
 
 
 @contextlib.contextmanager
@@ -328,6 +332,20 @@ def _start_jax(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
     )
     return jax.distributed.shutdown
+
+
+def _abandon_jax() -> None:
+    """Leaves JAX's service and its client as they are, for the process to end.
+
+    At its end JAX would wait for all others, and end the process by SIGABRT when they
+    don't come. It has no public way to be told that they won't.
+    """
+    from jax._src import distributed
+
+    state = distributed.global_state
+    for held in (state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))  # its destructor waits too
+    state.client = state.service = None
 
 
 def _versions() -> dict[str, str]:
