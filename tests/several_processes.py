@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jmoe.parallel import meeting, processes
+from jmoe.parallel import lines, meeting, processes
 
 ROOT = pathlib.Path(__file__).parents[1]
+SECRET = b"only these processes know it"
 
 
 class Ended(NamedTuple):
@@ -55,6 +56,7 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),  # of two alike, the last one counts
         "PYTHONPATH": str(root),
+        lines.SECRET: SECRET.decode(),
     }
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -126,7 +128,8 @@ def together(function: Callable[[Any], Any], *values: Any) -> list[Any]:
     address = free_address()
 
     def live(index: int) -> Any:
-        with processes.membership(meeting.meet(address, len(values), index, 20.0)):
+        group = meeting.meet(address, len(values), index, 20.0, SECRET)
+        with processes.membership(group):
             return function(values[index])
 
     return in_parallel(live, *((index,) for index in range(len(values))))

@@ -17,6 +17,7 @@ from jmoe.config import ModelConfig
 from jmoe.decode.sampling import sample
 from jmoe.nn.model import Transformer
 from jmoe.parallel import vocabulary
+from jmoe.train import compiled
 
 # Of variables, tokens [B, S] and the position [B] of each row's last one: float32
 # logits [B, V] of the token that follows.
@@ -39,6 +40,9 @@ def generate(
 ) -> list[list[int]]:
     """The new tokens of each prompt, up to and without the first of `stop_ids`.
 
+    Each number of prompts, size and number of new tokens is a program of its own; all
+    are freed when there are too many (`jmoe.train.compiled`).
+
     Args:
       variables: {"params": ..., "router_state": ...}.
       prompts: token ids; each at least one.
@@ -51,6 +55,7 @@ def generate(
         temperature, top_p outside (0, 1], or more positions than the model has.
     """
     _check(cfg, prompts, max_new_tokens, temperature, top_p)
+    compiled.make_room()
     length_B = np.array([len(prompt) for prompt in prompts], np.int32)
     size = -(-(length_B.max() + max_new_tokens) // SIZE_STEP) * SIZE_STEP
     tokens_BS = np.zeros((len(prompts), min(size, cfg.max_positions)), np.int32)

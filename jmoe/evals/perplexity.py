@@ -9,6 +9,7 @@ import numpy as np
 from jmoe.data.loader import validation_batches
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
+from jmoe.train import compiled
 from jmoe.train.losses import microbatch_losses, normalisers
 from jmoe.train.trained import Trained, quantized
 
@@ -36,6 +37,7 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
     Raises:
       ValueError: there is no such form.
     """
+    compiled.make_room()
     run = trained.run
     batches = validation_batches(
         run.data,

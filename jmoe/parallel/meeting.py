@@ -1,65 +1,46 @@
 """A meeting of processes: all of them, or an error on each that says who is missing.
 
 JAX's own start-up ends a process from C++ when another one doesn't come, and doesn't
-say which. So processes meet here first, over plain sockets at the coordinator's
-address, and JAX listens there afterwards. Process 0 listens until each of the others
-has connected and said who it is; then it tells all of them that they may go on, or why
-they may not.
+say which. So processes meet here first, over plain sockets at the coordinator's address
+(`jmoe.parallel.door`). Process 0 listens until each of the others has connected, proved
+that it knows the run's secret (`jmoe.parallel.lines`) and said who it is; then it tells
+all of them that they may go on, or why they may not.
 
 The connections stay. `Group.exchange` passes small values over them, one line of JSON
-each, which takes no device and waits for none; so a process that fails can tell the
-others, and one that dies is noticed.
+each, which takes no device and waits for none; a process that fails tells the others,
+and one that dies is noticed at once, as its host closes its connection, or within half
+a minute where the host itself is gone.
 """
 
 import contextlib
-import json
-import select
+import os
+import queue
 import socket
+import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jmoe.parallel.door import Door, Way, split_address
+from jmoe.parallel.lines import SECRET, Line, StrangerError, introduce
 
 _RETRY_S = 0.2
-_HELLO_S = 5.0  # for a new connection to say who it is
 _LATE_S = 5.0  # for those still to come to hear of a mistake
 _VERDICT_S = 10.0  # how much later than its own time-out process 0 may answer
-_MAX_LINE = 64 << 20
-_GREETING = "jmoe process"
 
 
 class ElsewhereError(ValueError):
     """Another process failed; the message says which, and how."""
 
 
-class _Line:
-    """One end of a connection: JSON values, one a line."""
+class Loss(NamedTuple):
+    """Why a group can't go on."""
 
-    def __init__(self, connection: socket.socket):
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.connection = connection
-        self._file = connection.makefile("rb")
+    reason: str
+    is_missing: bool  # a process has ended without a word, rather than by an error
 
-    def send(self, value: Any) -> None:
-        self.connection.sendall(json.dumps(value).encode() + b"\n")
-
-    def receive(self) -> Any:
-        """Raises ConnectionError at its end, ValueError for what isn't JSON."""
-        line = self._file.readline(_MAX_LINE)
-        if not line:
-            raise ConnectionError("closed")
-        return json.loads(line)
-
-    def has_ended(self) -> bool:
-        """Whether the other end is gone; only before it has anything to say."""
-        readable, _, _ = select.select([self.connection], [], [], 0)
-        return bool(readable) and not self.connection.recv(1, socket.MSG_PEEK)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # the other end may have closed it
-            self.connection.shutdown(socket.SHUT_RDWR)  # wakes who waits for a line
-        self._file.close()
-        self.connection.close()
+    def as_error(self) -> Exception:
+        return (ConnectionError if self.is_missing else ElsewhereError)(self.reason)
 
 
 class Group:
@@ -68,10 +49,34 @@ class Group:
     Not thread-safe.
     """
 
-    def __init__(self, index: int = 0, lines: Sequence[_Line] = ()):
-        """`lines`: process 0 has one to each of the others, and each of them one."""
+    def __init__(
+        self,
+        index: int = 0,
+        lines: Sequence[Line] = (),
+        names: Sequence[str] = (),
+        reach: Callable[[], Line] | None = None,
+        door: Door | None = None,
+    ):
+        """`lines`: process 0 has one to each of the others, and each of them one.
+
+        Args:
+          names: what to call whom a line leads to.
+          reach: opens a line for a connection of JAX's to process 0.
+          door: process 0's.
+        """
         self.index = index
-        self._lines: Sequence[_Line] = lines
+        self._lines = list(lines)
+        self._reach, self._door = reach, door
+        self._way: Way | None = None
+        self._inboxes = [queue.SimpleQueue[dict[str, Any] | None]() for _ in lines]
+        self._lock = threading.RLock()
+        self._leaves = False
+        self._loss: Loss | None = None
+        self._is_lost = threading.Event()
+        self._on_loss: Callable[[Loss], None] | None = None
+        for line, inbox, name in zip(self._lines, self._inboxes, names, strict=True):
+            arguments = (line, inbox, name)
+            threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     @property
     def is_alone(self) -> bool:
@@ -90,78 +95,128 @@ class Group:
         """
         if self.is_alone:
             return [value]
-        mine = {"what": what, "value": value}
         if self.index > 0:
-            try:
-                self._lines[0].send(mine)
-                outcome = self._lines[0].receive()
-            except ConnectionError:
-                raise ConnectionError(_gone(0, what)) from None
-        else:
-            outcome = self._collect(mine)
-        if "failed" in outcome:
-            kind = ConnectionError if outcome["ended"] else ElsewhereError
-            raise kind(outcome["failed"])
-        return outcome["values"]
+            self._tell({"what": what, "value": value})
+            return self._take(self._inboxes[0], what)["values"]
+        messages = [self._take(inbox, what) for inbox in self._inboxes]
+        values = [value, *(message["value"] for message in messages)]
+        self._tell({"what": what, "values": values})
+        return values
 
     def fail(self, reason: str) -> None:
-        """Ends with `ElsewhereError` what the others exchange now or next."""
-        outcome = {"failed": f"process {self.index}: {reason}", "ended": False}
-        self.tell(outcome)
+        """Ends the others with `ElsewhereError`, where they exchange now or next."""
+        with self._lock:
+            self._leaves = True  # what becomes of the others is their own matter
+        self._tell({"lost": Loss(f"process {self.index}: {reason}", False)})
+
+    @property
+    def has_left(self) -> bool:
+        """Whether this process has failed or closed the group."""
+        return self._leaves
+
+    def await_loss(self, timeout_s: float) -> Loss | None:
+        """Returns why the group can't go on, once that is known; None if it can."""
+        self._is_lost.wait(timeout_s)
+        return self._loss
+
+    def watch(self, on_loss: Callable[[Loss], None]) -> None:
+        """Has `on_loss` called, once, when another process fails or is missing.
+
+        In a thread of its own, as the program's may be waiting for that process, and
+        before `exchange` raises.
+        """
+        with self._lock:
+            self._on_loss, loss = on_loss, self._loss
+        if loss is not None:
+            on_loss(loss)
+
+    def open_way_for_jax(self) -> str:
+        """Returns the address that JAX, on this host, is to take for its coordinator's.
+
+        Process 0 calls it first, and an exchange keeps the others waiting until then.
+        """
+        if self._door is not None:
+            return self._door.open_service()
+        assert self._reach is not None
+        self._way = Way(self._reach)
+        return self._way.address
 
     def close(self) -> None:
+        with self._lock:
+            self._leaves = True
+        self._tell({"leaves": True})
         for line in self._lines:
             line.close()
-        self._lines = ()
+        for listening in (self._door, self._way):
+            if listening is not None:
+                listening.close()
+        self._lines = []
 
-    def _collect(self, mine: Mapping[str, Any]) -> dict[str, Any]:
-        """What process 0 learns from all, and tells all."""
-        outcome: dict[str, Any] = {"values": [mine["value"]]}
-        for index, line in enumerate(self._lines, start=1):
-            try:
+    def _take(self, inbox: queue.SimpleQueue, what: str) -> dict[str, Any]:
+        message = inbox.get()
+        if message is None:
+            inbox.put(None)  # for the next one who asks
+            gone = Loss(f"a process has left that is waited for at {what!r}.", True)
+            raise (self._loss or gone).as_error()
+        assert message["what"] == what, (message, what)
+        return message
+
+    def _read(self, line: Line, inbox: queue.SimpleQueue, name: str) -> None:
+        """All that comes over a line, and how it ends, whatever the program does."""
+        has_left = False
+        with contextlib.suppress(OSError, ValueError):
+            while True:
                 message = line.receive()
-            except ConnectionError:
-                outcome = {"failed": _gone(index, mine["what"]), "ended": True}
-                break
-            if "failed" in message:
-                outcome = message
-                break
-            assert message["what"] == mine["what"], (message["what"], mine["what"])
-            outcome["values"].append(message["value"])
-        self.tell(outcome)
-        return outcome
+                if "lost" in message:
+                    self._lose(Loss(*message["lost"]), line)
+                    return
+                has_left = "leaves" in message
+                inbox.put(None if has_left else message)
+        if not has_left:
+            self._lose(Loss(f"{name} is missing: it has ended, or its host.", True))
 
-    def tell(self, outcome: Mapping[str, Any]) -> None:
+    def _lose(self, loss: Loss, source: Line | None = None) -> None:
+        """The first to be lost is the reason for all that follows."""
+        with self._lock:
+            if self._leaves or self._loss is not None:
+                return
+            self._loss, on_loss = loss, self._on_loss
+        if self.index == 0:
+            self._tell({"lost": loss}, but=source)
+        if on_loss is not None:
+            on_loss(loss)
+        self._is_lost.set()
+        for inbox in self._inboxes:
+            inbox.put(None)
+
+    def _tell(self, message: Mapping[str, Any], but: Line | None = None) -> None:
         """Sends it to all that have a line to this process."""
         for line in self._lines:
-            # If it has ended, that is noticed where its word is needed.
-            with contextlib.suppress(OSError):
-                line.send(outcome)
+            # If it has ended, that is noticed by who reads its line.
+            if line is not but:
+                with contextlib.suppress(OSError):
+                    line.send(message)
 
 
-def meet(address: str, count: int, index: int, timeout_s: float) -> Group:
+def meet(
+    address: str, count: int, index: int, timeout_s: float, secret: bytes
+) -> Group:
     """Waits for all of `count` processes, of which this is number `index`.
 
     Args:
       address: host:port of process 0.
+      secret: the same on all processes.
 
     Raises:
       TimeoutError: not all came; names those that didn't, on each that did.
-      ValueError: they don't agree on `count`, or two have one index; or something else
-        listens at `address`.
+      ValueError: they don't agree on `count` or the secret, or two have one index; or
+        something else listens at `address`.
+      OSError: process 0 can't listen at `address`.
     """
-    _, port = split_address(address)
+    split_address(address)
     if index == 0:
-        return _receive_others(address, port, count, timeout_s)
-    return _reach_first(address, count, index, timeout_s)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port; ValueError if it isn't host:port."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
-        raise ValueError(f"coordinator={address!r} must read host:port.")
-    return host.strip("[]"), int(port)
+        return _receive_others(address, count, timeout_s, secret)
+    return _reach_first(address, count, index, timeout_s, secret)
 
 
 def ranges(indices: Iterable[int]) -> str:
@@ -175,96 +230,90 @@ def ranges(indices: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def _receive_others(address: str, port: int, count: int, timeout_s: float) -> Group:
+def _receive_others(address: str, count: int, timeout_s: float, secret: bytes) -> Group:
     deadline = time.monotonic() + timeout_s
-    joined: dict[int, _Line] = {}
-    refused: list[_Line] = []
+    joined: dict[int, tuple[Line, str]] = {}
+    refused: list[Line] = []
     error: Exception | None = None
-    with _listen(address, port) as listener:
-        while _absent(joined, count) and _is_ready(listener, deadline):
-            line, index, its_count = _welcome(listener)
-            if line is None:
-                continue
-            mistake = _mistake(joined, index, count, its_count)
-            if mistake is None:
-                if index in joined:
-                    joined[index].close()  # it had died, and comes again
-                joined[index] = line
-                continue
-            refused.append(line)
-            error = error or ValueError(mistake)
-            deadline = min(deadline, time.monotonic() + _LATE_S)
+    door = Door(address, secret)
+    while _absent(joined, count):
+        guest = door.next_guest(deadline - time.monotonic())
+        if guest is None:
+            break
+        hello, line = guest
+        index = hello["index"]
+        mistake = _mistake(joined, index, count, hello["count"])
+        if mistake is None:
+            if index in joined:
+                joined[index][0].close()  # it had died, and comes again
+            joined[index] = line, _name(hello)
+            continue
+        refused.append(line)
+        error = error or ValueError(mistake)
+        deadline = min(deadline, time.monotonic() + _LATE_S)
     absent = _absent(joined, count)
     if absent and error is None:
-        error = TimeoutError(_missing(absent, count, timeout_s))
-    everyone = Group(0, [*refused, *(joined[index] for index in sorted(joined))])
-    everyone.tell({"error": error and str(error), "kind": type(error).__name__})
+        error = TimeoutError(_missing(absent, count, timeout_s) + door.strangers())
+    door.refuse_more(f"The {count} processes at {address} have met already.")
+    verdict = {
+        "error": error and str(error),
+        "kind": type(error).__name__,
+        "first": _name(_hello(0, count)),
+    }
+    lines = [joined[index][0] for index in sorted(joined)]
+    names = [joined[index][1] for index in sorted(joined)]
+    for line in (*refused, *lines):
+        with contextlib.suppress(OSError):
+            line.send(verdict)
     if error is not None:
-        everyone.close()
+        for line in (*refused, *lines):
+            line.close()
+        door.close()
         raise error
-    return everyone
+    return Group(0, lines, names, door=door)
 
 
-def _listen(address: str, port: int) -> socket.socket:
-    """At all of this host's addresses, as JAX's own service will."""
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    both = family == socket.AF_INET6
-    try:
-        return socket.create_server(("", port), family=family, dualstack_ipv6=both)
-    except OSError as error:
-        raise OSError(
-            f"coordinator={address!r}: process 0 can't listen there: {error}."
-        ) from error
+def _hello(index: int, count: int, purpose: str = "meet") -> dict[str, Any]:
+    return {
+        "purpose": purpose,
+        "index": index,
+        "count": count,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+    }
 
 
-def _absent(joined: Mapping[int, _Line], count: int) -> list[int]:
+def _name(hello: Mapping[str, Any]) -> str:
+    return f"process {hello['index']} ({hello['host']}, pid {hello['pid']})"
+
+
+def _absent(joined: Mapping[int, tuple[Line, str]], count: int) -> list[int]:
     """Those that have not come yet, or have gone again."""
     others = range(1, count)
-    return [i for i in others if i not in joined or joined[i].has_ended()]
-
-
-def _is_ready(listener: socket.socket, deadline: float) -> bool:
-    """Whether somebody connects in time."""
-    left_s = max(deadline - time.monotonic(), 0.0)
-    return bool(select.select([listener], [], [], left_s)[0])
-
-
-def _welcome(listener: socket.socket) -> tuple[_Line | None, int, int]:
-    """Who connects: a line, its index and its count; no line if it isn't one of us."""
-    connection, _ = listener.accept()
-    connection.settimeout(_HELLO_S)
-    line = _Line(connection)
-    try:
-        greeting, index, count = line.receive()
-        connection.settimeout(None)
-    except (OSError, ValueError, TypeError):
-        greeting, index, count = "", 0, 0
-    if greeting == _GREETING:
-        return line, index, count
-    line.close()
-    return None, 0, 0
+    return [i for i in others if i not in joined or joined[i][0].has_ended()]
 
 
 def _mistake(
-    joined: Mapping[int, _Line], index: int, count: int, its_count: int
+    joined: Mapping[int, tuple[Line, str]], index: int, count: int, its_count: int
 ) -> str | None:
     if its_count != count:
         return (
             f"num_processes={count} on process 0, but {its_count} on process {index}."
         )
-    if index == 0 or index in joined and not joined[index].has_ended():
+    if index == 0 or index in joined and not joined[index][0].has_ended():
         return f"Two processes have process_id={index}."
     return None
 
 
-def _reach_first(address: str, count: int, index: int, timeout_s: float) -> Group:
+def _reach_first(
+    address: str, count: int, index: int, timeout_s: float, secret: bytes
+) -> Group:
     deadline = time.monotonic() + timeout_s
+    hello = _hello(index, count)
     while True:
         try:
-            line = _connect(address, deadline)
-            line.send([_GREETING, index, count])
-            line.connection.settimeout(timeout_s + _VERDICT_S)
-            return _heed(address, line, index)
+            line = _reach(address, secret, hello, deadline)
+            return _heed(address, count, index, secret, line, timeout_s)
         except ConnectionError as error:
             reason = error
         if time.monotonic() > deadline:
@@ -275,8 +324,15 @@ def _reach_first(address: str, count: int, index: int, timeout_s: float) -> Grou
         time.sleep(_RETRY_S)
 
 
-def _connect(address: str, deadline: float) -> _Line:
-    """Raises ConnectionError if nobody is there yet."""
+def _reach(
+    address: str, secret: bytes, hello: Mapping[str, Any], deadline: float
+) -> Line:
+    """A line to process 0.
+
+    Raises:
+      ConnectionError: nobody is there yet.
+      ValueError: somebody else is.
+    """
     left_s = max(deadline - time.monotonic(), _RETRY_S)
     try:
         connection = socket.create_connection(split_address(address), timeout=left_s)
@@ -285,32 +341,47 @@ def _connect(address: str, deadline: float) -> _Line:
     if connection.getsockname() == connection.getpeername():
         connection.close()  # a port to which nobody listens may connect to itself
         raise ConnectionError("nobody listens there")
-    return _Line(connection)
+    line = Line(connection)
+    try:
+        introduce(line, secret, hello)
+    except OSError as error:
+        line.close()
+        raise ConnectionError(error) from error
+    except StrangerError as error:
+        line.close()
+        raise ValueError(
+            f"coordinator={address!r}: something else than process 0 listens there, or "
+            f"it has another secret ({SECRET}, or the file in its user's "
+            "configuration)."
+        ) from error
+    return line
 
 
-def _heed(address: str, line: _Line, index: int) -> Group:
+def _heed(
+    address: str, count: int, index: int, secret: bytes, line: Line, timeout_s: float
+) -> Group:
     """Goes on, or doesn't, as process 0 decides."""
     try:
-        verdict = line.receive()
-        error, kind = verdict["error"], verdict["kind"]
-    except ConnectionError:
-        line.close()
-        raise
+        verdict = line.receive(deadline=time.monotonic() + timeout_s + _VERDICT_S)
     except TimeoutError:
         line.close()
         raise TimeoutError(
             f"Process 0, at coordinator={address!r}, doesn't answer."
         ) from None
-    except (ValueError, TypeError, KeyError):
+    except ConnectionError:
         line.close()
-        raise ValueError(
-            f"coordinator={address!r}: something else than process 0 listens there."
-        ) from None
-    if error is not None:
+        raise
+    if verdict["error"] is not None:
         line.close()
-        raise TimeoutError(error) if kind == "TimeoutError" else ValueError(error)
+        kind = TimeoutError if verdict["kind"] == "TimeoutError" else ValueError
+        raise kind(verdict["error"])
     line.connection.settimeout(None)
-    return Group(index, [line])
+
+    def reach() -> Line:
+        hello = _hello(index, count, "jax")
+        return _reach(address, secret, hello, time.monotonic() + timeout_s)
+
+    return Group(index, [line], [verdict["first"]], reach)
 
 
 def _missing(indices: Iterable[int], count: int, timeout_s: float) -> str:
@@ -318,7 +389,3 @@ def _missing(indices: Iterable[int], count: int, timeout_s: float) -> str:
         f"Of {count} processes, number {ranges(indices)} didn't come within "
         f"{timeout_s:g} s."
     )
-
-
-def _gone(index: int, what: str) -> str:
-    return f"process {index} has ended, and is waited for at {what!r}."

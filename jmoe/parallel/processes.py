@@ -6,25 +6,40 @@
 
 A program that was started alone needs none of it: all functions here then do nothing,
 as if over a group of one. In a group they are calls that all processes make in the same
-order; they go over the host's network (`jmoe.parallel.meeting`), not over devices. A
-process that leaves `join` by an error ends the others with that error, where they wait
-for it the next time.
+order; they go over the host's network (`jmoe.parallel.meeting`), not over devices.
+
+A process that leaves `join` by an error ends the others with that error, where they
+wait for it the next time, and within GRACE_S wherever they are. One that dies ends the
+others at once, with one line that says which it was: nothing that they may be waiting
+for, in a step or a save, will ever come. JAX would end them too, at the earliest by
+SIGABRT and a page of C++, at the latest after its own 100 s, and not by name.
 """
 
 import contextlib
 import contextvars
+import ctypes
 import hashlib
 import json
 import os
 import pathlib
+import re
 import socket
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
-from jmoe.parallel import meeting
+from jmoe.parallel import lines, meeting
+from jmoe.parallel.door import split_address
 
 JOIN_TIMEOUT_S = 300.0
+GRACE_S = 10.0  # to end by oneself, after another process has failed
+# Exit codes.
+FAILED_ELSEWHERE = 2
+MISSING = 4
+_FLUSH_S = 1.0
+_WORD_S = 5.0  # for word of who is missing, when a collective has failed
 # How long JAX waits at its end for a process that failed elsewhere.
 _SHUTDOWN_TIMEOUT_S = 10
 _VERSIONS = ("jmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -139,12 +154,23 @@ def join(
         yield
         return
     timeout_s = JOIN_TIMEOUT_S if timeout_s is None else timeout_s
-    with membership(meeting.meet(*place, timeout_s)):
+    group = meeting.meet(*place, timeout_s, lines.read_secret())
+    with membership(group):
+        group.watch(lambda loss: _end_in_time(group, loss))
         agree({"versions": _versions(), "code": code_fingerprint()})
-        stop_jax = _start_jax(place, timeout_s)
-        yield
-        exchange("the end", None)
-        stop_jax()
+        stop_jax = _start_jax(place, group, timeout_s)
+        try:
+            yield
+            exchange("the end", None)
+            stop_jax()
+        except BaseException as error:
+            _abandon_jax()
+            # An error of XLA's begins with its code, as UNKNOWN, INTERNAL, ABORTED.
+            is_from_xla = re.match("[A-Z_]+: ", str(error)) is not None
+            loss = group.await_loss(_WORD_S) if is_from_xla else None
+            if loss is None:
+                raise
+            raise loss.as_error() from error
 
 
 @contextlib.contextmanager
@@ -162,6 +188,29 @@ def membership(group: meeting.Group) -> Iterator[None]:
     finally:
         _group.reset(token)
         group.close()
+
+
+def _end_in_time(group: meeting.Group, loss: meeting.Loss) -> None:
+    if loss.is_missing:
+        _end(loss.reason, MISSING)
+
+    def end_if_here() -> None:
+        if not group.has_left:
+            _end(loss.reason, FAILED_ELSEWHERE)
+
+    timer = threading.Timer(GRACE_S, end_if_here)
+    timer.daemon = True
+    timer.start()
+
+
+def _end(reason: str, code: int) -> NoReturn:
+    """Ends this process, whatever its threads are waiting for."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"error: {reason}\n".encode(errors="backslashreplace"))
+    flush = threading.Thread(target=sys.stdout.flush, daemon=True)
+    flush.start()
+    flush.join(_FLUSH_S)  # a reader may have stopped
+    os._exit(code)
 
 
 def agree(what: Mapping[str, Any]) -> None:
@@ -237,7 +286,7 @@ def find_place(
         raise ValueError(f"num_processes={num_processes} must be at least 1.")
     if not 0 <= values.process_id < values.num_processes:
         raise ValueError(f"process_id={process_id} must lie in [0, {num_processes}).")
-    meeting.split_address(values.coordinator)
+    split_address(values.coordinator)
     return values
 
 
@@ -262,23 +311,46 @@ def _coordinator(num_processes: int | None, process_id: int | None) -> str | Non
     return found[0]
 
 
-def _start_jax(place: Place, timeout_s: float) -> Callable[[], None]:
+def _start_jax(
+    place: Place, group: meeting.Group, timeout_s: float
+) -> Callable[[], None]:
     """Makes all processes' devices one set; returns what ends it, in good order."""
     import jax
 
     # It would take SIGTERM from us, and from the system.
     jax.config.update("jax_enable_preemption_service", False)
+    if place.process_id == 0:
+        address = group.open_way_for_jax()
     # JAX lets a process of some launchers see one GPU only, its own. But one that has
     # the host for itself has all of the host's GPUs.
     hosts = exchange("hosts", socket.gethostname())
     alone = hosts.count(hosts[place.process_id]) == 1
+    if place.process_id > 0:
+        address = group.open_way_for_jax()
     jax.distributed.initialize(
-        *place,
+        address,
+        place.num_processes,
+        place.process_id,
+        coordinator_bind_address=address,
         cluster_detection_method="deactivate" if alone else None,
         initialization_timeout=int(timeout_s),
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
     )
     return jax.distributed.shutdown
+
+
+def _abandon_jax() -> None:
+    """Leaves JAX's service and its client as they are, for the process to end.
+
+    At its end JAX would wait for all others, and end the process by SIGABRT when they
+    don't come. It has no public way to be told that they won't.
+    """
+    from jax._src import distributed
+
+    state = distributed.global_state
+    for held in (state.client, state.service):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(held))  # its destructor waits too
+    state.client = state.service = None
 
 
 def _versions() -> dict[str, str]:

@@ -8,6 +8,7 @@ import pytest
 
 from jmoe.decode.generate import generate
 from jmoe.nn.model import Transformer
+from jmoe.train import compiled
 
 PROMPTS = [[7], [3, 250, 250], list(range(20, 40))]
 NEW = 12
@@ -52,6 +53,17 @@ def test_a_completion_ends_before_the_stop_token(complete, greedy):
     assert got[1] == greedy[1][: greedy[1].index(stop)]
     for ids, new in zip(got, greedy, strict=True):
         assert stop not in ids and ids == new[: len(ids)]
+
+
+def test_a_completion_first_frees_programs_that_are_too_many(
+    complete, greedy, tmp_path, monkeypatch
+):
+    other = jax.jit(lambda x: 2 * x)
+    other(1)
+    monkeypatch.setattr(compiled, "LIMIT", tmp_path / "max_map_count")
+    compiled.LIMIT.write_text("100")
+    assert complete(PROMPTS, max_new_tokens=NEW) == greedy
+    assert other._cache_size() == 0
 
 
 def test_the_smallest_nucleus_is_greedy(complete, greedy):

@@ -3,10 +3,11 @@
 import math
 import re
 
+import jax
 import pytest
 
 from jmoe.evals.perplexity import perplexity
-from jmoe.train import run_files
+from jmoe.train import compiled, run_files
 from jmoe.train.trained import load_trained
 
 
@@ -30,6 +31,17 @@ def test_fewer_bits_cost_less_than_a_percent(loaded, form):
     assert abs(small.perplexity / native.perplexity - 1) < 0.01
     assert small.loss != native.loss
     assert small.weight_bytes < 0.6 * native.weight_bytes
+
+
+def test_an_evaluation_first_frees_programs_that_are_too_many(
+    loaded, tmp_path, monkeypatch
+):
+    other = jax.jit(lambda x: 2 * x)
+    other(1)
+    monkeypatch.setattr(compiled, "LIMIT", tmp_path / "max_map_count")
+    compiled.LIMIT.write_text("100")
+    perplexity(loaded)
+    assert other._cache_size() == 0
 
 
 def test_all_forms_are_shown_side_by_side(script, trained):
