@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import numpy as np
 from matplotlib.figure import Figure
 
+from jmoe.data.formatting import count, duration
 from jmoe.train import report_balance, report_curves, report_page, run_files
-from jmoe.train.formatting import count, duration
 from jmoe.train.report_curves import draw_metric, exact_line, noisy_line
 from jmoe.train.report_page import escape
 from jmoe.train.run_files import Run, evenly
