@@ -18,7 +18,8 @@ class Progress:
     """A live line while it is entered, and a line at the end.
 
     Where nobody watches (a pipe, a file, CI) it is a line every half minute. After an
-    error there is no last line. Methods may be called from several threads.
+    error, or where there was nothing to do, there is no last line. Methods may be
+    called from several threads.
 
     Args:
       name: of the source.
@@ -71,7 +72,7 @@ class Progress:
     def __exit__(self, kind: object, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
-        if kind is None:
+        if kind is None and self._documents:
             took = duration(self._clock() - self._started)
             line = f"Tokenised {escape(self._name)}: {self._counts()} in {took}"
             self._out.print(line, soft_wrap=True)

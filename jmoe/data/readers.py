@@ -161,7 +161,7 @@ def _read_divided(piece: Piece, _: str) -> Iterator[Record]:
     """What is between separators, from the first that begins in the piece."""
     with _open(piece) as file:
         if piece.start:
-            file.seek(piece.start - len(_SEPARATOR))
+            file.seek(max(0, piece.start - len(_SEPARATOR)))
         parts = _split(file)
         if piece.start:
             next(parts)  # up to the separator before it
@@ -180,8 +180,8 @@ def _read_passages(piece: Piece, _: str) -> Iterator[Record]:
         file.seek(offset)
         while offset < end:
             passage = file.read(int(min(PASSAGE_BYTES, end - offset)))
-            if offset + len(passage) < end:
-                passage += file.readline(PASSAGE_BYTES)
+            left = end - offset - len(passage)
+            passage += file.readline(int(min(PASSAGE_BYTES, left)))
             passage += _rest_of_character(file)
             if not passage:
                 return

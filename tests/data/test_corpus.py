@@ -1,5 +1,6 @@
 """The tokenised source: nothing lost, ordered by hash, fairly split."""
 
+import json
 import os
 import pathlib
 
@@ -79,6 +80,48 @@ def test_a_bad_record_leaves_nothing_in_the_cache(tokenizer, data_config, tmp_pa
     with pytest.raises(ValueError, match="lines.jsonl: line 2"):
         tokenize(data_config(path), tokenizer, tmp_path)
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+def test_what_was_skipped_is_told_kept_and_refused_where_it_should_be(
+    tokenizer, data_config, tmp_path, caplog
+):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "good"}\nbad\n{"text": 3}\n{"text": "also"}\n')
+    tokens = tokenize(data_config(path, on_corrupt="skip"), tokenizer, tmp_path)
+    assert sorted(documents_in(tokens, tokenizer)) == ["also", "good"]
+    assert "2 corrupt records skipped, 2 documents kept; the first: " in caplog.text
+    description = tmp_path / "cache" / "corpora" / tokens.key / "corpus.json"
+    assert json.loads(description.read_text())["skipped"] == 2
+    with pytest.raises(ValueError, match="lines.jsonl: line 2: not JSON"):
+        tokenize(data_config(path), tokenizer, tmp_path)
+
+
+def test_a_part_that_skips_is_refused_by_who_may_not_skip(
+    tokenizer, data_config, tmp_path, monkeypatch
+):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "good"}\nbad\n')
+
+    def fail(*_):
+        raise OSError
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(arrays, "write", fail)
+        tokenize(data_config(path, on_corrupt="skip"), tokenizer, tmp_path)
+    assert list((tmp_path / "cache").glob("corpora/*.partial/*.json"))
+    with pytest.raises(ValueError, match="lines.jsonl: line 2: not JSON"):
+        tokenize(data_config(path), tokenizer, tmp_path)
+
+
+def test_tokens_that_would_be_lost_are_refused_with_the_file(data_config, tmp_path):
+    words = tokenizers.models.WordLevel({"<|endoftext|>": 0, "cat": 1})
+    (tmp_path / "a.txt").write_text("dog")
+    with pytest.raises(ValueError, match="a.txt: .*"):
+        tokenize(
+            data_config(tmp_path / "a.txt"),
+            Tokenizer(tokenizers.Tokenizer(words), eos_id=0),
+            tmp_path,
+        )
 
 
 @st.composite

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -64,6 +65,97 @@ def test_plain_records_may_begin_like_json(tmp_path):
     write_records(path, [b"plain text", b'{"text": "still plain"}'])
     found = list(documents(path, "text"))
     assert found == ["plain text", '{"text": "still plain"}']
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet", ".arrayrecord"])
+@pytest.mark.parametrize("size", [1, 7, 100, 500])
+def test_pieces_hold_each_document_once_and_in_order(
+    tmp_path, monkeypatch, suffix, size
+):
+    path = tmp_path / f"file{suffix}"
+    write(path, [f"{i} {document}" for i in range(9) for document in DOCUMENTS])
+    whole = list(documents(path, "text"))
+    monkeypatch.setattr(readers, "PIECE_BYTES", size)
+    pieces = readers.pieces(path)
+    assert len(pieces) > 1 or suffix == ".parquet"
+    assert list(documents(path, "text")) == whole
+    assert [pieces[0].start, pieces[-1].stop] == [0, None]
+
+
+def test_row_groups_are_pieces_and_rows_keep_their_numbers(tmp_path):
+    path = tmp_path / "file.parquet"
+    table = pyarrow.table({"text": ["a", "b", "c", None, "e"]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    first, second, third = readers.pieces(path)
+    assert list(readers.documents(first, "text")) == ["a", "b"]
+    assert list(readers.documents(third, "text")) == ["e"]
+    with pytest.raises(ValueError, match="file.parquet: row 3: 'text' holds NoneType"):
+        list(readers.documents(second, "text"))
+
+
+@pytest.mark.parametrize("size", [1, 5, 8191, 30_000])
+@pytest.mark.parametrize("line", ["a line, ünïcödé\n", "世界ü", "\n"])
+def test_pieces_of_a_text_without_separators_lose_nothing(
+    tmp_path, monkeypatch, line, size
+):
+    path = tmp_path / "book.txt"
+    book = line * (400 if size < 100 else 90_000 // len(line))
+    path.write_text(book, encoding="utf-8")
+    monkeypatch.setattr(readers, "PIECE_BYTES", size)
+    monkeypatch.setattr(readers, "PASSAGE_BYTES", 50 if size < 100 else 8192)
+    found = [
+        passage
+        for piece in readers.pieces(path)
+        for record in readers.FORMS[piece.form](piece, "")
+        for passage in [record.parse()]
+    ]
+    assert "".join(found) == book
+
+
+GOOD = json.dumps({"text": "good"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint", "kept"),
+    [
+        ("a.jsonl", [GOOD, b'{"te', GOOD], "a.jsonl: line 2: not JSON", 2),
+        ("a.jsonl", [GOOD, b"\xff", GOOD], "not UTF-8 at byte offset 17", 2),
+        ("a.jsonl", [GOOD, b'{"text": 3}'], "a.jsonl: line 2: 'text' holds int", 1),
+        ("a.jsonl", [GOOD, b"[" * 10**6], "a.jsonl: line 2: not JSON", 1),
+        ("a.txt", [b"good<|endoftext|>\xff<|endoftext|>"], "byte offset 17", 1),
+        ("a.txt", [b"x" * 20_000 + b"\xff" + b"y" * 20_000], "offset 20000", 2),
+    ],
+)
+def test_corrupt_records_are_skipped_and_counted_where_that_is_the_policy(
+    tmp_path, name, content, complaint, kept
+):
+    path, skipped = tmp_path / name, readers.Skipped()
+    path.write_bytes(b"\n".join(content))
+    with pytest.raises(ValueError, match=complaint) as error:
+        list(documents(path, "text"))
+    assert "set data.on_corrupt=skip" in str(error.value)
+    assert len(list(documents(path, "text", "skip", skipped))) == kept
+    assert skipped.count == 1
+    assert str(error.value).startswith(skipped.examples[0])
+
+
+def test_lines_of_later_pieces_are_named_by_their_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 20)
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n" + GOOD + b"\n{")
+    with pytest.raises(ValueError, match="a.jsonl: byte offset 34: not JSON"):
+        list(documents(tmp_path / "a.jsonl", "text"))
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".parquet", ".arrayrecord"])
+def test_of_a_damaged_file_the_documents_before_the_damage_are_kept(tmp_path, suffix):
+    path, skipped = tmp_path / f"file{suffix}", readers.Skipped()
+    write(path, [f"{i} {np.random.default_rng(i).bytes(99)}" for i in range(900)])
+    path.write_bytes(path.read_bytes()[:-3000])
+    found = list(documents(path, "text", "skip", skipped))
+    assert len(found) < 900
+    assert (len(found) > 100) == (suffix == ".jsonl.gz")
+    (complaint,) = skipped.examples
+    assert complaint.startswith(f"{path}: the file is damaged, at ")
 
 
 def test_line_ends_beside_a_separator_belong_to_it(tmp_path):
