@@ -28,7 +28,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jmoe.checkpoint import manifest, paths
+from jmoe.checkpoint import manifest, paths, room
 from jmoe.checkpoint.manifest import DamagedCheckpointError
 from jmoe.data import durable
 from jmoe.parallel import processes
@@ -57,6 +57,7 @@ class Store:
         self._keep = keep
         self._current: int | None = None  # the step last saved or restored here
         self._writing = False
+        self._failed: OSError | None = None  # a save that could not even begin
         self._handler = _SealingHandler(use_compression=False)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
@@ -98,6 +99,10 @@ class Store:
         waits for the save before, so that at most one state is in flight. The step
         saved or restored last isn't written again.
 
+        If the disk has no room, `wait` says so. Whoever saves again instead, as a run
+        does that goes on, gets a warning: the checkpoint before is still there, and
+        this save may find room. (One of several processes can't go on alone.)
+
         Args:
           step: the optimizer step; it names the checkpoint.
           state: any pytree of `jax.Array`.
@@ -106,11 +111,11 @@ class Store:
         Raises:
           TypeError: `position` holds something else.
           ValueError: `step` comes before the one saved or restored last.
-          Exception: whatever made the save before this one fail.
+          Exception: whatever else made the save before this one fail.
         """
         step = operator.index(step)
         position = json.loads(json.dumps(position))  # the loader may change its own
-        self.wait()
+        self._wait_or_warn()
         if step == self._current:
             return
         if self._current is not None and step < self._current:
@@ -118,10 +123,19 @@ class Store:
                 f"step={step} must come after {self._current}, the step saved or "
                 "restored last."
             )
+        try:
+            self._start(step, manifest.flatten(state), position)
+        except Exception as error:
+            self._failed = room.lacking(error, self._path(step))
+            if self._failed is None:
+                raise
+
+    def _start(
+        self, step: int, arrays: Mapping[str, jax.Array], position: Mapping[str, Any]
+    ) -> None:
         if processes.index() == 0:
             durable.make_directory(self._directory)
             self._tidy(step)
-        arrays = manifest.flatten(state)
         self._handler.manifest = {
             "step": step,
             "position": position,
@@ -193,17 +207,36 @@ class Store:
         return self._path(step)
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is on disk; raises if it failed."""
+        """Returns when the checkpoint being written is on disk; raises if it failed.
+
+        Raises:
+          OSError: the disk has no room; names the checkpoint.
+        """
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
         if not self._writing:
             return
         self._writing = False
+        step, self._current = self._current, None  # if it fails, it can be saved again
         try:
             self._writer.wait_until_finished()
-        except BaseException:
-            self._current = None  # so that its step can be saved again
-            raise
+        except Exception as error:
+            lacking = room.lacking(error, self._path(step))
+            if lacking is None:
+                raise
+            raise lacking from error
+        self._current = step
         if processes.index() == 0:
             self._drop_surplus()
+
+    def _wait_or_warn(self) -> None:
+        try:
+            self.wait()
+        except OSError as error:
+            if jax.process_count() > 1 or not room.lacking(error, self._directory):
+                raise
+            logging.warning("Not saved: %s. The next save will try again.", error)
 
     def close(self) -> None:
         """Waits like `wait`, then ends the background threads."""
