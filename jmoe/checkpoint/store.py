@@ -31,7 +31,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jmoe.checkpoint import manifest, paths, sealed, sums
+from jmoe.checkpoint import manifest, paths, room, sealed, sums
 from jmoe.checkpoint.manifest import DamagedCheckpointError
 from jmoe.checkpoint.retention import (
     BEST,
@@ -73,6 +73,7 @@ class Store:
         self._kept = Retention(newest=keep, best=keep_best, every=keep_every)
         self._current: int | None = None  # the step last saved or restored here
         self._writing = False
+        self._failed: OSError | None = None  # a save that could not even begin
         self._handler = sealed.Handler(use_compression=False)
         self._writer = ocp.AsyncCheckpointer(
             self._handler,
@@ -120,6 +121,10 @@ class Store:
         waits for the save before, so that at most one state is in flight. The step
         saved or restored last isn't written again.
 
+        If the disk has no room, `wait` says so. Whoever saves again instead, as a run
+        does that goes on, gets a warning: the checkpoint before is still there, and
+        this save may find room. (One of several processes can't go on alone.)
+
         Args:
           step: the optimizer step; it names the checkpoint.
           state: any pytree of `jax.Array`.
@@ -129,11 +134,11 @@ class Store:
         Raises:
           TypeError: `position` holds something else.
           ValueError: `step` comes before the one saved or restored last.
-          Exception: whatever made the save before this one fail.
+          Exception: whatever else made the save before this one fail.
         """
         step = operator.index(step)
         position = json.loads(json.dumps(position))  # the loader may change its own
-        self.wait()
+        self._wait_or_warn()
         if step == self._current:
             return
         if self._current is not None and step < self._current:
@@ -141,17 +146,28 @@ class Store:
                 f"step={step} must come after {self._current}, the step saved or "
                 "restored last."
             )
-        if processes.index() == 0:
-            durable.make_directory(self._directory)
-            self._tidy(step)
         arrays = manifest.flatten(state)
-        self._handler.manifest = {
+        described = {
             "step": step,
             "position": position,
             "arrays": manifest.describe(arrays),
         }
         if math.isfinite(validation_loss):
-            self._handler.manifest["validation_loss"] = float(validation_loss)
+            described["validation_loss"] = float(validation_loss)
+        try:
+            self._start(step, arrays, described)
+        except Exception as error:
+            self._failed = room.lacking(error, self._path(step))
+            if self._failed is None:
+                raise
+
+    def _start(
+        self, step: int, arrays: Mapping[str, jax.Array], described: dict[str, Any]
+    ) -> None:
+        if processes.index() == 0:
+            durable.make_directory(self._directory)
+            self._tidy(step)
+        self._handler.manifest = described
         # Orbax fetches arrays by `np.asarray`, which JAX counts as implicit.
         save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
@@ -217,17 +233,36 @@ class Store:
         return self._path(step)
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is on disk; raises if it failed."""
+        """Returns when the checkpoint being written is on disk; raises if it failed.
+
+        Raises:
+          OSError: the disk has no room; names the checkpoint.
+        """
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
         if not self._writing:
             return
         self._writing = False
+        step, self._current = self._current, None  # if it fails, it can be saved again
         try:
             self._writer.wait_until_finished()
-        except BaseException:
-            self._current = None  # so that its step can be saved again
-            raise
+        except Exception as error:
+            lacking = room.lacking(error, self._path(step))
+            if lacking is None:
+                raise
+            raise lacking from error
+        self._current = step
         if processes.index() == 0:
             self._drop_surplus()
+
+    def _wait_or_warn(self) -> None:
+        try:
+            self.wait()
+        except OSError as error:
+            if jax.process_count() > 1 or not room.lacking(error, self._directory):
+                raise
+            logging.warning("Not saved: %s. The next save will try again.", error)
 
     def close(self) -> None:
         """Waits like `wait`, then ends the background threads."""

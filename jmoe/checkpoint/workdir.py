@@ -4,13 +4,15 @@ runs/tiny/config.json    the record of the run
 runs/tiny/checkpoints/   see `jmoe.checkpoint.store`
 """
 
+import filecmp
+import fnmatch
 import json
 import pathlib
 import time
 from typing import Any
 
-from jmoe.config import RunConfig, from_dict, to_dict
-from jmoe.data import durable
+from jmoe.config import RunConfig, checks, from_dict, to_dict
+from jmoe.data import durable, tokenizer
 from jmoe.parallel import processes
 
 CONFIG = "config.json"
@@ -26,14 +28,18 @@ FIXED = (
     "train.microbatch_size",
     "train.seed",
 )
-# and what, within that, only decides how the same things are computed.
+# and what, within that, only decides how the same things are computed, or where the
+# data lies: whether it is the same, the loader knows by its content.
 FREE = (
     "model.remat",
     "model.moe.backend",
     "model.moe.exchange",
     "model.attention.block_size",
     "data.cache_dir",
+    "data.on_corrupt",
+    "data.sources.*.path",
 )
+_TOKENIZER = "data.tokenizer"
 
 
 def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
@@ -50,6 +56,8 @@ def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
         _refuse_other_content(workdir)
         return False
     refused = fixed_changes(read_run(workdir), run)
+    if _TOKENIZER in refused and _is_own_tokenizer(workdir, run.data.tokenizer):
+        del refused[_TOKENIZER]
     if refused:
         lines = [
             f"  {name}: {a!r} there, {b!r} given" for name, (a, b) in refused.items()
@@ -152,7 +160,12 @@ def _write(workdir: pathlib.Path, run: RunConfig) -> None:
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (old, new) of the values that differ between nested dicts."""
+    """Dotted name -> (old, new) of the values that differ between nested dicts.
+
+    Lists of one length count as dicts by index.
+    """
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        old, new = (dict(enumerate(items)) for items in (old, new))
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {"": (old, new)}
     changes = {}
@@ -163,4 +176,13 @@ def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def _is_in(name: str, fields: tuple[str, ...]) -> bool:
-    return any(name == field or name.startswith(f"{field}.") for field in fields)
+    return any(fnmatch.fnmatch(name, form) for f in fields for form in (f, f"{f}.*"))
+
+
+def _is_own_tokenizer(workdir: pathlib.Path, given: str) -> bool:
+    """Whether the file `given` is what the run keeps a copy of, and goes by."""
+    try:
+        path = checks.local_path("tokenizer", given)
+        return filecmp.cmp(path, workdir / tokenizer.FILE, shallow=False)
+    except (OSError, ValueError):
+        return False

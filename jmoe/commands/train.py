@@ -54,6 +54,7 @@ SAMPLE_TOKENS = 64
 
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
+    runtime.outlive_output()
     place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     with processes.join(*place):
         run = read_experiment(_EXPERIMENT.value, _SET.value)

@@ -7,6 +7,7 @@ from jmoe.config import checks
 
 BUILTIN_DOMAINS = ("code", "prose", "arithmetic")
 BUILTIN_PATHS = ("builtin", *(f"builtin:{domain}" for domain in BUILTIN_DOMAINS))
+ON_CORRUPT = ("refuse", "skip")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,7 @@ class DataConfig:
     segment_masks: bool = False  # attention stays in a document (DeepSeek-V3: no)
     validation_fraction: float = 0.05  # of each source's documents
     seed: int = 0  # of the shuffling
+    on_corrupt: str = "refuse"  # or "skip": a record that can't be read is left out
     cache_dir: str = ""  # "" is $XDG_CACHE_HOME/jmoe or ~/.cache/jmoe
 
     def __post_init__(self):
@@ -57,6 +59,7 @@ class DataConfig:
             raise ValueError("sources=() must hold at least one source.")
         if not self.tokenizer:
             raise ValueError("tokenizer='' must be 'builtin' or a tokenizer.json.")
+        checks.one_of(self, on_corrupt=ON_CORRUPT)
         checks.at_least(self, sequence_length=1, seed=0)
         checks.at_most(self, seed=checks.MAX_SEED)
         if not 0 < self.validation_fraction < 1:

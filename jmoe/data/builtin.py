@@ -34,6 +34,12 @@ def documents(domains: tuple[str, ...] = BUILTIN_DOMAINS) -> Iterator[str]:
         yield from _DOMAINS[domain]()
 
 
+def domains(path: str) -> tuple[str, ...]:
+    """Those that a source's path means: "builtin" all, "builtin:code" one."""
+    domain = path.partition(":")[2]
+    return (domain,) if domain else BUILTIN_DOMAINS
+
+
 def fingerprint(domains: tuple[str, ...] = BUILTIN_DOMAINS) -> str:
     """A key that changes whenever the documents of these domains may change."""
     recipe = [pathlib.Path(file) for file in (__file__, arithmetic.__file__)]

@@ -8,24 +8,33 @@ that shuffles them, keeps copies together, and makes the validation set a prefix
 Where a model's texts open with another token than the one that ends them, a separator
 is both, and the ending one closes the last document.
 
+    token.npy    [S], uint16, or int32 for a vocabulary beyond 65536
+    start.npy    [N] int64, where each document's separator is
+    hash.npy     [N] uint64, ascending
+    corpus.json  what was skipped, and the seals of these files (`jmoe.data.arrays`)
+
 Shapes: N documents, S stored tokens.
 """
 
-import array
+import json
 import pathlib
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
 
-from jmoe.data import cache
-from jmoe.data.text import Text, document_hash
+from jmoe.data import arrays, cache, durable, readers, workers
+from jmoe.data.parts import Part, Parts, Report
+from jmoe.data.progress import Progress
+from jmoe.data.readers import Piece
+from jmoe.data.text import Text
 from jmoe.data.tokenizer import Tokenizer
 
-_RECIPE = 1  # raise it when the files change, so that no old ones are read
-_BATCH_CHARACTERS = 2_000_000
-_CHECKED_TOKENS = 1 << 24  # at a time
+_RECIPE = 2  # raise it when the files change, so that no old ones are read
+_DESCRIPTION = "corpus.json"
+_FILES = ("token.npy", "start.npy", "hash.npy")
 
 
 class Corpus(NamedTuple):
@@ -33,25 +42,33 @@ class Corpus(NamedTuple):
 
     name: str
     key: str  # stands for the source's text and the tokenizer
-    token_S: np.ndarray  # uint16, or int32 for a vocabulary beyond 65536
-    start_N: np.ndarray  # int64, where each document's separator is
-    hash_N: np.ndarray  # uint64, ascending
+    token_S: np.ndarray
+    start_N: np.ndarray
+    hash_N: np.ndarray
 
 
 def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpus:
     """Tokenises the source, or finds it in `directory` where that was done before.
 
+    What is found is read as a whole only if somebody has written to it since. An
+    attempt that was ended is gone on with from its last finished pieces.
+
     Raises:
-      ValueError: the source has a bad record, or text that the tokenizer would lose;
-        nothing is kept then.
+      ValueError: the source has a corrupt record, which it refuses, or text that the
+        tokenizer would lose.
+      OSError: the disk is full; names the file.
     """
     key = cache.key(_RECIPE, text.fingerprint, tokenizer.fingerprint)
-    path = cache.made_once(
-        directory / "corpora" / key,
-        lambda path: _write(path, text, tokenizer),
-        lambda path: _flaw(path, tokenizer),
-    )
-    return Corpus(text.name, key, *_open(path))
+    path = directory / "corpora" / key
+    if not cache.holds(path, _flaw):
+        with cache.partial(path) as parts:
+            cache.made_once(
+                path, lambda made: _make(made, parts, text, tokenizer), _flaw
+            )
+    description = json.loads((path / _DESCRIPTION).read_text())
+    if description["skipped"] and text.on_corrupt == "refuse":
+        readers.refuse(readers.Skipped(), description["examples"][0])
+    return Corpus(text.name, key, *(arrays.read(path / name) for name in _FILES))
 
 
 def split(
@@ -88,78 +105,108 @@ def split(
     )
 
 
-def _open(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    token_S = np.load(path / "token.npy", mmap_mode="r")
-    return token_S, np.load(path / "start.npy"), np.load(path / "hash.npy")
-
-
-def _flaw(path: pathlib.Path, tokenizer: Tokenizer) -> str | None:
-    """What the files can't be as `_write` made them by; None if nothing.
-
-    Reads all tokens, which takes less than the sum of the text they come from.
-    """
+def _flaw(path: pathlib.Path) -> str | None:
+    """What of the files isn't as it was written; None if nothing."""
     try:
-        token_S, start_N, hash_N = _open(path)
-    except (OSError, ValueError, EOFError) as error:
-        return str(error)
-    shapes = token_S.ndim, start_N.shape
-    if shapes != (1, hash_N.shape) or token_S.dtype != _dtype(tokenizer):
-        return "its arrays have other shapes or types"
-    bound_N = np.append(start_N, len(token_S) - 1)
-    if bound_N[0] != 0 or not (np.diff(bound_N) > 0).all():
-        return "its documents lie elsewhere"
-    if not (token_S[bound_N] == tokenizer.eos_id).all():
-        return "its documents aren't apart"
-    for start in range(0, len(token_S), _CHECKED_TOKENS):
-        part_S = token_S[start : start + _CHECKED_TOKENS]
-        if part_S.max() >= tokenizer.vocab_size or part_S.min() < 0:
-            return f"it has tokens outside of vocab_size={tokenizer.vocab_size}"
+        description = json.loads((path / _DESCRIPTION).read_text())
+        seals = {name: arrays.Seal(*description["files"][name]) for name in _FILES}
+        touched = [
+            name for name in _FILES if not arrays.is_untouched(path / name, seals[name])
+        ]
+        for name in touched:
+            found = arrays.seal(path / name)
+            if (found.size, found.sums) != (seals[name].size, seals[name].sums):
+                return f"{name} was altered or cut short"
+            seals[name] = found
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    if touched:  # copied, say
+        _reseal(path, {**description, "files": seals})
     return None
 
 
-def _dtype(tokenizer: Tokenizer) -> type[np.unsignedinteger | np.signedinteger]:
-    return np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+def _reseal(path: pathlib.Path, description: dict[str, Any]) -> None:
+    """Saves the next start from reading it all again, if the cache can be written."""
+    try:
+        durable.write_text(path / _DESCRIPTION, json.dumps(description))
+    except OSError as error:
+        logging.info("%s stays as it is: %s", path, error)
 
 
-def _write(path: pathlib.Path, text: Text, tokenizer: Tokenizer) -> None:
+def _make(
+    path: pathlib.Path, directory: pathlib.Path, text: Text, tokenizer: Tokenizer
+) -> None:
     """Tokenises in the order of reading, then copies in the order of the hashes."""
-    logging.info("Tokenising %s into %s.", text.name, path)
-    dtype = _dtype(tokenizer)
-    lengths, hashes = array.array("q"), array.array("Q")
-    unordered = path / "unordered"
-    with unordered.open("wb") as file:
-        for documents in _batches(text.documents()):
-            hashes.extend(map(document_hash, documents))
-            for ids in tokenizer.encode_batch(documents):
-                np.array([*tokenizer.separator, *ids], dtype).tofile(file)
-                lengths.append(len(tokenizer.separator) + len(ids))
-    length_N, hash_N = np.asarray(lengths), np.asarray(hashes)
-    end_N = np.cumsum(length_N)
-    order_N = np.argsort(hash_N, kind="stable")
-    start_N = np.cumsum(length_N[order_N]) - length_N[order_N]
+    parts = Parts(directory, tokenizer, text.text_field, text.on_corrupt)
+    pieces = text.pieces()
+    reports = _tokenize_pieces(text, pieces, parts)
+    counts = Counter()
+    for piece, report in zip(pieces, reports, strict=True):
+        counts[piece.path] += report.documents
+    text.require_text(counts)
+    full = [number for number, report in enumerate(reports) if report.documents]
+    _order(path, [parts.read(number) for number in full], parts.dtype, tokenizer.eos_id)
+    examples = [example for report in reports for example in report.examples]
+    description = {
+        "documents": sum(counts.values()),
+        "skipped": sum(report.skipped for report in reports),
+        "examples": examples[: readers.EXAMPLES],
+        "files": {name: arrays.seal(path / name) for name in _FILES},
+    }
+    durable.write_text(path / _DESCRIPTION, json.dumps(description))
+    if description["skipped"]:
+        _warn_of_skipped(text, description)
 
-    read_S = np.memmap(unordered, dtype, mode="r")
-    token_S = np.lib.format.open_memmap(
-        path / "token.npy", "w+", dtype, shape=(len(read_S) + 1,)
+
+def _tokenize_pieces(text: Text, pieces: Sequence[Piece], parts: Parts) -> list[Report]:
+    """Makes the parts that there aren't yet, and shows how far it is."""
+    found = {}
+    for number in range(len(pieces)):
+        report = parts.report(number)
+        if report is not None:
+            found[number] = report
+    tasks = [task for task in enumerate(pieces) if task[0] not in found]
+    sizes = [piece.size for piece in pieces]
+    with Progress(text.name, sum(sizes), sum(sizes[x] for x in found)) as progress:
+        made = workers.make_parts(parts, tasks, progress.add)
+        for (number, piece), report in zip(tasks, made, strict=True):
+            found[number] = report
+            progress.finish(piece.size)
+    return [found[number] for number in range(len(pieces))]
+
+
+def _order(
+    path: pathlib.Path, parts: Sequence[Part], dtype: np.dtype, eos_id: int
+) -> None:
+    """Writes the documents of all parts in the order of their hashes."""
+    counts = [len(part.length_N) for part in parts]
+    part_N = np.repeat(np.arange(len(parts)), counts)
+    length_N = np.concatenate([part.length_N for part in parts])
+    hash_N = np.concatenate([part.hash_N for part in parts])
+    first_N = np.concatenate(  # where in its part a document is
+        [np.cumsum(part.length_N) - part.length_N for part in parts]
     )
-    for start, document in zip(start_N, order_N, strict=True):
-        length, end = length_N[document], end_N[document]
-        token_S[start : start + length] = read_S[end - length : end]
-    token_S[-1] = tokenizer.eos_id
-    token_S.flush()
-    unordered.unlink()
-    np.save(path / "start.npy", start_N)
-    np.save(path / "hash.npy", hash_N[order_N])
+    order_N = np.argsort(hash_N, kind="stable")
+
+    def documents() -> Iterator[np.ndarray]:
+        for document in order_N:
+            start = first_N[document]
+            token_S = parts[part_N[document]].token_S
+            yield token_S[start : start + length_N[document]]
+        yield np.array([eos_id], dtype)
+
+    start_N = np.cumsum(length_N[order_N]) - length_N[order_N]
+    total = int(length_N.sum()) + 1
+    arrays.write(path / "token.npy", dtype, total, documents())
+    arrays.write(path / "start.npy", np.int64, len(start_N), [start_N])
+    arrays.write(path / "hash.npy", np.uint64, len(hash_N), [hash_N[order_N]])
 
 
-def _batches(documents: Iterator[str]) -> Iterator[list[str]]:
-    """Groups of documents large enough to keep every core busy."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document)
-        if size > _BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _warn_of_skipped(text: Text, description: dict[str, Any]) -> None:
+    logging.warning(
+        "%s: %d corrupt records skipped, %d documents kept; the first: %s",
+        text.name,
+        description["skipped"],
+        description["documents"],
+        description["examples"][0],
+    )

@@ -6,6 +6,10 @@ gone before its successor is there. What a name stands for is of its directory, 
 has to be synced too (Pillai et al., "All File Systems Are Not Created Equal", OSDI
 2014). So here, in this order: the content, its name, its directory; and whoever calls
 removes what is older only then.
+
+A disk that is full says so to whoever writes to a file (`write`, `close`, `fsync`), and
+the error then names the file. It ends who writes to a map of one by SIGBUS, and NumPy's
+`tofile` and `save` can miss it, so that nothing is written by these.
 """
 
 import concurrent.futures
@@ -22,6 +26,17 @@ def unfinished(path: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
+def naming(path: pathlib.Path) -> Iterator[None]:
+    """Adds `path` to what an OSError says that names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the name to write a file under that takes the place of `path`.
 
@@ -29,7 +44,8 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """
     new = unfinished(path)
     try:
-        yield new
+        with naming(path):
+            yield new
         sync(new)
         os.replace(new, path)
     except BaseException:
@@ -82,7 +98,8 @@ def sync(path: pathlib.Path) -> None:
     """Returns when a file's content, or a directory's list of names, is on the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     except OSError as error:
         # File systems that can't sync a directory, some networks' among them, say so.
         if error.errno != errno.EINVAL or not path.is_dir():

@@ -5,25 +5,60 @@ import dataclasses
 import glob
 import hashlib
 import pathlib
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 
 from jmoe.config import checks
 from jmoe.config.data import (
-    BUILTIN_DOMAINS,
     BUILTIN_PATHS,
     DataConfig,
     SourceConfig,
 )
 from jmoe.data import builtin, cache, digests, readers
+from jmoe.data.readers import Piece
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Text:
-    """A source that was found: its documents, and a key that stands for them."""
+    """A source that was found: a key that stands for its documents, and their pieces.
+
+    on_corrupt: what becomes of corrupt records, as in `DataConfig`.
+    """
 
     name: str
     fingerprint: str
-    documents: Callable[[], Iterator[str]]
+    text_field: str
+    on_corrupt: str
+    pieces: Callable[[], list[Piece]]
+
+    def documents(self) -> Iterator[str]:
+        """Reads all documents.
+
+        Raises:
+          ValueError: as `readers.documents` and `require_text` do.
+        """
+        found = Counter()
+        for piece in self.pieces():
+            for document in readers.documents(piece, self.text_field, self.on_corrupt):
+                found[piece.path] += 1
+                yield document
+            found[piece.path] += 0
+        self.require_text(found)
+
+    def require_text(self, documents: Mapping[str, int]) -> None:
+        """Refuses files of which no document was found, unless all were to be skipped.
+
+        Args:
+          documents: how many were found in each file.
+
+        Raises:
+          ValueError: names the file, or the source if it has none at all.
+        """
+        empty = [path for path, count in documents.items() if not count]
+        if empty and self.on_corrupt == "refuse":
+            raise ValueError(f"{empty[0]}: the file holds no text.")
+        if len(empty) == len(documents):
+            raise ValueError(f"{self.name}: it holds no text.")
 
 
 def open_sources(cfg: DataConfig) -> list[Text]:
@@ -38,9 +73,9 @@ def open_sources(cfg: DataConfig) -> list[Text]:
     """
     files = [_find(source.path) for source in cfg.sources]
     return [
-        _from_files(source, paths, cache.directory(cfg))
+        _from_files(source, paths, cfg)
         if paths
-        else _from_builtin(source)
+        else _from_builtin(source, cfg.on_corrupt)
         for source, paths in zip(cfg.sources, files, strict=True)
     ]
 
@@ -72,30 +107,27 @@ def _find(path: str) -> list[pathlib.Path]:
     return paths
 
 
-def _from_builtin(source: SourceConfig) -> Text:
-    domain = source.path.partition(":")[2]
-    domains = (domain,) if domain else BUILTIN_DOMAINS
+def _from_builtin(source: SourceConfig, on_corrupt: str) -> Text:
     return Text(
         name=source.path,
-        fingerprint=builtin.fingerprint(domains),
-        documents=lambda: builtin.documents(domains),
+        fingerprint=builtin.fingerprint(builtin.domains(source.path)),
+        text_field=source.text_field,
+        on_corrupt=on_corrupt,
+        pieces=lambda: [Piece(source.path, "builtin")],
     )
 
 
 def _from_files(
-    source: SourceConfig, paths: list[pathlib.Path], directory: pathlib.Path
+    source: SourceConfig, paths: list[pathlib.Path], cfg: DataConfig
 ) -> Text:
-    kinds = map(readers.suffix, paths)
+    kinds, directory = map(readers.suffix, paths), cache.directory(cfg)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         contents = pool.map(lambda path: digests.sha256(path, directory), paths)
         fingerprint = cache.key(source.text_field, *kinds, *contents)
     return Text(
         name=source.path,
         fingerprint=fingerprint,
-        documents=lambda: _documents(paths, source.text_field),
+        text_field=source.text_field,
+        on_corrupt=cfg.on_corrupt,
+        pieces=lambda: [piece for path in paths for piece in readers.pieces(path)],
     )
-
-
-def _documents(paths: list[pathlib.Path], text_field: str) -> Iterator[str]:
-    for path in paths:
-        yield from readers.documents(path, text_field)

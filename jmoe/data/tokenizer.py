@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
-from jmoe.data import cache, readers, special_tokens, text
+from jmoe.data import cache, durable, readers, special_tokens, text
 
 FILE = "tokenizer.json"
 SAMPLE_CHARACTERS = 6_000_000  # enough for a vocabulary of tens of thousands
@@ -162,7 +162,11 @@ class Tokenizer:
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a tokenizer.json, without what belongs to it."""
-        pathlib.Path(path).write_bytes(self.files[FILE])
+        durable.write_bytes(pathlib.Path(path), self.files[FILE])
+
+    def backend_json(self) -> str:
+        """A tokenizer.json that encodes as this one does."""
+        return self._backend.to_str()
 
     def _refuse_loss(self, document: str) -> None:
         """Raises ValueError if some characters have no token.
@@ -251,7 +255,8 @@ def _trained(cfg: DataConfig, vocab_size: int) -> pathlib.Path:
             _sample(source, int(SAMPLE_CHARACTERS * share / sum(shares)))
             for source, share in zip(sources, shares, strict=True)
         )
-        train_bpe(sample, vocab_size).save(str(directory / FILE))
+        trained = train_bpe(sample, vocab_size).to_str(pretty=True)
+        durable.write_text(directory / FILE, trained)
 
     directory = cache.directory(cfg) / "tokenizers" / key
     return cache.made_once(directory, make, _flaw) / FILE

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jmoe.config import ModelConfig
+from jmoe.data.formatting import count
 from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export.numerics import BLOCK
-from jmoe.train.formatting import count
 from jmoe.train.run_files import Run
 from jmoe.train.trained import TOKENIZER
 

@@ -6,11 +6,11 @@ import re
 import rich.table
 
 from jmoe.config import ModelConfig
+from jmoe.data.formatting import count
 from jmoe.export import names, published, write
 from jmoe.export.layout import CODES, Entry
 from jmoe.export.numerics import FLOAT32
 from jmoe.export.write import Plan
-from jmoe.train.formatting import count
 
 # What a plan can be held against: of which preset, and written how.
 PUBLISHED = ("v3", "fp8")

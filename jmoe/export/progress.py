@@ -6,7 +6,7 @@ import time
 import rich.console
 import rich.progress
 
-from jmoe.train.formatting import duration
+from jmoe.data.formatting import duration
 
 
 class Progress:

@@ -15,8 +15,8 @@ import rich.progress
 import rich.table
 from rich.markup import escape
 
+from jmoe.data.formatting import count, duration
 from jmoe.train import run_files
-from jmoe.train.formatting import count, duration
 
 # How each metric reads in the progress line and in the line an evaluation leaves.
 _PROGRESS: dict[str, Callable[[float], str]] = {

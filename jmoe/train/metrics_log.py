@@ -2,27 +2,28 @@
 
 `jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
 nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
+Where one can't be written, training goes on (`jmoe.train.output`).
 A run that goes on from a checkpoint first drops the rows of steps it is about
 to repeat, so curves never overlap.
 
 Shapes: L MoE layers, E routed experts.
 """
 
+import contextlib
 import json
 import math
-import os
 import pathlib
+import socket
 import time
 from collections.abc import Mapping
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.record_writer import RecordWriter
 
-from jmoe.data import durable
-from jmoe.train import run_files
+from jmoe.train import output, run_files
 from jmoe.train.balance_log import BalanceLog
 
 # Generated messages, which type checkers can't look into.
@@ -48,7 +49,10 @@ class MetricsLog:
         self._metrics = _resume(directory / run_files.METRICS, start_step)
         balance = directory / run_files.BALANCE
         self._balance = BalanceLog(balance, start_step=start_step)
-        self._events = _open_events(directory / run_files.TENSORBOARD, start_step)
+        self._balance_trouble = output.Troubled(str(balance))
+        self._tensorboard = directory / run_files.TENSORBOARD
+        self._events: RecordWriter | None = _open_events(self._tensorboard, start_step)
+        self._events_trouble = output.Troubled(str(self._tensorboard))
 
     def log(
         self,
@@ -78,22 +82,33 @@ class MetricsLog:
         now = time.time()
         row = {"step": step, "time": round(now, 3)}
         row |= {key: _plain(metrics[key], _METRIC_DIGITS) for key in metrics}
-        _append(self._metrics, row)
-        self._events.write_event(_to_event(step, now, metrics))
-        self._events.flush()
+        if self._metrics.add(_to_json(row)):  # else there is no room for events either
+            self._events_trouble.attempt(self._log_event, step, now, metrics)
         if load_LE is not None and bias_LE is not None:
-            self._balance.append(step, load_LE, bias_LE)
+            append = self._balance.append
+            self._balance_trouble.attempt(append, step, load_LE, bias_LE)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk, from where events can be remade."""
-        os.fsync(self._metrics.fileno())
-        self._balance.sync()
+        self._metrics.sync()
+        self._balance_trouble.attempt(self._balance.sync)
 
     def close(self) -> None:
         """Closes the files; a closed log takes no more rows."""
         self._metrics.close()
-        self._balance.close()
-        self._events.close()
+        self._balance_trouble.attempt(self._balance.close)
+        if self._events is not None:
+            self._events_trouble.attempt(self._events.close)
+
+    def _log_event(
+        self, step: int, now: float, metrics: Mapping[str, ArrayLike]
+    ) -> None:
+        """Begins a new file after a failure, which may have left half an event."""
+        events, self._events = self._events, None
+        if events is None:
+            events = _open_events(self._tensorboard, step - 1)
+        _write_events(events, _to_event(step, now, metrics))
+        self._events = events
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -102,17 +117,15 @@ class MetricsLog:
         self.close()
 
 
-def _resume(path: pathlib.Path, start_step: int) -> TextIO:
+def _resume(path: pathlib.Path, start_step: int) -> output.Lines:
     """Opens `path` for appending, without what comes after `start_step`."""
-    file = path.open("a", encoding="utf-8")
-    run_files.drop_rows(path, after=start_step)
-    durable.sync(path.parent)
-    return file
+    if path.exists():
+        run_files.drop_rows(path, after=start_step)
+    return output.Lines(path)
 
 
-def _append(file: TextIO, row: Mapping[str, Any]) -> None:
-    file.write(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n")
-    file.flush()
+def _to_json(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False, separators=(",", ":"))
 
 
 def _plain(values: ArrayLike | None, digits: int) -> Any:
@@ -130,17 +143,32 @@ def _round(value: Any, digits: int) -> Any:
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
-def _open_events(directory: pathlib.Path, start_step: int) -> EventsWriter:
+def _open_events(directory: pathlib.Path, start_step: int) -> RecordWriter:
     """A new event file that makes TensorBoard forget the steps past `start_step`.
 
-    This is tensorboardX's own file writer without the queue and thread that its
-    SummaryWriter puts before it: those lose the last events when a process is killed.
+    tensorboardX's SummaryWriter has a queue and a thread, which lose the last events
+    when a process is killed.
     """
     directory.mkdir(exist_ok=True)
-    events = EventsWriter(str(directory / "events"), f".{start_step}")
+    now = time.time()
+    name = f"events.out.tfevents.{now:.0f}.{socket.gethostname()}.{start_step}"
+    events = RecordWriter(str(directory / name))
+    version = Event(wall_time=now, file_version="brain.Event:2")
     restart = SessionLog(status=SessionLog.START)
-    events.write_event(Event(step=start_step + 1, session_log=restart))
+    _write_events(events, version, Event(step=start_step + 1, session_log=restart))
     return events
+
+
+def _write_events(events: RecordWriter, *new: Any) -> None:
+    """Closes the file if it raises OSError."""
+    try:
+        for event in new:
+            events.write(event.SerializeToString())
+        events.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            events.close()
+        raise
 
 
 def _to_event(step: int, now: float, metrics: Mapping[str, ArrayLike]) -> Any:

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 import numpy as np
 from matplotlib.figure import Figure
 
+from jmoe.data import durable
+from jmoe.data.formatting import count, duration
 from jmoe.train import report_balance, report_curves, report_page, run_files
-from jmoe.train.formatting import count, duration
 from jmoe.train.report_curves import draw_metric, exact_line, noisy_line
 from jmoe.train.report_page import escape
 from jmoe.train.run_files import Run, evenly
@@ -50,7 +51,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     parts = [_header(name, run)]
     parts += [report_page.section(title, content) for title, content in sections]
     path = run.directory / run_files.REPORT
-    path.write_text(report_page.page(f"jmoe: {name}", parts), encoding="utf-8")
+    durable.write_text(path, report_page.page(f"jmoe: {name}", parts))
     return path
 
 

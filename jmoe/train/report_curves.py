@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from jmoe.train.formatting import count
+from jmoe.data.formatting import count
 from jmoe.train.report_page import PALETTE, escape
 from jmoe.train.run_files import Run, Series, evenly
 

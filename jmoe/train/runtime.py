@@ -10,11 +10,13 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from logging import LogRecord
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
 from jmoe.config import checks
+from jmoe.train import output
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
@@ -82,6 +84,15 @@ def set_up(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}")
     keep_freed_memory()
     log_warnings_only()
+
+
+def outlive_output() -> None:
+    """Makes the process go on, with a warning, when its output can't be written.
+
+    For a program that is worth more than what it shows.
+    """
+    if sys.stdout is not None:
+        sys.stdout = output.Forgiving(sys.stdout, "Standard output")
 
 
 def path(flag: flags.FlagHolder[Any]) -> pathlib.Path:
@@ -188,10 +199,17 @@ def log_warnings_only() -> None:
     """Leaves the terminal to the script, unless --verbosity says otherwise.
 
     By default absl shows a program's INFO messages, of which Orbax has a page for every
-    checkpoint.
+    checkpoint, and some more of an error that it then raises.
     """
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+        logging.get_absl_logger().addFilter(_is_not_raised_too)
+
+
+def _is_not_raised_too(record: LogRecord) -> bool:
+    """Whether it isn't an exception, shown with its traceback, of Orbax."""
+    is_orbax = "orbax" in pathlib.PurePath(record.pathname).parts
+    return not (is_orbax and record.exc_info)
 
 
 def report_interrupt() -> int:

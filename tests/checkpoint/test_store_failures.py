@@ -1,6 +1,7 @@
 """A save that fails or is killed is reported, and what was there before stays."""
 
-import resource
+import errno
+import os
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from jmoe.checkpoint.store import Store
+from jmoe.data import durable
+from tests.faults import full
 
 SAVE_AND_HANG = """
 import sys, time
@@ -45,20 +48,56 @@ def test_a_writer_killed_just_before_it_is_done_leaves_the_checkpoint_before(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+STATE = {"x": jnp.ones((512, 512))}
+
+
 def test_a_failed_write_is_reported_and_can_be_repeated(tmp_path):
-    state = {"x": jnp.ones((512, 512))}
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Store(tmp_path) as store:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))  # a full disk
-        try:
-            store.save(1, state, {})
-            with pytest.raises(ValueError, match="File too large"):
+        with full.file_limit(1 << 16):
+            store.save(1, STATE, {})
+            with pytest.raises(OSError) as error:
                 store.wait()
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert str(error.value) == f"[Errno 27] File too large: '{tmp_path / '1'}'"
         assert store.latest_step() is None
-        store.save(1, state, {})
+        store.save(1, STATE, {})
     assert Store(tmp_path).latest_step() == 1
+
+
+def no_room(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
+
+
+def test_a_save_after_one_without_room_warns_and_the_one_before_stays(
+    tmp_path, caplog, monkeypatch
+):
+    with Store(tmp_path, keep=1) as store:
+        store.save(1, STATE, {})
+        store.wait()
+        with full.file_limit(1 << 16):
+            store.save(2, STATE, {})
+            store.save(3, STATE, {})
+            assert store.latest_step() == 1
+            with pytest.raises(OSError, match="File too large: '.*/3'"):
+                store.wait()
+        with monkeypatch.context() as patch:
+            patch.setattr(durable, "make_directory", no_room)
+            store.save(4, STATE, {})
+            assert store.latest_step() == 1
+        store.save(5, STATE, {})
+    assert "Not saved: [Errno 27] File too large: '" in caplog.text
+    assert "Not saved: [Errno 28] No space left on device: 'somewhere'" in caplog.text
+    assert os.listdir(tmp_path) == ["5"]
+
+
+def test_one_of_several_processes_does_not_go_on_without_its_part(
+    tmp_path, monkeypatch
+):
+    with Store(tmp_path) as store, monkeypatch.context() as patch:
+        patch.setattr(durable, "make_directory", no_room)
+        store.save(1, STATE, {})
+        patch.setattr(jax, "process_count", lambda: 2)
+        with pytest.raises(OSError, match="No space left"):
+            store.save(2, STATE, {})
 
 
 def test_a_directory_that_cannot_be_made_is_reported_by_save(tmp_path):

@@ -3,7 +3,10 @@
 import concurrent.futures
 import os
 import pathlib
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -60,6 +63,81 @@ def test_what_is_damaged_is_made_again_and_leaves_nothing(tmp_path):
     cache.made_once(path, make, flaw)
     assert (path / "text").read_text() == "whole"
     assert os.listdir(tmp_path) == ["result"]
+
+
+HOLD = """
+import pathlib, sys, time
+from jmoe.data import cache
+
+def make(directory):
+    (directory / "half").write_text("half")
+    print("making", flush=True)
+    time.sleep(600)
+
+cache.made_once(pathlib.Path(sys.argv[1]), make, lambda path: None)
+"""
+
+
+def making(directory: pathlib.Path) -> list[pathlib.Path]:
+    return [path for path in directory.iterdir() if path.name.startswith(".making")]
+
+
+def test_what_a_dead_process_left_is_removed_and_what_a_living_one_makes_is_not(
+    tmp_path,
+):
+    command = [sys.executable, "-c", HOLD]
+    pipe = subprocess.PIPE
+    with (
+        subprocess.Popen([*command, tmp_path / "a"], stdout=pipe) as dead,
+        subprocess.Popen([*command, tmp_path / "b"], stdout=pipe) as living,
+    ):
+        assert dead.stdout.readline() == living.stdout.readline() == b"making\n"
+        dead.kill()
+        dead.wait()
+        assert len(making(tmp_path)) == 2
+        (tmp_path / ".making-file").write_text("by an older version")
+        cache.made_once(tmp_path / "c", lambda path: None, whole)
+        (left,) = making(tmp_path)
+        assert (left / "b" / "half").exists()
+        living.kill()
+    cache.made_once(tmp_path / "a", lambda path: None, whole)
+    assert sorted(os.listdir(tmp_path)) == ["a", "c"]
+
+
+def test_parts_stay_for_the_next_attempt_until_all_is_made(tmp_path):
+    path = tmp_path / "result"
+    with pytest.raises(RuntimeError), cache.partial(path) as parts:
+        (parts / "1").write_text("finished")
+        raise RuntimeError
+    with cache.partial(path) as parts:
+        assert (parts / "1").read_text() == "finished"
+        cache.made_once(path, lambda made: None, whole)
+    assert os.listdir(tmp_path) == ["result"]
+
+
+def test_one_at_a_time_makes_parts_and_the_others_wait_for_it(tmp_path):
+    path, makers = tmp_path / "result", []
+
+    def make(_):
+        with cache.partial(path):
+            cache.made_once(path, lambda _: makers.append(1) or time.sleep(0.1), whole)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(make, range(4)))
+    assert makers == [1]
+    assert os.listdir(tmp_path) == ["result"]
+
+
+def test_parts_that_nobody_comes_back_for_are_removed(tmp_path):
+    for name in ("old", "held", "new"):
+        (tmp_path / f"{name}.partial").mkdir()
+    with cache.partial(tmp_path / "held"):
+        for name in ("old", "held"):
+            (tmp_path / f"{name}.partial" / "1").write_text("finished")
+            os.utime(tmp_path / f"{name}.partial", (1, 1))
+        cache.made_once(tmp_path / "result", lambda path: None, whole)
+        names = {"held.partial", "new.partial", "result"}
+        assert set(os.listdir(tmp_path)) == names
 
 
 def test_keys_tell_parts_apart_that_read_alike_when_joined():

@@ -1,7 +1,8 @@
 """The tokenised source: nothing lost, ordered by hash, fairly split."""
 
+import json
+import os
 import pathlib
-import re
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import tokenizers
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from jmoe.data import corpus, text
+from jmoe.data import arrays, corpus, parts, text
 from jmoe.data.tokenizer import Tokenizer
 
 
@@ -29,7 +30,7 @@ def documents_in(tokens: corpus.Corpus, tokenizer) -> list[str]:
 def test_every_document_is_stored_once_between_separators(
     tokenizer, write_source, data_config, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(corpus, "_BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(parts, "_BATCH_CHARACTERS", 100)
     cfg = data_config(write_source("fish", 50))
     (source,) = text.open_sources(cfg)
     tokens = tokenize(cfg, tokenizer, tmp_path)
@@ -67,7 +68,7 @@ def test_what_was_tokenised_is_found_again(
 ):
     cfg = data_config(write_source("fish", 5))
     first = tokenize(cfg, tokenizer, tmp_path)
-    monkeypatch.setattr(corpus, "_write", lambda *_: pytest.fail("written again"))
+    monkeypatch.setattr(corpus, "_make", lambda *_: pytest.fail("written again"))
     again = tokenize(cfg, tokenizer, tmp_path)
     assert np.array_equal(first.token_S, again.token_S)
     assert first.key == again.key
@@ -76,9 +77,51 @@ def test_what_was_tokenised_is_found_again(
 def test_a_bad_record_leaves_nothing_in_the_cache(tokenizer, data_config, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_text('{"text": "good"}\nbad\n')
-    with pytest.raises(ValueError, match="lines.jsonl:2"):
+    with pytest.raises(ValueError, match="lines.jsonl: line 2"):
         tokenize(data_config(path), tokenizer, tmp_path)
     assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+def test_what_was_skipped_is_told_kept_and_refused_where_it_should_be(
+    tokenizer, data_config, tmp_path, caplog
+):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "good"}\nbad\n{"text": 3}\n{"text": "also"}\n')
+    tokens = tokenize(data_config(path, on_corrupt="skip"), tokenizer, tmp_path)
+    assert sorted(documents_in(tokens, tokenizer)) == ["also", "good"]
+    assert "2 corrupt records skipped, 2 documents kept; the first: " in caplog.text
+    description = tmp_path / "cache" / "corpora" / tokens.key / "corpus.json"
+    assert json.loads(description.read_text())["skipped"] == 2
+    with pytest.raises(ValueError, match="lines.jsonl: line 2: not JSON"):
+        tokenize(data_config(path), tokenizer, tmp_path)
+
+
+def test_a_part_that_skips_is_refused_by_who_may_not_skip(
+    tokenizer, data_config, tmp_path, monkeypatch
+):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "good"}\nbad\n')
+
+    def fail(*_):
+        raise OSError
+
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(arrays, "write", fail)
+        tokenize(data_config(path, on_corrupt="skip"), tokenizer, tmp_path)
+    assert list((tmp_path / "cache").glob("corpora/*.partial/*.json"))
+    with pytest.raises(ValueError, match="lines.jsonl: line 2: not JSON"):
+        tokenize(data_config(path), tokenizer, tmp_path)
+
+
+def test_tokens_that_would_be_lost_are_refused_with_the_file(data_config, tmp_path):
+    words = tokenizers.models.WordLevel({"<|endoftext|>": 0, "cat": 1})
+    (tmp_path / "a.txt").write_text("dog")
+    with pytest.raises(ValueError, match="a.txt: .*"):
+        tokenize(
+            data_config(tmp_path / "a.txt"),
+            Tokenizer(tokenizers.Tokenizer(words), eos_id=0),
+            tmp_path,
+        )
 
 
 @st.composite
@@ -157,27 +200,43 @@ def replace(index, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "flaw"),
+    ("name", "change"),
     [
-        ("token", cut, "mmap length|reshape"),
-        ("token", replace(1, 65535), "tokens outside of vocab_size"),
-        ("token", replace(-1, 5), "documents aren't apart"),
-        ("token", lambda path: np.save(path, np.zeros((2, 2))), "other shapes"),
-        ("token", pathlib.Path.unlink, "No such file"),
-        ("start", replace(0, 1), "documents lie elsewhere"),
-        ("start", replace(-1, 10**9), "documents lie elsewhere"),
-        ("hash", lambda path: np.save(path, np.zeros(1)), "other shapes"),
-        ("hash", lambda path: path.write_bytes(b""), "No data left"),
-        ("hash", lambda path: np.save(path, np.array([object])), "allow_pickle=False"),
+        ("token.npy", cut),
+        ("token.npy", replace(1, 65535)),
+        ("token.npy", replace(-1, 5)),
+        ("token.npy", pathlib.Path.unlink),
+        ("start.npy", replace(0, 1)),
+        ("hash.npy", lambda path: path.write_bytes(b"")),
+        ("hash.npy", lambda path: np.save(path, np.array([object]))),
+        ("corpus.json", cut),
+        ("corpus.json", lambda path: path.write_text('{"files": 3}')),
+        ("corpus.json", pathlib.Path.unlink),
     ],
 )
 def test_a_damaged_cache_is_made_again(
-    tokenizer, write_source, data_config, tmp_path, caplog, name, change, flaw
+    tokenizer, write_source, data_config, tmp_path, caplog, name, change
 ):
     cfg = data_config(write_source("fish", 5))
     first = tokenize(cfg, tokenizer, tmp_path)
     stored = [np.array(array) for array in first[2:]]
-    change(tmp_path / "cache" / "corpora" / first.key / f"{name}.npy")
+    change(tmp_path / "cache" / "corpora" / first.key / name)
     again = tokenize(cfg, tokenizer, tmp_path)
-    assert re.search(f"is damaged .*({flaw}).*making it again", caplog.text)
+    assert f"{first.key} is damaged" in caplog.text
+    assert "making it again" in caplog.text
     assert all(map(np.array_equal, again[2:], stored))
+
+
+def test_a_copied_cache_is_read_once_and_then_trusted(
+    tokenizer, write_source, data_config, tmp_path, monkeypatch
+):
+    cfg = data_config(write_source("fish", 5))
+    key = tokenize(cfg, tokenizer, tmp_path).key
+    os.utime(tmp_path / "cache" / "corpora" / key / "token.npy", (1, 1))
+    sealed = []
+    monkeypatch.setattr(
+        arrays, "seal", lambda path, seal=arrays.seal: sealed.append(path) or seal(path)
+    )
+    for _ in range(2):
+        tokenize(cfg, tokenizer, tmp_path)
+    assert [path.name for path in sealed] == ["token.npy"]

@@ -1,5 +1,7 @@
 """Finding sources: what is refused before anything is read."""
 
+import dataclasses
+
 import pytest
 
 from jmoe.config.data import DataConfig, SourceConfig
@@ -95,3 +97,16 @@ def test_a_file_is_hashed_once_for_all_starts(tmp_path, monkeypatch):
     monkeypatch.delattr(digests, "_read")
     (second,) = open_paths(tmp_path / "a.txt")
     assert first.fingerprint == second.fingerprint
+
+
+def test_a_file_without_text_is_refused_unless_corrupt_ones_are_skipped(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "blank.txt").write_text(" \n \n")
+    (source,) = open_paths(tmp_path / "*.txt")
+    with pytest.raises(ValueError, match="blank.txt: the file holds no text"):
+        list(source.documents())
+    source = dataclasses.replace(source, on_corrupt="skip")
+    assert list(source.documents()) == ["text"]
+    (tmp_path / "a.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"\*.txt: it holds no text"):
+        list(source.documents())

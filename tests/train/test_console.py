@@ -6,8 +6,8 @@ import pytest
 import rich.console
 import rich.text
 
+from jmoe.data.formatting import count, duration
 from jmoe.train.console import Console
-from jmoe.train.formatting import count, duration
 
 METRICS = {"loss": 2.5, "max_vio": 0.25, "tokens_per_second": 45_200.0}
 EVALUATION = {"val_loss": 2.75, "val_perplexity": 15.64, "global_max_vio": 0.05}

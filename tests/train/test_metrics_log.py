@@ -10,6 +10,7 @@ from tensorboardX.proto import event_pb2
 
 from jmoe.train import run_files
 from jmoe.train.metrics_log import MetricsLog
+from tests.faults import full
 
 
 def _lines(path: pathlib.Path) -> list[dict]:
@@ -142,3 +143,41 @@ def test_tensorboard_gets_every_number_and_forgets_what_is_repeated(tmp_path):
     MetricsLog(tmp_path, start_step=4).close()
     restarts = [e.step for e in _events(tmp_path) if e.session_log.status]
     assert restarts == [1, 5]
+
+
+def test_a_full_disk_ends_no_run_and_what_was_measured_comes_later(tmp_path, caplog):
+    balance = np.full((2, 4), 0.25)
+    with (
+        full.Disk(tmp_path, room=600) as disk,
+        MetricsLog(tmp_path, start_step=0) as log,
+    ):
+        for step in range(1, 10):
+            log.log(step, {"loss": 1.0}, load_LE=balance, bias_LE=balance)
+        log.sync()
+        disk.room = 10**5
+        log.log(10, {"loss": 1.0}, load_LE=balance, bias_LE=balance)
+    for name in ("metrics.jsonl", "balance.jsonl"):
+        steps = [row["step"] for row in _lines(tmp_path / name)]
+        assert steps == [*range(1, 11)], name
+        assert caplog.text.count(f"{name} can't be written") == 1
+        assert caplog.text.count(f"{name} can be written again") == 1
+
+
+def test_events_go_on_in_another_file_after_one_that_could_not_be_written(
+    tmp_path, caplog
+):
+    with (
+        full.Disk(tmp_path / "tensorboard", room=10**5) as disk,
+        MetricsLog(tmp_path, start_step=0) as log,
+    ):
+        log.log(1, {"loss": 1.0})
+        disk.room = 7
+        log.log(2, {"loss": 1.0})
+        log.log(3, {"loss": 1.0})
+        disk.room = 10**5
+        log.log(4, {"loss": 1.0})
+    assert caplog.text.count("tensorboard can't be written") == 1
+    assert caplog.text.count("tensorboard can be written again") == 1
+    newest = max((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
+    assert newest.name.endswith(".3")
+    assert [row["step"] for row in _lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
