@@ -302,7 +302,7 @@ class Store:
         """Takes `path` away at once, and off the disk in the background."""
         step = path.name.partition(".")[0]
         removed = _rename(path, f"{step}.removed")
-        self._remover.submit(shutil.rmtree, removed, ignore_errors=True)
+        self._remover.submit(_delete, removed)
 
 
 class _SealingHandler(ocp.PyTreeCheckpointHandler):
@@ -354,6 +354,12 @@ def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return array
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)
+
+
+def _delete(removed: pathlib.Path) -> None:
+    """Deletes what is on the disk under this name, so that no half has the one before."""
+    durable.sync(removed.parent)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def _rename(path: pathlib.Path, name: str) -> pathlib.Path:

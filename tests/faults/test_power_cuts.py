@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.checkpoint import paths
+from jmoe.checkpoint import manifest, paths
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
@@ -54,6 +54,14 @@ def test_every_cut_leaves_the_newest_checkpoint_or_the_one_before(saving, tmp_pa
         found.add((image.promised, step))
     # Each was there in time, and each cut before its end left the one before.
     assert {(1, 1), (2, 2), (3, 3), (None, 0), (1, 2), (2, 3)} <= found
+
+
+def test_no_cut_leaves_a_checkpoint_half_removed_under_its_name(saving, tmp_path):
+    for count, image in enumerate(saving.images):
+        image.restore(tmp_path / str(count))
+        for path in (tmp_path / str(count)).glob("run/checkpoints/*"):
+            if path.name.isdecimal():
+                manifest.check_sums(path, manifest.read(path)["files"])
 
 
 def test_a_checkpoint_is_synced_before_its_name_and_that_before_older_ones_go(saving):
