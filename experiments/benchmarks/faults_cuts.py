@@ -5,6 +5,7 @@ checkpoint must be read; from some, drawn at random, the run goes on until it is
 """
 
 import contextlib
+import io
 import pathlib
 import random
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from unittest import mock
 
+import absl.logging
 import jax
 
 from experiments.benchmarks import faults_runs
@@ -29,10 +31,16 @@ _RUN = "run"
 
 def tasks(directory: pathlib.Path, cuts: int, seed: int) -> Tasks:
     """`measure`, in a process of its own."""
+    absl.logging.set_verbosity(absl.logging.ERROR)
     runtime.step_after_step()
     runtime.keep_compiled(directory / "data" / "cache" / runtime.COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return {"measure": lambda: measure(directory, cuts, seed)}
+
+    def task() -> dict[str, Any]:
+        with contextlib.redirect_stdout(io.StringIO()):  # of many runs
+            return measure(directory, cuts, seed)
+
+    return {"measure": task}
 
 
 def measure(directory: pathlib.Path, cuts: int, seed: int) -> dict[str, Any]:

@@ -116,8 +116,9 @@ def digest(array: Any) -> str:
 
 def differences(got: End, want: End) -> Iterator[str]:
     """What isn't the same, to the bit."""
-    if got.checkpoints.keys() != want.checkpoints.keys():
-        yield f"checkpoints: {list(got.checkpoints)} instead of {list(want.checkpoints)}"
+    found, asked = list(got.checkpoints), list(want.checkpoints)
+    if found != asked:
+        yield f"checkpoints: {found} instead of {asked}"
     for step in got.checkpoints.keys() & want.checkpoints.keys():
         yield from checkpoint_differences(
             step, got.checkpoints[step], want.checkpoints[step]

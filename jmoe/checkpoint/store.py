@@ -357,7 +357,7 @@ def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _delete(removed: pathlib.Path) -> None:
-    """Deletes what is on the disk under this name, so that no half has the one before."""
+    """Deletes it once its name is on the disk, so that no half has the one before."""
     durable.sync(removed.parent)
     shutil.rmtree(removed, ignore_errors=True)
 

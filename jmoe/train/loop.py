@@ -46,7 +46,12 @@ from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.starts import add_start
-from jmoe.train.state import TrainState, count_parameters, make_state
+from jmoe.train.state import (
+    TrainState,
+    count_parameters,
+    make_state,
+    require_step,
+)
 from jmoe.train.stop_signals import StopSignals
 from jmoe.train.trained import CHECKPOINTS, check_start
 
@@ -295,6 +300,7 @@ def _restore_or_make(
         position = {}
     else:
         state, position, step = store.restore(abstract)
+        require_step(state, step, store.locate(step))
         loader.set_state(position)
     guard.require_finite(state, store.locate(step))
     return state, step, position.get(_GUARD)

@@ -14,12 +14,13 @@ import importlib
 import json
 import os
 import pathlib
+import pkgutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).parents[2]
 _POLL_S = 0.002
@@ -44,7 +45,7 @@ class Start:
         return self._code
 
     def wait(self, timeout_s: float) -> int:
-        """The exit code; raises TimeoutError, after killing it, where it takes longer."""
+        """The exit code; where it takes longer, kills it and raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while (code := self.code()) is None:
             if time.monotonic() > deadline:
@@ -86,9 +87,14 @@ class Program:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._orders, self._answers = self._process.stdin, self._process.stdout.fileno()
 
-    def start(self, arguments: Sequence[str], out: pathlib.Path) -> Start:
-        """Returns once the process is there; `out` gets all that it prints."""
-        order = {"arguments": list(arguments), "out": str(out.absolute())}
+    def start(self, arguments: Sequence[str], out: pathlib.Path, *first: Any) -> Start:
+        """Returns once the process is there.
+
+        Args:
+          out: a file that gets all that it prints.
+          first: "module:function" and arguments, which it calls before the program.
+        """
+        order = [list(arguments), str(out.absolute()), *first]
         os.set_blocking(self._answers, True)
         self._orders.write(json.dumps(order).encode() + b"\n")
         self._orders.flush()
@@ -109,18 +115,26 @@ def _serve(module: str, imports: Sequence[str]) -> None:
     for order in sys.stdin:
         pid = os.fork()
         if not pid:
-            _become(module, **json.loads(order))
+            _become(module, *json.loads(order))
         os.write(1, f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
         os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
-def _become(module: str, arguments: Sequence[str], out: str) -> NoReturn:
+def _become(
+    module: str,
+    arguments: Sequence[str],
+    out: str,
+    first: str | None = None,
+    *given: Any,
+) -> NoReturn:
     file = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     nothing = os.open(os.devnull, os.O_RDONLY)
     for fd, target in ((nothing, 0), (file, 1), (file, 2)):
         os.dup2(fd, target)
     sys.argv = [f"{module}.py", *arguments]
+    if first is not None:
+        pkgutil.resolve_name(first)(*given)
     sys.modules[module].start()
     raise AssertionError("The program ends its process.")
 
