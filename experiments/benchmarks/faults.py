@@ -20,6 +20,7 @@ What fault tests share lies in tests/faults.
 import dataclasses
 import pathlib
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,13 +66,16 @@ def run(rounds: int, say: Callable[[str], None], settings: Settings) -> Report:
     directory = ROOT / "runs"
     directory.mkdir(exist_ok=True)
     done: dict[str, Part] = {}
+    seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="faults_", dir=directory) as parent:
         for name, part in PARTS.items():
             if count := getattr(settings, name):
                 say(f"{name}: {count}")
                 place = pathlib.Path(parent, name)
                 place.mkdir()
+                start = time.monotonic()
                 done[name] = part(place, count, settings.seed)
+                seconds[name] = time.monotonic() - start
                 if isinstance(done[name].samples, str):
                     say(done[name].samples)
     return Report(
@@ -79,7 +83,8 @@ def run(rounds: int, say: Callable[[str], None], settings: Settings) -> Report:
         compared=("orbax-checkpoint", "ray", "vllm"),
         settings=dataclasses.asdict(settings),
         figures=[figure for part in done.values() for figure in part.figures],
-        samples={name: part.samples for name, part in done.items()},
+        samples={name: part.samples for name, part in done.items()}
+        | {"seconds": seconds},
         wrong=tuple(
             f"{name}: {line}"
             for name, part in done.items()

@@ -33,7 +33,7 @@ def tasks(directory: pathlib.Path, cuts: int, seed: int) -> Tasks:
     """`measure`, in a process of its own."""
     absl.logging.set_verbosity(absl.logging.ERROR)
     runtime.step_after_step()
-    runtime.keep_compiled(directory / "data" / "cache" / runtime.COMPILED)
+    runtime.keep_compiled(directory.parent / "data" / "cache" / runtime.COMPILED)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
     def task() -> dict[str, Any]:
@@ -45,7 +45,7 @@ def tasks(directory: pathlib.Path, cuts: int, seed: int) -> Tasks:
 
 def measure(directory: pathlib.Path, cuts: int, seed: int) -> dict[str, Any]:
     """Returns how many images there are, and what is wrong with which."""
-    run = faults_runs.tiny_run(directory / "data")
+    run = faults_runs.tiny_run(directory.parent / "data")
     loop.train(run, directory / "unharmed" / _RUN)
     want = faults_runs.read_end(directory / "unharmed" / _RUN)
     images = list(watched(run, directory / "watched").images)

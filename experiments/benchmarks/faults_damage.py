@@ -50,7 +50,7 @@ _FORGED = 50
 
 def tasks(directory: pathlib.Path, cases: int, seed: int) -> Tasks:
     """`measure`, in a process of its own."""
-    runtime.keep_compiled(directory / "data" / "cache" / runtime.COMPILED)
+    runtime.keep_compiled(directory.parent / "data" / "cache" / runtime.COMPILED)
     absl.logging.get_absl_logger().propagate = False  # hundreds of warnings
 
     def task() -> dict[str, Any]:
@@ -62,7 +62,7 @@ def tasks(directory: pathlib.Path, cases: int, seed: int) -> Tasks:
 
 def measure(directory: pathlib.Path, cases: int, seed: int) -> dict[str, Any]:
     """Returns counts of what became of each kind, and the cases that went wrong."""
-    run = faults_runs.tiny_run(directory / "data")
+    run = faults_runs.tiny_run(directory.parent / "data")
     workdir = directory / "unharmed"
     loop.train(run, workdir)
     older, newer = faults_runs.steps_saved(workdir)[-2:]

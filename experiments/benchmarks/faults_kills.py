@@ -74,7 +74,7 @@ class Trial:
 
 def measure(directory: pathlib.Path, kills: int, seed: int) -> Trial:
     """Kills runs below `directory` so often, each until it is done all the same."""
-    settings = faults_runs.settings(directory / "data")
+    settings = faults_runs.settings(directory.parent / "data")
     command = ["--experiment=tests/smallest_run.py", *(f"--set={s}" for s in settings)]
     with _program() as program:
         known = _know(program, command, directory)
@@ -161,7 +161,8 @@ class Run:
         killed = -signal.SIGKILL
         while self.code in (None, killed):
             saved = self.saved()
-            kinds = SHARES if len(self.kills) < kills else {"never": 1.0}
+            alive = len(self.kills) < kills and saved < faults_runs.STEPS
+            kinds = SHARES if alive else {"never": 1.0}
             (kind,) = chance.choices(list(kinds), list(kinds.values()))
             first = draw_line(chance, saved, known) if kind == "line" else ()
             start = self._program.start(self._command, self._out, *first)
@@ -174,7 +175,7 @@ class Run:
             if self.code == killed:
                 logged = max(self._logged(since=0), default=0)
                 kill = {"moment": kind, "logged": logged, "saved": self.saved()}
-                self.kills.append(kill | ({"line": first[1:]} if first else {}))
+                self.kills.append(kill | _place(first))
 
     def add_to(self, trial: Trial, want: faults_runs.End) -> None:
         """What became of it; if all is right, its files are removed."""
@@ -228,11 +229,10 @@ def draw_moment(
         case "starting":
             return Moment(0, chance.uniform(0, known.starting_s))
         case "training":
-            steps = range(saved + 1, last + 1)[:_STEPS_BEYOND] or [0]
+            steps = range(saved + 1, last + 1)[:_STEPS_BEYOND]
             return Moment(chance.choice(steps), chance.uniform(0, _AFTER_A_STEP_S))
         case "ending":
-            step = last if saved < last else 0
-            return Moment(step, chance.uniform(0, known.ending_s))
+            return Moment(last, chance.uniform(0, known.ending_s))
     return None
 
 
@@ -244,6 +244,14 @@ def draw_line(
     left = (faults_runs.STEPS - saved) / faults_runs.STEPS
     times = chance.randint(1, max(math.ceil(left * times), 1))
     return "tests.faults.deaths:die_at", file, line, times
+
+
+def _place(first: tuple[Any, ...]) -> dict[str, Any]:
+    """Of what `draw_line` returns, the line and the how-manieth time."""
+    if not first:
+        return {}
+    _, file, line, times = first
+    return {"line": [str(pathlib.Path(file).relative_to(ROOT)), line, times]}
 
 
 def _program() -> starts.Program:

@@ -30,7 +30,10 @@ _SHOWN = 3  # names of a difference
 
 
 def settings(directory: pathlib.Path) -> list[str]:
-    """What `--set` makes the smallest run this one, with its data in `directory`."""
+    """What `--set` makes the smallest run this one, with its data in `directory`.
+
+    Those who have one directory find compiled what others have compiled.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     text = directory / "squares.txt"
     documents = (f"The square of {i} is {i * i}. " * 3 for i in range(80))

@@ -44,7 +44,7 @@ def served(directory: pathlib.Path) -> Iterator[Server]:
     Raises:
       RuntimeError: a script failed, or the server doesn't start.
     """
-    settings = (*faults_runs.settings(directory / "data"), *_SETTINGS)
+    settings = (*faults_runs.settings(directory.parent / "data"), *_SETTINGS)
     workdir, exported = directory / "run", directory / "served"
     _script(
         "train",

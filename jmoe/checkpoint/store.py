@@ -96,7 +96,8 @@ class Store:
         Returns once the arrays may be donated or overwritten. (On CPU the writer shares
         their memory, and until it is done JAX copies where it would donate.) First
         waits for the save before, so that at most one state is in flight. The step
-        saved or restored last isn't written again.
+        saved or restored last isn't written again; what should be gone goes all the
+        same.
 
         Args:
           step: the optimizer step; it names the checkpoint.
@@ -112,6 +113,9 @@ class Store:
         position = json.loads(json.dumps(position))  # the loader may change its own
         self.wait()
         if step == self._current:
+            if processes.index() == 0:
+                self._drop_left()  # by who was killed just after this step's save
+                self._drop_surplus()
             return
         if self._current is not None and step < self._current:
             raise ValueError(
@@ -270,11 +274,7 @@ class Store:
 
     def _tidy(self, step: int) -> None:
         """Leaves under steps' names only what this run can be continued from."""
-        for path in self._directory.glob(f"[0-9]*{_UNFINISHED}"):
-            logging.warning("Removing %s, left by an interrupted save.", path)
-            self._remove(path)
-        for path in self._directory.glob("[0-9]*.removed*"):
-            self._remover.submit(shutil.rmtree, path, ignore_errors=True)
+        self._drop_left()
         first = step if self._current is None else self._current + 1
         for other in self._steps():
             if other >= first:
@@ -286,6 +286,14 @@ class Store:
                     other,
                     aside,
                 )
+
+    def _drop_left(self) -> None:
+        """Removes what interrupted saves and removals left."""
+        for path in self._directory.glob(f"[0-9]*{_UNFINISHED}"):
+            logging.warning("Removing %s, left by an interrupted save.", path)
+            self._remove(path)
+        for path in self._directory.glob("[0-9]*.removed*"):
+            self._remover.submit(shutil.rmtree, path, ignore_errors=True)
 
     def _drop_surplus(self) -> None:
         whole = []
