@@ -91,24 +91,28 @@ def remove_everything(found: Checkpoints, chance: random.Random) -> str:
 
 
 def swap_two_files(found: Checkpoints, chance: random.Random) -> str:
-    one, other = chance.sample(files(found.newer), 2)
+    one = chance.choice(files(found.newer))
     data = one.read_bytes()
+    other = chance.choice([p for p in files(found.newer) if p.read_bytes() != data])
     one.write_bytes(other.read_bytes())
     other.write_bytes(data)
     return f"{one.name} and {other.name} swapped"
 
 
 def take_a_file_of_the_older(found: Checkpoints, chance: random.Random) -> str:
-    """Under its own name where both have it, or else instead of one of its size."""
-    path = chance.choice(files(found.newer))
-    same = found.older / path.relative_to(found.newer)
-    size = path.stat().st_size
-    if not same.exists():
-        same = min(
-            files(found.older), key=lambda other: abs(other.stat().st_size - size)
-        )
-    shutil.copyfile(same, path)
+    """Under its own name where both have it, or else that nearest in size."""
+    by_path = {path: _counterpart(path, found) for path in files(found.newer)}
+    differ = [p for p, other in by_path.items() if p.read_bytes() != other.read_bytes()]
+    path = chance.choice(differ)
+    shutil.copyfile(by_path[path], path)
     return f"{path.name} is that of the older"
+
+
+def _counterpart(path: pathlib.Path, found: Checkpoints) -> pathlib.Path:
+    same, size = found.older / path.relative_to(found.newer), path.stat().st_size
+    if same.exists():
+        return same
+    return min(files(found.older), key=lambda p: abs(p.stat().st_size - size))
 
 
 def add_a_file(found: Checkpoints, chance: random.Random) -> str:
@@ -119,7 +123,7 @@ def add_a_file(found: Checkpoints, chance: random.Random) -> str:
 
 
 def edit_the_manifest(found: Checkpoints, chance: random.Random) -> str:
-    """Its sum stays what it was, or is left out of no field."""
+    """Any of its values, its sum among them; what the sum should be isn't made so."""
     return _edit(found.newer, chance)
 
 

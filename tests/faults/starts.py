@@ -24,6 +24,7 @@ from typing import Any, NoReturn
 
 ROOT = pathlib.Path(__file__).parents[2]
 _POLL_S = 0.002
+_ANSWER_BYTES = 16  # each, since two may be there when the first is read
 
 
 class Start:
@@ -39,7 +40,7 @@ class Start:
         if self._code is None:
             os.set_blocking(self._answers, False)
             try:
-                self._code = int(os.read(self._answers, 64))
+                self._code = int(os.read(self._answers, _ANSWER_BYTES))
             except BlockingIOError:
                 return None
         return self._code
@@ -98,14 +99,14 @@ class Program:
         os.set_blocking(self._answers, True)
         self._orders.write(json.dumps(order).encode() + b"\n")
         self._orders.flush()
-        return Start(int(os.read(self._answers, 64)), self._answers)
+        return Start(int(os.read(self._answers, _ANSWER_BYTES)), self._answers)
 
     def __enter__(self) -> "Program":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._orders.close()
-        self._process.wait()
+        with self._process:  # ends when there are no more orders
+            self._orders.close()
 
 
 def _serve(module: str, imports: Sequence[str]) -> None:
@@ -116,9 +117,13 @@ def _serve(module: str, imports: Sequence[str]) -> None:
         pid = os.fork()
         if not pid:
             _become(module, *json.loads(order))
-        os.write(1, f"{pid}\n".encode())
+        _answer(pid)
         _, status = os.waitpid(pid, 0)
-        os.write(1, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        _answer(os.waitstatus_to_exitcode(status))
+
+
+def _answer(number: int) -> None:
+    os.write(1, f"{number:{_ANSWER_BYTES}}".encode())
 
 
 def _become(
