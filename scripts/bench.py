@@ -5,6 +5,7 @@ python scripts/bench.py --suite=convert
 python scripts/bench.py --suite=mesh
 python scripts/bench.py --suite=pipeline
 python scripts/bench.py --suite=gpu
+python scripts/bench.py --suite=faults
 
 Each suite prints what was asked and what was measured, and writes it with the machine,
 the versions and the commit to experiments/results/<suite>.json. A result that was
@@ -16,6 +17,7 @@ import pathlib
 import sys
 
 try:
+    from jmoe.config import override
     from jmoe.train import runtime
 except ModuleNotFoundError as missing:
     sys.exit(f"error: {missing}; `pip install -e .` installs jmoe and what it needs.")
@@ -28,9 +30,10 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 # Modules with a `run(rounds, say) -> Report`, imported when they are asked for: each
-# needs other libraries.
+# needs other libraries. One with a record `Settings` takes that too.
 SUITES = {
     "convert": "experiments.benchmarks.convert",
+    "faults": "experiments.benchmarks.faults",
     "gpu": "experiments.benchmarks.gpu",
     "mesh": "experiments.benchmarks.mesh",
     "pipeline": "experiments.benchmarks.pipeline",
@@ -43,6 +46,9 @@ _SUITE = flags.DEFINE_enum(
 _REPEATS = flags.DEFINE_integer(
     "repeats", 5, "Rounds in which all sides take a turn.", lower_bound=1
 )
+_SET = flags.DEFINE_multi_string(
+    "set", [], "field=value of the suite's settings, where it has any; repeatable."
+)
 
 
 def main(argv: list[str]) -> int:
@@ -51,7 +57,12 @@ def main(argv: list[str]) -> int:
     runtime.log_warnings_only()
     console = rich.console.Console(highlight=False)
     suite = importlib.import_module(SUITES[_SUITE.value])
-    report = suite.run(_REPEATS.value, console.print)
+    settings = []
+    if hasattr(suite, "Settings"):
+        settings = [override(suite.Settings(), _SET.value)]
+    elif _SET.value:
+        raise ValueError(f"set={_SET.value[0]!r}: this suite has no settings.")
+    report = suite.run(_REPEATS.value, console.print, *settings)
     console.print(report.table())
     console.print(f"Written to {report.write()}")
     for result in report.wrong:

@@ -47,7 +47,7 @@ MAX_KERNEL_LINES = 500  # in jmoe/ops/kernels
 FLAGS = {
     "experiments/fp8_vs_bf16.py": ["workdir", "set", "seeds", "runs"],
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
-    "scripts/bench.py": ["suite", "repeats"],
+    "scripts/bench.py": ["suite", "repeats", "set"],
     "scripts/check_hopper.py": ["suite", "program", "environment"],
     "jmoe/commands/evaluate.py": ["workdir", "step", "weights", "set"],
     "jmoe/commands/export_hf.py": [

@@ -5,12 +5,15 @@ Orbax's indices and writes the manifest, just before Orbax renames the directory
 """
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from jmoe.checkpoint import manifest, paths, sums
+
+_CHUNK_BYTES = 32 << 20
 
 
 class Handler(ocp.PyTreeCheckpointHandler):
@@ -49,3 +52,25 @@ class Save(ocp.args.PyTreeSave):
 @ocp.args.register_with_handler(Handler, for_restore=True)
 class Restore(ocp.args.PyTreeRestore):
     pass
+
+
+def to_save(arrays: Mapping[str, jax.Array]) -> Save:
+    """Returns what has Orbax write these arrays, large ones in chunks."""
+    return Save(arrays, {name: _chunked(array) for name, array in arrays.items()})
+
+
+def _chunked(array: jax.Array) -> ocp.SaveArgs:
+    """Stores a large array so that a layer, and an expert of it, can be read alone.
+
+    Orbax would make a chunk of each device's part. By itself it cuts the longest
+    dimension first, and so through all layers and experts.
+    """
+    if array.nbytes <= _CHUNK_BYTES:
+        return ocp.SaveArgs()
+    sizes = [array.nbytes]
+    for length in array.shape[:-2]:  # a matrix is left to Orbax
+        if sizes[-1] <= _CHUNK_BYTES:
+            break
+        sizes.append(sizes[-1] // length)
+    axes = tuple(range(len(sizes) - 1))
+    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)

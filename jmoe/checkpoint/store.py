@@ -16,14 +16,12 @@ and compares the sums of its share of what is read; process 0 writes the manifes
 all have written, and removes.
 """
 
-import concurrent.futures
 import functools
 import json
 import math
 import operator
 import pathlib
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from typing import Any, Self
 
@@ -31,7 +29,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from jmoe.checkpoint import manifest, paths, room, sealed, sums
+from jmoe.checkpoint import manifest, paths, removal, room, sealed, sums
 from jmoe.checkpoint.manifest import DamagedCheckpointError
 from jmoe.checkpoint.retention import (
     BEST,
@@ -45,9 +43,7 @@ from jmoe.parallel import processes
 
 PyTree = Any
 
-_UNFINISHED = ocp.path.atomicity_types.TMP_DIR_SUFFIX
 _WRITE_TIMEOUT_S = 6 * 3600
-_CHUNK_BYTES = 32 << 20
 
 
 class Store:
@@ -83,7 +79,7 @@ class Store:
             ),
             temporary_path_class=paths.Renamed,
         )
-        self._remover = concurrent.futures.ThreadPoolExecutor(1)
+        self._remover = removal.Remover()
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint; warns of newer ones that are damaged.
@@ -119,7 +115,8 @@ class Store:
         Returns once the arrays may be donated or overwritten. (On CPU the writer shares
         their memory, and until it is done JAX copies where it would donate.) First
         waits for the save before, so that at most one state is in flight. The step
-        saved or restored last isn't written again.
+        saved or restored last isn't written again; what should be gone goes all the
+        same.
 
         If the disk has no room, `wait` says so. Whoever saves again instead, as a run
         does that goes on, gets a warning: the checkpoint before is still there, and
@@ -140,6 +137,10 @@ class Store:
         position = json.loads(json.dumps(position))  # the loader may change its own
         self._wait_or_warn()
         if step == self._current:
+            if processes.index() == 0:
+                # Whoever was killed just after this step's save has left these.
+                self._remover.remove_left(self._directory)
+                self._drop_surplus()
             return
         if self._current is not None and step < self._current:
             raise ValueError(
@@ -169,10 +170,9 @@ class Store:
             self._tidy(step)
         self._handler.manifest = described
         # Orbax fetches arrays by `np.asarray`, which JAX counts as implicit.
-        save_args = {name: _chunked(array) for name, array in arrays.items()}
         with jax.transfer_guard_device_to_host("allow"):
             path = paths.Literal(self._path(step))
-            self._writer.save(path, args=sealed.Save(arrays, save_args))
+            self._writer.save(path, args=sealed.to_save(arrays))
         self._current = step
         self._writing = True
 
@@ -270,7 +270,7 @@ class Store:
             self.wait()
         finally:
             self._writer.close()
-            self._remover.shutdown()
+            self._remover.close()
 
     def __enter__(self) -> Self:
         return self
@@ -368,15 +368,11 @@ class Store:
 
     def _tidy(self, step: int) -> None:
         """Leaves under steps' names only what this run can be continued from."""
-        for path in self._directory.glob(f"[0-9]*{_UNFINISHED}"):
-            logging.warning("Removing %s, left by an interrupted save.", path)
-            self._remove(path)
-        for path in self._directory.glob("[0-9]*.removed*"):
-            self._remover.submit(shutil.rmtree, path, ignore_errors=True)
+        self._remover.remove_left(self._directory)
         first = step if self._current is None else self._current + 1
         for other in self._steps():
             if other >= first:
-                aside = _rename(self._path(other), f"{other}.aside")
+                aside = removal.rename(self._path(other), f"{other}.aside")
                 logging.warning(
                     "Saving step %d, which does not follow on the checkpoint of step "
                     "%d: set that aside as %s.",
@@ -388,30 +384,7 @@ class Store:
     def _drop_surplus(self) -> None:
         whole = read_losses(map(self._path, self._steps()))  # others aren't ours
         for step in self._kept.surplus(whole):
-            self._remove(self._path(step))
-
-    def _remove(self, path: pathlib.Path) -> None:
-        """Takes `path` away at once, and off the disk in the background."""
-        step = path.name.partition(".")[0]
-        removed = _rename(path, f"{step}.removed")
-        self._remover.submit(shutil.rmtree, removed, ignore_errors=True)
-
-
-def _chunked(array: jax.Array) -> ocp.SaveArgs:
-    """Stores a large array so that a layer, and an expert of it, can be read alone.
-
-    Orbax would make a chunk of each device's part. By itself it cuts the longest
-    dimension first, and so through all layers and experts.
-    """
-    if array.nbytes <= _CHUNK_BYTES:
-        return ocp.SaveArgs()
-    sizes = [array.nbytes]
-    for length in array.shape[:-2]:  # a matrix is left to Orbax
-        if sizes[-1] <= _CHUNK_BYTES:
-            break
-        sizes.append(sizes[-1] // length)
-    axes = tuple(range(len(sizes) - 1))
-    return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
+            self._remover.remove(self._path(step))
 
 
 def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -419,11 +392,3 @@ def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return array
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)
-
-
-def _rename(path: pathlib.Path, name: str) -> pathlib.Path:
-    """Renames `path` beside itself to `name`, numbered if that is taken."""
-    target, count = path.with_name(name), 1
-    while target.exists():
-        target, count = path.with_name(f"{name}-{count}"), count + 1
-    return path.rename(target)

@@ -11,7 +11,7 @@ from jmoe.data.loader import Loader
 from jmoe.train import guard
 from jmoe.train import layout as layouts
 from jmoe.train.saving import GUARD
-from jmoe.train.state import TrainState
+from jmoe.train.state import TrainState, require_step
 
 
 class Begun(NamedTuple):
@@ -34,7 +34,7 @@ def begin(
 
     Raises:
       FileNotFoundError: there are checkpoints, and none is whole.
-      ValueError: the checkpoint isn't finite, or of another model or other data.
+      ValueError: the checkpoint isn't finite, or of another step, model or data.
     """
     start = {**loader.get_state(), "sequences": 0}
     if store.latest_step() is None:
@@ -45,6 +45,7 @@ def begin(
         state, step, position = _restore_weights(make, layout, abstract, store), 0, {}
     else:
         state, position, step = store.restore(abstract)
+        require_step(state, step, store.locate(step))
     loader.set_state(position or start)
     guard.require_finite(state, store.locate(step))
     return Begun(state, step, position.get(GUARD))

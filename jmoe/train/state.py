@@ -53,6 +53,26 @@ def make_state(
     )
 
 
+def require_step(state: TrainState, step: int, where: Any) -> None:
+    """Refuses a state of another step than its checkpoint is named by.
+
+    A checkpoint's sums say that nothing has changed since they were made; whoever
+    copies one under another step's name can make them again.
+
+    Args:
+      where: it was read from; named in the error.
+
+    Raises:
+      ValueError: names both steps.
+    """
+    found = int(jax.device_get(state.step))
+    if found != step:
+        raise ValueError(
+            f"{where} is named by step {step}, but the state in it is of step {found}: "
+            "move it away to go on from an older one."
+        )
+
+
 def count_parameters(params: Any, router: RouterConfig) -> tuple[int, int]:
     """All parameters, and those that one token meets on its way.
 

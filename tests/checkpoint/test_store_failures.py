@@ -48,6 +48,20 @@ def test_a_writer_killed_just_before_it_is_done_leaves_the_checkpoint_before(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
 
 
+def test_what_a_run_killed_at_its_very_end_left_goes_when_it_is_started_again(
+    tmp_path,
+):
+    with Store(tmp_path, keep=2) as store:
+        for step in (1, 2):
+            store.save(step, {"x": jnp.float32(step)}, {})
+    for name in ("0.removed", "3.orbax-checkpoint-tmp"):
+        (tmp_path / name).mkdir()
+    with Store(tmp_path, keep=1) as store:
+        got, _, step = store.restore({"x": jax.ShapeDtypeStruct((), "float32")})
+        store.save(step, got, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
 STATE = {"x": jnp.ones((512, 512))}
 
 

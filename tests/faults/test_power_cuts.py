@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.checkpoint import paths
+from jmoe.checkpoint import manifest, paths
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.retention import BEST
 from jmoe.checkpoint.store import Store
@@ -76,6 +76,14 @@ def test_every_cut_leaves_the_best_checkpoint_or_a_better_one(tmp_path):
                 found.add((image.promised, best))
     assert found == {(1, 1), (1, 2), (2, 2), (3, 2)}
     assert {path.name for path in (root / "run").iterdir()} == {"2", "3"}
+
+
+def test_no_cut_leaves_a_checkpoint_half_removed_under_its_name(saving, tmp_path):
+    for count, image in enumerate(saving.images):
+        image.restore(tmp_path / str(count))
+        for path in (tmp_path / str(count)).glob("run/checkpoints/*"):
+            if path.name.isdecimal():
+                manifest.check_sums(path, manifest.read(path)["files"])
 
 
 def test_a_checkpoint_is_synced_before_its_name_and_that_before_older_ones_go(saving):

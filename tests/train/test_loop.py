@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import shutil
 import signal
 
@@ -22,7 +23,7 @@ from jmoe.train.state import TrainState
 from jmoe.train.step import Evaluation
 from jmoe.train.stretch import evaluate
 from jmoe.train.trained import CHECKPOINTS, load_trained
-from tests.faults import power
+from tests.faults import damage, power
 from tests.plain_run import plain_run
 from tests.train.whole_runs import assert_same_end, last_state, rows
 
@@ -160,6 +161,15 @@ def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
     assert "Since the last start: train.keep_checkpoints 2 -> 3." in out
     assert_same_end(smallest, copied_run, whole_run)
     assert (copied_run / "checkpoints" / "40.aside").exists()  # nothing is lost
+
+
+def test_a_copy_under_another_steps_name_is_refused_whatever_its_manifest_says(
+    smallest, copied_run
+):
+    found = damage.Checkpoints(*(copied_run / "checkpoints" / n for n in ("40", "20")))
+    damage.FORGED["forge the older as newer"](found, random.Random(0))
+    with pytest.raises(ValueError, match="named by step 40, but .* is of step 20"):
+        train(smallest, copied_run)
 
 
 def _size(path: pathlib.Path) -> int:
