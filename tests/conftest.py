@@ -15,7 +15,6 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-
 @pytest.fixture(scope="module", autouse=True)
 def programs_are_freed_before_there_are_too_many():
     """After a file of tests, when there are many; the next one compiles its own."""
