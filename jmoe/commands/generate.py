@@ -19,7 +19,7 @@ _STEP = flags.DEFINE_string(
 )
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
 _NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "How many continuations.", lower_bound=1
+    "num_samples", 1, "How many continuations.", lower_bound=1, upper_bound=4096
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
     "max_new_tokens", 100, "The longest continuation, unless the document ends before."

@@ -59,7 +59,7 @@ def schedules() -> None:
     if not timelines:
         raise left_out[0]
     console = rich.console.Console(highlight=False)
-    if _OUT.value:
+    if _OUT.value is not None:
         from jmoe.plan import timeline_picture  # matplotlib takes its time
 
         written = timeline_picture.draw(timelines, runtime.path(_OUT))

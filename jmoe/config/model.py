@@ -256,6 +256,7 @@ class ModelConfig:
             norm_eps=0.0,
             init_std=0.0,
         )
+        checks.at_most(self, vocab_size=2**31 - 1)  # ids are int32
         checks.one_of(self, dtype=DTYPES, remat=REMAT_POLICIES, layer_loop=LAYER_LOOPS)
         if self.num_dense_layers >= self.num_layers:
             raise ValueError(

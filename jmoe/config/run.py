@@ -160,6 +160,15 @@ class RunConfig:
 
     def __post_init__(self):
         checks.one_of(self, precision=PRECISIONS, initial_weights=INITIAL_WEIGHTS)
+        if (
+            not self.name.isprintable()
+            or self.name in ("", ".", "..")
+            or (set(self.name) & set("/\\"))
+        ):
+            raise ValueError(
+                f"name={self.name!r} must be the name of a directory: printable, and "
+                "without slashes."
+            )
         length, limit = self.data.sequence_length, self.model.max_positions
         if length > limit:
             raise ValueError(

@@ -6,6 +6,7 @@ new tokens, and comes in few sizes, so that few programs are compiled.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -51,8 +52,8 @@ def generate(
         for variables that are divided. All processes of a mesh call this function.
 
     Raises:
-      ValueError: an empty prompt, a token outside the vocabulary, a negative
-        temperature, top_p outside (0, 1], or more positions than the model has.
+      ValueError: an empty prompt, a token outside the vocabulary, a negative or
+        infinite temperature, top_p outside (0, 1], or more positions than there are.
     """
     _check(cfg, prompts, max_new_tokens, temperature, top_p)
     compiled.make_room()
@@ -124,10 +125,10 @@ def _check(cfg, prompts, max_new_tokens, temperature, top_p):
         )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
-    if not temperature >= 0 or not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf or not 0 < top_p <= 1:
         raise ValueError(
-            f"temperature={temperature} must be at least 0 and top_p={top_p} above 0 "
-            "and at most 1."
+            f"temperature={temperature} must be at least 0, and finite, and "
+            f"top_p={top_p} above 0 and at most 1."
         )
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > cfg.max_positions:

@@ -29,6 +29,7 @@ MEANINGS = {
     "W": "backward for the weights",
     "F&BW": "forward and whole backward, overlapped",
 }
+MAX_COST = 1_000_000
 LATER = "the other direction, or a later stage of the rank"
 
 
@@ -80,21 +81,24 @@ def parse_costs(spec: str) -> Costs:
     """The costs that "forward=1,backward=2.5" describes, exactly.
 
     Raises:
-      ValueError: an item isn't cost=number, or no such cost is known.
+      ValueError: an item isn't cost=number, no such cost is known or it was given
+        before, or the number is negative, above MAX_COST or written with an exponent.
     """
     known = ("forward", "backward", "weight", "pair", "latency")
     costs = {}
     for item in filter(None, spec.split(",")):
         name, _, number = item.strip().partition("=")
-        try:
-            costs[name] = Fraction(number)
+        try:  # an exact power of ten may be more than memory holds
+            cost = Fraction(-1) if "e" in number.lower() else Fraction(number)
         except (ValueError, ZeroDivisionError):
-            name = ""
-        if name not in known:
+            cost = Fraction(-1)
+        if name not in known or name in costs or not 0 <= cost <= MAX_COST:
             raise ValueError(
                 f"costs={spec!r}: {item.strip()!r} must read cost=number, with costs "
-                f"of {', '.join(known)}."
+                f"of {', '.join(known)}, each once, and a number from 0 to "
+                f"{MAX_COST:,}, without an exponent."
             )
+        costs[name] = cost
     return Costs(**costs)
 
 

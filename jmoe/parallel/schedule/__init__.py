@@ -43,12 +43,15 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
 }
 
 
+MAX_PASSES = 2**20  # forward passes that a schedule may have, to be made in memory
+
+
 def build(name: str, num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
     """The named schedule; `options` are its own, as `chunks` of interleaved_1f1b.
 
     Raises:
       ValueError: the name is unknown, or the schedule can't take as many ranks or
-        microbatches.
+        microbatches, or would have more than MAX_PASSES.
     """
     make = lookup(SCHEDULES, name, "schedule")
     for field, value in (
@@ -57,4 +60,10 @@ def build(name: str, num_ranks: int, num_microbatches: int, **options: Any) -> S
     ):
         if value < 1:
             raise ValueError(f"{name}: {field}={value} must be at least 1.")
+    passes = num_ranks * num_microbatches * options.get("chunks", 1)
+    if passes > MAX_PASSES:
+        raise ValueError(
+            f"{name}: num_ranks={num_ranks} and num_microbatches={num_microbatches} "
+            f"make {passes} forward passes; there may be {MAX_PASSES}."
+        )
     return make(num_ranks, num_microbatches, **options)
