@@ -20,6 +20,12 @@ from experiments.benchmarks.report import ROOT, Figure
 NEEDED = ("ray", "vllm")
 # A head size that vLLM has on CPUs, and room for answers that take a while.
 _SETTINGS = ("model.attention.nope_dim=24", "model.max_positions=1024")
+# Slow clients are let go of early, so that 300 requests take minutes.
+_LIMITS = (
+    "engine.cache_gib=0.25",
+    "limits.header_seconds=2",
+    "limits.body_seconds=3",
+)
 _PATIENCE_S = 300
 # Those whose memory requests might fill; others come and go.
 _WATCHED = re.compile(r"serve\.py|ray::(Serve|Proxy)|EngineCore")
@@ -57,14 +63,15 @@ def served(directory: pathlib.Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     key, log = secrets.token_hex(16), directory / "server.log"
-    arguments = [
-        f"--model={exported}",
-        f"--set=port={port}",
-        "--set=engine.cache_gib=0.25",
-    ]
+    options = [f"--set={setting}" for setting in (f"port={port}", *_LIMITS)]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [sys.executable, ROOT / "scripts" / "serve.py", *arguments],
+            [
+                sys.executable,
+                ROOT / "scripts" / "serve.py",
+                f"--model={exported}",
+                *options,
+            ],
             env=_environment({"RAY_ADDRESS": "local", "JMOE_API_KEYS": key}),
             stdout=out,
             stderr=subprocess.STDOUT,
