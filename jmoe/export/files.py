@@ -180,17 +180,21 @@ class Directory:
 
     def _resume(self, work: str) -> dict[str, dict[str, Any]]:
         rows = _read_rows(self._journal)
-        if self.partial.exists() and not rows:
+        begun = {durable.unfinished(self._journal).name}  # all there was time for
+        if not rows and set(_names(self.partial)) - begun:
             raise ValueError(
                 f"{self.partial} is in the way, and was not left by an interrupted "
                 "export or import; remove it or choose another out."
             )
-        if rows and rows[0].get("work") == work:
-            return {row["file"]: row for row in rows[1:]}
-        shutil.rmtree(self.partial, ignore_errors=True)
-        durable.make_directory(self.partial)
-        durable.write_text(self._journal, json.dumps({"work": work}) + "\n")
-        return {}
+        if not rows or rows[0].get("work") != work:
+            shutil.rmtree(self.partial, ignore_errors=True)
+            durable.make_directory(self.partial)
+            rows = [{"work": work}]
+        # Anew, as a line that was cut short would spoil the next one.
+        durable.write_text(
+            self._journal, "".join(json.dumps(row) + "\n" for row in rows)
+        )
+        return {row["file"]: row for row in rows[1:]}
 
     def require_room(self, total: int) -> None:
         """Raises OSError unless the disk has room for the rest of `total` bytes."""
@@ -342,6 +346,10 @@ def _crc(fd: int, offset: int, length: int) -> int:
         crc = zlib.crc32(chunk, crc)
         offset, length = offset + len(chunk), length - len(chunk)
     return crc
+
+
+def _names(directory: pathlib.Path) -> list[str]:
+    return os.listdir(directory) if directory.is_dir() else []
 
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

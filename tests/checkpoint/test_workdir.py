@@ -52,6 +52,8 @@ def test_the_same_run_goes_on_and_its_record_is_left_alone(run_dir):
         "model.remat='block'",
         "model.attention.block_size=64",
         "data.cache_dir='/elsewhere'",
+        "data.on_corrupt='skip'",
+        "data.sources.1.path='/elsewhere/prose.txt'",  # the loader compares contents
     ],
 )
 def test_harmless_fields_may_change_and_the_record_follows(run_dir, change):
@@ -66,6 +68,10 @@ def test_harmless_fields_may_change_and_the_record_follows(run_dir, change):
         ("model.hidden_dim=64", "model.hidden_dim: 128 there, 64 given"),
         ("model.moe.router.top_k=2", "model.moe.router.top_k: 4 there, 2 given"),
         ("data.sequence_length=128", "data.sequence_length: 256 there, 128 given"),
+        ("data.sources.1.weight=9", "data.sources.1.weight: 0.3 there, 9.0 given"),
+        ("data.sources.0.text_field='a'", "data.sources.0.text_field: 'text' there"),
+        ("data.sources=[{'path': 'builtin'}]", "data.sources: [{"),
+        ("data.tokenizer='/elsewhere.json'", "data.tokenizer: 'builtin' there"),
         ("optimizer.name='muon'", "optimizer.name: 'adamw' there, 'muon' given"),
         ("optimizer.moment_dtype='bfloat16'", "optimizer.moment_dtype: 'float32'"),
         ("train.microbatch_size=4", "train.microbatch_size: 8 there, 4 given"),
@@ -78,6 +84,20 @@ def test_fields_that_make_it_another_run_are_refused_by_name(run_dir, change, me
         open_run(run_dir, override(TINY, [change, "train.steps=900"]))
     assert message in str(caught.value) and "train.steps" not in str(caught.value)
     assert (run_dir / "config.json").read_bytes() == before
+
+
+def test_the_tokenizer_may_lie_elsewhere_if_it_is_the_same(run_dir, tmp_path):
+    (run_dir / "tokenizer.json").write_text("same")
+    (tmp_path / "copy.json").write_text("same")
+    (tmp_path / "other.json").write_text("else")
+    given = [
+        override(TINY, [f"data.tokenizer={tmp_path / name}"])
+        for name in ("copy.json", "other.json")
+    ]
+    with pytest.raises(ValueError, match="data.tokenizer: 'builtin' there"):
+        open_run(run_dir, given[1])
+    assert open_run(run_dir, given[0]) is True
+    assert read_run(run_dir) == given[0]
 
 
 def test_every_field_of_another_model_is_listed(run_dir):

@@ -188,6 +188,21 @@ def test_a_position_in_other_data_is_refused(write_source, data_config, tokenize
         make_loader(data_config(path), tokenizer, batch_size=4).set_state(state)
 
 
+def test_a_position_holds_for_the_same_data_at_another_path(
+    write_source, data_config, tokenizer, tmp_path
+):
+    path = write_source("fish", 40)
+    before = make_loader(data_config(path), tokenizer, batch_size=4)
+    next(before)
+    (tmp_path / "moved").mkdir()
+    moved = path.rename(tmp_path / "moved" / "other.txt")
+    after = make_loader(data_config(moved), tokenizer, batch_size=4)
+    after.set_state(before.get_state())
+    assert np.array_equal(next(before).tokens_BT, next(after).tokens_BT)
+    before.close()
+    after.close()
+
+
 def test_a_position_inside_a_batch_is_refused(mixture, tokenizer):
     small = make_loader(mixture, tokenizer, batch_size=4)
     draw(small, 3)

@@ -183,6 +183,26 @@ def test_a_killed_export_leaves_no_directory_that_looks_whole(workdir, tmp_path)
     assert all((out / name).stat().st_mtime_ns == at for name, at in found.items())
 
 
+@pytest.mark.parametrize("left", [[], [".journal.jsonl.tmp"]])
+def test_an_export_killed_before_its_first_note_is_not_in_the_way(
+    workdir, tmp_path, left
+):
+    (tmp_path / "out.partial").mkdir()
+    for name in left:
+        (tmp_path / "out.partial" / name).write_text('{"wo')
+    export(workdir, tmp_path / "out")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_note_that_was_cut_short_spoils_none_after_it(interrupted):
+    workdir, out, found = interrupted
+    journal = out.with_name("out.partial") / "journal.jsonl"
+    journal.write_text(journal.read_text() + '{"file": "model')
+    with pytest.raises(KeyboardInterrupt):
+        export(workdir, out, started=stop_after(0.8))
+    assert set(found) < set(shards(out.with_name("out.partial")))
+
+
 def convert(direction: str, workdir: pathlib.Path, model: pathlib.Path, out):
     if direction == "export":
         export(workdir, out)
