@@ -53,7 +53,7 @@ def workdir(tmp_path):
         for step in (1, 2):
             store.save(step, {"x": jnp.arange(9.0) * step}, {"sequences": step})
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    for name in ("metrics.jsonl", "balance.jsonl", "config.json"):
+    for name in ("metrics.jsonl", "balance.npy", "config.json"):
         (tmp_path / "run" / name).write_text(text)
     return tmp_path / "run"
 
@@ -73,9 +73,10 @@ def edit(path, old, new):
             r"metrics.jsonl: steps \[1, 1, 3\] instead of \[1, 2, 3\]",
         ),
         (
-            lambda run: edit(run / "balance.jsonl", "0.5", "0.25"),
-            "balance.jsonl: other numbers",
+            lambda run: edit(run / "metrics.jsonl", "0.5", "0.25"),
+            "metrics.jsonl: other numbers",
         ),
+        (lambda run: edit(run / "balance.npy", "0.5", "0.2"), "balance.npy differs"),
     ],
 )
 def test_whatever_differs_at_the_end_of_a_run_is_told(workdir, tmp_path, change, said):

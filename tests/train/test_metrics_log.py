@@ -146,19 +146,23 @@ def test_tensorboard_gets_every_number_and_forgets_what_is_repeated(tmp_path):
 
 
 def test_a_full_disk_ends_no_run_and_what_was_measured_comes_later(tmp_path, caplog):
-    balance = np.full((2, 4), 0.25)
+    even = np.full((2, 4), 0.25)
     with (
         full.Disk(tmp_path, room=600) as disk,
         MetricsLog(tmp_path, start_step=0) as log,
     ):
         for step in range(1, 10):
-            log.log(step, {"loss": 1.0}, load_LE=balance, bias_LE=balance)
+            log.log(step, {"loss": 1.0}, load_LE=even, bias_LE=even)
         log.sync()
         disk.room = 10**5
-        log.log(10, {"loss": 1.0}, load_LE=balance, bias_LE=balance)
-    for name in ("metrics.jsonl", "balance.jsonl"):
-        steps = [row["step"] for row in _lines(tmp_path / name)]
-        assert steps == [*range(1, 11)], name
+        log.log(10, {"loss": 1.0}, load_LE=even, bias_LE=even)
+    assert [row["step"] for row in _lines(tmp_path / "metrics.jsonl")] == [
+        *range(1, 11)
+    ]
+    balance = run_files.read_run(tmp_path).balance
+    assert balance is not None and balance.step_N[-1] == 10
+    np.testing.assert_array_equal(balance.load_NLE, 1)
+    for name in ("metrics.jsonl", "balance.npy"):
         assert caplog.text.count(f"{name} can't be written") == 1
         assert caplog.text.count(f"{name} can be written again") == 1
 
