@@ -25,7 +25,7 @@ STEPS = 30
 SAVE_EVERY = 3
 KEPT = 3
 
-_FILES = (run_files.CONFIG, TOKENIZER, run_files.SAMPLES)
+_FILES = (run_files.CONFIG, TOKENIZER, run_files.SAMPLES, run_files.BALANCE)
 _SHOWN = 3  # names of a difference
 
 
@@ -68,12 +68,12 @@ class Checkpoint:
 class End:
     """What must not depend on the faults that a run met.
 
-    rows: of each log, without times. others: names in the directory of checkpoints
-    that aren't theirs.
+    rows: of metrics, without times. others: names in the directory of checkpoints that
+    aren't theirs.
     """
 
     checkpoints: dict[int, Checkpoint]
-    rows: dict[str, list[dict[str, Any]]]
+    rows: list[dict[str, Any]]
     files: dict[str, bytes | None]
     others: list[str]
 
@@ -81,14 +81,10 @@ class End:
 def read_end(workdir: pathlib.Path) -> End:
     """Raises ValueError where a checkpoint is damaged."""
     files = {name: workdir / name for name in _FILES}
-    balance = run_files.read_rows(workdir / run_files.BALANCE)
     names = sorted(path.name for path in (workdir / CHECKPOINTS).iterdir())
     return End(
         {step: read_checkpoint(workdir, step) for step in steps_saved(workdir)},
-        {
-            run_files.METRICS: whole_runs.rows(workdir),
-            run_files.BALANCE: list(balance),
-        },
+        whole_runs.rows(workdir),
         {n: path.read_bytes() if path.exists() else None for n, path in files.items()},
         [name for name in names if not name.isdecimal()],
     )
@@ -126,13 +122,11 @@ def differences(got: End, want: End) -> Iterator[str]:
         yield from checkpoint_differences(
             step, got.checkpoints[step], want.checkpoints[step]
         )
-    for name, rows in want.rows.items():
-        found = [row["step"] for row in got.rows[name]]
-        asked = [row["step"] for row in rows]
-        if found != asked:
-            yield f"{name}: steps {found} instead of {asked}"
-        elif got.rows[name] != rows:
-            yield f"{name}: other numbers"
+    found, asked = ([row["step"] for row in end.rows] for end in (got, want))
+    if found != asked:
+        yield f"{run_files.METRICS}: steps {found} instead of {asked}"
+    elif got.rows != want.rows:
+        yield f"{run_files.METRICS}: other numbers"
     for name, content in want.files.items():
         if got.files[name] != content:
             yield f"{name} differs"
