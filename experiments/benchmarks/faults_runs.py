@@ -25,7 +25,7 @@ STEPS = 30
 SAVE_EVERY = 3
 KEPT = 3
 
-_FILES = (run_files.CONFIG, TOKENIZER, run_files.BALANCE, run_files.SAMPLES)
+_FILES = (run_files.CONFIG, TOKENIZER, run_files.SAMPLES, run_files.BALANCE)
 _SHOWN = 3  # names of a difference
 
 
@@ -68,8 +68,8 @@ class Checkpoint:
 class End:
     """What must not depend on the faults that a run met.
 
-    rows: of metrics.jsonl, without times. others: names in the directory of checkpoints
-    that aren't theirs.
+    rows: of metrics, without times. others: names in the directory of checkpoints that
+    aren't theirs.
     """
 
     checkpoints: dict[int, Checkpoint]

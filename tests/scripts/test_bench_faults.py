@@ -7,6 +7,7 @@ import re
 import shutil
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.benchmarks import (
@@ -18,6 +19,7 @@ from experiments.benchmarks import (
 )
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
+from jmoe.train.run_files import BALANCE, METRICS
 from tests.faults import damage, starts
 
 # Steps are rows, checkpoints are directories, and nothing is computed.
@@ -53,7 +55,7 @@ def workdir(tmp_path):
         for step in (1, 2):
             store.save(step, {"x": jnp.arange(9.0) * step}, {"sequences": step})
     text = "".join(json.dumps(row) + "\n" for row in ROWS)
-    for name in ("metrics.jsonl", "balance.npy", "config.json"):
+    for name in (METRICS, BALANCE, "config.json"):
         (tmp_path / "run" / name).write_text(text)
     return tmp_path / "run"
 
@@ -69,14 +71,11 @@ def edit(path, old, new):
         (lambda run: (run / "checkpoints" / "0.removed").mkdir(), "0.removed"),
         (lambda run: (run / "config.json").unlink(), "config.json differs"),
         (
-            lambda run: edit(run / "metrics.jsonl", '"step": 2', '"step": 1'),
-            r"metrics.jsonl: steps \[1, 1, 3\] instead of \[1, 2, 3\]",
+            lambda run: edit(run / METRICS, '"step": 2', '"step": 1'),
+            rf"{METRICS}: steps \[1, 1, 3\] instead of \[1, 2, 3\]",
         ),
-        (
-            lambda run: edit(run / "metrics.jsonl", "0.5", "0.25"),
-            "metrics.jsonl: other numbers",
-        ),
-        (lambda run: edit(run / "balance.npy", "0.5", "0.2"), "balance.npy differs"),
+        (lambda run: edit(run / METRICS, "0.5", "0.25"), f"{METRICS}: other numbers"),
+        (lambda run: edit(run / BALANCE, "0.5", "0.25"), f"{BALANCE} differs"),
     ],
 )
 def test_whatever_differs_at_the_end_of_a_run_is_told(workdir, tmp_path, change, said):
@@ -99,7 +98,7 @@ def test_a_bit_of_an_array_and_a_position_are_told(workdir):
         other = dataclasses.replace(want.checkpoints[1], **change)
         got = dataclasses.replace(want, checkpoints={**want.checkpoints, 1: other})
         assert list(faults_runs.differences(got, want)) == [f"checkpoint 1: {said}"]
-    assert faults_runs.digest(jnp.float32(0.0)) != faults_runs.digest(jnp.float32(-0.0))
+    assert faults_runs.digest(np.float32(0.0)) != faults_runs.digest(np.float32(-0.0))
 
 
 @pytest.fixture
