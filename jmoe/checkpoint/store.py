@@ -245,6 +245,7 @@ class Store:
             return
         self._writing = False
         step, self._current = self._current, None  # if it fails, it can be saved again
+        assert step is not None
         try:
             self._writer.wait_until_finished()
         except Exception as error:

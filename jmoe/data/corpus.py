@@ -191,7 +191,7 @@ def _order(
     def documents() -> Iterator[np.ndarray]:
         for document in order_N:
             start = first_N[document]
-            token_S = parts[part_N[document]].token_S
+            token_S = parts[int(part_N[document])].token_S
             yield token_S[start : start + length_N[document]]
         yield np.array([eos_id], dtype)
 

@@ -1,6 +1,7 @@
 """The cache: whole results or none, however many processes make them."""
 
 import concurrent.futures
+import contextlib
 import os
 import pathlib
 import subprocess
@@ -82,24 +83,35 @@ def making(directory: pathlib.Path) -> list[pathlib.Path]:
     return [path for path in directory.iterdir() if path.name.startswith(".making")]
 
 
+@pytest.fixture
+def start():
+    """Starts a process that is making `path`; it doesn't outlive the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start_making(path):
+            command = [sys.executable, "-c", HOLD, path]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE)
+            stack.enter_context(process)
+            stack.callback(process.kill)
+            assert process.stdout.readline() == b"making\n"
+            return process
+
+        yield start_making
+
+
 def test_what_a_dead_process_left_is_removed_and_what_a_living_one_makes_is_not(
-    tmp_path,
+    tmp_path, start
 ):
-    command = [sys.executable, "-c", HOLD]
-    pipe = subprocess.PIPE
-    with (
-        subprocess.Popen([*command, tmp_path / "a"], stdout=pipe) as dead,
-        subprocess.Popen([*command, tmp_path / "b"], stdout=pipe) as living,
-    ):
-        assert dead.stdout.readline() == living.stdout.readline() == b"making\n"
-        dead.kill()
-        dead.wait()
-        assert len(making(tmp_path)) == 2
-        (tmp_path / ".making-file").write_text("by an older version")
-        cache.made_once(tmp_path / "c", lambda path: None, whole)
-        (left,) = making(tmp_path)
-        assert (left / "b" / "half").exists()
-        living.kill()
+    dead, living = start(tmp_path / "a"), start(tmp_path / "b")
+    dead.kill()
+    dead.wait()
+    assert len(making(tmp_path)) == 2
+    (tmp_path / ".making-file").write_text("by an older version")
+    cache.made_once(tmp_path / "c", lambda path: None, whole)
+    (left,) = making(tmp_path)
+    assert (left / "b" / "half").exists()
+    living.kill()
+    living.wait()
     cache.made_once(tmp_path / "a", lambda path: None, whole)
     assert sorted(os.listdir(tmp_path)) == ["a", "c"]
 

@@ -113,6 +113,22 @@ def test_a_part_that_skips_is_refused_by_who_may_not_skip(
         tokenize(data_config(path), tokenizer, tmp_path)
 
 
+def test_a_part_that_was_cut_short_is_made_again(
+    tokenizer, write_source, data_config, tmp_path, monkeypatch
+):
+    def fail(*_):
+        raise OSError
+
+    cfg = data_config(write_source("fish", 50))
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(arrays, "write", fail)
+        tokenize(cfg, tokenizer, tmp_path)
+    (part,) = (tmp_path / "cache").glob("corpora/*.partial/*.token")
+    cut(part)
+    tokens = tokenize(cfg, tokenizer, tmp_path)
+    assert len(documents_in(tokens, tokenizer)) == 50
+
+
 def test_tokens_that_would_be_lost_are_refused_with_the_file(data_config, tmp_path):
     words = tokenizers.models.WordLevel({"<|endoftext|>": 0, "cat": 1})
     (tmp_path / "a.txt").write_text("dog")

@@ -128,11 +128,13 @@ def test_after_a_kill_finished_pieces_are_kept_and_no_process_is_left(
     config = json.dumps(to_dict(data_config(tmp_path / "fish.txt")))
     arguments = [config, tmp_path / "tokenizer.json", tmp_path / "cache"]
     command = [sys.executable, "-c", PROGRAM, *map(str, arguments)]
+    count, reports = len(source.pieces()), "cache/corpora/*.partial/*.json"
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as program:
-        pids = [int(program.stdout.readline()) for _ in range(2)]
-        count, reports = len(source.pieces()), "cache/corpora/*.partial/*.json"
-        wait_until(lambda: len(list(tmp_path.glob(reports))) == count)
-        program.kill()
+        try:
+            pids = [int(program.stdout.readline()) for _ in range(2)]
+            wait_until(lambda: len(list(tmp_path.glob(reports))) == count)
+        finally:
+            program.kill()
     wait_until(lambda: not any(map(is_running, pids)))
 
     for path in sorted(tmp_path.glob(reports))[3:6]:
