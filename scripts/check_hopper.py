@@ -109,7 +109,7 @@ def go_on_in(environment: pathlib.Path) -> None:
 
 
 def _environment() -> pathlib.Path:
-    if _ENVIRONMENT.value:
+    if _ENVIRONMENT.value is not None:
         return runtime.path(_ENVIRONMENT)
     return cache.directory(DataConfig()) / "hopper"
 

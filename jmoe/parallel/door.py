@@ -224,7 +224,9 @@ def _own_places(host: str, port: int) -> Iterator[tuple[int, tuple]]:
     reach them: such a name stands for all of a host's addresses.
     """
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    hosts = [ipaddress.ip_address(place[0].partition("%")[0]) for *_, place in found]
+    hosts = [
+        ipaddress.ip_address(str(place[0]).partition("%")[0]) for *_, place in found
+    ]
     is_name = host not in map(str, hosts) and host != "localhost"
     if is_name and all(address.is_loopback for address in hosts):
         yield socket.AF_INET, ("0.0.0.0", port)

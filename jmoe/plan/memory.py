@@ -53,8 +53,8 @@ def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
 
 def weights(cfg: ModelConfig, form: str) -> dict[str, Part]:
     """The parts of a model, the largest first, those of all its layers together."""
-    plain = jax.eval_shape(functools.partial(make_weights, cfg, "native"))
     kept = jax.eval_shape(functools.partial(make_weights, cfg, form))
+    plain = jax.eval_shape(functools.partial(make_weights, cfg, "native"))
     counts, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
     for path, x in jax.tree.leaves_with_path(plain):
         counts[_part(path)] += x.size

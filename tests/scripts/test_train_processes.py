@@ -201,6 +201,7 @@ def test_different_code_is_refused_by_file_on_both(arguments, tmp_path):
 
 def test_a_process_that_never_joins_is_named(script, monkeypatch):
     monkeypatch.setattr(processes, "JOIN_TIMEOUT_S", 0.5)
+    monkeypatch.setenv("JMOE_SECRET", several_processes.SECRET.decode())
     address = several_processes.free_address()
     place = [f"--coordinator={address}", "--num_processes=3", "--process_id=0"]
     error = script("train", *place).mistake()
