@@ -1,1 +1,2 @@
-"""Serving: what vLLM is asked for (`vllm_engine`), and how it runs on Ray (`app`)."""
+"""Serving: what vLLM is asked for (`vllm_engine`), how it runs on Ray (`app`), and what
+any engine stands behind (`front`, `protocol`)."""

@@ -1,5 +1,6 @@
 """Connections to a real uvicorn that isn't behind anything."""
 
+import asyncio
 import functools
 import socket
 import ssl
@@ -11,6 +12,7 @@ import pytest
 import uvicorn
 
 from jmoe.config.serve import LimitsConfig
+from jmoe.serve import front
 from jmoe.serve.front import Access, Front
 from jmoe.serve.protocol import LimitedProtocol
 from tests.serve.running import PATIENCE, address, running, wait_until
@@ -31,6 +33,17 @@ async def engine(scope, receive, send) -> None:
     await send({"type": "http.response.body", "body": b"x" * size})
 
 
+class Upgraded(asyncio.Protocol):
+    """What uvicorn makes of a connection that becomes another protocol."""
+
+    def __init__(self, **_):
+        pass
+
+    def connection_made(self, transport: Any) -> None:
+        transport.write(b"HTTP/1.1 101 Switching Protocols\r\n\r\n")
+        transport.close()
+
+
 @pytest.fixture(scope="module", params=["http", "https"])
 def server(request, tmp_path_factory) -> Iterator[uvicorn.Server]:
     files = {}
@@ -38,7 +51,8 @@ def server(request, tmp_path_factory) -> Iterator[uvicorn.Server]:
         path = certificate(tmp_path_factory.mktemp("tls"), "own")
         files = {"ssl_certfile": f"{path}.pem", "ssl_keyfile": f"{path}.key"}
     http: Any = functools.partial(LimitedProtocol, limits=LIMITS)
-    with running(Front(engine, Access(LIMITS)), http=http, **files) as server:
+    app = Front(engine, Access(LIMITS))
+    with running(app, http=http, ws=Upgraded, **files) as server:
         yield server
 
 
@@ -69,7 +83,7 @@ def rest(connection: socket.socket) -> bytes:
     try:
         while piece := connection.recv(2**16):
             received += piece
-    except ConnectionResetError:
+    except (ConnectionResetError, ssl.SSLEOFError):
         pass
     return bytes(received)
 
@@ -129,6 +143,18 @@ def test_garbage_after_a_request_ends_its_connection_only(connect):
     received = rest(connect(ASK + b"\x00garbage\r\n\r\n"))
     assert (received.count(b" 200 "), received.count(b" 400 ")) == (1, 1)
     assert connect(ASK).recv(12) == b"HTTP/1.1 200"
+
+
+def test_garbage_once_an_answer_has_begun_ends_its_connection_quietly(
+    connect, caplog, monkeypatch
+):
+    monkeypatch.setattr(front, "LINGER_SECONDS", PATIENCE)
+    chunked = b"host: here\r\ntransfer-encoding: chunked\r\n\r\n"
+    connection = connect(b"POST /none HTTP/1.1\r\n" + chunked)
+    assert connection.recv(12) == b"HTTP/1.1 404"
+    connection.sendall(b"no chunk\r\n")
+    rest(connection)
+    assert not caplog.records
 
 
 def test_no_connection_becomes_another_protocol(connect):

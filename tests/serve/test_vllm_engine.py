@@ -4,6 +4,8 @@ import dataclasses
 import importlib.metadata
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -88,6 +90,13 @@ def test_drafts_are_asked_for_only_when_told():
         "method": "mtp",
         "num_speculative_tokens": 1,
     }
+
+
+def test_limits_on_answers_hold_in_the_engine_too():
+    limited = asked(CUDA, "limits.logprobs=5", "limits.new_tokens=7").arguments
+    assert limited["max_logprobs"] == 5
+    assert limited["override_generation_config"] == {"max_new_tokens": 7}
+    assert "override_generation_config" not in asked(CUDA).arguments
 
 
 @pytest.mark.parametrize("name, disabled", [("v3", False), ("tiny", True)])
@@ -201,6 +210,15 @@ def test_an_exported_directory_tells_its_model_and_whether_it_is_in_fp8(director
     quantized = TINY.to_hf() | {"quantization_config": {"quant_method": "fp8"}}
     (directory / "config.json").write_text(json.dumps(quantized))
     assert vllm_engine.read_exported(directory).is_fp8
+
+
+def test_a_host_that_others_reach_is_refused_before_anything_starts(directory):
+    script = pathlib.Path(__file__).parents[2] / "scripts" / "serve.py"
+    command = [sys.executable, script, f"--model={directory}", "--set=host=0.0.0.0"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: host='0.0.0.0' is reached by others, so that keys")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
