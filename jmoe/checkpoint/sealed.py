@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import future
 
 from jmoe.checkpoint import manifest, paths, sums
 
@@ -27,10 +28,10 @@ class Handler(ocp.PyTreeCheckpointHandler):
 
     async def async_save(
         self, directory, *args, **kwargs
-    ) -> list[ocp.future.ChainedFuture]:
+    ) -> list[future.ChainedFuture]:
         written = await super().async_save(directory, *args, **kwargs)
         own = pathlib.Path(directory) / paths.of_process(jax.process_index())
-        return [ocp.future.ChainedFuture(written or [], lambda: sums.leave(own))]
+        return [future.ChainedFuture(written or [], lambda: sums.leave(own))]
 
     def finalize(self, directory) -> None:
         super().finalize(directory)

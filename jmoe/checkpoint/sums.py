@@ -61,8 +61,10 @@ def join(parts: Iterable[Part]) -> dict[str, tuple[int, int | None]]:
     files: dict[str, tuple[int, int | None]] = {}
     for name, size, crc in parts:
         size_before, before = files.get(name, (0, 0))
-        known = before is not None and crc is not None
-        files[name] = size_before + size, combine(before, crc, size) if known else None
+        both = None
+        if before is not None and crc is not None:
+            both = combine(before, crc, size)
+        files[name] = size_before + size, both
     return files
 
 
@@ -74,8 +76,11 @@ def combine(first: int, second: int, second_size: int) -> int:
 def of_files(directory: pathlib.Path, names: Iterable[str]) -> dict[str, list[int]]:
     """Returns [bytes, CRC-32] of files by their paths below `directory`."""
     sizes = {name: (directory / name).stat().st_size for name in names}
-    found = join(read(directory, sizes))
-    return {name: list(found.get(name, (0, 0))) for name in sizes}
+    files = {name: [0, 0] for name in sizes}
+    for name, (size, crc) in join(read(directory, sizes)).items():
+        assert crc is not None, f"{directory / name} went while it was read"
+        files[name] = [size, crc]
+    return files
 
 
 def names(directory: pathlib.Path) -> list[str]:

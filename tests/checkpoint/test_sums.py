@@ -4,13 +4,14 @@ import pathlib
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jmoe.checkpoint import manifest, sums
 from jmoe.checkpoint.manifest import DamagedCheckpointError
 
 
+@settings(deadline=None)
 @given(st.binary(), st.binary())
 def test_the_sum_of_two_pieces_is_that_of_both_in_a_row(first, second):
     got = sums.combine(zlib.crc32(first), zlib.crc32(second), len(second))
