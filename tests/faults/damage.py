@@ -202,13 +202,13 @@ def _flip(path: pathlib.Path, chance: random.Random) -> str:
 
 def _edit(directory: pathlib.Path, chance: random.Random, *above: str) -> str:
     """Another value for one of the manifest's, at any depth below `above`."""
-    keys = list(above)
-    value = json.loads((directory / manifest.FILE_NAME).read_text())
+    keys: list[Any] = list(above)
+    value: Any = json.loads((directory / manifest.FILE_NAME).read_text())
     for key in keys:
         value = value[key]
     while isinstance(value, dict | list) and value:
-        below = list(value) if isinstance(value, dict) else range(len(value))
-        keys.append(chance.choice(below))
+        below = value if isinstance(value, dict) else range(len(value))
+        keys.append(chance.choice(list(below)))
         value = value[keys[-1]]
     if isinstance(value, bool) or not isinstance(value, int):
         new = f"{value}{chance.randrange(10)}" if isinstance(value, str) else 7
