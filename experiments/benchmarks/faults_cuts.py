@@ -21,7 +21,7 @@ from experiments.benchmarks.report import Figure
 from experiments.benchmarks.workers import Tasks
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
-from jmoe.train import loop, runtime
+from jmoe.train import loop, runtime, saving
 from jmoe.train.trained import CHECKPOINTS
 from tests.faults import power
 
@@ -97,7 +97,7 @@ def watched(run: RunConfig, root: pathlib.Path) -> power.Disk:
                 super().wait()
                 disk.promise(self.latest_step())
 
-        with mock.patch.object(loop, "Store", Promising):
+        with mock.patch.object(saving, "Store", Promising):
             loop.train(run, root / _RUN)
     return disk
 

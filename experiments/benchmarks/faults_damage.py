@@ -30,7 +30,7 @@ from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
 from jmoe.nn.model import Transformer
 from jmoe.train import layout as layouts
-from jmoe.train import loop, runtime
+from jmoe.train import loop, resume, runtime
 from jmoe.train.inputs import open_inputs
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
@@ -97,7 +97,7 @@ class Trial:
         optimizer = make_optimizer(run.optimizer, run.horizon, layout)
         make = functools.partial(make_state, model, optimizer, run.train.seed)
         loader = open_inputs(run, layout.mesh, None).loader
-        self._begin = functools.partial(loop._restore_or_make, make, layout)
+        self._begin = functools.partial(resume.begin, make, layout)
         self._loader = loader
         self._want = {}
         for step in (older, newer):
