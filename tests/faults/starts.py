@@ -87,6 +87,7 @@ class Program:
         )
         assert self._process.stdin is not None and self._process.stdout is not None
         self._orders, self._answers = self._process.stdin, self._process.stdout.fileno()
+        self._last: Start | None = None
 
     def start(self, arguments: Sequence[str], out: pathlib.Path, *first: Any) -> Start:
         """Returns once the process is there.
@@ -99,7 +100,8 @@ class Program:
         os.set_blocking(self._answers, True)
         self._orders.write(json.dumps(order).encode() + b"\n")
         self._orders.flush()
-        return Start(int(os.read(self._answers, _ANSWER_BYTES)), self._answers)
+        self._last = Start(int(os.read(self._answers, _ANSWER_BYTES)), self._answers)
+        return self._last
 
     def __enter__(self) -> "Program":
         return self
@@ -107,6 +109,8 @@ class Program:
     def __exit__(self, *_: object) -> None:
         with self._process:  # ends when there are no more orders
             self._orders.close()
+            if self._last is not None:
+                self._last.kill()
 
 
 def _serve(module: str, imports: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
@@ -86,7 +87,8 @@ def test_each_start_is_a_process_of_what_was_imported_once(program, tmp_path):
 
 def test_a_killed_start_is_ended_and_the_next_one_runs(program, tmp_path):
     start = program.start([str(tmp_path / "written"), "600"], tmp_path / "out")
-    while not (tmp_path / "out").read_text():
+    written, deadline = tmp_path / "written", time.monotonic() + 60
+    while not written.exists() and time.monotonic() < deadline:
         assert start.code() is None
     start.kill()
     assert start.code() == -signal.SIGKILL

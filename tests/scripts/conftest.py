@@ -29,7 +29,7 @@ class Outcome(NamedTuple):
 def run_script(name: str, *arguments: str) -> Outcome:
     """Runs scripts/<name>.py to its exit, in this process: JAX takes long to start."""
     path = str(ROOT / "scripts" / f"{name}.py")
-    _forget_flags()
+    forget_flags()
     argv, sys.argv = sys.argv, [path, *arguments]
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -41,7 +41,7 @@ def run_script(name: str, *arguments: str) -> Outcome:
     return Outcome(end.value.code or 0, out.getvalue(), err.getvalue())
 
 
-def _forget_flags() -> None:
+def forget_flags() -> None:
     """Those of scripts that ran before; a process has one set of flags."""
     for name in list(flags.FLAGS):
         module = flags.FLAGS.find_module_defining_flag(name)

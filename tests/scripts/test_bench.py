@@ -22,6 +22,7 @@ from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
 from experiments.benchmarks.workload import Workload
 from jmoe.config import ModelConfig, override
 from jmoe.nn.model import Transformer
+from tests.scripts.conftest import forget_flags
 
 SMALL = Workload(
     model=override(
@@ -67,6 +68,7 @@ def side(tmp_path, monkeypatch):
 
 
 def test_every_suite_can_be_run():
+    forget_flags()
     suites = runpy.run_path(str(ROOT / "scripts" / "bench.py"))["SUITES"]
     assert all(callable(importlib.import_module(name).run) for name in suites.values())
 

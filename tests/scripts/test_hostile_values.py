@@ -94,6 +94,7 @@ TABLE = {
     ),
     ("bench", "suite"): ((), NAMES),
     ("bench", "repeats"): (("--suite=train_cpu",), ["", "x", "1.5", "-1", "0"]),
+    ("bench", "set"): (("--suite=faults",), ["", "x", "=1", "nosuch=1", "kills=-1"]),
     ("check_hopper", "suite"): ((), NAMES),
     ("check_hopper", "program"): ((), NAMES),
 }
