@@ -48,7 +48,7 @@ class Progress:
         self._lock = threading.Lock()
         self._live = None
         if self._out.file.isatty() and not self._out.is_dumb_terminal:
-            self._live = _live_line(self._out)
+            self._live = live_line(self._out)
             self._live.add_task("", total=total, completed=found, text=self._line())
 
     def __enter__(self) -> Self:
@@ -105,7 +105,8 @@ class Progress:
         return duration(pace * (self._total - self._done))
 
 
-def _live_line(out: rich.console.Console) -> rich.progress.Progress:
+def live_line(out: rich.console.Console) -> rich.progress.Progress:
+    """Returns a bar with a line of text beside it, `fields["text"]` of its task."""
     text = rich.progress.TextColumn("{task.fields[text]}")
     text.get_table_column().no_wrap = True
     return rich.progress.Progress(
@@ -113,5 +114,5 @@ def _live_line(out: rich.console.Console) -> rich.progress.Progress:
         text,
         console=out,
         expand=True,
-        refresh_per_second=2,  # the cores have text to tokenise
+        refresh_per_second=2,  # the cores have other work
     )

@@ -16,6 +16,7 @@ import rich.table
 from rich.markup import escape
 
 from jmoe.data.formatting import count, duration
+from jmoe.data.progress import live_line
 from jmoe.train import run_files
 
 # How each metric reads in the progress line and in the line an evaluation leaves.
@@ -66,7 +67,7 @@ class Console:
         self._speeds: list[float] = []
         self._live = None
         if self._out.file.isatty() and not self._out.is_dumb_terminal:
-            self._live = _live_line(self._out)
+            self._live = live_line(self._out)
             text = f"{self._position(start_step)}  [dim]compiling[/dim]"
             self._live.add_task("", total=total_steps, completed=start_step, text=text)
 
@@ -205,18 +206,6 @@ class Console:
         for name, value in pairs:
             table.add_row(name, escape(value))
         self._out.print(table, "")
-
-
-def _live_line(out: rich.console.Console) -> rich.progress.Progress:
-    text = rich.progress.TextColumn("{task.fields[text]}")
-    text.get_table_column().no_wrap = True
-    return rich.progress.Progress(
-        rich.progress.BarColumn(bar_width=None, complete_style="cyan"),
-        text,
-        console=out,
-        expand=True,
-        refresh_per_second=2,  # the two cores may be busy training
-    )
 
 
 def _read(
