@@ -29,6 +29,8 @@ def environment(access: Access) -> dict[str, str]:
         HOOK: f"{__name__}.{put_front.__name__}",
         ACCESS: access.to_json(),
         "RAY_SERVE_ENABLE_HA_PROXY": "0",  # another proxy, which has no hook
+        # On a busy machine a proxy takes longer than Ray gives it by default, 5 s.
+        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": f"{START_SECONDS}",
     }
 
 
