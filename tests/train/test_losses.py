@@ -11,6 +11,7 @@ import pytest
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import PADDING, Batch
 from jmoe.nn.model import Transformer
+from jmoe.nn.router import Stats
 from jmoe.train import losses
 from tests.train.training import Trainer, batch, on, random_variables
 
@@ -171,3 +172,12 @@ def test_a_step_without_any_target_has_no_loss_and_no_gradient(run, variables):
     assert got["loss"] == 0 and not np.any(got["mtp_loss"])
     for gradient in jax.tree.leaves(state.opt_state[0]):
         assert not np.any(gradient)
+
+
+def test_layers_add_their_means_over_tokens_and_over_microbatches(run):
+    norms = losses.Normalisers((), jnp.float32(8), 4)
+    none_L, loss_L = jnp.zeros(3), jnp.float32([2, 6, 16])
+    stats = Stats(none_L, none_L, none_L, none_L, loss_L, z_loss=10 * loss_L)
+    got = losses.layer_losses(stats, run, norms)
+    assert (got.auxiliary, got.router_z) == (24 / 4, 240 / 8)
+    assert losses.layer_losses(None, run, norms).router_z == 0
