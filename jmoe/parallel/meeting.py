@@ -70,6 +70,7 @@ class Group:
         self._way: Way | None = None
         self._inboxes = [queue.SimpleQueue[dict[str, Any] | None]() for _ in lines]
         self._lock = threading.RLock()
+        self._telling = threading.Lock()  # no message overtakes another
         self._leaves = False
         self._loss: Loss | None = None
         self._is_lost = threading.Event()
@@ -191,11 +192,12 @@ class Group:
 
     def _tell(self, message: Mapping[str, Any], but: Line | None = None) -> None:
         """Sends it to all that have a line to this process."""
-        for line in self._lines:
-            # If it has ended, that is noticed by who reads its line.
-            if line is not but:
-                with contextlib.suppress(OSError):
-                    line.send(message)
+        with self._telling:
+            for line in self._lines:
+                # If it has ended, that is noticed by who reads its line.
+                if line is not but:
+                    with contextlib.suppress(OSError):
+                        line.send(message)
 
 
 def meet(

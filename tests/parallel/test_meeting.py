@@ -59,6 +59,24 @@ def test_a_failure_reaches_the_others_where_they_next_exchange(groups, failing):
     assert {str(error) for error in got} == {f"process {failing}: the disk is full"}
 
 
+def test_a_failure_does_not_overtake_the_values_before_it(groups, monkeypatch):
+    slow = groups[0]._lines[1]
+    send = slow.send
+
+    def send_late(message):
+        time.sleep(0.3 if "values" in message else 0)
+        send(message)
+
+    def work(group):
+        values = group.exchange("x", group.index)
+        if group.index == 1:
+            group.fail("the disk is full")
+        return values
+
+    monkeypatch.setattr(slow, "send", send_late)
+    assert in_parallel(work, *((group,) for group in groups)) == [[0, 1, 2]] * 3
+
+
 @pytest.mark.parametrize("ended", [0, 1])
 def test_a_process_that_ends_is_named_to_those_that_wait_for_it(groups, ended):
     die(groups.pop(ended))
