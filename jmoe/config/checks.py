@@ -41,6 +41,15 @@ def finite(record: Any, *fields: str) -> None:
             raise ValueError(f"{field}={value!r} must be finite.")
 
 
+def above_zero(record: Any, *fields: str) -> None:
+    """Raises ValueError for the first field that isn't, or is infinite; None passes."""
+    finite(record, *fields)
+    for field in fields:
+        value = getattr(record, field)
+        if value is not None and not value > 0:
+            raise ValueError(f"{field}={value} must be above 0.")
+
+
 def one_of(record: Any, **allowed: Sequence[Any]) -> None:
     """Raises ValueError for the first field that isn't among its allowed values."""
     for field, values in allowed.items():

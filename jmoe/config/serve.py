@@ -44,11 +44,9 @@ class EngineConfig:
             max_sequences=1,
         )
         checks.one_of(self, dtype=(None, *DTYPES))
-        checks.finite(self, "cache_gib")
+        checks.above_zero(self, "cache_gib")
         if self.max_length is not None:
             checks.at_least(self, max_length=2)
-        if self.cache_gib is not None and not self.cache_gib > 0:
-            raise ValueError(f"cache_gib={self.cache_gib} must be above 0.")
         if self.placement is not None and not self.expert_parallel:
             raise ValueError("placement needs expert_parallel=True.")
 
@@ -87,10 +85,7 @@ class LimitsConfig:
             logprobs=0,
             items=1,
         )
-        checks.finite(self, "header_seconds", "body_seconds", "stall_seconds")
-        for field in ("header_seconds", "body_seconds", "stall_seconds"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field}={getattr(self, field)} must be above 0.")
+        checks.above_zero(self, "header_seconds", "body_seconds", "stall_seconds")
         if self.new_tokens is not None:
             checks.at_least(self, new_tokens=1)
 

@@ -56,6 +56,7 @@ class Group:
         names: Sequence[str] = (),
         reach: Callable[[], Line] | None = None,
         door: Door | None = None,
+        size: int = 1,
     ):
         """`lines`: process 0 has one to each of the others, and each of them one.
 
@@ -63,8 +64,9 @@ class Group:
           names: what to call whom a line leads to.
           reach: opens a line for a connection of JAX's to process 0.
           door: process 0's.
+          size: how many processes there are.
         """
-        self.index = index
+        self.index, self.size = index, size
         self._lines = list(lines)
         self._reach, self._door = reach, door
         self._way: Way | None = None
@@ -272,7 +274,7 @@ def _receive_others(address: str, count: int, timeout_s: float, secret: bytes) -
             line.close()
         door.close()
         raise error
-    return Group(0, lines, names, door=door)
+    return Group(0, lines, names, door=door, size=count)
 
 
 def _hello(index: int, count: int, purpose: str = "meet") -> dict[str, Any]:
@@ -383,7 +385,7 @@ def _heed(
         hello = _hello(index, count, "jax")
         return _reach(address, secret, hello, time.monotonic() + timeout_s)
 
-    return Group(index, [line], [verdict["first"]], reach)
+    return Group(index, [line], [verdict["first"]], reach, size=count)
 
 
 def _missing(indices: Iterable[int], count: int, timeout_s: float) -> str:

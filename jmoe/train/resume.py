@@ -45,9 +45,10 @@ def begin(
         state, step, position = _restore_weights(make, layout, abstract, store), 0, {}
     else:
         state, position, step = store.restore(abstract)
-        require_step(state, step, store.locate(step))
+    where = store.locate(step)
+    require_step(state, step, where)
     loader.set_state(position or start)
-    guard.require_finite(state, store.locate(step))
+    guard.require_finite(state, where)
     return Begun(state, step, position.get(GUARD))
 
 
