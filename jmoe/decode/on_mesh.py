@@ -34,7 +34,7 @@ def make_next_logits(run: RunConfig, layout: Layout) -> NextLogits:
         hidden_BSD = hidden_states(params, router_state, tokens_BS)
         head_DV = _head(params, run, layout)
         logits_BV = vocabulary.next_logits(hidden_BSD, head_DV, last_B)
-        return collectives.gather(logits_BV, BATCH_AXES, 0)
+        return collectives.all_gather(logits_BV, BATCH_AXES, 0)
 
     rows = PartitionSpec(BATCH_AXES)
     specs = (layout.stored, WHOLE, rows, rows)

@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
             after_attention(self.dot_general),
             name="out",
         )(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
-        return collectives.scatter_sum(out_BTD, "tensor", 1)
+        return collectives.reduce_scatter(out_BTD, "tensor", 1)
 
     def _queries(self, x_BSD: jax.Array) -> jax.Array:
         cfg = self.cfg
@@ -96,4 +96,4 @@ def rotation(cfg: AttentionConfig, length: int) -> tuple[jax.Array, jax.Array]:
 
 def _all(x_BSX: jax.Array) -> jax.Array:
     """All positions, for this device's heads."""
-    return collectives.gather(x_BSX, "tensor", 1)
+    return collectives.all_gather(x_BSX, "tensor", 1)

@@ -38,7 +38,7 @@ class SwiGLU(nn.Module):
             self.dot_general,
             TWO_MATRICES,
             name="gate_up",
-        )(collectives.gather(x_BSD, "tensor", 1))
+        )(collectives.all_gather(x_BSD, "tensor", 1))
         out_BTD = Linear(
             (x_BSD.shape[-1],),
             ("mlp", "embed"),
@@ -46,7 +46,7 @@ class SwiGLU(nn.Module):
             after_swiglu(self.dot_general),
             name="down",
         )(gate_up)
-        return collectives.scatter_sum(out_BTD, "tensor", 1)
+        return collectives.reduce_scatter(out_BTD, "tensor", 1)
 
 
 class RoutedExperts(nn.Module):
@@ -86,14 +86,14 @@ class RoutedExperts(nn.Module):
 
         def apply(*tokens_R: jax.Array) -> jax.Array:
             """The experts that are here, on the tokens of all the tensor group."""
-            of_group = [collectives.gather(x, "tensor", 0) for x in tokens_R]
+            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
             routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
             hosts = collectives.axis_size("expert")
             weights = gate_up_ED2F, down_EFD
             y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
-            return collectives.scatter_sum(y, "tensor", 0)
+            return collectives.reduce_scatter(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
 
@@ -116,7 +116,7 @@ class MoE(nn.Module):
         router = Router(cfg.router, self.init_std, name="router")
         is_real_BS = is_real_BT
         if is_real_BT is not None:
-            is_real_BS = collectives.part(is_real_BT, "tensor", 1)
+            is_real_BS = collectives.local_part(is_real_BT, "tensor", 1)
         routing, stats = router(x_BSD, is_real_BS)
         experts = RoutedExperts(cfg, self.init_std, self.dot_general, name="experts")
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])

@@ -157,11 +157,11 @@ def _spread(load_E: jax.Array | None) -> losses.Spread:
     """
 
     def over_batch(count: jax.Array) -> jax.Array:
-        return collectives.total(count, TOKEN_AXES)
+        return collectives.psum(count, TOKEN_AXES)
 
     return losses.Spread(
         over_batch=over_batch,
-        over_sequence=lambda count: collectives.total(count, "tensor"),
+        over_sequence=lambda count: collectives.psum(count, "tensor"),
         over_step=over_batch if load_E is None else lambda _: load_E,
         batch_parts=collectives.axis_size(BATCH_AXES),
     )

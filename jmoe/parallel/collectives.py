@@ -6,9 +6,9 @@ or has one device, they return what they were given.
 
 Gradients are taken inside `shard_map`, of the device's own share of the loss; the loss
 is the sum of the shares. So what sums over devices must be linear and have the other
-device's gradient as its transpose: `gather` and `scatter_sum` are each other's
-transposes, and are all that a model's activations go through. `total` is for what has
-no gradient.
+device's gradient as its transpose: `all_gather` and `reduce_scatter` are each
+other's transposes, and are all that a model's activations go through. `psum` and `pmax`
+are for what has no gradient.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ Axes = str | Sequence[str]
 
 
 def axis_size(axes: Axes) -> int:
-    """How many devices share the work along `axes`; 1 outside of `shard_map`."""
+    """Returns how many devices share the work along `axes`; 1 outside `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     size = 1
     for axis in _present(axes):
@@ -30,61 +30,63 @@ def axis_size(axes: Axes) -> int:
 
 
 def axis_index(axis: str) -> jax.Array | int:
-    """This device's place along `axis`."""
+    """Returns this device's place along `axis`."""
     return lax.axis_index(axis) if _present(axis) else 0
 
 
 def share(size: int, axis: str, what: str) -> int:
-    """What one device of `axis` has of `size` things; `what` names them in an error."""
+    """Returns how many of `size` things one device of `axis` has.
+
+    Args:
+      what: names them in an error.
+
+    Raises:
+      ValueError: they don't divide evenly.
+    """
     devices = axis_size(axis)
     if size % devices:
         raise ValueError(f"{what}={size} must divide over {axis}={devices} devices.")
     return size // devices
 
 
-def gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """All devices' parts of `x`, joined along `dim`. An all-gather."""
+def all_gather(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Returns all devices' parts of `x`, joined along `dim`."""
     axes = _present(axes)
     return lax.all_gather(x, axes, axis=dim, tiled=True) if axes else x
 
 
-def scatter_sum(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
-    """This device's part, along `dim`, of the sum of all devices' x. Reduce-scatter."""
+def reduce_scatter(x: jax.Array, axes: Axes, dim: int) -> jax.Array:
+    """Returns this device's part, along `dim`, of the sum of all devices' x."""
     axes = _present(axes)
     if not axes:
         return x
     return lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
 
 
-def part(x: jax.Array, axis: str, dim: int) -> jax.Array:
-    """This device's part, along `dim`, of an array that all devices of `axis` have."""
+def local_part(x: jax.Array, axis: str, dim: int) -> jax.Array:
+    """Returns this device's part, along `dim`, of what all devices of `axis` have."""
     if not _present(axis):
         return x
     size = share(x.shape[dim], axis, f"dimension {dim}")
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axis) * size, size, dim)
 
 
-def total(x: Any, axes: Axes) -> Any:
-    """The sum over devices of each leaf, which takes no gradient. An all-reduce."""
+def psum(x: Any, axes: Axes) -> Any:
+    """Returns the sum over devices of each leaf, which takes no gradient."""
     axes = _present(axes)
     return lax.psum(jax.tree.map(lax.stop_gradient, x), axes) if axes else x
 
 
-def largest(x: jax.Array, axes: Axes) -> jax.Array:
-    """The maximum over devices, which takes no gradient. An all-reduce."""
+def pmax(x: jax.Array, axes: Axes) -> jax.Array:
+    """Returns the maximum over devices, which takes no gradient."""
     axes = _present(axes)
     return lax.pmax(lax.stop_gradient(x), axes) if axes else x
 
 
-def swap(x_P: jax.Array, axis: str) -> jax.Array:
-    """Row p goes to device p of `axis`, and comes from it. An all-to-all."""
-    return lax.all_to_all(x_P, axis, 0, 0) if _present(axis) else x_P
-
-
 def all_to_all(x: jax.Array, axes: Axes, split_dim: int, join_dim: int) -> jax.Array:
-    """Piece i of `x`, along `split_dim`, goes to device i; those that come are joined.
+    """Sends piece i of `x`, along `split_dim`, to device i, and joins those that come.
 
-    With the two dimensions exchanged it is its own inverse. An all-to-all.
+    With the two dimensions exchanged it is its own inverse.
     """
     axes = _present(axes)
     return lax.all_to_all(x, axes, split_dim, join_dim, tiled=True) if axes else x

@@ -222,10 +222,10 @@ def padded(
 
     def there(x_NX, route):
         x_PCX = slots.place(x_NX, route).reshape(peers, room, -1)
-        return collectives.swap(x_PCX, AXIS).reshape(peers * room, -1)
+        return collectives.all_to_all(x_PCX, AXIS, 0, 0).reshape(peers * room, -1)
 
     def back(y_RX, route):
-        y_PCX = collectives.swap(y_RX.reshape(peers, room, -1), AXIS)
+        y_PCX = collectives.all_to_all(y_RX.reshape(peers, room, -1), AXIS, 0, 0)
         return slots.collect(y_PCX.reshape(peers * room, -1), route)
 
     dropped = dropping.dropped_choices(visits, is_kept_NV)
@@ -244,7 +244,7 @@ def ragged_rows(
     rows = dropping.receive_room(cfg.capacity_factor, tokens, router, peers)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
     count_P = dropping.count_visits(visits, peers)
-    count_PP = collectives.gather(count_P[None], AXIS, 0)
+    count_PP = collectives.all_gather(count_P[None], AXIS, 0)
     layout = ragged.plan(count_PP, rows, collectives.axis_index(AXIS))
     rank_NV = _rank(visits, cfg, peers)
     is_kept_NV = slots.keep(visits, rank_NV, layout.there.send_P)
@@ -277,10 +277,10 @@ def gather(
     """All tokens to all devices, which always have room for them."""
 
     def there(x_NX, route):
-        return collectives.gather(x_NX, AXIS, 0)
+        return collectives.all_gather(x_NX, AXIS, 0)
 
     def back(y_RX, route):
-        return collectives.scatter_sum(y_RX, AXIS, 0)
+        return collectives.reduce_scatter(y_RX, AXIS, 0)
 
     return Path(there, back, (), jnp.int32(0), jnp.int32(0))
 

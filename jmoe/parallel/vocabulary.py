@@ -42,7 +42,7 @@ def embed(
         return rows_BTD
     # Of a token's row, other devices have zeros: no sum rounds it.
     rows_BTD = jnp.where(here_BT[..., None], rows_BTD, 0)
-    return collectives.scatter_sum(rows_BTD, AXIS, 1)
+    return collectives.reduce_scatter(rows_BTD, AXIS, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -80,10 +80,10 @@ def next_logits(
     here_B = (local_B >= 0) & (local_B < size)
     rows_B = jnp.arange(len(last_B))
     last_BD = hidden_BSD[rows_B, jnp.where(here_B, local_B, 0)]
-    last_BD = collectives.total(jnp.where(here_B[:, None], last_BD, 0), AXIS)
+    last_BD = collectives.psum(jnp.where(here_B[:, None], last_BD, 0), AXIS)
     rounded_DV = head_DV.astype(last_BD.dtype)
     logits_BV = jnp.dot(last_BD, rounded_DV, preferred_element_type=jnp.float32)
-    return collectives.gather(logits_BV, AXIS, 1)
+    return collectives.all_gather(logits_BV, AXIS, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -124,16 +124,16 @@ def _own(tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _of_group(rows):
-    return tuple(collectives.gather(x, AXIS, 0) for x in rows)
+    return tuple(collectives.all_gather(x, AXIS, 0) for x in rows)
 
 
 def _token_losses(x_RD, head_DV, target_R):
     logits_RV = jnp.dot(x_RD, head_DV, preferred_element_type=jnp.float32)
     local_R, here_R = _own(target_R, head_DV.shape[1])
     picked_R = jnp.take_along_axis(logits_RV, local_R[:, None], axis=-1)[:, 0]
-    picked_R = collectives.total(jnp.where(here_R, picked_R, 0), AXIS)
-    top_R = collectives.largest(logits_RV.max(-1), AXIS)
-    sum_R = collectives.total(jnp.exp(logits_RV - top_R[:, None]).sum(-1), AXIS)
+    picked_R = collectives.psum(jnp.where(here_R, picked_R, 0), AXIS)
+    top_R = collectives.pmax(logits_RV.max(-1), AXIS)
+    sum_R = collectives.psum(jnp.exp(logits_RV - top_R[:, None]).sum(-1), AXIS)
     log_sum_R = top_R + jnp.log(sum_R)
     return log_sum_R - picked_R, logits_RV, log_sum_R
 
@@ -166,7 +166,7 @@ def _forward(x_ND, head_DV, target_N, weight_N, chunk):
         d_logits_RV = (d_logits_RV * weight_R[:, None]).astype(x_RD.dtype)
         d_x_RD = jnp.dot(d_logits_RV, rounded_DV.T)
         d_head_DV += dot.outer(x_RD, d_logits_RV, preferred_element_type=jnp.float32)
-        d_x_CD = collectives.scatter_sum(d_x_RD, AXIS, 0)
+        d_x_CD = collectives.reduce_scatter(d_x_RD, AXIS, 0)
         return (total + (weight_R * loss_R).sum(), d_head_DV), d_x_CD
 
     start = (jnp.float32(0.0), jnp.zeros(head_DV.shape, jnp.float32))

@@ -148,7 +148,10 @@ def _parts(dim_of: Mapping[str, int | None]) -> tuple[Part, ...]:
 
 
 def gather(x: jax.Array, placement: Placement) -> jax.Array:
-    """The parameter as it is computed with; its transpose is `reduce`. All-gathers."""
+    """Returns the parameter as it is computed with, by all-gathers.
+
+    Its transpose is `reduce`.
+    """
     return _gather(x, placement.parts)
 
 
@@ -157,7 +160,7 @@ def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
 
     And an all-reduce of that part, over the axes that don't divide it.
     """
-    return collectives.total(_reduce(gradient, placement.parts), placement.summed)
+    return collectives.psum(_reduce(gradient, placement.parts), placement.summed)
 
 
 def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax.Array:
@@ -201,18 +204,18 @@ def reduce_rows(
         rows = jax.lax.all_to_all(rows[None], "pipe", dim + 1, 0, tiled=True)
     stack = jnp.zeros((size, *rows.shape[index.ndim :]), rows.dtype)
     stack = stack.at[index].add(rows, mode="drop")
-    return collectives.total(stack, placement.summed)
+    return collectives.psum(stack, placement.summed)
 
 
 def _gather(x: jax.Array, parts: Sequence[Part]) -> jax.Array:
     for dim, axes in reversed(parts):
-        x = collectives.gather(x, axes, dim)
+        x = collectives.all_gather(x, axes, dim)
     return x
 
 
 def _reduce(gradient: jax.Array, parts: Sequence[Part]) -> jax.Array:
     for dim, axes in parts:
-        gradient = collectives.scatter_sum(gradient, axes, dim)
+        gradient = collectives.reduce_scatter(gradient, axes, dim)
     return gradient
 
 

@@ -46,7 +46,9 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
             return microbatch_losses(model, weights, state, part, run, norms)
 
         if counts_first(batch, run):
-            _, stats = total(lambda part: measure(weights, router_state, part), batch)
+            _, stats = sum_microbatches(
+                lambda part: measure(weights, router_state, part), batch
+            )
             router_state = with_step_loads(router_state, stats, run)
 
         def of_microbatch(weights, part):
@@ -86,7 +88,7 @@ def with_step_loads(router_state: Any, stats: Stats, run: RunConfig) -> Any:
     Args:
       stats: this device's, summed over all microbatches.
     """
-    load_LE = collectives.total(stats.load_E, MESH_AXES)
+    load_LE = collectives.psum(stats.load_E, MESH_AXES)
     return with_loads(router_state, load_LE, run.model)
 
 
@@ -99,11 +101,11 @@ def accumulate(
         gradients, measured = grad(part)
         return jax.tree.map(lambda x: x.astype(jnp.float32), gradients), measured
 
-    gradients, (losses, stats) = total(grad_float32, batch)
+    gradients, (losses, stats) = sum_microbatches(grad_float32, batch)
     return gradients, losses, stats
 
 
-def total(function: Callable[[Batch], Any], batch: Batch) -> Any:
+def sum_microbatches(function: Callable[[Batch], Any], batch: Batch) -> Any:
     """Returns the sum of what `function` returns of each microbatch."""
     first = jax.tree.map(lambda x: x[0], batch)
     if batch.tokens_BT.shape[0] == 1:

@@ -68,7 +68,7 @@ def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
     count = jax.tree.map(lambda x: x.sum(dtype=jnp.int32), found)
     targets, tokens = jax.tree.map(
         lambda n: jnp.maximum(n, 1).astype(jnp.float32),
-        collectives.total(count, BATCH_AXES),
+        collectives.psum(count, BATCH_AXES),
     )
     is_mean = run.model.moe.router.auxiliary_loss not in OF_WHOLE_STEPS
     microbatches = batch.tokens_BT.shape[0] if batch.tokens_BT.ndim == 3 else 1
@@ -179,8 +179,8 @@ def prediction_losses(
         total: jax.Array = linear_cross_entropy(
             hidden_BSD.reshape(-1, hidden_BSD.shape[-1]),
             features.head_DV,
-            collectives.part(target_BT, "tensor", 1).reshape(-1),
-            collectives.part(weight_BT, "tensor", 1).reshape(-1),
+            collectives.local_part(target_BT, "tensor", 1).reshape(-1),
+            collectives.local_part(weight_BT, "tensor", 1).reshape(-1),
             run.train.loss_chunk,
         )
         return total
@@ -197,8 +197,8 @@ def sum_losses(losses: Losses) -> Losses:
     """Of all devices' shares. Those of `tensor` have the loss of the same tokens."""
     of_tokens = (*BATCH_AXES, "pipe")
     return Losses(
-        main=collectives.total(losses.main, of_tokens),
-        mtp_D=collectives.total(losses.mtp_D, of_tokens),
-        auxiliary=collectives.total(losses.auxiliary, MESH_AXES),
-        router_z=collectives.total(losses.router_z, MESH_AXES),
+        main=collectives.psum(losses.main, of_tokens),
+        mtp_D=collectives.psum(losses.mtp_D, of_tokens),
+        auxiliary=collectives.psum(losses.auxiliary, MESH_AXES),
+        router_z=collectives.psum(losses.router_z, MESH_AXES),
     )

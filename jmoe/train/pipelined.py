@@ -139,7 +139,7 @@ def make_hidden_states(
         cut = pieces.model(params, router_state, batch, of_features)
         hidden = pipeline.evaluate(as_ticks(schedule), cut).left
         hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
-        return collectives.total(hidden_BSD, pipeline.AXIS)
+        return collectives.psum(hidden_BSD, pipeline.AXIS)
 
     return hidden_states
 

@@ -70,7 +70,7 @@ def make_train_step(
     def measure(params, router_state, step, batch):
         """Gradients, losses and stats of the batch, from this device's part of it."""
         gradients, losses, stats = gradients_of(params, router_state, step, batch)
-        return gradients, sum_losses(losses), collectives.total(stats, MESH_AXES)
+        return gradients, sum_losses(losses), collectives.psum(stats, MESH_AXES)
 
     measure = on_mesh(
         measure,
@@ -162,7 +162,7 @@ def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalSt
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:
         losses, stats = losses_of(params, router_state, batch)
         targets = normalisers(batch, run).targets[0]
-        load_LE = collectives.total(stats.load_E, MESH_AXES)
+        load_LE = collectives.psum(stats.load_E, MESH_AXES)
         return Evaluation(sum_losses(losses).main * targets, targets, load_LE)
 
     in_specs = (layout.stored, WHOLE, PartitionSpec(BATCH_AXES))

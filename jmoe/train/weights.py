@@ -40,7 +40,7 @@ def reduce_gradients(gradients: Any, layout: Layout, run: RunConfig) -> Any:
 
     def reduce(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
         if _waits_for_layer(path, run):  # the gather has summed over the others
-            return collectives.total(x, placement.summed)
+            return collectives.psum(x, placement.summed)
         return zero.reduce(x, placement)
 
     return jax.tree.map_with_path(reduce, gradients, layout.placements)

@@ -66,15 +66,15 @@ def on_mesh(mesh_cfg, cfg, router):
     def on_device(expert_NK, dy_ND, x_ND, gate_NK, *weights):
         def loss(x_ND, gate_NK, *weights):
             def experts(*tokens_R):
-                tokens = (collectives.gather(x, "tensor", 0) for x in tokens_R)
-                return collectives.scatter_sum(mlps(*tokens, *weights), "tensor", 0)
+                tokens = (collectives.all_gather(x, "tensor", 0) for x in tokens_R)
+                return collectives.reduce_scatter(mlps(*tokens, *weights), "tensor", 0)
 
             got = subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
             return (got.y_ND * dy_ND).sum(), got
 
         gradients, got = jax.grad(loss, range(4), has_aux=True)(x_ND, gate_NK, *weights)
         d_x, d_gate, *d_weights = gradients
-        d_weights = [collectives.total(d, "data") for d in d_weights]
+        d_weights = [collectives.psum(d, "data") for d in d_weights]
         drops = (got.dropped_sending[None], got.dropped_receiving[None])
         return got.y_ND, d_x, d_gate, *d_weights, *drops
 

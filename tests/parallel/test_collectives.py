@@ -41,12 +41,12 @@ def test_a_device_alone_has_the_whole_of_everything():
     assert collectives.axis_index("expert") == 0
     assert collectives.share(7, "tensor", "heads") == 7
     for same in (
-        collectives.gather(x, "tensor", 1),
-        collectives.scatter_sum(x, MESH_AXES, 0),
-        collectives.part(x, "tensor", 1),
-        collectives.total(x, MESH_AXES),
-        collectives.largest(x, "data"),
-        collectives.swap(x, "expert"),
+        collectives.all_gather(x, "tensor", 1),
+        collectives.reduce_scatter(x, MESH_AXES, 0),
+        collectives.local_part(x, "tensor", 1),
+        collectives.psum(x, MESH_AXES),
+        collectives.pmax(x, "data"),
+        collectives.all_to_all(x, "expert", 0, 1),
     ):
         assert same is x
 
@@ -69,7 +69,7 @@ def test_on_a_mesh_sizes_and_places_are_the_axes():
 def test_a_gather_joins_the_parts_in_the_order_of_the_axes(axes):
     shape = tuple(make_mesh(MeshConfig.parse(MESH)).shape.values())
     x = random(16, 2, 3)
-    got = on_every_device(lambda x: collectives.gather(x, axes, 0), x)
+    got = on_every_device(lambda x: collectives.all_gather(x, axes, 0), x)
     inner = [MESH_AXES.index(a) for a in ((axes,) if isinstance(axes, str) else axes)]
     by_axis = np.moveaxis(x.reshape(*shape, 2, 3), inner, range(-2 - len(inner), -2))
     groups = by_axis.reshape(*by_axis.shape[: 4 - len(inner)], -1, 3)
@@ -81,9 +81,9 @@ def test_a_gather_joins_the_parts_in_the_order_of_the_axes(axes):
 @pytest.mark.parametrize("axes", ["tensor", ("data", "expert"), MESH_AXES])
 def test_a_scattered_sum_is_the_gathers_transpose(axes):
     def pull_back(x, y):
-        gathered, transpose = jax.vjp(lambda x: collectives.gather(x, axes, 0), x)
+        gathered, transpose = jax.vjp(lambda x: collectives.all_gather(x, axes, 0), x)
         rows = y[: gathered.shape[0]]
-        return transpose(rows)[0], collectives.scatter_sum(rows, axes, 0)
+        return transpose(rows)[0], collectives.reduce_scatter(rows, axes, 0)
 
     x, y = random(16, 2, 3), random(16, 32, 3)
     got, want = on_every_device(pull_back, x, y)
@@ -93,7 +93,10 @@ def test_a_scattered_sum_is_the_gathers_transpose(axes):
 def test_a_part_is_what_a_gather_would_join():
     x = np.broadcast_to(random(4, 6), (16, 4, 6))
     got = on_every_device(
-        lambda x: collectives.gather(collectives.part(x, "tensor", 1), "tensor", 1), x
+        lambda x: collectives.all_gather(
+            collectives.local_part(x, "tensor", 1), "tensor", 1
+        ),
+        x,
     )
     np.testing.assert_array_equal(got, x)
 
@@ -103,7 +106,7 @@ def test_totals_and_maxima_take_no_gradient():
         def of(function):
             return jax.grad(lambda x: (x * function(x, MESH_AXES)).sum())(x)
 
-        return of(collectives.total), of(collectives.largest)
+        return of(collectives.psum), of(collectives.pmax)
 
     x = random(16, 5)
     total, largest = on_every_device(gradients, x)
@@ -111,16 +114,17 @@ def test_totals_and_maxima_take_no_gradient():
     np.testing.assert_array_equal(largest, np.broadcast_to(x.max(0), x.shape))
 
 
-def test_a_swap_is_its_own_inverse_and_delivers_row_p_to_device_p():
+def test_an_all_to_all_is_its_own_inverse_and_delivers_row_p_to_device_p():
+    def swap(x):
+        return collectives.all_to_all(x, "expert", 0, 0)
+
     x = random(16, 4, 3)
-    once = on_every_device(lambda x: collectives.swap(x, "expert"), x)
+    once = on_every_device(swap, x)
     mesh = (2, 4, 2, 4, 3)
     np.testing.assert_array_equal(
         np.asarray(once).reshape(mesh), x.reshape(mesh).transpose(0, 3, 2, 1, 4)
     )
-    twice = on_every_device(
-        lambda x: collectives.swap(collectives.swap(x, "expert"), "expert"), x
-    )
+    twice = on_every_device(lambda x: swap(swap(x)), x)
     np.testing.assert_array_equal(twice, x)
 
 
