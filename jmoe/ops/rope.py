@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.config.model import YarnConfig, yarn_mscale
+from jmoe.config.attention import YarnConfig, yarn_mscale
 
 
 def inverse_frequencies(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.config.model import YarnConfig
+from jmoe.config.attention import YarnConfig
 from jmoe.ops import rope
 
 YARNS = {
