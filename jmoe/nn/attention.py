@@ -45,8 +45,8 @@ class LatentAttention(nn.Module):
         kv_BTHX = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)(_all(latent))
         k_nope, v_BTHV = jnp.split(kv_BTHX, [cfg.nope_dim], axis=-1)
 
-        q_rope = rope.rotate(q_rope, *rotation)
-        k_rope = rope.rotate(_all(k_rope)[:, :, None], *rotation)
+        q_rope = rope.rotate_interleaved(q_rope, *rotation)
+        k_rope = rope.rotate_interleaved(_all(k_rope)[:, :, None], *rotation)
         # In float32, as then its gradient is too, which sums over the heads.
         k_rope = jnp.broadcast_to(k_rope.astype(jnp.float32), q_rope.shape)
         k_rope = k_rope.astype(q_rope.dtype)
