@@ -42,7 +42,7 @@ def weight(module: nn.Module, name: str, *described: Any) -> stored.Weight:
 
 
 class Linear(nn.Module):
-    """`x @ kernel` without a bias; `features` may have several dimensions.
+    """`x @ kernel`, plus a bias if asked; `features` may have several dimensions.
 
     `dot_general` is where other number formats come in. It is given the kernel in the
     dtype that it is held in, and computes in x's: so the kernel's gradient is rounded
@@ -55,6 +55,7 @@ class Linear(nn.Module):
     init_std: float
     dot_general: DotGeneral = dot.dot_general
     matrix: MatrixDims = MATRIX
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -63,7 +64,15 @@ class Linear(nn.Module):
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         if isinstance(kernel, stored.FewerBits):
             kernel = stored.as_array(kernel, x.dtype).reshape(shape)
-        return self.dot_general(x, kernel, contract)
+        y = self.dot_general(x, kernel, contract)
+        if not self.use_bias:
+            return y
+        # In float32, as then its gradient is too, which sums over tokens.
+        init = described(
+            nn.initializers.zeros_init(), self.dims[1:], Description(decays=False)
+        )
+        bias = self.param("bias", init, self.features, jnp.float32)
+        return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -50,7 +50,7 @@ def with_gathers(model: Transformer, run: RunConfig, layout: Layout) -> Transfor
     """The model, whose layers gather their own weights where ZeRO's stage asks so."""
     if run.mesh.zero_stage != 3:
         return model
-    stacked = ("dense", "moe") if run.model.layer_loop == "scan" else ()
+    stacked = tuple(run.model.stacks) if run.model.layer_loop == "scan" else ()
 
     def gather_layer(name: str, params: Any) -> Any:
         def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
