@@ -28,6 +28,7 @@ LAYERS = (
     "nn",
     "data",
     "checkpoint",
+    "monitor",
     "train",
     "decode",
     "evals",

@@ -16,7 +16,7 @@ from jmoe.data.formatting import count
 from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export.numerics import BLOCK
-from jmoe.train.run_files import Run
+from jmoe.monitor.run_files import Run
 from jmoe.train.trained import TOKENIZER
 
 CARD = "README.md"

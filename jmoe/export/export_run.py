@@ -18,7 +18,7 @@ from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
 from jmoe.export.write import Plan, Progress
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 Started = Callable[[int], Progress]  # is told how many bytes will be written

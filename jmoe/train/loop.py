@@ -25,24 +25,15 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, to_dict
 from jmoe.data import durable
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.monitor import report, run_files, starts
+from jmoe.monitor.console import Console
+from jmoe.monitor.metrics_log import MetricsLog
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import processes
-from jmoe.train import (
-    guard,
-    horizon,
-    report,
-    resume,
-    run_files,
-    saving,
-    stages,
-    starts,
-    stretch,
-)
+from jmoe.train import guard, horizon, resume, saving, stages, stretch
 from jmoe.train import layout as layouts
-from jmoe.train.console import Console
 from jmoe.train.inputs import open_inputs
-from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.roll_backs import RollBacks
 from jmoe.train.state import count_parameters, make_state

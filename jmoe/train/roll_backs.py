@@ -17,8 +17,8 @@ from typing import Any
 
 from jmoe.data import durable
 from jmoe.data.loader import Loader
+from jmoe.monitor import run_files
 from jmoe.parallel import processes
-from jmoe.train import run_files
 from jmoe.train.guard import Spoilt
 
 

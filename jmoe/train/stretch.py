@@ -20,6 +20,7 @@ import jmoe.train.step as steps
 from jmoe.balance import load
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
+from jmoe.monitor.meter import Meter
 from jmoe.nn.model import Transformer
 from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
@@ -27,7 +28,6 @@ from jmoe.train import schedules
 from jmoe.train.ahead import Ahead
 from jmoe.train.guard import Guard
 from jmoe.train.inputs import Inputs, next_batch
-from jmoe.train.meter import Meter
 from jmoe.train.roll_backs import RollBacks
 from jmoe.train.saving import Saver
 from jmoe.train.state import TrainState
@@ -115,10 +115,10 @@ class Stretch:
             if not watch.goes_on:
                 break
             if _is_due(cfg.eval_every, step, cfg.steps):
-                with meter.paused(state):
+                with meter.paused(state.step):
                     loss = self._evaluate(step, state, log)
             if self.saver.is_due(step):
-                with meter.paused(state):
+                with meter.paused(state.step):
                     log.sync()
                     self.saver.save(step, state, watch, loss)
             asks = step % cfg.signal_every == 0

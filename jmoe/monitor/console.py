@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from jmoe.data.formatting import count, duration
 from jmoe.data.progress import live_line
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 
 # How each metric reads in the progress line and in the line an evaluation leaves.
 _PROGRESS: dict[str, Callable[[float], str]] = {

@@ -7,7 +7,7 @@
                     active_parameters, unigram_entropy (nats per token)
     metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
     balance.npy     {"step", "load_LE", "bias_LE"} of some logs, a layer's loads sum
-                    to 1 (`jmoe.train.balance_log`)
+                    to 1 (`jmoe.monitor.balance_log`)
     roll_backs.jsonl  {"step" gone back to, "sequences" [begin, end] left out there,
                     "spoilt" (the step that made it go back), "reason"}
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jmoe.data import durable
-from jmoe.train import balance_log
+from jmoe.monitor import balance_log
 
 CONFIG = "config.json"
 INFO = "run.json"

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from jmoe.train.report_curves import Draw, label_axes
-from jmoe.train.run_files import Balance, Run, evenly
+from jmoe.monitor.report_curves import Draw, label_axes
+from jmoe.monitor.run_files import Balance, Run, evenly
 
 _COLOUR_MAP = "RdBu_r"  # blue: idle, white: the fair share, red: overloaded
 _MAX_LOAD = 2.0  # where the colours end, as far above the fair share as 0 is below

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from jmoe.monitor import run_files
 from jmoe.parallel import processes
-from jmoe.train import run_files
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 _ROOT = pathlib.Path(__file__).parents[2]

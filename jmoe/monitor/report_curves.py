@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from jmoe.data.formatting import count
-from jmoe.train.report_page import PALETTE, escape
-from jmoe.train.run_files import Run, Series, evenly
+from jmoe.monitor.report_page import PALETTE, escape
+from jmoe.monitor.run_files import Run, Series, evenly
 
 Draw = Callable[[Axes, Run], bool]
 Line = Callable[[Axes, np.ndarray, np.ndarray, str, str], None]

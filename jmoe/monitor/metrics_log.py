@@ -1,8 +1,8 @@
 """Writes what a run measures: metrics.jsonl, balance.npy and TensorBoard events.
 
-`jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
+`jmoe.monitor.run_files` describes the rows. Every log is flushed, so a crash loses
 nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
-Where one can't be written, training goes on (`jmoe.train.output`).
+Where one can't be written, training goes on (`jmoe.monitor.output`).
 A run that goes on from a checkpoint first drops the rows of steps it is about
 to repeat, so curves never overlap.
 
@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from jmoe.train import output, run_files
-from jmoe.train.balance_log import BalanceLog
+from jmoe.monitor import output, run_files
+from jmoe.monitor.balance_log import BalanceLog
 
 # Generated messages, which type checkers can't look into.
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
