@@ -53,7 +53,7 @@ from jmoe.train.losses import (
     positions,
     prediction_losses,
 )
-from jmoe.train.stages import Rows
+from jmoe.train.stages import RankLayers
 from jmoe.train.weights import gather_weights, reduce_gradients
 
 BLOCKS: dict[str, type[nn.Module]] = {"dense": DenseBlock, "moe": MoEBlock}
@@ -68,7 +68,7 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         count = batch.tokens_BT.shape[0]
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
         norms = normalisers(batch, run)
-        pieces = Pieces(model, run, layout, schedule, norms)
+        staged = StagedModel(model, run, layout, schedule, norms)
 
         def lose(features, batch):
             losses = prediction_losses(features, batch, run, norms)
@@ -77,12 +77,12 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         if counts_first(batch, run):
             _, stats = _evaluate(model, run, layout, params, router_state, batch)
             router_state = with_step_loads(router_state, stats, run)
-        cut = pieces.model(params, router_state, batch, lose)
+        cut = staged.model(params, router_state, batch, lose)
         found = pipeline.train(
             as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
         )
-        summed = pieces.reduce(found.shared, found.groups)
-        return summed, *pieces.measured(found)
+        summed = staged.reduce(found.shared, found.groups)
+        return summed, *staged.measured(found)
 
     return gradients
 
@@ -107,14 +107,14 @@ def _evaluate(
 ) -> tuple[Losses, Stats]:
     """This device's share of losses and stats of [M, B, T + 1], forward only."""
     norms, schedule = normalisers(batch, run), _forward_schedule(batch, run)
-    pieces = Pieces(model, run, layout, schedule, norms)
+    staged = StagedModel(model, run, layout, schedule, norms)
 
     def measure(features, batch):
         losses = prediction_losses(features, batch, run, norms)
         return losses.main, (losses, features.stats)
 
-    cut = pieces.model(params, router_state, batch, measure)
-    return pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
+    cut = staged.model(params, router_state, batch, measure)
+    return staged.measured(pipeline.evaluate(as_ticks(schedule), cut))
 
 
 def make_hidden_states(
@@ -135,8 +135,8 @@ def make_hidden_states(
         unmasked: Any = jnp.zeros_like(padded)
         batch = _for_forward(Batch(padded, unmasked), run)
         schedule = _forward_schedule(batch, run)
-        pieces = Pieces(model, run, layout, schedule, normalisers(batch, run))
-        cut = pieces.model(params, router_state, batch, of_features)
+        staged = StagedModel(model, run, layout, schedule, normalisers(batch, run))
+        cut = staged.model(params, router_state, batch, of_features)
         hidden = pipeline.evaluate(as_ticks(schedule), cut).left
         hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
         return collectives.psum(hidden_BSD, pipeline.AXIS)
@@ -164,7 +164,7 @@ def _divided(batch: Batch, run: RunConfig) -> Batch:
     return jax.tree.map(lambda x: x.reshape(shape), batch)
 
 
-class Pieces:
+class StagedModel:
     """A model's pieces for the ranks of a schedule, and what comes back from them."""
 
     def __init__(
@@ -214,7 +214,7 @@ class Pieces:
             leave=leave,
             shared=shared,
             groups=[
-                pipeline.Group(
+                pipeline.LayerGroup(
                     layer=self._layer(name),
                     weights=self._gather(name, params[name]),
                     state=_own(router_state.get(name, {}), rows),
@@ -307,12 +307,12 @@ def _apart(cfg: ModelConfig) -> ModelConfig:
     return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))
 
 
-def _own(tree: Any, rows: Rows) -> Any:
+def _own(tree: Any, rows: RankLayers) -> Any:
     index_R = _own_index(rows, instead=0)
     return jax.tree.map(lambda x: x[index_R], tree)
 
 
-def _own_index(rows: Rows, *, instead: int) -> jax.Array:
+def _own_index(rows: RankLayers, *, instead: int) -> jax.Array:
     """This rank's layers, and something else where it has fewer than there is room."""
     index_PR = jnp.where(rows.index_PR < 0, instead, rows.index_PR)
     return index_PR[collectives.axis_index(pipeline.AXIS)]

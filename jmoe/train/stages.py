@@ -16,7 +16,7 @@ from jmoe.parallel.partition import partition
 from jmoe.parallel.schedule import Schedule, build
 
 
-class Rows(NamedTuple):
+class RankLayers(NamedTuple):
     """Which layers of one stack the ranks have.
 
     index_PR: -1 where a rank has fewer than R. start_PH, count_PH: the rows of each
@@ -46,7 +46,7 @@ def make_schedule(cfg: PipelineConfig, ranks: int, microbatches: int) -> Schedul
     return build(cfg.schedule, ranks, microbatches, **options)
 
 
-def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, Rows]:
+def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, RankLayers]:
     """The rows of each stack, for stages that cost about the same.
 
     Raises:
@@ -63,7 +63,9 @@ def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, Rows]:
     }
 
 
-def _rows(schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int) -> Rows:
+def _rows(
+    schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int
+) -> RankLayers:
     found, start_PH, count_PH = [], [], []
     for rank in range(schedule.num_ranks):
         rows, starts, counts = [], [], []
@@ -77,7 +79,7 @@ def _rows(schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int) -> 
         count_PH.append(counts)
     most = max(map(len, found))
     index_PR = [rows + [-1] * (most - len(rows)) for rows in found]
-    return Rows(*map(np.array, (index_PR, start_PH, count_PH)))
+    return RankLayers(*map(np.array, (index_PR, start_PH, count_PH)))
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:

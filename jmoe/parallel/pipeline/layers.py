@@ -15,7 +15,7 @@ from jax import lax
 
 from jmoe.parallel.passes import split
 from jmoe.parallel.pipeline import arrays
-from jmoe.parallel.pipeline.model import Group
+from jmoe.parallel.pipeline.model import LayerGroup
 from jmoe.parallel.pipeline.table import Instruction
 from jmoe.parallel.schedule.ticks import Ticks
 
@@ -37,7 +37,9 @@ class Layers:
       batch, x: a microbatch and a layer's input, or their shapes.
     """
 
-    def __init__(self, group: Group, index: int, batch: Any, x: Any, *, again: bool):
+    def __init__(
+        self, group: LayerGroup, index: int, batch: Any, x: Any, *, again: bool
+    ):
         self._group, self._index, self._again = group, index, again
 
         def layer(weights, at_hand, x):
