@@ -153,7 +153,7 @@ def check_sums(directory: pathlib.Path, files: Mapping[str, Sequence[int]]) -> N
 def compare(
     directory: pathlib.Path,
     files: Mapping[str, Sequence[int]],
-    parts: Iterable[sums.Part],
+    parts: Iterable[sums.Checksum],
 ) -> None:
     """Raises DamagedCheckpointError for a file of which other bytes were read.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from jmoe.config.data import DataConfig
 from jmoe.data import cache, corpus, text
-from jmoe.data.packing import Batch, Rows, as_batch
+from jmoe.data.packing import Batch, PackedRows, as_batch
 from jmoe.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -190,7 +190,7 @@ def _mixture(
     """
     children = np.random.SeedSequence(seed).spawn(len(streams))
     endless = [
-        grain.MapDataset.source(Rows(stream_S, sequence_length))
+        grain.MapDataset.source(PackedRows(stream_S, sequence_length))
         .shuffle(seed=int(child.generate_state(1)[0]))
         .repeat(_EPOCHS)
         for stream_S, child in zip(streams, children, strict=True)

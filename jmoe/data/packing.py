@@ -34,7 +34,7 @@ class Batch(NamedTuple):
 PADDING = -1
 
 
-class Rows:
+class PackedRows:
     """Random access to the rows of a stream, as Grain asks for it."""
 
     def __init__(self, stream_S: np.ndarray, sequence_length: int):

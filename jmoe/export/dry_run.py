@@ -8,7 +8,7 @@ import rich.table
 from jmoe.config import ModelConfig
 from jmoe.data.formatting import count
 from jmoe.export import names, published, write
-from jmoe.export.layout import CODES, Entry
+from jmoe.export.layout import CODES, FileEntry
 from jmoe.export.numerics import FLOAT32
 from jmoe.export.write import Plan
 
@@ -36,7 +36,7 @@ def plan_preset(model: str, dtype: str) -> Plan:
 
 def table(made: Plan) -> rich.table.Table:
     """A row for each kind of tensor: name, type, shape, how many, how large."""
-    kinds: dict[tuple, list[Entry]] = {}
+    kinds: dict[tuple, list[FileEntry]] = {}
     for entry in made.entries:
         name = re.sub(r"\d+", "N", entry.name)
         kinds.setdefault((name, entry.dtype, entry.shape), []).append(entry)

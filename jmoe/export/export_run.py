@@ -17,11 +17,11 @@ from jmoe.export import card, layout, names, safetensors, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
-from jmoe.export.write import Plan, Progress
+from jmoe.export.write import Advance, Plan
 from jmoe.monitor import run_files
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
-Started = Callable[[int], Progress]  # is told how many bytes will be written
+Started = Callable[[int], Advance]  # is told how many bytes will be written
 
 
 def export_run(
@@ -85,7 +85,7 @@ def write_directory(
     made: Plan,
     source: Source,
     tokenizer: Tokenizer | None,
-    progress: Progress,
+    progress: Advance,
     texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
     """All files, those in `texts` as they are given, then the directory's name.

@@ -33,12 +33,12 @@ from jmoe.export import layout, work
 from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
 from jmoe.export.work import Budget
-from jmoe.export.write import Progress
+from jmoe.export.write import Advance
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 ARRAYS = "arrays"  # where chunks wait until all are there
 
-Started = Callable[[int], Progress]  # is told how many bytes will be written
+Started = Callable[[int], Advance]  # is told how many bytes will be written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _write_chunks(
     directory: Directory,
     reader: Reader,
     every: Sequence[Chunk],
-    progress: Progress,
+    progress: Advance,
 ) -> None:
     buffers, budget = Buffers(), Budget()
 

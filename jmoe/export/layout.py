@@ -50,7 +50,7 @@ class Unit:
         return x.reshape(len(x), -1) if tensor.transposed else x
 
 
-class Entry(NamedTuple):
+class FileEntry(NamedTuple):
     """One array of a safetensors file."""
 
     name: str
@@ -68,7 +68,7 @@ class Shard:
 
     file: str
     units: tuple[Unit, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, FileEntry]
     offsets: Mapping[str, int]  # in the file
     header: bytes
     size: int
@@ -107,12 +107,12 @@ def _unit(group: Sequence[Tensor]) -> Unit:
     return Unit(first.path, index, tuple(group))
 
 
-def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[Entry]:
+def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[FileEntry]:
     """The tensor, and its block scales if it is FP8."""
-    yield Entry(tensor.name, dtype, tensor.shape)
+    yield FileEntry(tensor.name, dtype, tensor.shape)
     if dtype == FLOAT8:
         shape = tuple(map(numerics.blocks, tensor.shape))
-        yield Entry(tensor.name + SCALE, FLOAT32, shape)
+        yield FileEntry(tensor.name + SCALE, FLOAT32, shape)
 
 
 def shards(
@@ -123,7 +123,7 @@ def shards(
     Args:
       dtypes: of each tensor, by its name.
     """
-    groups: list[list[tuple[Unit, list[Entry]]]] = [[]]
+    groups: list[list[tuple[Unit, list[FileEntry]]]] = [[]]
     filled = 0
     for unit in all_units:
         own = [entry for t in unit.tensors for entry in entries(t, dtypes[t.name])]
@@ -140,7 +140,7 @@ def shards(
     return [_shard(*pair) for pair in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, group: Sequence[tuple[Unit, Sequence[Entry]]]) -> Shard:
+def _shard(file: str, group: Sequence[tuple[Unit, Sequence[FileEntry]]]) -> Shard:
     found = [entry for _, own in group for entry in own]
     found.sort(key=lambda entry: -entry.dtype.itemsize)
     described, starts, end = {}, {}, 0

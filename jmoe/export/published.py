@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jmoe.export.layout import CODES, Entry
+from jmoe.export.layout import CODES, FileEntry
 
 TENSORS = 91_991  # in model.safetensors.index.json
 BYTES = 688_586_727_753
@@ -60,7 +60,7 @@ RULES = (
 )
 
 
-def differences(entries: Iterable[Entry]) -> list[str]:
+def differences(entries: Iterable[FileEntry]) -> list[str]:
     """Where a plan differs from V3's published checkpoint; empty if nowhere."""
     entries = list(entries)
     expected = dict(_expected())

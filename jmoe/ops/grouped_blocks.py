@@ -60,7 +60,7 @@ Kept = jax.Array | fp8.Quantized
 """Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""
 
 
-class Saved(NamedTuple):
+class BlockResiduals(NamedTuple):
     """What the backward pass is given; it gathers the rest."""
 
     x_TD: jax.Array  # what was left of it once quantized
@@ -112,11 +112,11 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     kept_NX = _keep(recipe, h_NX) if stores else None
     weights = gate_up_EDX, down_EFD
-    saved = Saved(x_TD, gate_TK, gate_N, *weights, like, rows, kept_NX)
+    saved = BlockResiduals(x_TD, gate_TK, gate_N, *weights, like, rows, kept_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, saved: Saved, dy_TD):
+def _backward(recipe: Recipe, saved: BlockResiduals, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -160,13 +160,13 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
 
-def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
+def _backward_apart(recipe: Recipe, saved: BlockResiduals, dy_TD):
     dx_TD, d_gate_N, kept_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
     d_weights = _weight_gradients(recipe, saved, kept_NX, d_h_NX, dy_TD)
     return _gradients(saved, dx_TD, d_gate_N, *d_weights)
 
 
-def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
+def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
     """Of x and the gates; h as it is kept, and its gradient."""
     x_TD, gate_TK, gate_N, gate_up_EDX, _, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
@@ -213,7 +213,9 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     return dx_TD, d_gate_N, kept_NX, d_h_NX
 
 
-def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD):
+def _weight_gradients(
+    recipe: Recipe, saved: BlockResiduals, kept_NX: Kept, d_h_NX, dy_TD
+):
     h_NX: Any = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, _ = saved
@@ -248,7 +250,7 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
     return over_experts(run, rows.size_E, gate_TK.shape, carry)
 
 
-def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
+def _gradients(saved: BlockResiduals, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
     num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
     of_gate_up, of_down = saved.like

@@ -63,7 +63,7 @@ class Lengths(NamedTuple):
     later: int
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """`rows`, with spare ones to whole segments; the row of each choice; those owned.
 
     Rows from `owned` on are nobody's.
@@ -84,7 +84,7 @@ class Segment(NamedTuple):
     size_E: jax.Array
 
 
-class Saved(NamedTuple):
+class Residuals(NamedTuple):
     """What the backward pass is given; it computes the rest again.
 
     like: of the weights, `stored.like`.
@@ -95,7 +95,7 @@ class Saved(NamedTuple):
     gate_up_EDX: Weight
     down_EFD: Weight
     like: tuple[jax.Array, jax.Array]
-    plan: Plan
+    plan: RowPlan
 
 
 class Middle(NamedTuple):
@@ -112,7 +112,7 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     gate_up_EDX, down_EFD = (
         _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
     )
-    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
+    saved = Residuals(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
 
     def output(segment):
         act_MF = _activations(*_hidden(recipe, saved, segment), segment)
@@ -123,7 +123,7 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+def _backward(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
@@ -136,7 +136,7 @@ def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     plan = saved.plan
     first = _cut(plan, 0, lengths.first)
 
@@ -168,7 +168,7 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.A
 
 
 def _backend(
-    backward: Callable[[Recipe, Lengths, Saved, jax.Array], Any],
+    backward: Callable[[Recipe, Lengths, Residuals, jax.Array], Any],
     lengths_of: Callable[[tuple[int, ...], int], Lengths],
 ) -> Callable[..., jax.Array]:
     """A `ragged` backend of `jmoe.ops.grouped`'s contract.
@@ -221,7 +221,7 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
     return recipe.quantize(stored.as_array(w_EIO, dtype), recipe.weights)
 
 
-def _hidden(recipe: Recipe, saved: Saved, segment: Segment):
+def _hidden(recipe: Recipe, saved: Residuals, segment: Segment):
     """The gate and up activations, and the rows' gates."""
     x_MD = _spread(saved.x_TD, segment)
     h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
@@ -238,7 +238,7 @@ def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Ar
     return (jax.nn.silu(gate_MF) * up_MF * gate_M[:, None]).astype(h_MX.dtype)
 
 
-def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
+def _middle(recipe: Recipe, saved: Residuals, dy_TD: jax.Array, segment: Segment):
     activations = functools.partial(_activations, segment=segment)
     act_MF, pull = jax.vjp(activations, *_hidden(recipe, saved, segment))
     dy_MD = _spread(dy_TD, segment)
@@ -247,7 +247,9 @@ def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
     )
 
 
-def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segment):
+def _input_gradients(
+    recipe: Recipe, saved: Residuals, middle: Middle, segment: Segment
+):
     """Of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
     dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
@@ -255,7 +257,7 @@ def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segm
 
 
 def _weight_gradients(
-    recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
+    recipe: Recipe, saved: Residuals, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
     """Of one segment, no narrower than the weights are."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
@@ -265,7 +267,7 @@ def _weight_gradients(
     return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
 
 
-def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
+def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
     """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
     d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
     of_gate_up, of_down = saved.like
@@ -288,25 +290,25 @@ def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
     return -(-(rows - lengths.first) // lengths.later)
 
 
-def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> Plan:
+def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> RowPlan:
     most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
     spare = most - expert_TK.size
     rows = sort_rows(expert_TK, num_experts, spare=spare)
     choice_N = rows.choice_N[: expert_TK.size]
     index_N = jnp.arange(expert_TK.size, dtype=jnp.int32)
     row_N = jnp.zeros_like(choice_N).at[choice_N].set(index_N, unique_indices=True)
-    return Plan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
+    return RowPlan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
 
 
 def _over_segments(
-    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any]
+    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any]
 ) -> Any:
     """The sum of a tree of arrays over all segments that have rows."""
     return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
 
 
 def _add_later(
-    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
+    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
 ) -> Any:
     """`_over_segments`, where that of the first segment is at hand."""
 
@@ -319,7 +321,7 @@ def _add_later(
     return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
 
 
-def _cut(plan: Plan, row: jax.Array | int, length: int) -> Segment:
+def _cut(plan: RowPlan, row: jax.Array | int, length: int) -> Segment:
     start = jnp.asarray(row, jnp.int32)
     choice_M, token_M = (
         lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
@@ -337,7 +339,7 @@ def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
     return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
 
 
-def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
+def _collect(rows: jax.Array, plan: RowPlan, segment: Segment) -> jax.Array:
     """Each choice's row of an array [M, ...], float32; zeros where it isn't there."""
     local_TK = plan.row_TK - segment.start
     inside_TK = (local_TK >= 0) & (local_TK < segment.size_E.sum())

@@ -30,14 +30,14 @@ class Sizes(NamedTuple):
     receive_P: jax.Array
 
 
-class Layout(NamedTuple):
+class RoundTrip(NamedTuple):
     """The way to the experts' devices, and the way back."""
 
     there: Sizes
     back: Sizes
 
 
-def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> Layout:
+def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
     """What `device` sends and receives, if each can receive `rows` and has counts.
 
     Senders whose rows a peer has no room for share the room (`share_room`).
@@ -47,7 +47,7 @@ def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> Layout:
     sent_from_PP = jnp.cumsum(size_PP, axis=1) - size_PP
     received_at_PP = jnp.cumsum(size_PP, axis=0) - size_PP
     to_others, from_others = size_PP[device], size_PP[:, device]
-    return Layout(
+    return RoundTrip(
         Sizes(sent_from_PP[device], to_others, received_at_PP[device], from_others),
         Sizes(
             received_at_PP[:, device], from_others, sent_from_PP[:, device], to_others

@@ -21,7 +21,7 @@ def largest_in_loops(text: str) -> int:
     return max(sizes, default=0)
 
 
-def _is_copy(program: hlo.Program, instruction: hlo.Instruction) -> bool:
+def _is_copy(program: hlo.HloModule, instruction: hlo.HloInstruction) -> bool:
     if instruction.opcode in ("copy", "copy-done"):
         return True
     if instruction.opcode != "fusion":

@@ -30,7 +30,7 @@ PARTS = {
 }
 
 
-class Part(NamedTuple):
+class Footprint(NamedTuple):
     """How many weights, and what they take."""
 
     weights: int
@@ -51,7 +51,7 @@ def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
     return {**variables, "params": quantize_weights(params, cfg, form)}
 
 
-def weights(cfg: ModelConfig, form: str) -> dict[str, Part]:
+def weights(cfg: ModelConfig, form: str) -> dict[str, Footprint]:
     """The parts of a model, the largest first, those of all its layers together."""
     kept = jax.eval_shape(functools.partial(make_weights, cfg, form))
     plain = jax.eval_shape(functools.partial(make_weights, cfg, "native"))
@@ -60,7 +60,9 @@ def weights(cfg: ModelConfig, form: str) -> dict[str, Part]:
         counts[_part(path)] += x.size
     for path, x in jax.tree.leaves_with_path(kept):
         sizes[_part(path)] += x.size * x.dtype.itemsize
-    parts = [(name, Part(counts[name], sizes[name])) for name in PARTS if counts[name]]
+    parts = [
+        (name, Footprint(counts[name], sizes[name])) for name in PARTS if counts[name]
+    ]
     return dict(sorted(parts, key=lambda part: -part[1].size))
 
 
@@ -69,9 +71,9 @@ def _part(path: Any) -> str:
     return next(part for part, of_part in PARTS.items() if names & of_part)
 
 
-def table(parts: dict[str, Part], title: str) -> rich.table.Table:
+def table(parts: dict[str, Footprint], title: str) -> rich.table.Table:
     """The parts and their sum."""
-    total = Part(*map(sum, zip(*parts.values(), strict=True)))
+    total = Footprint(*map(sum, zip(*parts.values(), strict=True)))
     made = rich.table.Table(title=title, title_justify="left", show_footer=True)
     made.add_column("part", "all")
     for name, footer in [

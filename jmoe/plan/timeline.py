@@ -33,7 +33,7 @@ MAX_COST = 1_000_000
 LATER = "the other direction, or a later stage of the rank"
 
 
-class Part(NamedTuple):
+class TaskPart(NamedTuple):
     """What a task does at a time, as it is drawn; an overlapped pair has two."""
 
     kind: str  # F, B, W or BW
@@ -63,7 +63,7 @@ class Part(NamedTuple):
         return "#ffffff" if self.is_later else "#1a202c"
 
 
-def parts(schedule: Schedule, rank: int, task: Task) -> list[Part]:
+def parts(schedule: Schedule, rank: int, task: Task) -> list[TaskPart]:
     """F first, if there is one."""
     forward, backward = task.forward, [p for p in task.passes if p.kind != "F"]
     groups = ([forward] if forward else [], backward)
@@ -73,7 +73,9 @@ def parts(schedule: Schedule, rank: int, task: Task) -> list[Part]:
         _, stage, microbatch, direction = passes[0]
         place = hosted.index((stage, direction))
         kind = "".join(p.kind for p in passes)
-        found.append(Part(kind, microbatch, Fraction(place, max(len(hosted) - 1, 1))))
+        found.append(
+            TaskPart(kind, microbatch, Fraction(place, max(len(hosted) - 1, 1)))
+        )
     return found
 
 

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from jmoe.parallel.schedule import Span, Timeline
 from jmoe.plan.timeline import (
     LATER,
-    Part,
+    TaskPart,
     activations,
     has_later,
     kinds,
@@ -141,7 +141,7 @@ def _draw_timeline(axes: Axes, timeline: Timeline, inches: float) -> None:
 
 
 def _draw_task(
-    axes: Axes, span: Span, found: list[Part], rank: int, inches: float
+    axes: Axes, span: Span, found: list[TaskPart], rank: int, inches: float
 ) -> None:
     """A box, or two in a frame, one above the other, for what is overlapped."""
     start, length = float(span.start), float(span.end - span.start)
@@ -165,7 +165,7 @@ def _draw_task(
 
 def _write(
     axes: Axes,
-    part: Part,
+    part: TaskPart,
     corner: tuple[float, float],
     inches: float,
     length: float,
@@ -208,7 +208,9 @@ def _draw_key(axes: Axes, key: list[tuple[str, str, float, int]]) -> None:
     """What colours mean; the axes' units are inches across and lines down."""
     axes.set_axis_off()
     for kind, said, left, line in key:
-        halves = [Part(name, 0, Fraction(0)).colour for name in kind.split("&") if name]
+        halves = [
+            TaskPart(name, 0, Fraction(0)).colour for name in kind.split("&") if name
+        ]
         if not kind:
             halves = ["#d3d7de", "#5a6473"]
         tall = 0.6 / len(halves)

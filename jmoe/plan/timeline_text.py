@@ -8,7 +8,7 @@ from rich.style import Style
 from rich.text import Text
 
 from jmoe.parallel.schedule import Timeline
-from jmoe.plan.timeline import LATER, Part, has_later, kinds, number, parts
+from jmoe.plan.timeline import LATER, TaskPart, has_later, kinds, number, parts
 
 _WIDEST = 6  # columns for the shortest of tasks: more shows nothing more
 
@@ -53,7 +53,7 @@ def _scale(timelines: Sequence[Timeline], width: int) -> Fraction:
     return min(columns, _WIDEST) / shortest if columns else scale
 
 
-def _letters(found: list[Part], room: int, digits: int) -> str:
+def _letters(found: list[TaskPart], room: int, digits: int) -> str:
     """The most that has room, in small letters for the later of a rank's stages.
 
     All tasks of a kind say as much, whether rounding gave them a column more and
@@ -73,7 +73,7 @@ def _letters(found: list[Part], room: int, digits: int) -> str:
     return "&"[: room * (len(found) - 1)]
 
 
-def _blocks(found: list[Part], width: int) -> Text:
+def _blocks(found: list[TaskPart], width: int) -> Text:
     """Microbatches on their kind's colour; a pair is side by side and underlined."""
     widths = [width] if len(found) == 1 else [width - width // 2, width // 2]
     text = Text()
@@ -85,7 +85,7 @@ def _blocks(found: list[Part], width: int) -> Text:
     return text
 
 
-def _style(part: Part, underline: bool) -> Style:
+def _style(part: TaskPart, underline: bool) -> Style:
     return Style(color=part.ink, bgcolor=part.colour, underline=underline)
 
 
@@ -95,7 +95,7 @@ def _key(timelines: Sequence[Timeline], plain: bool) -> Iterator[Text]:
         text = Text(f"{kind:<5}" if plain else "")
         names = () if plain else kind.split("&")
         for name in names:
-            style = _style(Part(name, 0, Fraction(0)), underline=len(names) > 1)
+            style = _style(TaskPart(name, 0, Fraction(0)), underline=len(names) > 1)
             text.append("   "[: 4 // len(names)], style=style)
         yield text.append(f" {meaning}")
     if has_later(timelines):

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jmoe.plan import hlo
-from jmoe.plan.hlo import Instruction, Program
+from jmoe.plan.hlo import HloInstruction, HloModule
 
 KINDS = (
     "all-gather",
@@ -135,7 +135,7 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return found
 
 
-def _spans(program: Program, between: Sequence[Instruction]) -> Mapping[str, int]:
+def _spans(program: HloModule, between: Sequence[HloInstruction]) -> Mapping[str, int]:
     """The matrix products of these instructions, by phase."""
     spans = collections.Counter()
     for instruction in between:
@@ -144,7 +144,9 @@ def _spans(program: Program, between: Sequence[Instruction]) -> Mapping[str, int
     return dict(spans)
 
 
-def _collective(program: Program, instruction: Instruction) -> Instruction | None:
+def _collective(
+    program: HloModule, instruction: HloInstruction
+) -> HloInstruction | None:
     """The collective that an instruction is or starts, if any."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
@@ -158,7 +160,7 @@ def _collective(program: Program, instruction: Instruction) -> Instruction | Non
 
 
 def _record(
-    collective: Instruction,
+    collective: HloInstruction,
     shapes: Sequence[str],
     mesh_shape: Mapping[str, int],
     executed: hlo.Executed,
