@@ -6,7 +6,7 @@
 
 A program that was started alone needs none of it: all functions here then do nothing,
 as if over a group of one. In a group they are calls that all processes make in the same
-order; they go over the host's network (`jmoe.parallel.meeting`), not over devices.
+order; they go over the host's network (`jmoe.parallel.rendezvous`), not over devices.
 
 A process that leaves `join` by an error ends the others with that error, where they
 wait for it the next time, and within GRACE_S wherever they are. One that dies ends the
@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
-from jmoe.parallel import lines, meeting
-from jmoe.parallel.door import split_address
+from jmoe.parallel import channel, rendezvous
+from jmoe.parallel.listener import split_address
 
 JOIN_TIMEOUT_S = 300.0
 GRACE_S = 10.0  # to end by oneself, after another process has failed
@@ -45,7 +45,7 @@ _SHUTDOWN_TIMEOUT_S = 10
 _VERSIONS = ("jmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _LISTED_DIFFERENCES = 8
 
-_ALONE = meeting.Group()
+_ALONE = rendezvous.ProcessGroup()
 _group = contextvars.ContextVar("group", default=_ALONE)
 
 
@@ -95,7 +95,7 @@ def exchange(what: str, value: Any) -> list[Any]:
       what: names the exchange in errors; the same on all processes.
 
     Raises:
-      ElsewhereError: another process failed; says which, and how.
+      RemoteError: another process failed; says which, and how.
       ConnectionError: another process has ended.
     """
     return _group.get().exchange(what, value)
@@ -154,9 +154,9 @@ def join(
         yield
         return
     timeout_s = JOIN_TIMEOUT_S if timeout_s is None else timeout_s
-    group = meeting.meet(*place, timeout_s, lines.read_secret())
+    group = rendezvous.join(*place, timeout_s, channel.read_secret())
     with membership(group):
-        group.watch(lambda loss: _end_in_time(group, loss))
+        group.watch(lambda failure: _end_in_time(group, failure))
         agree({"versions": _versions(), "code": code_fingerprint()})
         stop_jax = _start_jax(place, group, timeout_s)
         try:
@@ -167,19 +167,19 @@ def join(
             _abandon_jax()
             # An error of XLA's begins with its code, as UNKNOWN, INTERNAL, ABORTED.
             is_from_xla = re.match("[A-Z_]+: ", str(error)) is not None
-            loss = group.await_loss(_WORD_S) if is_from_xla else None
-            if loss is None:
+            failure = group.await_failure(_WORD_S) if is_from_xla else None
+            if failure is None:
                 raise
-            raise loss.as_error() from error
+            raise failure.as_error() from error
 
 
 @contextlib.contextmanager
-def membership(group: meeting.Group) -> Iterator[None]:
+def membership(group: rendezvous.ProcessGroup) -> Iterator[None]:
     """Makes `group` that of this thread; tells it of an error that ends the block."""
     token = _group.set(group)
     try:
         yield
-    except meeting.ElsewhereError:
+    except rendezvous.RemoteError:
         raise
     except BaseException as error:
         plain = isinstance(error, ValueError | OSError)
@@ -190,13 +190,13 @@ def membership(group: meeting.Group) -> Iterator[None]:
         group.close()
 
 
-def _end_in_time(group: meeting.Group, loss: meeting.Loss) -> None:
-    if loss.is_missing:
-        _end(loss.reason, MISSING)
+def _end_in_time(group: rendezvous.ProcessGroup, failure: rendezvous.Failure) -> None:
+    if failure.is_missing:
+        _end(failure.reason, MISSING)
 
     def end_if_here() -> None:
         if not group.has_left:
-            _end(loss.reason, FAILED_ELSEWHERE)
+            _end(failure.reason, FAILED_ELSEWHERE)
 
     timer = threading.Timer(GRACE_S, end_if_here)
     timer.daemon = True
@@ -312,7 +312,7 @@ def _coordinator(num_processes: int | None, process_id: int | None) -> str | Non
 
 
 def _start_jax(
-    place: Place, group: meeting.Group, timeout_s: float
+    place: Place, group: rendezvous.ProcessGroup, timeout_s: float
 ) -> Callable[[], None]:
     """Makes all processes' devices one set; returns what ends it, in good order."""
     import jax
@@ -320,13 +320,13 @@ def _start_jax(
     # It would take SIGTERM from us, and from the system.
     jax.config.update("jax_enable_preemption_service", False)
     if place.process_id == 0:
-        address = group.open_way_for_jax()
+        address = group.forward_jax()
     # JAX lets a process of some launchers see one GPU only, its own. But one that has
     # the host for itself has all of the host's GPUs.
     hosts = exchange("hosts", socket.gethostname())
     alone = hosts.count(hosts[place.process_id]) == 1
     if place.process_id > 0:
-        address = group.open_way_for_jax()
+        address = group.forward_jax()
     jax.distributed.initialize(
         address,
         place.num_processes,
@@ -374,6 +374,6 @@ def _by_value(values: Sequence[str]) -> str:
     for process, value in enumerate(values):
         indices.setdefault(value, []).append(process)
     return ", ".join(
-        f"{value} on process{'es' * (len(group) > 1)} {meeting.ranges(group)}"
+        f"{value} on process{'es' * (len(group) > 1)} {rendezvous.ranges(group)}"
         for value, group in indices.items()
     )
