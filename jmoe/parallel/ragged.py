@@ -40,9 +40,9 @@ class RoundTrip(NamedTuple):
 def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
     """What `device` sends and receives, if each can receive `rows` and has counts.
 
-    Senders whose rows a peer has no room for share the room (`share_room`).
+    Senders whose rows are beyond a peer's capacity share it (`share_capacity`).
     """
-    share = jax.vmap(dropping.share_room, in_axes=(1, None), out_axes=1)
+    share = jax.vmap(dropping.share_capacity, in_axes=(1, None), out_axes=1)
     size_PP = share(count_PP, rows)
     sent_from_PP = jnp.cumsum(size_PP, axis=1) - size_PP
     received_at_PP = jnp.cumsum(size_PP, axis=0) - size_PP

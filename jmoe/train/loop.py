@@ -215,7 +215,7 @@ def _show_header(
     )
     factor, router = run.model.moe.exchange.capacity_factor, run.model.moe.router
     peers = run.mesh.expert
-    if factor is not None and dropping.has_room_for_all(factor, router, peers):
+    if factor is not None and dropping.is_dropless(factor, router, peers):
         console.note(
             f"capacity_factor={factor} drops nothing: with expert={peers} it leaves "
             "room for all tokens."
