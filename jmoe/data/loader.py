@@ -190,9 +190,9 @@ def _mixture(
     """
     children = np.random.SeedSequence(seed).spawn(len(streams))
     endless = [
-        grain.MapDataset.source(PackedRows(stream_S, sequence_length))
+        grain.MapDataset.source(PackedRows(stream_N, sequence_length))
         .shuffle(seed=int(child.generate_state(1)[0]))
         .repeat(_EPOCHS)
-        for stream_S, child in zip(streams, children, strict=True)
+        for stream_N, child in zip(streams, children, strict=True)
     ]
     return grain.MapDataset.mix(endless, weights)

@@ -4,7 +4,7 @@ from after a process was killed.
 A part is three files of plain numbers, and a report that is written when they are on
 the disk. They are written by plain writes: `jmoe.data.durable` says why.
 
-Shapes: N documents in the order of reading, S their tokens.
+Shapes: M documents in the order of reading, N their tokens.
 """
 
 import array
@@ -39,9 +39,9 @@ class Report(NamedTuple):
 class Part(NamedTuple):
     """The tokens of a piece, each document's after its separator."""
 
-    token_S: np.ndarray
-    length_N: np.ndarray
-    hash_N: np.ndarray
+    token_N: np.ndarray
+    length_M: np.ndarray
+    hash_M: np.ndarray
 
 
 class Parts:

@@ -2,7 +2,7 @@
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), M task, B rows of
-a block, S rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
+a block, R rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
 
 Rows are sorted by expert, and a loop takes one *task* after another: up to a block of
 rows of one expert, whose whole chain (gather, three products, activation) runs in the
@@ -94,11 +94,11 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            h_SX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
-            act_SF = left.activations(swiglu(h_SX))
-            gate_S1 = cut(gate_N, start, size)[:, None]
-            y_BD = pad(gate_S1 * _dot(act_SF, down_FD, 1, 0), block)
-            return pad(h_SX, block) if stores else None, y_BD
+            h_RX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
+            act_RF = left.activations(swiglu(h_RX))
+            gate_R1 = cut(gate_N, start, size)[:, None]
+            y_BD = pad(gate_R1 * _dot(act_RF, down_FD, 1, 0), block)
+            return pad(h_RX, block) if stores else None, y_BD
 
         h_BX, y_BD = in_smallest_size(tasks.rows_M[i], block, chain)
         if stores:
@@ -128,19 +128,19 @@ def _backward(recipe: Recipe, saved: BlockResiduals, dy_TD):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            x_SD = take(x_TD, token_B[:size])
-            own_S1 = (jnp.arange(size) < own)[:, None]
-            dy_SD = take(dy_TD, token_B[:size])
-            h_SX, _ = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
-            act_SF, d_h_SX, d_gate_S = _through_mlp(
-                recipe, h_SX, gate_S1, dy_SD, down_FD
+            x_RD = take(x_TD, token_B[:size])
+            own_R1 = (jnp.arange(size) < own)[:, None]
+            dy_RD = take(dy_TD, token_B[:size])
+            h_RX, _ = _hidden(recipe, h_NX, start, x_RD, gate_up_DX)
+            gate_R1 = _own_gates(gate_N, start, own_R1, x_RD.dtype)
+            act_RF, d_h_RX, d_gate_R = _through_mlp(
+                recipe, h_RX, gate_R1, dy_RD, down_FD
             )
             return (
-                pad(_input_gradient(recipe, d_h_SX, gate_up_DX), block),
-                pad(d_gate_S, block),
-                _outer(recipe, own_S1, x_SD, d_h_SX),
-                _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
+                pad(_input_gradient(recipe, d_h_RX, gate_up_DX), block),
+                pad(d_gate_R, block),
+                _outer(recipe, own_R1, x_RD, d_h_RX),
+                _outer(recipe, own_R1, act_RF * gate_R1, dy_RD),
             )
 
         dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
@@ -183,13 +183,13 @@ def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            h_SX, made_SX = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
-            _, d_h_SX, d_gate_S = _through_mlp(recipe, h_SX, gate_S1, dy_SD, down_FD)
-            dx_SD = _input_gradient(recipe, d_h_SX, gate_up_DX)
-            made = (d_h_SX,) if stores else (made_SX, d_h_SX)
-            return tuple(pad(x, block) for x in (dx_SD, d_gate_S, *made))
+            x_RD, dy_RD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            h_RX, made_RX = _hidden(recipe, h_NX, start, x_RD, gate_up_DX)
+            gate_R1 = cut(gate_N, start, size)[:, None].astype(dy_RD.dtype)
+            _, d_h_RX, d_gate_R = _through_mlp(recipe, h_RX, gate_R1, dy_RD, down_FD)
+            dx_RD = _input_gradient(recipe, d_h_RX, gate_up_DX)
+            made = (d_h_RX,) if stores else (made_RX, d_h_RX)
+            return tuple(pad(x, block) for x in (dx_RD, d_gate_R, *made))
 
         dx_BD, d_gate_B, *made_BX = in_smallest_size(own, block, chain)
         return (
@@ -226,15 +226,15 @@ def _weight_gradients(
         token_B = cut(rows.token_N, start, block)
 
         def chain(size):
-            own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
-            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
-            h_SX = cut(h_NX, start, size)
-            act_SF = activations(swiglu(h_SX))
-            d_h_SX = jnp.where(own_S1, cut(d_h_NX, start, size), 0)
+            own_R1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
+            x_RD, dy_RD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            gate_R1 = _own_gates(gate_N, start, own_R1, x_RD.dtype)
+            h_RX = cut(h_NX, start, size)
+            act_RF = activations(swiglu(h_RX))
+            d_h_RX = jnp.where(own_R1, cut(d_h_NX, start, size), 0)
             return (
-                _outer(recipe, own_S1, x_SD, d_h_SX),
-                _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
+                _outer(recipe, own_R1, x_RD, d_h_RX),
+                _outer(recipe, own_R1, act_RF * gate_R1, dy_RD),
             )
 
         d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
@@ -286,46 +286,46 @@ def _read(kept_NX: Kept | None, dtype: Any) -> jax.Array | None:
     return kept_NX
 
 
-def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_SD, gate_up_DX):
-    """The gate and up activations of S rows: as they are kept, and to be kept."""
+def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_RD, gate_up_DX):
+    """The gate and up activations of R rows: as they are kept, and to be kept."""
     if h_NX is not None:
-        h_SX = cut(h_NX, start, x_SD.shape[0])
-        return h_SX, h_SX
-    h_SX = _dot(x_SD, gate_up_DX, 1, 0)
-    return h_SX if recipe is None else recipe.round(h_SX, fp8.ROW), h_SX
+        h_RX = cut(h_NX, start, x_RD.shape[0])
+        return h_RX, h_RX
+    h_RX = _dot(x_RD, gate_up_DX, 1, 0)
+    return h_RX if recipe is None else recipe.round(h_RX, fp8.ROW), h_RX
 
 
-def _through_mlp(recipe: Recipe, h_SX, gate_S1, dy_SD, down_FD):
+def _through_mlp(recipe: Recipe, h_RX, gate_R1, dy_RD, down_FD):
     """Activations, as they were multiplied; gradients of h and of the gates."""
-    act_SF, pull = jax.vjp(swiglu, h_SX)
-    act_SF = fp8.roundings(recipe).activations(act_SF)
-    d_act_SF = _input_gradient(recipe, dy_SD, down_FD)
+    act_RF, pull = jax.vjp(swiglu, h_RX)
+    act_RF = fp8.roundings(recipe).activations(act_RF)
+    d_act_RF = _input_gradient(recipe, dy_RD, down_FD)
     # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
-    d_gate_S = (d_act_SF * act_SF).astype(jnp.float32).sum(-1)
-    (d_h_SX,) = pull(d_act_SF * gate_S1)
-    return act_SF, d_h_SX, d_gate_S
+    d_gate_R = (d_act_RF * act_RF).astype(jnp.float32).sum(-1)
+    (d_h_RX,) = pull(d_act_RF * gate_R1)
+    return act_RF, d_h_RX, d_gate_R
 
 
-def _input_gradient(recipe: Recipe, dy_SO, w_IO):
-    return _dot(fp8.roundings(recipe).gradients(dy_SO), w_IO, 1, 1)
+def _input_gradient(recipe: Recipe, dy_RO, w_IO):
+    return _dot(fp8.roundings(recipe).gradients(dy_RO), w_IO, 1, 1)
 
 
-def _own_gates(gate_N, start, own_S1, dtype: Any) -> jax.Array:
-    """[S, 1], zero for rows that another task owns: so are the gradients from them."""
-    gate_S1 = cut(gate_N, start, len(own_S1))[:, None]
-    return jnp.where(own_S1, gate_S1, 0).astype(dtype)
+def _own_gates(gate_N, start, own_R1, dtype: Any) -> jax.Array:
+    """[R, 1], zero for rows that another task owns: so are the gradients from them."""
+    gate_R1 = cut(gate_N, start, len(own_R1))[:, None]
+    return jnp.where(own_R1, gate_R1, 0).astype(dtype)
 
 
-def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
+def _outer(recipe: Recipe, own_R1, x_RI, dy_RO):
     """The sum of the rows' outer products, float32, to be added to other tasks'.
 
     x or dy is zero in rows that aren't own.
     """
     if recipe is not None:  # the others don't take part in the scales either
-        x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
-        x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
-        dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
-    return dot.outer(x_SI, dy_SO, preferred_element_type=jnp.float32)
+        x_RI, dy_RO = (jnp.where(own_R1, x, 0) for x in (x_RI, dy_RO))
+        x_RI = recipe.round(x_RI, fp8.transposed(recipe.activations))
+        dy_RO = recipe.round(dy_RO, fp8.transposed(recipe.gradients))
+    return dot.outer(x_RI, dy_RO, preferred_element_type=jnp.float32)
 
 
 def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:

@@ -7,8 +7,8 @@ each position once for all heads.
 
 The softmax is computed a block of positions at a time, as in `jmoe.ops.attention`.
 
-Shapes: B sequence, H head, S position, X latent and rotated dimension, C the latent's,
-K position of a block.
+Shapes: B sequence, H head, S position of the cache, X latent and rotated dimension, C
+the latent's, K position of a block.
 """
 
 import functools

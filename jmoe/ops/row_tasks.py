@@ -1,6 +1,6 @@
 """Sorted rows in tasks: a task is up to B rows of one expert.
 
-Shapes: N row, E expert, M task, B rows of a block, S rows of one compiled size, I input
+Shapes: N row, E expert, M task, B rows of a block, R rows of one compiled size, I input
 and O output dimension.
 
 A loop takes one task after another. What a task computes has the smallest compiled size

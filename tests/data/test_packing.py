@@ -9,8 +9,8 @@ from jmoe.data.packing import PackedRows, as_batch
 
 @given(st.integers(2, 200), st.integers(1, 20))
 def test_every_token_after_the_first_is_predicted_once_and_in_order(size, length):
-    stream_S = np.arange(size, dtype=np.uint16)
-    rows = PackedRows(stream_S, length)
+    stream_N = np.arange(size, dtype=np.uint16)
+    rows = PackedRows(stream_N, length)
     predicted = [int(token) for i in range(len(rows)) for token in rows[i][1:]]
     assert predicted == list(range(1, 1 + len(rows) * length))
     assert size - 1 - len(predicted) < length  # only a tail too short for a row is left

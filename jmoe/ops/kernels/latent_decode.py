@@ -17,9 +17,9 @@ comes out of one product goes into the next from registers. Few heads would leav
 empty, for which an H20 has no time: they are the columns instead, of as many as there
 are, and probabilities go through shared memory.
 
-Shapes: B sequence, H head, S position, X latent and rotated dimension, C the latent's,
-P part of a sequence; within a kernel, R head of a tile, K position of a step, V
-dimension of a warpgroup's output.
+Shapes: B sequence, H head, S position of the cache, X latent and rotated dimension, C
+the latent's, P part of a sequence; within a kernel, R head of a tile, K position of a
+step, V dimension of a warpgroup's output.
 """
 
 import functools
