@@ -33,6 +33,7 @@ FIXED = (
 FREE = (
     "model.remat",
     "model.moe.backend",
+    "model.moe.remat",
     "model.moe.exchange",
     "model.attention.block_size",
     "data.cache_dir",

@@ -24,10 +24,15 @@ def to_dict(record: Any) -> Any:
 
 
 def from_dict(cls: type[Record], values: Mapping[str, Any], path: str = "") -> Record:
-    """Builds the record `cls`; ValueError names the field that doesn't fit."""
+    """Builds the record `cls`; ValueError names the field that doesn't fit.
+
+    A class may have `updated`, which is given what an earlier version may have written
+    and returns the fields of this one.
+    """
     if not isinstance(values, Mapping):
         what = path.removesuffix(".")
         raise ValueError(f"{what or 'It'} must be a record of {cls.__name__}.")
+    values = getattr(cls, "updated", lambda values: values)(values)
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = [field.name for field in fields]

@@ -54,6 +54,7 @@ class MoEBlock(nn.Module):
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -62,7 +63,7 @@ class MoEBlock(nn.Module):
         cfg = self.cfg
         x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
         normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
-        moe = MoE(cfg.moe, cfg.init_std, self.dot_general, name="moe")
+        moe = MoE(cfg.moe, cfg.init_std, self.dot_general, self.apart, name="moe")
         out_BSD, stats = moe(normed_BSD, positions.is_real_BT)
         return x_BSD + out_BSD, stats
 

@@ -25,6 +25,7 @@ class MTPModule(nn.Module):
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -46,6 +47,6 @@ class MTPModule(nn.Module):
         project = Linear(
             (cfg.hidden_dim,), dims, cfg.init_std, self.dot_general, name="project"
         )
-        block = MoEBlock(cfg, self.dot_general, name="block")
+        block = MoEBlock(cfg, self.dot_general, self.apart, name="block")
         hidden_BSD, stats = block(project(joined), positions)
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), stats

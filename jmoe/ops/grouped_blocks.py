@@ -1,4 +1,4 @@
-"""Routed experts by a loop over blocks of rows: the backends for CPUs.
+"""Routed experts by a loop over blocks of rows: the backend for CPUs.
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), M task, B rows of
@@ -9,27 +9,25 @@ rows of one expert, whose whole chain (gather, three products, activation) runs 
 smallest compiled size that holds them. So padding is small, a task's intermediate
 arrays stay in the cache, and an expert's weights are read once. Results are added to
 their tokens' rows. The loop is sequential: sums have one order, and results repeat to
-the bit. `blocks` stores the gate and up activations for the backward pass, in room for
-all N rows, nobody's too; `blocks_remat` computes them again, which is two ninths more
-work and no room.
+the bit. The gate and up activations are stored for the backward pass, in an array for
+all N rows, nobody's too; with `remat` they are computed again, which is two ninths more
+work and no memory.
 
-A backward pass is one loop, which yields all gradients. With `blocks_apart` and
-`blocks_remat_apart` it is two: the first yields those of x and the gates and stores
-that of h, in room for all N rows; the second yields the weights'. So nothing that x's
-gradient needs waits for the weights', which a pipeline's schedule puts off. Neither
-repeats the other's products: h, where the forward pass stored none, the first stores.
+A backward pass is one loop, which yields all gradients. With `apart` it is two: the
+first yields those of x and the gates and stores that of h, for all N rows; the second
+yields the weights'. Neither repeats the other's products: h, where the forward pass
+stored none, the first stores.
 
 FP8 is computed here as products of what is left of the operands once quantized. Then
 the gate and up activations are stored as FP8 too, and SwiGLU is computed again from
-these; a backward pass that computes them again rounds them alike, so that all backends
-have the same gradients.
+these; a backward pass that computes them again rounds them alike, so that neither
+`remat` nor `apart` changes a gradient.
 
 Weights that are kept in fewer bits (`jmoe.ops.stored`) are dequantized in the task, one
 expert's at a time.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +52,6 @@ from jmoe.ops.rows import Rows, sort_rows
 from jmoe.ops.swiglu import swiglu
 
 Recipe = fp8.Recipe | None
-RoutedMLP = Callable[..., jax.Array]
 
 Kept = jax.Array | fp8.Quantized
 """Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""
@@ -73,7 +70,32 @@ class BlockResiduals(NamedTuple):
     kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
 
-def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
+def routed_mlp_blocks(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    gate_up_ED2F: stored.Weight,
+    down_EFD: stored.Weight,
+    recipe: Recipe = None,
+    hosts: int = 1,
+    *,
+    remat: bool = False,
+    apart: bool = False,
+) -> jax.Array:
+    """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
+    del hosts  # a loop over the rows that there are needs no array for more
+    weights = gate_up_ED2F, down_EFD
+    return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _compute(*operands):
+    return _forward(*operands)[0]
+
+
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, apart):
+    del apart
+    stores = not remat
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
     block = block_rows(len(x_TD))
@@ -107,8 +129,8 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
         return add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    room = (rows.token_N.size, 2 * mlp_dim)
-    h_NX = zeros_after(x_TD, room, x_TD.dtype) if stores else None
+    shape = (rows.token_N.size, 2 * mlp_dim)
+    h_NX = zeros_after(x_TD, shape, x_TD.dtype) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     kept_NX = _keep(recipe, h_NX) if stores else None
     weights = gate_up_EDX, down_EFD
@@ -116,7 +138,16 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, saved: BlockResiduals, dy_TD):
+def _backward(recipe: Recipe, remat: bool, apart: bool, saved: BlockResiduals, dy_TD):
+    del remat
+    gradients = _in_two_loops if apart else _in_one_loop
+    return gradients(recipe, saved, dy_TD)
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _in_one_loop(recipe: Recipe, saved: BlockResiduals, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -160,7 +191,7 @@ def _backward(recipe: Recipe, saved: BlockResiduals, dy_TD):
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
 
-def _backward_apart(recipe: Recipe, saved: BlockResiduals, dy_TD):
+def _in_two_loops(recipe: Recipe, saved: BlockResiduals, dy_TD):
     dx_TD, d_gate_N, kept_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
     d_weights = _weight_gradients(recipe, saved, kept_NX, d_h_NX, dy_TD)
     return _gradients(saved, dx_TD, d_gate_N, *d_weights)
@@ -328,38 +359,5 @@ def _outer(recipe: Recipe, own_R1, x_RI, dy_RO):
     return dot.outer(x_RI, dy_RO, preferred_element_type=jnp.float32)
 
 
-def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
-    """A `blocks` backend of this module's contract.
-
-    Its y_TD has x's dtype and is summed in float32; the gates are float32.
-
-    Args:
-      stores: whether the 2 N F gate and up activations are kept for the backward pass.
-      backward: `_backward` or `_backward_apart`.
-    """
-
-    forward = functools.partial(_forward, stores)
-
-    def output(*operands):
-        return forward(*operands)[0]
-
-    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
-    compute.defvjp(forward, backward)
-
-    def routed_mlp(
-        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
-    ):
-        del hosts  # a loop over the rows that there are makes no room
-        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
-
-    return routed_mlp
-
-
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
-
-
-routed_mlp_blocks = _backend(True, _backward)
-routed_mlp_blocks_remat = _backend(False, _backward)
-routed_mlp_blocks_apart = _backend(True, _backward_apart)
-routed_mlp_blocks_remat_apart = _backend(False, _backward_apart)

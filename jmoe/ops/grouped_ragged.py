@@ -8,9 +8,9 @@ Rows are sorted by expert, and one kernel multiplies each expert's rows by its w
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
 taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. In `ragged` it has room for the rows of balanced experts, all of
-them where no other device has experts, and no less than T. A loop takes as many
-segments of T more as there are. No array is longer than a segment, and what is nobody's
+with communication. It holds the rows of balanced experts, all of them where no other
+device has experts, and no less than T. A loop takes as many segments of T more as there
+are. No array is longer than a segment, and what is nobody's
 is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
@@ -18,12 +18,11 @@ MLP stores nothing, and a layer that is recomputed does not run it: only its inp
 asked for. Results go back to their tokens by gathers, as each choice knows its row; a
 scatter would add in any order.
 
-In `ragged`, one loop yields all gradients of the segments after the first. In
-`ragged_apart`, one yields those of x and the gates, and another the weights', which a
-pipeline's schedule puts off. What both need of the first segment is computed once. Of a
-later one it is computed in each loop, so that no array need hold it for all: seven
-products instead of five. All segments have T rows: in one long segment, XLA puts little
-between the start and the end of a collective.
+One loop yields all gradients of the segments after the first. With `apart`, one yields
+those of x and the gates, and another the weights'. What both need of the first segment
+is computed once. Of a later one it is computed in each loop, so that no array need hold
+it for all: seven products instead of five. There all segments have T rows: in one long
+segment, XLA puts little between the start and the end of a collective.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
@@ -106,7 +105,32 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
+def routed_mlp_ragged(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    gate_up_ED2F: stored.Weight,
+    down_EFD: stored.Weight,
+    recipe: Recipe = None,
+    hosts: int = 1,
+    *,
+    remat: bool = True,
+    apart: bool = False,
+) -> jax.Array:
+    """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
+    del remat  # the backward pass always computes activations again
+    lengths = _lengths(expert_TK.shape, hosts, apart)
+    weights = gate_up_ED2F, down_EFD
+    return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _compute(*operands):
+    return _forward(*operands)[0]
+
+
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, apart):
+    del apart
     plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
     gate_up_EDX, down_EFD = (
@@ -123,7 +147,15 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
+def _backward(recipe: Recipe, lengths: Lengths, apart: bool, saved: Residuals, dy_TD):
+    gradients = _in_two_loops if apart else _in_one_loop
+    return gradients(recipe, lengths, saved, dy_TD)
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
@@ -136,7 +168,7 @@ def _backward(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Arr
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
+def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     plan = saved.plan
     first = _cut(plan, 0, lengths.first)
 
@@ -167,48 +199,14 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _backend(
-    backward: Callable[[Recipe, Lengths, Residuals, jax.Array], Any],
-    lengths_of: Callable[[tuple[int, ...], int], Lengths],
-) -> Callable[..., jax.Array]:
-    """A `ragged` backend of `jmoe.ops.grouped`'s contract.
-
-    Its y_TD has x's dtype and is summed in float32; the gates are float32.
-    """
-
-    def output(*operands):
-        return _forward(*operands)[0]
-
-    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
-    compute.defvjp(_forward, backward)
-
-    def routed_mlp(
-        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
-    ):
-        lengths = lengths_of(expert_TK.shape, hosts)
-        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe, lengths)
-
-    return routed_mlp
-
-
-def _of_balanced(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
+def _lengths(shape_TK: tuple[int, ...], hosts: int, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
-    balanced = -(-tokens * top_k // hosts)
+    balanced = 0 if apart else -(-tokens * top_k // hosts)
     return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
-
-
-def _of_tokens(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
-    del hosts
-    length = _whole_tiles(shape_TK[0])
-    return Lengths(length, length)
 
 
 def _whole_tiles(rows: int) -> int:
     return -(-rows // TILE) * TILE
-
-
-routed_mlp_ragged = _backend(_backward, _of_balanced)
-routed_mlp_ragged_apart = _backend(_backward_apart, _of_tokens)
 
 
 def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:

@@ -13,7 +13,6 @@ Shapes: A accumulated microbatch, M microbatch of the pipeline, B sequence, T po
 R row (a layer that a rank has), L layer of a stack.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -23,13 +22,12 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.block import DenseBlock, MoEBlock
 from jmoe.nn.model import Transformer, computed_as
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import REMAT_POLICIES, Features, Tail, join_stats
-from jmoe.ops import grouped
 from jmoe.parallel import collectives, pipeline, zero
 from jmoe.parallel.schedule import Schedule, gpipe
 from jmoe.parallel.schedule.ticks import as_ticks, forward_only
@@ -56,7 +54,11 @@ from jmoe.train.losses import (
 from jmoe.train.stages import RankLayers
 from jmoe.train.weights import gather_weights, reduce_gradients
 
-BLOCKS: dict[str, type[nn.Module]] = {"dense": DenseBlock, "moe": MoEBlock}
+# Experts have no loop that is part of both B and W.
+BLOCKS: dict[str, Callable[..., nn.Module]] = {
+    "dense": DenseBlock,
+    "moe": functools.partial(MoEBlock, apart=True),
+}
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
@@ -177,7 +179,7 @@ class StagedModel:
     ):
         self.run, self.layout, self.norms = run, layout, norms
         self.dot_general = model.dot_general
-        self.cfg = _apart(run.model)
+        self.cfg = run.model
         self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
 
     def model(
@@ -200,7 +202,7 @@ class StagedModel:
             return embed(shared["embedding"], inputs(batch), cfg.dtype)
 
         def leave(shared, batch, x_BSD):
-            features: Any = Tail(cfg, self.dot_general).apply(
+            features: Any = Tail(cfg, self.dot_general, apart=True).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
                 shared["embedding"],
@@ -297,14 +299,6 @@ class StagedModel:
     def _size(self, name: str) -> int:
         cfg = self.cfg
         return {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}[name]
-
-
-def _apart(cfg: ModelConfig) -> ModelConfig:
-    """The model whose experts have no loop that is part of both B and W."""
-    apart = f"{grouped.backend_name(cfg.moe.backend)}_apart"
-    if apart not in grouped.BACKENDS:
-        return cfg
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))
 
 
 def _own(tree: Any, rows: RankLayers) -> Any:

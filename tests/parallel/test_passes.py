@@ -189,13 +189,15 @@ def remat(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=[DenseBlock, MoEBlock])
+@pytest.fixture(
+    scope="module", params=[DenseBlock, functools.partial(MoEBlock, apart=True)]
+)
 def block(request, remat):
     """A block of the smallest run: a layer, and arguments for it."""
     path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
     cfg = runpy.run_path(str(path))["get_config"]().model
     # Experts take 32 rows at a time, and that is to be no size of a weight.
-    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks_apart"])
+    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks"])
     module = request.param(cfg)
     sequences, length = 3, 20
     x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))
