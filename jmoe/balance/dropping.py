@@ -40,7 +40,7 @@ class Visits(NamedTuple):
 
 
 def most_visits(router: RouterConfig, peers: int) -> int:
-    """V: how many of `peers`, which divide the experts evenly, one token can need."""
+    """Returns V: how many of `peers`, which divide the experts, one token can need."""
     per_peer = router.num_experts // peers
     starts = range(0, router.num_experts, router.group_size)
     ends = (start + router.group_size - 1 for start in starts)
@@ -65,7 +65,7 @@ def expected_visits(router: RouterConfig, peers: int) -> Fraction:
 
 
 def _missed(router: RouterConfig, first: int, hosted: int) -> int:
-    """How many choices, of groups and of experts, have none of `hosted` experts."""
+    """Returns how many choices of groups and experts have none of `hosted` experts."""
     # Of so many groups, which host so many of these experts: how many choices.
     ways = collections.Counter({(0, 0): 1})
     for start in range(0, router.num_experts, router.group_size):
@@ -84,7 +84,7 @@ def _missed(router: RouterConfig, first: int, hosted: int) -> int:
 def send_capacity(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
-    """C: visits of its `num_tokens` that a device can pay to one peer.
+    """Returns C: visits of its `num_tokens` that a device can pay to one peer.
 
     `factor`, the capacity factor, is a multiple of the balanced load. All visits fit if
     it is None, or makes a capacity of as many.
@@ -95,7 +95,10 @@ def send_capacity(
 def receive_capacity(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
-    """R: visits that a peer can receive from all devices, of `num_tokens` each."""
+    """Returns R: visits that a peer can receive from all devices.
+
+    Each has `num_tokens`.
+    """
     return _capacity(factor, peers * num_tokens, router, peers)
 
 
@@ -124,7 +127,7 @@ def _capacity_per_token(factor: float, router: RouterConfig, peers: int) -> Frac
 def find_visits(
     expert_NK: jax.Array, gate_NK: jax.Array, router: RouterConfig, peers: int
 ) -> Visits:
-    """The visits that tokens need for their choices.
+    """Returns the visits that tokens need for their choices.
 
     Args:
       expert_NK: int32 in [0, E]; E is nobody, whom no peer hosts.
@@ -145,7 +148,7 @@ def find_visits(
 
 
 def count_visits(visits: Visits, peers: int) -> jax.Array:
-    """How many visits each peer gets, int32 [P]."""
+    """Returns how many visits each peer gets, int32 [P]."""
     return _is_visited(visits, peers).sum(0, dtype=jnp.int32)
 
 
@@ -162,14 +165,17 @@ have any rank.
 
 
 def by_position(visits: Visits, peers: int) -> jax.Array:
-    """Later tokens go first."""
+    """Ranks visits by position, so that later tokens go first."""
     rank_NP = jnp.cumsum(_is_visited(visits, peers), axis=0, dtype=jnp.int32) - 1
     peer_NV = jnp.minimum(visits.peer_NV, peers - 1)
     return jnp.take_along_axis(rank_NP, peer_NV, axis=1)
 
 
 def by_score(visits: Visits, peers: int) -> jax.Array:
-    """Visits whose gates have the lowest sum go first; of equals, later tokens."""
+    """Ranks visits so that those whose gates have the lowest sum go first.
+
+    Of equals, later tokens go first.
+    """
     peer_X, gate_X = visits.peer_NV.ravel(), visits.gate_NV.ravel()
     index_X = jnp.arange(peer_X.size, dtype=jnp.int32)
     sorted_X, _, from_X = lax.sort((peer_X, -gate_X, index_X), num_keys=2)
@@ -184,7 +190,7 @@ DROP_ORDERS: dict[str, DropOrder] = {"score": by_score, "position": by_position}
 
 
 def dropped_choices(visits: Visits, is_kept_NV: jax.Array) -> jax.Array:
-    """How many (token, expert) choices are lost with the other visits. int32."""
+    """Returns how many (token, expert) choices, int32, are lost with other visits."""
     return jnp.where(is_kept_NV, 0, visits.choices_NV).sum(dtype=jnp.int32)
 
 

@@ -198,7 +198,7 @@ def _in_two_loops(recipe: Recipe, saved: BlockResiduals, dy_TD):
 
 
 def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
-    """Of x and the gates; h as it is kept, and its gradient."""
+    """Returns gradients of x and the gates; h as it is kept; and h's gradient."""
     x_TD, gate_TK, gate_N, gate_up_EDX, _, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -282,7 +282,7 @@ def _weight_gradients(
 
 
 def _gradients(saved: BlockResiduals, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
-    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+    """Returns gradients of x, (no) choices, gates and weights, for `jax.custom_vjp`."""
     num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
     of_gate_up, of_down = saved.like
     d_gate_up_ED2F = d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim)
@@ -296,7 +296,7 @@ def _gradients(saved: BlockResiduals, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD
 
 
 def _rounded(recipe: Recipe, w_EIO: stored.Weight) -> stored.Weight:
-    """As FP8 leaves it; one that is stored in fewer bits, as it is."""
+    """Returns weights as FP8 leaves them; those stored in fewer bits, as they are."""
     if isinstance(w_EIO, stored.FewerBits):
         return w_EIO
     return fp8.roundings(recipe).weights(w_EIO)
@@ -311,14 +311,14 @@ def _keep(recipe: Recipe, h_NX: jax.Array) -> Kept:
 
 
 def _read(kept_NX: Kept | None, dtype: Any) -> jax.Array | None:
-    """All rows at once: in a task, each use of some would convert them again."""
+    """Returns all rows: in a task, each use of some would convert them again."""
     if isinstance(kept_NX, fp8.Quantized):
         return fp8.dequantize(fp8.from_bits(kept_NX), dtype)
     return kept_NX
 
 
 def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_RD, gate_up_DX):
-    """The gate and up activations of R rows: as they are kept, and to be kept."""
+    """Returns the gate and up activations of R rows: as they are kept; to be kept."""
     if h_NX is not None:
         h_RX = cut(h_NX, start, x_RD.shape[0])
         return h_RX, h_RX
@@ -327,7 +327,7 @@ def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_RD, gate_up_DX):
 
 
 def _through_mlp(recipe: Recipe, h_RX, gate_R1, dy_RD, down_FD):
-    """Activations, as they were multiplied; gradients of h and of the gates."""
+    """Returns activations as they were multiplied; gradients of h and of the gates."""
     act_RF, pull = jax.vjp(swiglu, h_RX)
     act_RF = fp8.roundings(recipe).activations(act_RF)
     d_act_RF = _input_gradient(recipe, dy_RD, down_FD)
@@ -342,13 +342,13 @@ def _input_gradient(recipe: Recipe, dy_RO, w_IO):
 
 
 def _own_gates(gate_N, start, own_R1, dtype: Any) -> jax.Array:
-    """[R, 1], zero for rows that another task owns: so are the gradients from them."""
+    """Returns gates [R, 1], zero for rows of another task: so are their gradients."""
     gate_R1 = cut(gate_N, start, len(own_R1))[:, None]
     return jnp.where(own_R1, gate_R1, 0).astype(dtype)
 
 
 def _outer(recipe: Recipe, own_R1, x_RI, dy_RO):
-    """The sum of the rows' outer products, float32, to be added to other tasks'.
+    """Returns the sum of the rows' outer products, float32, to add to other tasks'.
 
     x or dy is zero in rows that aren't own.
     """

@@ -210,7 +210,7 @@ def _whole_tiles(rows: int) -> int:
 
 
 def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
-    """As products take it: matrices [E, I, O] in `dtype`, or quantized."""
+    """Returns weights as products take them: [E, I, O] in `dtype`, or quantized."""
     w_EIO = stored.as_matrices(w, dtype)
     if recipe is None:
         return stored.as_array(w_EIO, dtype)
@@ -220,14 +220,14 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
 
 
 def _hidden(recipe: Recipe, saved: Residuals, segment: Segment):
-    """The gate and up activations, and the rows' gates."""
+    """Returns the gate and up activations, and the rows' gates."""
     x_MD = _spread(saved.x_TD, segment)
     h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
 
 def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Array:
-    """Weighed; zeros in nobody's rows."""
+    """Returns weighed activations; zeros in nobody's rows."""
     # Masked here, so that neither what follows nor its gradient takes in nobody's rows:
     # in the weights' gradients, they count even times zero.
     is_owned_M1 = segment.is_owned_M[:, None]
@@ -248,7 +248,7 @@ def _middle(recipe: Recipe, saved: Residuals, dy_TD: jax.Array, segment: Segment
 def _input_gradients(
     recipe: Recipe, saved: Residuals, middle: Middle, segment: Segment
 ):
-    """Of x and the gates."""
+    """Returns the gradients of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
     dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
     return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
@@ -257,7 +257,7 @@ def _input_gradients(
 def _weight_gradients(
     recipe: Recipe, saved: Residuals, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
-    """Of one segment, no narrower than the weights are."""
+    """Returns one segment's gradients, no narrower than the weights are."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
     dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
     outer = functools.partial(_outer, recipe, segment=segment)
@@ -266,7 +266,7 @@ def _weight_gradients(
 
 
 def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
-    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+    """Returns gradients of x, (no) choices, gates and weights, for `jax.custom_vjp`."""
     d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
     of_gate_up, of_down = saved.like
     return (
@@ -279,12 +279,12 @@ def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
-    """x, which cannot be read before `other` is there."""
+    """Returns x, which cannot be read before `other` is there."""
     return lax.optimization_barrier((x, other))[0]
 
 
 def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
-    """How many segments these rows need, besides the first."""
+    """Returns how many segments these rows need, besides the first."""
     return -(-(rows - lengths.first) // lengths.later)
 
 
@@ -301,14 +301,14 @@ def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> RowPlan:
 def _over_segments(
     plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any]
 ) -> Any:
-    """The sum of a tree of arrays over all segments that have rows."""
+    """Returns the sum of a tree of arrays over all segments that have rows."""
     return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
 
 
 def _add_later(
     plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
 ) -> Any:
-    """`_over_segments`, where that of the first segment is at hand."""
+    """Adds later segments' results to those of the first, as `_over_segments` does."""
 
     def add(i, total):
         segment = _cut(plan, lengths.first + i * lengths.later, lengths.later)
@@ -333,12 +333,12 @@ def _cut(plan: RowPlan, row: jax.Array | int, length: int) -> Segment:
 
 
 def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
-    """Each row's token; nobody's rows have some token's."""
+    """Returns each row's token; nobody's rows have some token's."""
     return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
 
 
 def _collect(rows: jax.Array, plan: RowPlan, segment: Segment) -> jax.Array:
-    """Each choice's row of an array [M, ...], float32; zeros where it isn't there."""
+    """Returns each choice's row of [M, ...], float32; zeros where it isn't there."""
     local_TK = plan.row_TK - segment.start
     inside_TK = (local_TK >= 0) & (local_TK < segment.size_E.sum())
     picked = rows.at[jnp.where(inside_TK, local_TK, 0)].get(mode="promise_in_bounds")
@@ -347,7 +347,7 @@ def _collect(rows: jax.Array, plan: RowPlan, segment: Segment) -> jax.Array:
 
 
 def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.Array:
-    """Each expert's rows times its weights, [M, O] in x's dtype.
+    """Returns each expert's rows times its weights, [M, O] in x's dtype.
 
     What nobody's rows have must be finite, and the result has anything there.
     """
@@ -360,7 +360,7 @@ def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.A
 def _dot_transposed(
     recipe: Recipe, dy_MO: jax.Array, w_EIO: Any, segment: Segment
 ) -> jax.Array:
-    """Each expert's rows times its weights' transpose, likewise."""
+    """Returns each expert's rows times its weights' transpose, as `_dot` does."""
     if recipe is None:
         return _product("dot_transposed", dy_MO, w_EIO, segment.size_E)
     dy = recipe.quantize(dy_MO, recipe.gradients)
@@ -374,7 +374,7 @@ def _outer(
     segment: Segment,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
+    """Returns each expert's sum of outer products of its rows, [E, I, O] in `dtype`.
 
     One of the operands must be zero in nobody's rows, and the other finite.
     """

@@ -46,7 +46,7 @@ def dot(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's rows times its weights, [M, N] in `dtype`.
+    """Returns each expert's rows times its weights, [M, N] in `dtype`.
 
     The first `size_E[0]` rows are the first expert's, and so on; rows that follow the
     last expert's have anything. Weights have 128x128 scales.
@@ -104,7 +104,7 @@ def outer(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
+    """Returns each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
 
     The first `count_E[0]` blocks of 128 rows are the first expert's, and so on; blocks
     that follow the last expert's aren't read. Scales are 1x128, along M.
