@@ -71,7 +71,7 @@ def sign(
     rate: float | jax.Array,
     margin_EM: jax.Array | None = None,
 ) -> jax.Array:
-    """Steps by a fixed size, up below the mean load, down above it: the paper's."""
+    """Steps up below the mean load, down above it, by one size: the paper's rule."""
     return bias_E + rate * _direction(load_E)
 
 
@@ -82,7 +82,10 @@ def sign_centered(
     rate: float | jax.Array,
     margin_EM: jax.Array | None = None,
 ) -> jax.Array:
-    """Steps by `sign` without its mean, which moves no choice but is a drift."""
+    """Steps by `sign` without the step's mean.
+
+    That mean moves no choice but lets the bias drift.
+    """
     direction_E = _direction(load_E)
     return bias_E + rate * (direction_E - direction_E.mean(-1, keepdims=True))
 

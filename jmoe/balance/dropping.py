@@ -40,7 +40,10 @@ class Visits(NamedTuple):
 
 
 def most_visits(router: RouterConfig, peers: int) -> int:
-    """Returns V: how many of `peers`, which divide the experts, one token can need."""
+    """Returns V: how many of `peers` one token can need.
+
+    They divide the experts evenly.
+    """
     per_peer = router.num_experts // peers
     starts = range(0, router.num_experts, router.group_size)
     ends = (start + router.group_size - 1 for start in starts)

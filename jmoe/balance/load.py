@@ -57,7 +57,10 @@ def dead_experts(load_LE: Array) -> jax.Array:
 
 
 def drop_rate(dropped: Array, routed: Array) -> jax.Array:
-    """Returns the fraction of the choices in `routed` that were dropped, each."""
+    """Returns the fraction of the choices in `routed` that were dropped.
+
+    It is elementwise.
+    """
     routed = jnp.asarray(routed, jnp.float32)
     return jnp.asarray(dropped, jnp.float32) / jnp.maximum(routed, 1)
 

@@ -111,7 +111,7 @@ def collect(directory: pathlib.Path) -> dict[str, list[int]]:
 def _blocks(
     sizes: Mapping[str, int], index: int, count: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Name, start and stop of what one thread reads at a time."""
+    """Yields name, start and stop of what one thread reads at a time."""
     total = sum(sizes.values())
     first, last = total * index // count, total * (index + 1) // count
     at = 0

@@ -65,7 +65,7 @@ def seal(path: pathlib.Path) -> Seal:
 
 
 def is_untouched(path: pathlib.Path, sealed: Seal) -> bool:
-    """Whether the file has its size and its time, so that it needn't be read."""
+    """Returns whether the file has its size and its time, and needn't be read."""
     stat = path.stat()
     return (stat.st_size, stat.st_mtime_ns) == (sealed.size, sealed.mtime_ns)
 

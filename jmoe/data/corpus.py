@@ -74,7 +74,7 @@ def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpu
 def split(
     corpus: Corpus, validation_fraction: float, sequence_length: int
 ) -> dict[str, np.ndarray]:
-    """The tokens to train on and those to validate on, of different documents.
+    """Returns tokens to train on and tokens to validate on, of different documents.
 
     Validation takes the documents whose hash, as a number from 0 to 1, lies below
     `validation_fraction`, whatever the source; and the next ones too where those
@@ -106,7 +106,7 @@ def split(
 
 
 def _flaw(path: pathlib.Path) -> str | None:
-    """What of the files isn't as it was written; None if nothing."""
+    """Returns what of the files isn't as it was written; None if nothing."""
     try:
         description = json.loads((path / _DESCRIPTION).read_text())
         seals = {name: arrays.Seal(*description["files"][name]) for name in _FILES}

@@ -47,7 +47,10 @@ class Loader(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int | str]:
-        """Where the next batch begins, in JSON's types; the same on every process."""
+        """Returns where the next batch begins, in JSON's types.
+
+        It is the same on every process.
+        """
         return {
             "sequences": self._position * self._batch_size,
             "data": self._fingerprint,
@@ -146,7 +149,7 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """The first batches of the held-out documents, always the same ones.
+    """Returns the first batches of the held-out documents, always the same ones.
 
     Sources are mixed as in training. Arguments and errors are those of `make_loader`.
     """
@@ -183,7 +186,7 @@ def _mixture(
     sequence_length: int,
     seed: int,
 ) -> grain.MapDataset:
-    """Endless rows of all streams, each in its own order of every epoch.
+    """Returns endless rows of all streams, each in its own order of every epoch.
 
     Grain takes the sources in turn, so that any stretch of rows has the shares that
     the weights ask for, to within a row and 1%.

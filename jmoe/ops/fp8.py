@@ -254,7 +254,10 @@ def fp8_dot(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def forward(x: jax.Array, w: jax.Array, recipe: Recipe):
-    """Returns the product and what `backward` is given: first x as [M, K], bits."""
+    """Returns the product and what `backward` is given.
+
+    The latter begins with x as [M, K], quantized, as bits.
+    """
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
     y_MN, of_weights = multiply(x_MK, w, recipe, x.dtype)
     y = y_MN.reshape(*x.shape[:-1], *w.shape[1:])

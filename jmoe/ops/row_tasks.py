@@ -29,7 +29,10 @@ class Tasks(NamedTuple):
 
 
 def block_rows(num_tokens: int) -> int:
-    """Returns B: BLOCK, or less where a row of each token needs no such size."""
+    """Returns B, rows of a block.
+
+    It is no more than BLOCK, nor than compiled sizes for one row of each token need.
+    """
     return min(BLOCK, STEP * max(1, -(-num_tokens // STEP)))
 
 

@@ -182,7 +182,7 @@ def _kept_secret(environ: Mapping[str, str]) -> bytes:
 
 
 def _make_secret(path: pathlib.Path) -> None:
-    """Whole or not at all, and the first one's if several make it at once."""
+    """Writes a secret whole or not at all; of several at once, the first one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"secret.{socket.gethostname()}.{os.getpid()}")
     with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -193,7 +193,7 @@ def _make_secret(path: pathlib.Path) -> None:
 
 
 def _fields(channel: Channel, deadline: float, *names: str) -> dict[str, Any]:
-    """An object that has these fields, from an end that has proved nothing yet."""
+    """Returns an object that has these fields, from an end that has proved nothing."""
     try:
         message = channel.receive(_MAX_STRANGER, deadline)
     except (ValueError, RecursionError) as error:
@@ -204,7 +204,10 @@ def _fields(channel: Channel, deadline: float, *names: str) -> dict[str, Any]:
 
 
 def _proof(secret: bytes, side: str, content: list[Any]) -> str:
-    """The side keeps one end's answer from being the other's."""
+    """Returns a proof of `content`.
+
+    The side keeps one end's answer from being the other's.
+    """
     text = json.dumps([side, *content], sort_keys=True)
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 

@@ -61,7 +61,7 @@ def exchange(
     cfg: ExchangeConfig,
     router: RouterConfig,
 ) -> Exchanged:
-    """Each token's chosen experts, weighed and summed, wherever they are.
+    """Returns each token's chosen experts, weighed and summed, wherever they are.
 
     On one device `experts` is called as it is. On more, each of `cfg.chunks` parts of
     the tokens makes its own way, so that one's can overlap with another's computation.
@@ -114,7 +114,7 @@ def _exchange_chunk(
 def _of_own_experts(
     local_RK: jax.Array, gate_RK: jax.Array, own: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Choices of this device's experts, from 0 to `own`; all others are of nobody.
+    """Returns choices of this device's experts, 0 to `own`; others are nobody's.
 
     Where a device has fewer experts than a token has choices, a column for each of them
     holds as much, and the grouped matmul has fewer rows to sort and to make room for.
@@ -142,7 +142,7 @@ AS_IT_IS = Wire(lambda x_NX: x_NX, lambda x_NX, dim, dtype: x_NX)
 
 
 def _to_bytes(x_NX: jax.Array) -> jax.Array:
-    """e4m3 numbers, followed by the bytes of their scales, powers of two: uint8."""
+    """Returns uint8: e4m3 numbers, then the bytes of their scales, powers of two."""
     data, scale = fp8.quantize(x_NX, power_of_two=True)
     parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in (data, scale)]
     return jnp.concatenate([part.reshape(len(x_NX), -1) for part in parts], axis=1)
@@ -211,7 +211,7 @@ def padded(
     cfg: ExchangeConfig,
     router: RouterConfig,
 ) -> Path:
-    """C slots for each peer, of which those without a visit travel empty."""
+    """Moves C slots to each peer, of which those without a visit travel empty."""
     peers, tokens = collectives.axis_size(AXIS), len(expert_NK)
     capacity = dropping.send_capacity(cfg.capacity_factor, tokens, router, peers)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
@@ -239,7 +239,7 @@ def ragged_rows(
     router: RouterConfig,
     all_to_all: Callable[..., jax.Array] = jax.lax.ragged_all_to_all,
 ) -> Path:
-    """As many rows as there are visits, of which a peer may not take all."""
+    """Moves as many rows as there are visits, of which a peer may not take all."""
     peers, tokens = collectives.axis_size(AXIS), len(expert_NK)
     rows = dropping.receive_capacity(cfg.capacity_factor, tokens, router, peers)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
@@ -252,7 +252,7 @@ def ragged_rows(
     held = slots.assign(visits, rank_NV, is_kept_NV, layout.there.from_P, send_rows)
 
     def send(rows_X, sizes, arriving):
-        """What arrives, followed by zeros."""
+        """Returns what arrives, followed by zeros."""
         arrived = jnp.zeros((arriving, *rows_X.shape[1:]), rows_X.dtype)
         return all_to_all(rows_X, arrived, *sizes, axis_name=AXIS)
 

@@ -59,11 +59,11 @@ class Listener:
             return None
 
     def refuse_more(self, reason: str) -> None:
-        """From now on, whoever comes to meet the others is told why it can't."""
+        """Tells whoever comes to meet the others from now on why it can't."""
         self._refusal = reason
 
     def strangers(self) -> str:
-        """A sentence about those that were not let in; "" if there were none."""
+        """Returns a sentence about those not let in; "" if there were none."""
         if not self._strangers:
             return ""
         hosts = sorted(self._strangers)
@@ -109,7 +109,7 @@ class Listener:
             channel.close()
 
     def _to_service(self, channel: Channel) -> None:
-        """JAX's service may not have started yet."""
+        """Connects it to JAX's service, which may not have started yet."""
         deadline = time.monotonic() + _SERVICE_S
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ def _in_background(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port; ValueError if it isn't host:port."""
+    """Returns host and port; ValueError if it isn't host:port."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"coordinator={address!r} must read host:port.")
@@ -196,7 +196,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _listen(address: str) -> list[socket.socket]:
-    """At each of the addresses that the coordinator's name has here.
+    """Listens at each of the addresses that the coordinator's name has here.
 
     As for JAX, an environment variable may say where else, on a host that others know
     by an address that it doesn't have.
@@ -221,7 +221,7 @@ def _listen(address: str) -> list[socket.socket]:
 
 
 def _own_places(host: str, port: int) -> Iterator[tuple[int, tuple]]:
-    """Families and addresses of the sockets to open.
+    """Yields families and addresses of the sockets to open.
 
     Many hosts know their own name as the loopback only, by which nobody else could
     reach them: such a name stands for all of a host's addresses.

@@ -71,7 +71,7 @@ LAUNCHERS = (
 
 
 class Place(NamedTuple):
-    """Where processes meet, how many they are, and which of them this one is."""
+    """Says where processes meet, how many they are, and which of them this one is."""
 
     coordinator: str
     num_processes: int
@@ -79,17 +79,19 @@ class Place(NamedTuple):
 
 
 def index() -> int:
-    """Which process this is; 0 prints and writes for all."""
+    """Returns which process this is; 0 prints and writes for all."""
     return _group.get().index
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns how many processes there are."""
     return _group.get().size
 
 
 def exchange(what: str, value: Any) -> list[Any]:
-    """The JSON values that all processes give, by process. Waits for all of them.
+    """Returns the JSON values that all processes give, by process.
+
+    Waits for all of them.
 
     Args:
       what: names the exchange in errors; the same on all processes.
@@ -102,13 +104,16 @@ def exchange(what: str, value: Any) -> list[Any]:
 
 
 def from_first(what: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns on process 0, the only one to call it; a JSON value."""
+    """Returns what `make` returns on process 0, the only one to call it.
+
+    It is a JSON value.
+    """
     return exchange(what, make() if index() == 0 else None)[0]
 
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Process 0 goes through the block, then the others, who find what it made."""
+    """Lets process 0 go through the block, then the others, who find what it made."""
     if index() > 0:
         exchange(what, None)
     yield
@@ -117,7 +122,7 @@ def first_before_others(what: str) -> Iterator[None]:
 
 
 def any_signal(mine: int, *, ask: bool) -> int:
-    """The signal that stops the run: that of any process, or 0 if none has any.
+    """Returns the signal that stops the run: any process's, or 0 if none has any.
 
     Args:
       ask: whether to ask the others, which makes all wait for the slowest; the same on
@@ -240,7 +245,7 @@ def agree(what: Mapping[str, Any]) -> None:
 def code_fingerprint(
     package: pathlib.Path = pathlib.Path(__file__).parents[1],
 ) -> dict[str, str]:
-    """A short hash of each source file of a package, by default of jmoe."""
+    """Returns a short hash of each source file of a package, by default of jmoe."""
     return {
         path.relative_to(package.parent).as_posix(): hashlib.sha256(
             path.read_bytes()
@@ -299,7 +304,7 @@ def _launcher(environ: Mapping[str, str]) -> Launcher | None:
 
 
 def _coordinator(num_processes: int | None, process_id: int | None) -> str | None:
-    """Process 0's address, as far as JAX knows the launcher.
+    """Returns process 0's address, as far as JAX knows the launcher.
 
     JAX has no public function that tells it without connecting.
     """
@@ -358,7 +363,7 @@ def _versions() -> dict[str, str]:
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, str]:
-    """{"train": {"seed": 0}} as {"train.seed": "0"}; lists by index."""
+    """Returns {"train": {"seed": 0}} as {"train.seed": "0"}; lists by index."""
     if not isinstance(value, Mapping | list | tuple) or not value:
         return {name: json.dumps(value)}
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -369,7 +374,7 @@ def _flatten(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _by_value(values: Sequence[str]) -> str:
-    """ "0 on processes 0-2, 1 on process 3"."""
+    """Returns, say, "0 on processes 0-2, 1 on process 3"."""
     indices: dict[str, list[int]] = {}
     for process, value in enumerate(values):
         indices.setdefault(value, []).append(process)

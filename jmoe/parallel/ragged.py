@@ -38,7 +38,9 @@ class RoundTrip(NamedTuple):
 
 
 def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
-    """What `device` sends and receives, if each can receive `rows` and has counts.
+    """Returns what `device` sends and receives, if each can receive `rows`.
+
+    Each has counts to send.
 
     Senders whose rows are beyond a peer's capacity share it (`share_capacity`).
     """

@@ -34,7 +34,7 @@ class RemoteError(ValueError):
 
 
 class Failure(NamedTuple):
-    """Why a group can't go on."""
+    """Says why a group can't go on."""
 
     reason: str
     is_missing: bool  # a process has ended without a word, rather than by an error
@@ -85,7 +85,9 @@ class ProcessGroup:
         return not self._channels
 
     def exchange(self, what: str, value: Any) -> list[Any]:
-        """The values of all processes, by index. Waits for all of them.
+        """Returns the values of all processes, by index.
+
+        Waits for all of them.
 
         Args:
           what: names the exchange, the same on all processes.
@@ -113,7 +115,7 @@ class ProcessGroup:
 
     @property
     def has_left(self) -> bool:
-        """Whether this process has failed or closed the group."""
+        """Returns whether this process has failed or closed the group."""
         return self._leaves
 
     def await_failure(self, timeout_s: float) -> Failure | None:
@@ -164,7 +166,10 @@ class ProcessGroup:
         return message
 
     def _read(self, channel: Channel, inbox: queue.SimpleQueue, name: str) -> None:
-        """All that comes over a channel, and how it ends, whatever the program does."""
+        """Reads all that comes over a channel, and how it ends.
+
+        It does so whatever the program does meanwhile.
+        """
         has_left = False
         with contextlib.suppress(OSError, ValueError):
             while True:
@@ -224,7 +229,7 @@ def join(
 
 
 def ranges(indices: Iterable[int]) -> str:
-    """ "0-2, 5" for 0, 1, 2 and 5."""
+    """Returns "0-2, 5" for 0, 1, 2 and 5."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and runs[-1][-1] == index - 1:
@@ -294,7 +299,7 @@ def _name(hello: Mapping[str, Any]) -> str:
 
 
 def _absent(joined: Mapping[int, tuple[Channel, str]], count: int) -> list[int]:
-    """Those that have not come yet, or have gone again."""
+    """Returns those that have not come yet, or have gone again."""
     others = range(1, count)
     return [i for i in others if i not in joined or joined[i][0].has_ended()]
 
@@ -333,7 +338,7 @@ def _reach_first(
 def _reach(
     address: str, secret: bytes, hello: Mapping[str, Any], deadline: float
 ) -> Channel:
-    """A channel to process 0.
+    """Returns a channel to process 0.
 
     Raises:
       ConnectionError: nobody is there yet.

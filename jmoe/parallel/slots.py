@@ -47,12 +47,15 @@ def assign(
 
 
 def place(x_NX: jax.Array, slots: Slots) -> jax.Array:
-    """The rows of the slots' tokens, [R, X]; zeros where a slot is empty."""
+    """Returns the rows of the slots' tokens, [R, X]; zeros where a slot is empty."""
     return x_NX.at[slots.token_R].get(mode="fill", fill_value=0)
 
 
 def collect(y_RX: jax.Array, slots: Slots) -> jax.Array:
-    """The sum of each token's rows, [N, X], in float32 and the order of its visits."""
+    """Returns the sum of each token's rows, [N, X].
+
+    It is in float32 and the order of its visits.
+    """
     total = jnp.float32(0)
     for slot_N in slots.slot_NV.T:
         row_NX = y_RX.at[slot_N].get(mode="fill", fill_value=0)

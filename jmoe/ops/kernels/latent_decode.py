@@ -130,7 +130,10 @@ def latent_decode(
 
 
 def num_parts(sequences: int, steps: int) -> int:
-    """Returns into how many parts to cut each sequence: those that take least time."""
+    """Returns into how many parts to cut each sequence.
+
+    All SMs' blocks then take the least time.
+    """
 
     def time(parts):
         rounds = -(-sequences * parts // SMS)

@@ -54,7 +54,7 @@ class Layers:
         self._passes = split(layer, weights, (state, batch), x)
 
     def stash(self, ticks: Ticks) -> Stash:
-        """All zeros."""
+        """Returns an empty stash, all zeros."""
 
         def zeros(slots: int, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
             lead = (slots, int(self._group.count.max()))
@@ -74,7 +74,7 @@ class Layers:
     def forward(
         self, stash: Stash, x: jax.Array, begin: Any, f: Instruction, batch: Any
     ) -> tuple[Stash, jax.Array]:
-        """F: the layers' output, with what is kept and measured stored."""
+        """Runs F: returns the layers' output, with what is kept and measured stored."""
 
         def body(i, carry):
             stash, x = carry
@@ -85,7 +85,7 @@ class Layers:
     def recompute(
         self, stash: Stash, x: jax.Array, b: Instruction, batch: Any
     ) -> tuple[Stash, jax.Array]:
-        """The forward pass again, ahead of B; it has been measured already."""
+        """Runs F again, ahead of B; it has been measured already."""
 
         def body(i, carry):
             kept, x = carry
@@ -99,7 +99,7 @@ class Layers:
     def backward(
         self, stash: Stash, d: jax.Array, begin: Any, b: Instruction, batch: Any
     ) -> tuple[Stash, jax.Array]:
-        """B: the gradient of the layers' input, with what is owed stored."""
+        """Runs B: returns the layers' input's gradient, with what is owed stored."""
 
         def body(i, carry):
             owed, d = carry
@@ -110,7 +110,7 @@ class Layers:
         return stash._replace(owed=owed), d
 
     def weight(self, stash: Stash, begin: Any, w: Instruction, batch: Any) -> Stash:
-        """W: the weights' gradients, added to those of other microbatches."""
+        """Runs W: adds the weights' gradients to those of other microbatches."""
 
         def body(i, gradients):
             layer = self._from_last(w, i)
@@ -132,7 +132,7 @@ class Layers:
         forward: tuple[Instruction, Any],
         backward: tuple[Instruction, Any],
     ) -> tuple[Stash, jax.Array, jax.Array]:
-        """F of one microbatch and BW of another, `pairs` layers of each.
+        """Runs F of one microbatch and BW of another, `pairs` layers of each.
 
         Args:
           forward, backward: instruction and microbatch.
@@ -179,7 +179,7 @@ class Layers:
     def evaluate(
         self, stash: Stash, x: jax.Array, f: Instruction, batch: Any
     ) -> tuple[Stash, jax.Array]:
-        """The layers' output, with what is measured stored."""
+        """Returns the layers' output, with what is measured stored."""
 
         def body(i, carry):
             stash, x = carry
@@ -203,22 +203,22 @@ class Layers:
         return stash._replace(kept=kept, measured=measured), y
 
     def _backward(self, kept, d, b, i, batch):
-        """Gradient of the input of b's i-th layer, and what is owed."""
+        """Returns the gradient of b's i-th layer's input, and what is owed."""
         layer = self._from_last(b, i)
         objective = jnp.float32(1.0)  # the gradient of what the layer adds to it
         return self._passes.backward(*self._at(b, layer, batch), kept, (d, objective))
 
     def _read_kept(self, stash: Stash, step: Instruction, i: Any) -> list[jax.Array]:
-        """What F kept of the i-th layer of a pass from the last layer on."""
+        """Returns what F kept of the i-th layer of a pass from the last layer on."""
         slot = step.owed if self._again else step.kept
         return arrays.read(stash.kept, slot, self._from_last(step, i))
 
     def _from_last(self, step: Instruction, i: Any) -> Any:
-        """The stage's layer that is i before its last."""
+        """Returns the stage's layer that is i before its last."""
         return step.count_G[self._index] - 1 - i
 
     def _at(self, step: Instruction, i: Any, batch: Any) -> tuple[Any, Any]:
-        """Weights of the stage's layer i, and what else it finds at hand."""
+        """Returns weights of the stage's layer i, and what else it finds at hand."""
         row = self._row(step, i)
         state = arrays.pick(self._group.state, row)
         return arrays.pick(self._group.weights, row), (state, batch)

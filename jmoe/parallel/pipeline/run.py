@@ -17,7 +17,7 @@ AXIS = "pipe"
 
 
 def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
-    """All microbatches forward and backward.
+    """Runs all microbatches forward and backward.
 
     Args:
       recompute: keep only the stages' inputs from F to B, which computes what it needs
@@ -36,7 +36,10 @@ def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
 
 
 def evaluate(ticks: Ticks, model: Model) -> Result:
-    """All microbatches forward, and no gradients. The ticks are of forward passes."""
+    """Runs all microbatches forward, without gradients.
+
+    The ticks are of forward passes.
+    """
     rank = _Rank(model, again=False, overlaps=False)
 
     def tick(buffers: _Buffers, row: Row):
@@ -48,7 +51,10 @@ def evaluate(ticks: Ticks, model: Model) -> Result:
 
 
 def _hand_over(inbox: jax.Array, value: jax.Array, slots: dict[int, Any]) -> jax.Array:
-    """The inbox with what arrives in this tick. One ppermute for each way to others."""
+    """Returns the inbox with what arrives in this tick.
+
+    Runs one ppermute for each way to others.
+    """
     ranks = collectives.axis_size(AXIS)
     for way, slot in slots.items():
         arrived = value
@@ -101,7 +107,7 @@ class _Rank:
         ]
 
     def buffers(self, ticks: Ticks) -> _Buffers:
-        """All zeros."""
+        """Returns empty buffers, all zeros."""
 
         def slots(count: int) -> jax.Array:
             return jnp.zeros((count, *self._x.shape), self._x.dtype)
@@ -201,7 +207,7 @@ class _Rank:
     def _lose(
         self, buffers: _Buffers, b: Instruction, batch: Any
     ) -> tuple[_Buffers, jax.Array]:
-        """The gradient that B begins with: at the last stage, that of the objective."""
+        """Returns the gradient that B begins with: at the last, the objective's."""
         model = self._model
 
         def lose(i, carry):

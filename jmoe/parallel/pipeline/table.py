@@ -49,13 +49,13 @@ class Row(NamedTuple):
 
 
 def own_rows(ticks: Ticks, groups: Sequence[LayerGroup], axis: str) -> Row:
-    """This rank's rows, int32 [tick, ...]."""
+    """Returns this rank's rows, int32 [tick, ...]."""
     rank = collectives.axis_index(axis)
     return jax.tree.map(lambda x: jnp.asarray(x)[:, rank], make_table(ticks, groups))
 
 
 def make_table(ticks: Ticks, groups: Sequence[LayerGroup]) -> Row:
-    """All ranks' rows, int32 [tick, rank, ...]."""
+    """Returns all ranks' rows, int32 [tick, rank, ...]."""
     size = (ticks.count, ticks.schedule.num_ranks)
 
     def zeros(*more: int) -> np.ndarray:
