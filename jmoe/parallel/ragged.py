@@ -40,8 +40,6 @@ class RoundTrip(NamedTuple):
 def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
     """Returns what `device` sends and receives, if each can receive `rows`.
 
-    Each has counts to send.
-
     Senders whose rows are beyond a peer's capacity share it (`share_capacity`).
     """
     share = jax.vmap(dropping.share_capacity, in_axes=(1, None), out_axes=1)

@@ -166,10 +166,7 @@ class ProcessGroup:
         return message
 
     def _read(self, channel: Channel, inbox: queue.SimpleQueue, name: str) -> None:
-        """Reads all that comes over a channel, and how it ends.
-
-        It does so whatever the program does meanwhile.
-        """
+        """Reads all that comes over a channel, whatever the program does."""
         has_left = False
         with contextlib.suppress(OSError, ValueError):
             while True:

@@ -190,10 +190,8 @@ def reduce_rows(
 ) -> jax.Array:
     """Returns this device's part of a stack's gradient.
 
-    It is made from each rank's rows of it, [R, ...].
-
-    Rows that several ranks have are summed. Reduce-scatters, then an all-to-all; and an
-    all-reduce, as `reduce` has it.
+    It is made from each rank's rows of it, [R, ...]; rows that several ranks have are
+    summed. Reduce-scatters, then an all-to-all; and an all-reduce, as `reduce` has it.
 
     Args:
       size: of the stack.
