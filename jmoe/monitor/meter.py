@@ -23,7 +23,10 @@ class Meter:
         self._tokens += tokens
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed since the last reading; the first stretch compiles and has none."""
+        """Returns speed since the last reading.
+
+        The first stretch compiles and has none.
+        """
         last_step, last_tokens, then = self._since
         now = time.perf_counter()
         self._since = (step, self._tokens, now)

@@ -129,7 +129,7 @@ def _to_json(row: Mapping[str, Any]) -> str:
 
 
 def _plain(values: ArrayLike | None, digits: int) -> Any:
-    """Numbers and nested lists of them as JSON takes them, rounded to `digits`."""
+    """Returns numbers and nested lists of them for JSON, rounded to `digits`."""
     return _round(np.asarray(values).tolist(), digits)
 
 
@@ -144,7 +144,7 @@ def _round(value: Any, digits: int) -> Any:
 
 
 def _open_events(directory: pathlib.Path, start_step: int) -> RecordWriter:
-    """A new event file that makes TensorBoard forget the steps past `start_step`.
+    """Opens an event file that makes TensorBoard forget the steps past `start_step`.
 
     tensorboardX's SummaryWriter has a queue and a thread, which lose the last events
     when a process is killed.
@@ -172,7 +172,7 @@ def _write_events(events: RecordWriter, *new: Any) -> None:
 
 
 def _to_event(step: int, now: float, metrics: Mapping[str, ArrayLike]) -> Any:
-    """All metrics of a step as one event; a vector has a tag for each element."""
+    """Returns a step's metrics as one event; a vector has a tag for each element."""
     summary = Summary()
     for key in metrics:
         values = np.asarray(metrics[key], dtype=np.float64)

@@ -117,7 +117,7 @@ def _median_speed(run: Run) -> str | None:
 
 
 def _training_time(run: Run) -> str | None:
-    """Steps times their time, so that pauses between processes don't count."""
+    """Returns steps times their time, so that pauses between processes don't count."""
     seconds = run.series("step_seconds")
     if seconds is None:
         return None

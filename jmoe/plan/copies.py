@@ -6,7 +6,7 @@ _MOVES_ONLY = ("parameter", "copy", "bitcast", "tuple", "get-tuple-element")
 
 
 def largest_in_loops(text: str) -> int:
-    """Bytes of the largest array that a loop copies each time; 0 if it copies none.
+    """Returns bytes of the largest array that a loop copies each time; 0 if none.
 
     A loop that can't update an array in place copies the whole of it.
     """

@@ -90,7 +90,7 @@ class HloModule:
     entry: str
 
     def executed(self) -> Iterator[Executed]:
-        """All computations that aren't fused."""
+        """Yields all computations that aren't fused."""
         return self._executed(self.entry, 1, "", False)
 
     def _executed(self, name, times, op_name, optional):
@@ -105,7 +105,7 @@ class HloModule:
                     )
 
     def gemms(self, instruction: HloInstruction) -> collections.Counter[str]:
-        """The matrix products that an instruction runs, by op_name.
+        """Returns the matrix products that an instruction runs, by op_name.
 
         Those of its loops are included.
         """
@@ -127,7 +127,7 @@ def _is_gemm(instruction: HloInstruction) -> bool:
 
 
 def parse(text: str) -> HloModule:
-    """ValueError: the text isn't a whole program."""
+    """Returns a program's computations; ValueError if the text isn't a whole one."""
     computations: dict[str, list[HloInstruction]] = {}
     current: list[HloInstruction] = []
     entry = None
@@ -154,7 +154,7 @@ def _instruction(name: str, right: str) -> HloInstruction:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` starts with closes."""
+    """Returns where the parenthesis that `text` starts with closes."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):
         depth += 1 if bracket[0] == "(" else -1
@@ -164,7 +164,7 @@ def _closing(text: str) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple, as HLO writes them."""
+    """Returns the bytes of an array, or all arrays of a tuple, as HLO writes them."""
     bits = 0
     for dtype, dims in _SHAPE.findall(shape):
         size = math.prod(int(dim) for dim in dims.split(",") if dim)

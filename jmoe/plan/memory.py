@@ -37,12 +37,15 @@ class Footprint(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Of a weight, on average."""
+        """How many bits a weight takes on average."""
         return 8 * self.size / self.weights
 
 
 def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
-    """A new model's variables as inference keeps them; jit or `eval_shape` it."""
+    """Makes a new model's variables as inference keeps them.
+
+    Jit or `eval_shape` it.
+    """
     variables = make_variables(Transformer(cfg), seed=0)
     params = jax.tree.map(
         lambda record, x: x.astype(record.compute_dtype(cfg.dtype)),
@@ -53,7 +56,7 @@ def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
 
 
 def weights(cfg: ModelConfig, form: str) -> dict[str, Footprint]:
-    """The parts of a model, the largest first, those of all its layers together."""
+    """Returns the parts of a model, the largest first, all layers' together."""
     kept = jax.eval_shape(functools.partial(make_weights, cfg, form))
     plain = jax.eval_shape(functools.partial(make_weights, cfg, "native"))
     counts, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
@@ -73,7 +76,7 @@ def _part(path: Any) -> str:
 
 
 def table(parts: dict[str, Footprint], title: str) -> rich.table.Table:
-    """The parts and their sum."""
+    """Returns the parts and their sum."""
     total = Footprint(*map(sum, zip(*parts.values(), strict=True)))
     made = rich.table.Table(title=title, title_justify="left", show_footer=True)
     made.add_column("part", "all")
