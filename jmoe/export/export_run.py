@@ -68,7 +68,7 @@ def export_run(
 def make_plan(
     cfg: ModelConfig, source: Source, *, dtype: str | None, shard_bytes: int
 ) -> Plan:
-    """The files of `source`'s weights, once they are known to be those of `cfg`.
+    """Returns the files of `source`'s weights, once they are known to be `cfg`'s.
 
     Raises:
       ValueError: leaves are missing, unexpected or of another shape; names all.
@@ -88,7 +88,7 @@ def write_directory(
     progress: Advance,
     texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """All files, those in `texts` as they are given, then the directory's name.
+    """Writes all files, those in `texts` as they are, then the directory's name.
 
     The weights are compared with their sums meanwhile, which reads them into the page
     cache for the conversion too.

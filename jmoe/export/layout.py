@@ -40,7 +40,7 @@ class Unit:
     tensors: tuple[Tensor, ...]
 
     def piece(self, x: np.ndarray, tensor: Tensor) -> np.ndarray:
-        """The tensor's part of the unit's array, [in, out] if it is a matrix."""
+        """Returns the tensor's part of the unit's array, [in, out] if a matrix."""
         if tensor.expert is not None:
             first = self.tensors[0].expert
             assert first is not None
@@ -108,7 +108,7 @@ def _unit(group: Sequence[Tensor]) -> Unit:
 
 
 def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[FileEntry]:
-    """The tensor, and its block scales if it is FP8."""
+    """Yields the tensor, and its block scales if it is FP8."""
     yield FileEntry(tensor.name, dtype, tensor.shape)
     if dtype == FLOAT8:
         shape = tuple(map(numerics.blocks, tensor.shape))
@@ -118,7 +118,7 @@ def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[FileEntry]:
 def shards(
     all_units: Iterable[Unit], dtypes: Mapping[str, np.dtype], shard_bytes: int
 ) -> list[Shard]:
-    """Files of about `shard_bytes`, in the order of the units.
+    """Returns files of about `shard_bytes`, in the order of the units.
 
     Args:
       dtypes: of each tensor, by its name.
@@ -164,7 +164,10 @@ def _shard(file: str, group: Sequence[tuple[Unit, Sequence[FileEntry]]]) -> Shar
 
 
 def _header(described: Mapping[str, object]) -> bytes:
-    """With blanks behind the JSON, as the format allows, up to a page's end."""
+    """Returns the header with blanks behind the JSON up to a page's end.
+
+    The format allows them.
+    """
     metadata = {"__metadata__": {"format": "pt"}}
     text = json.dumps(metadata | dict(described), separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
@@ -172,7 +175,7 @@ def _header(described: Mapping[str, object]) -> bytes:
 
 
 def index_json(files: Sequence[Shard]) -> str:
-    """What says which file holds which tensor."""
+    """Returns what says which file holds which tensor."""
     weight_map = {name: shard.file for shard in files for name in shard.entries}
     total = sum(e.nbytes for shard in files for e in shard.entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

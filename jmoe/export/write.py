@@ -116,14 +116,14 @@ def write(directory: Directory, made: Plan, source: Source, progress: Advance) -
 
 
 def _memory(unit: Unit, source: Source) -> int:
-    """What a unit takes while it is read and converted, at most."""
+    """Returns what a unit takes while it is read and converted, at most."""
     return 2 * source.dtypes[unit.path].itemsize * sum(t.size for t in unit.tensors)
 
 
 def _encoded(
     unit: Unit, shard: Shard, source: Source, buffers: Buffers
 ) -> Iterator[tuple[int, memoryview]]:
-    """The unit's bytes, a contiguous run of the file at a time."""
+    """Yields the unit's bytes, a contiguous run of the file at a time."""
     runs = _runs(unit, shard)
     size = sum(-(-length // PAGE) + 1 for _, length, _ in runs) * PAGE
     buffer, at = buffers.get(size, 0), 0
@@ -142,7 +142,7 @@ def _encoded(
 
 
 def _runs(unit: Unit, shard: Shard) -> list[tuple[int, int, list[FileEntry]]]:
-    """Offset, length and entries of each stretch of the file that is the unit's."""
+    """Returns offset, length and entries of each stretch of the file of the unit."""
     names = [name for t in unit.tensors for name in (t.name, t.name + SCALE)]
     own = sorted(
         (shard.offsets[name], shard.entries[name])
@@ -195,7 +195,7 @@ def _encode_kept(
     piece: np.ndarray,
     scale: np.ndarray,
 ) -> None:
-    """From weights that are FP8 already, to FP8 or to a wider type."""
+    """Converts weights that are FP8 already, to FP8 or to a wider type."""
     if out.dtype == FLOAT8:
         numerics.transpose(out, piece)
         numerics.transpose(arrays[tensor.name + SCALE], scale)

@@ -182,7 +182,7 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Old or new, never half: a run that goes on trusts these files."""
+    """Copies it, old or new, never half: a run that goes on trusts these files."""
     for name, content in tokenizer.files.items():
         durable.make_directory((workdir / name).parent)
         durable.write_bytes(workdir / name, content)
@@ -227,7 +227,7 @@ def _show_header(
 
 
 def _devices(run: RunConfig) -> str:
-    """What the run is on, and the axes of its mesh that have several devices."""
+    """Says what the run is on, and the axes of its mesh that have several devices."""
     device = jax.devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":

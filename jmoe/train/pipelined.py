@@ -63,7 +63,7 @@ BLOCKS: dict[str, Callable[..., nn.Module]] = {
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
-    """As `accumulated.make_gradients`, by the run's schedule."""
+    """Returns what `accumulated.make_gradients` does, by the run's schedule."""
     objective = make_objective(run)
 
     def gradients(params, router_state, step, batch):
@@ -91,7 +91,7 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
 
 
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
-    """As `accumulated.make_losses`, with forward passes of parts of the batch."""
+    """Does as `accumulated.make_losses`, with forward passes of parts of the batch."""
 
     def losses(params, router_state, batch):
         batch = _for_forward(batch, run)
@@ -108,7 +108,7 @@ def _evaluate(
     router_state: Any,
     batch: Batch,
 ) -> tuple[Losses, Stats]:
-    """This device's share of losses and stats of [M, B, T + 1], forward only."""
+    """Returns this device's losses and stats of [M, B, T + 1], forward only."""
     norms, schedule = normalisers(batch, run), _forward_schedule(batch, run)
     staged = StagedModel(model, run, layout, schedule, norms)
 
@@ -123,7 +123,9 @@ def _evaluate(
 def make_hidden_states(
     model: Transformer, run: RunConfig, layout: Layout
 ) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """Inference: hidden states after the final norm, [B, S, D] of tokens [B, T].
+    """Returns a function to hidden states after the final norm, [B, S, D].
+
+    That is inference, of tokens [B, T].
 
     A function of params and router_state as they are stored and of this device's
     sequences, for the inside of `jax.shard_map` over the mesh. All ranks of `pipe` get
@@ -148,7 +150,7 @@ def make_hidden_states(
 
 
 def _for_forward(batch: Batch, run: RunConfig) -> Batch:
-    """[B, T + 1] as microbatches, about two for each rank."""
+    """Returns [B, T + 1] as microbatches, about two for each rank."""
     sequences, length = batch.tokens_BT.shape
     count = math.gcd(sequences, 2 * run.mesh.pipe)
     return jax.tree.map(lambda x: x.reshape(count, sequences // count, length), batch)
@@ -159,7 +161,7 @@ def _forward_schedule(batch: Batch, run: RunConfig) -> Schedule:
 
 
 def _divided(batch: Batch, run: RunConfig) -> Batch:
-    """[A, B, T + 1] as the pipeline's microbatches."""
+    """Returns [A, B, T + 1] as the pipeline's microbatches."""
     count, sequences, length = batch.tokens_BT.shape
     wanted = run.pipeline.microbatches or count
     assert wanted % count == 0 and count * sequences % wanted == 0  # see RunConfig
@@ -190,7 +192,7 @@ class StagedModel:
         batch: Batch,
         lose: Callable[[Features, Batch], tuple[jax.Array, Any]],
     ) -> pipeline.Model:
-        """What `pipeline` runs, with the weights that this rank computes with.
+        """Returns what `pipeline` runs, with the weights that this rank computes with.
 
         Args:
           lose: a microbatch's objective, and what is to be measured of it.
@@ -230,7 +232,7 @@ class StagedModel:
         )
 
     def reduce(self, shared: Any, groups: list[Any]) -> Any:
-        """This device's parts of the gradients, in the parameters' tree."""
+        """Returns this device's parts of the gradients, in the parameters' tree."""
         found = reduce_gradients(shared, self.layout, self.run)
         for (name, rows), gradients in zip(self.rows.items(), groups, strict=True):
             found[name] = jax.tree.map(
@@ -243,7 +245,7 @@ class StagedModel:
         return found
 
     def measured(self, found: pipeline.Result) -> tuple[Losses, Stats]:
-        """This device's share of losses, and of the stats of all layers."""
+        """Returns this device's share of losses, and of the stats of all layers."""
         of_all = jax.tree.map(lambda x_M: x_M.sum(0), found.left)
         (losses, tail), stacks = of_all, []
         for (name, rows), of_rows in zip(
@@ -284,7 +286,7 @@ class StagedModel:
         return jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat])
 
     def _gather(self, name: str, stack: Any) -> Any:
-        """This rank's rows of a stack's weights, in the dtypes they compute in."""
+        """Returns this rank's rows of a stack's weights, in the compute dtypes."""
         index_PR, layout = self.rows[name].index_PR, self.layout
 
         def gather(
@@ -308,6 +310,6 @@ def _own(tree: Any, rows: RankLayers) -> Any:
 
 
 def _own_index(rows: RankLayers, *, instead: int) -> jax.Array:
-    """This rank's layers, and something else where it has fewer than there is room."""
+    """Returns this rank's layers, and something else where it has fewer than most."""
     index_PR = jnp.where(rows.index_PR < 0, instead, rows.index_PR)
     return index_PR[collectives.axis_index(pipeline.AXIS)]

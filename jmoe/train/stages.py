@@ -17,7 +17,7 @@ from jmoe.parallel.schedule import Schedule, build
 
 
 class RankLayers(NamedTuple):
-    """Which layers of one stack the ranks have.
+    """Says which layers of one stack the ranks have.
 
     index_PR: -1 where a rank has fewer than R. start_PH, count_PH: the rows of each
     stage that a rank hosts.
@@ -29,7 +29,7 @@ class RankLayers(NamedTuple):
 
 
 def check(run: RunConfig) -> None:
-    """That every step's microbatches fit the schedule, and the layers its stages.
+    """Checks that microbatches of each step fit the schedule, and layers its stages.
 
     Raises:
       ValueError: they don't.
@@ -41,13 +41,13 @@ def check(run: RunConfig) -> None:
 
 
 def make_schedule(cfg: PipelineConfig, ranks: int, microbatches: int) -> Schedule:
-    """ValueError: the schedule can't take as many ranks or microbatches."""
+    """Makes a run's schedule; ValueError for ranks or microbatches it can't take."""
     options = {"chunks": cfg.chunks} if cfg.schedule == "interleaved_1f1b" else {}
     return build(cfg.schedule, ranks, microbatches, **options)
 
 
 def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, RankLayers]:
-    """The rows of each stack, for stages that cost about the same.
+    """Returns the rows of each stack, for stages that cost about the same.
 
     Raises:
       ValueError: there are more stages than layers.
@@ -83,7 +83,7 @@ def _rows(
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
-    """Of each layer, dense ones first: operations of its forward pass, for a token."""
+    """Returns operations of each layer's forward pass for a token, dense first."""
     attention = _attention_cost(cfg.attention, cfg.hidden_dim, length)
     dense = 6 * cfg.hidden_dim * cfg.dense_mlp_dim
     moe = _moe_cost(cfg)
@@ -93,7 +93,7 @@ def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
 
 
 def tail_cost(cfg: ModelConfig, length: int) -> float:
-    """Of what follows the layers: the logits, and the MTP modules with theirs."""
+    """Returns what follows the layers costs: logits, and MTP modules with theirs."""
     head = 2 * cfg.hidden_dim * cfg.vocab_size
     project = 4 * cfg.hidden_dim**2
     attention = _attention_cost(cfg.attention, cfg.hidden_dim, length)
@@ -107,7 +107,7 @@ def _moe_cost(cfg: ModelConfig) -> float:
 
 
 def _attention_cost(cfg: AttentionConfig, hidden_dim: int, length: int) -> float:
-    """Its projections, and half of all scores: those of earlier positions."""
+    """Returns the cost of projections and half of all scores, of earlier positions."""
     queries = cfg.num_heads * cfg.qk_dim
     latent = cfg.query_latent_dim
     query = hidden_dim * queries if latent is None else latent * (hidden_dim + queries)

@@ -61,7 +61,7 @@ def compile_steps(
 
 
 class End(NamedTuple):
-    """Where a stretch has ended. signal: the number of what stopped it, or 0."""
+    """Says where a stretch has ended. signal: the number of what stopped it, or 0."""
 
     state: TrainState
     step: int
@@ -128,7 +128,7 @@ class Stretch:
         return End(state, step, stop)
 
     def _tokens(self, step: int) -> int:
-        """What the run was trained on until `step`, where the loader stands."""
+        """Returns what the run was trained on until `step`, where the loader is."""
         sequences = int(self.inputs.loader.get_state()["sequences"])
         length = self.run.data.sequence_length
         return (sequences - self.back.left_out(step)) * length
@@ -162,7 +162,7 @@ class Stretch:
 def evaluate(
     eval_step: steps.EvalStep, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, Any]:
-    """Validation loss, perplexity and global MaxVio, on the host."""
+    """Returns validation loss, perplexity and global MaxVio, on the host."""
     parts, ahead = [], Ahead()
     for batch in batches:
         parts.append(eval_step(state.params, state.router_state, batch))
