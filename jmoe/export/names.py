@@ -103,7 +103,7 @@ class Tensor:
 
     @property
     def index(self) -> tuple[int | slice, ...]:
-        """Of the piece in the leaf."""
+        """The index of the piece in the leaf."""
         lead = tuple(i for i in (self.layer, self.expert) if i is not None)
         return lead if self.half is None else (*lead, ALL, self.half)
 
@@ -113,7 +113,7 @@ class Tensor:
 
 
 def expand(cfg: ModelConfig) -> list[Tensor]:
-    """Every tensor of the checkpoint of `cfg`, layer by layer."""
+    """Returns every tensor of the checkpoint of `cfg`, layer by layer."""
     leaves = abstract_leaves(cfg)
     tensors = list(_expand(cfg, leaves))
     assert {tensor.path for tensor in tensors} == leaves.keys(), "a leaf has no name"
@@ -121,7 +121,7 @@ def expand(cfg: ModelConfig) -> list[Tensor]:
 
 
 def redundant(cfg: ModelConfig) -> list[Tensor]:
-    """What a checkpoint may repeat and ours never do: the head of tied embeddings."""
+    """Returns what checkpoints may repeat, ours never: the head of tied embeddings."""
     if not cfg.tie_embeddings:
         return []
     copies = _rows(abstract_leaves(cfg), "embedding", MODEL["head"][0])
@@ -130,12 +130,12 @@ def redundant(cfg: ModelConfig) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=4)
 def abstract_leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The model's variables by path, without their values."""
+    """Returns the model's variables by path, without their values."""
     return manifest.flatten(abstract_variables(cfg))
 
 
 def abstract_variables(cfg: ModelConfig) -> Any:
-    """The model's variables, without their values."""
+    """Returns the model's variables, without their values."""
     return jax.eval_shape(functools.partial(make_variables, Transformer(cfg), seed=0))
 
 
@@ -157,7 +157,7 @@ def _expand(cfg: ModelConfig, leaves: Mapping[str, Any]) -> Iterator[Tensor]:
 
 
 def _block(cfg: ModelConfig, number: int) -> tuple[str, int | None]:
-    """Where the layer is: in which module, and where in its stack."""
+    """Returns where the layer is: in which module, and where in its stack."""
     dense = number < cfg.num_dense_layers
     kind = "dense" if dense else "moe"
     position = number if dense else number - cfg.num_dense_layers
@@ -187,7 +187,7 @@ def _rows(
     layer: int | None = None,
     is_product: bool = False,
 ) -> Iterator[Tensor]:
-    """What a row of a table stands for; nothing where the model has no such leaf."""
+    """Yields what a row of a table stands for; nothing where there is no such leaf."""
     for path in (f"{collection}/{ours}" for collection in COLLECTIONS):
         if path not in leaves:
             continue

@@ -171,13 +171,15 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.router.z_loss_weight": 1e-3,
     "moe.expert_mlp_dim": 32,
     "moe.num_shared_experts": 0,
+    "moe.backend": "blocks",
+    "moe.remat": "activations",
     "moe.exchange.backend": "ragged",
     "moe.exchange.capacity_factor": 1.5,
     "moe.exchange.drop_order": "position",
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
-UNCHANGEABLE = {"attention.kind", "moe.kind", "moe.backend"}  # there is only one
+UNCHANGEABLE = {"attention.kind", "moe.kind"}  # there is only one
 
 
 YARN = {"factor": 4.0, "original_positions": 256}
@@ -212,16 +214,9 @@ def test_deepseeks_own_file_is_the_v3_preset():
     unsaid = {"moe.router.auxiliary_loss": "none", "moe.router.auxiliary_weight": 0.0}
     preset = changed(ModelConfig.preset("v3"), **unsaid)
     assert shape(got) == changed(preset, init_std=0.02, remat="none")
-    assert sorted(json.loads(got.hf_extras)) == [
-        "attention_dropout",
-        "auto_map",
-        "bos_token_id",
-        "eos_token_id",
-        "ep_size",
-        "quantization_config",
-        "transformers_version",
-        "use_cache",
-    ]
+    extras = "attention_dropout auto_map bos_token_id eos_token_id ep_size "
+    extras += "quantization_config transformers_version use_cache"
+    assert sorted(json.loads(got.hf_extras)) == extras.split()
 
 
 def test_a_v2_lite_file_is_the_v2_lite_preset():
@@ -247,7 +242,7 @@ def test_a_changed_field_survives_the_round_trip(path):
 
 
 def test_the_changes_cover_every_field():
-    assert set(leaves(tiny_with_yarn())) == set(CHANGES) | UNCHANGEABLE
+    assert set(leaves(tiny_with_yarn())) - UNCHANGEABLE == set(CHANGES)
 
 
 @pytest.mark.parametrize("name", FILES)

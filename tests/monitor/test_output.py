@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from jmoe.train import output
+from jmoe.monitor import output
 from tests.faults import full
 
 

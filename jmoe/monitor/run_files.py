@@ -7,7 +7,7 @@
                     active_parameters, unigram_entropy (nats per token)
     metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
     balance.npy     {"step", "load_LE", "bias_LE"} of some logs, a layer's loads sum
-                    to 1 (`jmoe.train.balance_log`)
+                    to 1 (`jmoe.monitor.balance_log`)
     roll_backs.jsonl  {"step" gone back to, "sequences" [begin, end] left out there,
                     "spoilt" (the step that made it go back), "reason"}
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jmoe.data import durable
-from jmoe.train import balance_log
+from jmoe.monitor import balance_log
 
 CONFIG = "config.json"
 INFO = "run.json"
@@ -76,7 +76,7 @@ class Run:
     balance: Balance | None
 
     def series(self, key: str) -> Series | None:
-        """The metric `key` at the steps that logged it, or None."""
+        """Returns the metric `key` at the steps that logged it, or None."""
         rows = [row for row in self.rows if key in row]
         if not rows:
             return None
@@ -85,7 +85,7 @@ class Run:
         return Series(step_N, value_NK.reshape(len(rows), -1))
 
     def last(self, key: str) -> np.ndarray | None:
-        """The metric's last value as an array of K, or None."""
+        """Returns the metric's last value as an array of K, or None."""
         series = self.series(key)
         return None if series is None else series.value_NK[-1]
 
@@ -113,7 +113,7 @@ def read_run(run_dir: str | pathlib.Path) -> Run:
 
 
 def read_starts(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of a `run.json`, by time; none if it is missing or damaged."""
+    """Returns a `run.json`'s records, by time; none if it is missing or damaged."""
     starts = _read_json(path)
     if isinstance(starts, dict):  # of a run that began before starts were kept
         return [starts]
@@ -126,19 +126,19 @@ def replace_json(path: pathlib.Path, value: Any) -> None:
 
 
 def read_lines(path: pathlib.Path) -> Iterator[str]:
-    """The lines of a text file, each with its newline; none if it is missing."""
+    """Yields the lines of a text file, each with its newline; none if missing."""
     if path.exists():
         with path.open(encoding="utf-8", errors="replace") as file:
             yield from file
 
 
 def read_rows(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a `.jsonl` file; none if it is missing."""
+    """Yields the whole rows of a `.jsonl` file; none if it is missing."""
     return filter(None, map(parse_row, read_lines(path)))
 
 
 def parse_row(line: str) -> dict[str, Any] | None:
-    """The row that `line` holds, or None if it isn't whole."""
+    """Returns the row that `line` holds, or None if it isn't whole."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -169,7 +169,7 @@ def drop_rows(path: pathlib.Path, after: int) -> None:
 
 
 def evenly(num_items: int, limit: int) -> np.ndarray:
-    """Indices of at most `limit` (or 2) of the items, first and last among them."""
+    """Returns indices of at most `limit` (or 2) items, first and last among them."""
     num_kept = min(num_items, max(2, limit))
     return np.linspace(0, num_items - 1, num_kept).round().astype(np.int64)
 

@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from jmoe.data.formatting import count
-from jmoe.train.report_page import PALETTE, escape
-from jmoe.train.run_files import Run, Series, evenly
+from jmoe.monitor.report_page import PALETTE, escape
+from jmoe.monitor.run_files import Run, Series, evenly
 
 Draw = Callable[[Axes, Run], bool]
 Line = Callable[[Axes, np.ndarray, np.ndarray, str, str], None]
@@ -55,12 +55,12 @@ _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
 def style(settings: dict[Any, Any]) -> AbstractContextManager[None]:
-    """Within it, figures have the report's style, with `settings` of matplotlib's."""
+    """Gives figures within it the report's style, with `settings` of matplotlib's."""
     return matplotlib.rc_context({**_STYLE, **settings})
 
 
 def inline_svg(draw: Draw, run: Run, *, alt: str, width: float, height: float) -> str:
-    """An `<svg>` element of `width` x `height` inches, or "" if there is no data.
+    """Returns an `<svg>` element of `width` x `height` inches, or "" without data.
 
     `alt` describes it to those who can't see it; it must be unique within a page.
     """
@@ -91,7 +91,7 @@ def label_axes(axes: Axes, label: str) -> None:
 
 
 def draw_loss(axes: Axes, run: Run) -> bool:
-    """Training, validation and MTP loss over the corpus's unigram entropy."""
+    """Draws training, validation and MTP loss over the corpus's unigram entropy."""
     names = ("mtp_loss", "loss", "val_loss")
     mtp, loss, val_loss = (run.series(name) for name in names)
     if loss is None and val_loss is None:
@@ -114,7 +114,7 @@ def draw_loss(axes: Axes, run: Run) -> bool:
 
 
 def draw_max_vio(axes: Axes, run: Run) -> bool:
-    """Batch MaxVio with its spread over the layers, and the global one."""
+    """Draws batch MaxVio with its spread over the layers, and the global one."""
     names = ("max_vio", "max_vio_L", "global_max_vio")
     batch, batch_L, globally = (run.series(name) for name in names)
     if batch is None and globally is None:
@@ -140,7 +140,7 @@ def draw_max_vio(axes: Axes, run: Run) -> bool:
 
 
 def draw_metric(key: str, draw_line: Line) -> Draw:
-    """A function that draws the scalar metric `key`, which is never negative."""
+    """Returns what draws the scalar metric `key`, which is never negative."""
 
     def draw(axes: Axes, run: Run) -> bool:
         series = run.series(key)
@@ -157,7 +157,7 @@ def draw_metric(key: str, draw_line: Line) -> Draw:
 def exact_line(
     axes: Axes, step_N: np.ndarray, value_N: np.ndarray, colour: str, label: str
 ) -> None:
-    """The values as they are: what follows a schedule."""
+    """Draws the values as they are: what follows a schedule."""
     marker = "o" if len(step_N) == 1 else None  # a line of one point is invisible
     style = {"color": COLOURS[colour], "marker": marker, "label": label}
     axes.plot(*_thin(step_N, _finite(value_N)), **style)
@@ -166,7 +166,7 @@ def exact_line(
 def noisy_line(
     axes: Axes, step_N: np.ndarray, value_N: np.ndarray, colour: str, label: str
 ) -> None:
-    """The values, faint, and their moving average: what varies from batch to batch."""
+    """Draws values, faint, and their moving average: what varies between batches."""
     faint = {"color": COLOURS[colour], "alpha": 0.35, "lw": 0.8}
     axes.plot(*_thin(step_N, _finite(value_N)), **faint)
     exact_line(axes, step_N, _moving_average(value_N), colour, label)
@@ -179,7 +179,10 @@ def _draw_evaluations(axes: Axes, series: Series, label: str) -> None:
 
 
 def _moving_average(value_N: np.ndarray) -> np.ndarray:
-    """Over a 40th of the run, centred, so without lag; NaNs count for nothing."""
+    """Returns the mean over a 40th of the run, centred, so without lag.
+
+    NaNs count for nothing.
+    """
     half = len(value_N) // 80
     kernel = np.hanning(2 * half + 3)[1:-1]  # odd, or it would shift the curve
     known_N = np.isfinite(value_N)
@@ -195,7 +198,7 @@ def _finite(value: np.ndarray) -> np.ndarray:
 
 
 def _thin(step_N: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most `_MAX_POINTS` evenly spaced points, the first and last among them."""
+    """Returns at most `_MAX_POINTS` evenly spaced points, with the first and last."""
     kept = evenly(len(step_N), _MAX_POINTS)
     return step_N[kept], value[kept]
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from jmoe.train import run_files
-from jmoe.train.metrics_log import MetricsLog
+from jmoe.monitor import run_files
+from jmoe.monitor.metrics_log import MetricsLog
 from tests.faults import full
 
 

@@ -70,7 +70,7 @@ td { overflow-wrap: anywhere; }
 
 
 def page(title: str, parts: Iterable[str]) -> str:
-    """A whole HTML document of `parts`, which are HTML already."""
+    """Returns a whole HTML document of `parts`, which are HTML already."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -91,12 +91,12 @@ def page(title: str, parts: Iterable[str]) -> str:
 
 
 def section(title: str, content: str) -> str:
-    """A headed part of the page; empty content reads "not recorded"."""
+    """Returns a headed part of the page; empty content reads "not recorded"."""
     return f"<section>\n<h2>{escape(title)}</h2>\n{content or MISSING}\n</section>\n"
 
 
 def numbers(items: Iterable[tuple[str, str | None, str]]) -> str:
-    """A grid of (name, value, remark); a value of None reads "not recorded"."""
+    """Returns a grid of (name, value, remark); a value of None reads "not recorded"."""
     cells = []
     for name, value, remark in items:
         known = MISSING if value is None else escape(value)
@@ -106,7 +106,7 @@ def numbers(items: Iterable[tuple[str, str | None, str]]) -> str:
 
 
 def pairs(items: Iterable[tuple[str, str]]) -> str:
-    """A table of names and values."""
+    """Returns a table of names and values."""
     rows = (
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>\n'
         for name, value in items
@@ -115,7 +115,7 @@ def pairs(items: Iterable[tuple[str, str]]) -> str:
 
 
 def escape(text: Any) -> str:
-    """Text as HTML; what HTML can't hold becomes U+FFFD."""
+    """Returns text as HTML; what HTML can't hold becomes U+FFFD."""
     return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", str(text)))
 
 

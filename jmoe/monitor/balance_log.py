@@ -106,7 +106,7 @@ class BalanceLog:
 
 
 def read_records(path: pathlib.Path) -> np.ndarray | None:
-    """The records of a file, which stay on the disk until they are looked at.
+    """Returns a file's records, which stay on the disk until they are looked at.
 
     Returns:
       A structured array [N]; None if there is no file, or none that can be read.

@@ -1,8 +1,8 @@
 """Writes what a run measures: metrics.jsonl, balance.npy and TensorBoard events.
 
-`jmoe.train.run_files` describes the rows. Every log is flushed, so a crash loses
+`jmoe.monitor.run_files` describes the rows. Every log is flushed, so a crash loses
 nothing, and synced before a checkpoint, so that a power cut loses nothing before that.
-Where one can't be written, training goes on (`jmoe.train.output`).
+Where one can't be written, training goes on (`jmoe.monitor.output`).
 A run that goes on from a checkpoint first drops the rows of steps it is about
 to repeat, so curves never overlap.
 
@@ -23,8 +23,8 @@ from numpy.typing import ArrayLike
 from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.record_writer import RecordWriter
 
-from jmoe.train import output, run_files
-from jmoe.train.balance_log import BalanceLog
+from jmoe.monitor import output, run_files
+from jmoe.monitor.balance_log import BalanceLog
 
 # Generated messages, which type checkers can't look into.
 Event: Any = event_pb2.Event  # pyright: ignore[reportAttributeAccessIssue]
@@ -129,7 +129,7 @@ def _to_json(row: Mapping[str, Any]) -> str:
 
 
 def _plain(values: ArrayLike | None, digits: int) -> Any:
-    """Numbers and nested lists of them as JSON takes them, rounded to `digits`."""
+    """Returns numbers and nested lists of them for JSON, rounded to `digits`."""
     return _round(np.asarray(values).tolist(), digits)
 
 
@@ -144,7 +144,7 @@ def _round(value: Any, digits: int) -> Any:
 
 
 def _open_events(directory: pathlib.Path, start_step: int) -> RecordWriter:
-    """A new event file that makes TensorBoard forget the steps past `start_step`.
+    """Opens an event file that makes TensorBoard forget the steps past `start_step`.
 
     tensorboardX's SummaryWriter has a queue and a thread, which lose the last events
     when a process is killed.
@@ -172,7 +172,7 @@ def _write_events(events: RecordWriter, *new: Any) -> None:
 
 
 def _to_event(step: int, now: float, metrics: Mapping[str, ArrayLike]) -> Any:
-    """All metrics of a step as one event; a vector has a tag for each element."""
+    """Returns a step's metrics as one event; a vector has a tag for each element."""
     summary = Summary()
     for key in metrics:
         values = np.asarray(metrics[key], dtype=np.float64)

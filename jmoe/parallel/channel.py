@@ -1,10 +1,10 @@
 """Connections between processes of one run, each of which has proved that it is one.
 
-A line carries JSON values. It begins with a challenge each way: each end sends a random
-number and answers the other's by HMAC-SHA256 (RFC 2104) under the run's secret, which
-is never sent. A stranger can't answer and, as its answer holds both numbers, can't
-repeat one that it has heard. What follows isn't encrypted: who can alter a network's
-packets isn't kept out.
+A channel carries JSON values. It begins with a challenge each way: each end sends a
+random number and answers the other's by HMAC-SHA256 (RFC 2104) under the run's secret,
+which is never sent. A stranger can't answer and, as its answer holds both numbers,
+can't repeat one that it has heard. What follows isn't encrypted: who can alter a
+network's packets isn't kept out.
 """
 
 import contextlib
@@ -35,11 +35,11 @@ _KEEP_ALIVE = {
 }
 
 
-class StrangerError(ValueError):
+class AuthenticationError(ValueError):
     """The other end isn't a process of this run."""
 
 
-class Line:
+class Channel:
     """One end of a connection: JSON values, one a line. One thread may receive."""
 
     def __init__(self, connection: socket.socket):
@@ -102,42 +102,42 @@ class Line:
         self.connection.close()
 
 
-def challenge(line: Line, secret: bytes) -> Any:
+def challenge(channel: Channel, secret: bytes) -> Any:
     """Returns how the other end introduces itself, once it has proved the secret.
 
     Raises:
-      StrangerError: it has not, or has sent something else or too much.
+      AuthenticationError: it has not, or has sent something else or too much.
       OSError: it has ended, or taken longer than HANDSHAKE_S.
     """
     deadline = time.monotonic() + HANDSHAKE_S
     mine = secrets.token_hex(32)
-    line.send({"jmoe": mine})
-    answer = _fields(line, deadline, "hello", "nonce", "proof")
+    channel.send({"jmoe": mine})
+    answer = _fields(channel, deadline, "hello", "nonce", "proof")
     content = [mine, answer["nonce"], answer["hello"]]
     if not _proves(answer["proof"], secret, "other", content):
-        line.send({"refused": "It has another secret."})
-        raise StrangerError("It has another secret.")
-    line.send({"proof": _proof(secret, "first", content)})
-    line.connection.settimeout(None)
+        channel.send({"refused": "It has another secret."})
+        raise AuthenticationError("It has another secret.")
+    channel.send({"proof": _proof(secret, "first", content)})
+    channel.connection.settimeout(None)
     return answer["hello"]
 
 
-def introduce(line: Line, secret: bytes, hello: Mapping[str, Any]) -> None:
+def answer_challenge(channel: Channel, secret: bytes, hello: Mapping[str, Any]) -> None:
     """Proves the secret to the end that challenges, and has it prove it in return.
 
     Raises:
-      StrangerError: it has another secret, or is something else.
+      AuthenticationError: it has another secret, or is something else.
       OSError: as for `challenge`.
     """
     deadline = time.monotonic() + HANDSHAKE_S
     nonce = secrets.token_hex(32)
-    content = [_fields(line, deadline, "jmoe")["jmoe"], nonce, dict(hello)]
+    content = [_fields(channel, deadline, "jmoe")["jmoe"], nonce, dict(hello)]
     proof = _proof(secret, "other", content)
-    line.send({"hello": hello, "nonce": nonce, "proof": proof})
-    answer = _fields(line, deadline)
+    channel.send({"hello": hello, "nonce": nonce, "proof": proof})
+    answer = _fields(channel, deadline)
     if not _proves(answer.get("proof"), secret, "first", content):
-        raise StrangerError("It has another secret.")
-    line.connection.settimeout(None)
+        raise AuthenticationError("It has another secret.")
+    channel.connection.settimeout(None)
 
 
 def read_secret(environ: Mapping[str, str] = os.environ) -> bytes:
@@ -182,7 +182,7 @@ def _kept_secret(environ: Mapping[str, str]) -> bytes:
 
 
 def _make_secret(path: pathlib.Path) -> None:
-    """Whole or not at all, and the first one's if several make it at once."""
+    """Writes a secret whole or not at all; of several at once, the first one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
     own = path.with_name(f"secret.{socket.gethostname()}.{os.getpid()}")
     with open(os.open(own, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -192,19 +192,22 @@ def _make_secret(path: pathlib.Path) -> None:
     own.unlink()
 
 
-def _fields(line: Line, deadline: float, *names: str) -> dict[str, Any]:
-    """An object that has these fields, from an end that has proved nothing yet."""
+def _fields(channel: Channel, deadline: float, *names: str) -> dict[str, Any]:
+    """Returns an object that has these fields, from an end that has proved nothing."""
     try:
-        message = line.receive(_MAX_STRANGER, deadline)
+        message = channel.receive(_MAX_STRANGER, deadline)
     except (ValueError, RecursionError) as error:
-        raise StrangerError(str(error)) from error
+        raise AuthenticationError(str(error)) from error
     if not isinstance(message, dict) or not set(names) <= set(message):
-        raise StrangerError("It says something else.")
+        raise AuthenticationError("It says something else.")
     return message
 
 
 def _proof(secret: bytes, side: str, content: list[Any]) -> str:
-    """The side keeps one end's answer from being the other's."""
+    """Returns a proof of `content`.
+
+    The side keeps one end's answer from being the other's.
+    """
     text = json.dumps([side, *content], sort_keys=True)
     return hmac.new(secret, text.encode(), hashlib.sha256).hexdigest()
 

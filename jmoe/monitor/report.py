@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 
 from jmoe.data import durable
 from jmoe.data.formatting import count, duration
-from jmoe.train import report_balance, report_curves, report_page, run_files
-from jmoe.train.report_curves import draw_metric, exact_line, noisy_line
-from jmoe.train.report_page import escape
-from jmoe.train.run_files import Run, evenly
+from jmoe.monitor import report_balance, report_curves, report_page, run_files
+from jmoe.monitor.report_curves import draw_metric, exact_line, noisy_line
+from jmoe.monitor.report_page import escape
+from jmoe.monitor.run_files import Run, evenly
 
 _MAX_SAMPLES = 4  # shown of the last step that has any
 _MAX_EARLIER = 6  # earlier steps whose first sample is shown
@@ -117,7 +117,7 @@ def _median_speed(run: Run) -> str | None:
 
 
 def _training_time(run: Run) -> str | None:
-    """Steps times their time, so that pauses between processes don't count."""
+    """Returns steps times their time, so that pauses between processes don't count."""
     seconds = run.series("step_seconds")
     if seconds is None:
         return None

@@ -15,8 +15,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 
-from jmoe.train.report_curves import Draw, label_axes
-from jmoe.train.run_files import Balance, Run, evenly
+from jmoe.monitor.report_curves import Draw, label_axes
+from jmoe.monitor.run_files import Balance, Run, evenly
 
 _COLOUR_MAP = "RdBu_r"  # blue: idle, white: the fair share, red: overloaded
 _MAX_LOAD = 2.0  # where the colours end, as far above the fair share as 0 is below
@@ -29,7 +29,7 @@ _PATHS_HEIGHT = 200
 
 
 def tiles(run: Run) -> str:
-    """HTML of all layers' tiles and their common scale; "" if nothing was recorded."""
+    """Returns HTML of all layers' tiles and their scale; "" if nothing was recorded."""
     if run.balance is None:
         return ""
     step_N, load_NLE, bias_NLE = run.balance
@@ -51,7 +51,7 @@ chosen more often than their scores ask for, those that end
 
 
 def load_png(load_NE: np.ndarray) -> bytes:
-    """A heat map of loads in units of the fair share, E pixels high and N wide."""
+    """Returns a heat map of loads in units of the fair share, E pixels high, N wide."""
     scaled_EN = np.clip(load_NE.T / _MAX_LOAD, 0, 1) * (_NUM_COLOURS - 1)
     index_EN = np.where(np.isnan(scaled_EN), _NUM_COLOURS, scaled_EN.round())
     image = Image.fromarray(index_EN.astype(np.uint8))
@@ -62,7 +62,7 @@ def load_png(load_NE: np.ndarray) -> bytes:
 
 
 def draw_load(layer: int) -> Draw:
-    """A function that draws the heat map of one MoE layer with axes and a scale.
+    """Returns what draws the heat map of one MoE layer with axes and a scale.
 
     It raises ValueError if the run has no such layer.
     """
@@ -96,7 +96,7 @@ def draw_load(layer: int) -> Draw:
 
 
 def _palette() -> np.ndarray:
-    """The colours from load 0 to `_MAX_LOAD`, uint8 [_NUM_COLOURS, C]."""
+    """Returns the colours from load 0 to `_MAX_LOAD`, uint8 [_NUM_COLOURS, C]."""
     colour_map = matplotlib.colormaps[_COLOUR_MAP]
     return colour_map(np.linspace(0, 1, _NUM_COLOURS), bytes=True)[:, :3]
 
@@ -117,7 +117,7 @@ def _tile(run: Run, balance: Balance, layer: int, limit: float) -> str:
 
 
 def _caption(run: Run, layer: int) -> str:
-    """What the layer's last logs say, as far as it is worth a word."""
+    """Returns what the layer's last logs say, as far as it is worth a word."""
     words = []
     for key, name in (("global_max_vio_L", "global"), ("max_vio_L", "batch")):
         max_vio_L = run.last(key)
@@ -133,7 +133,10 @@ def _caption(run: Run, layer: int) -> str:
 
 
 def _bias_paths(bias_NE: np.ndarray, layer: int, limit: float, num_layers: int) -> str:
-    """An SVG as wide as the heat map above it, with experts spread over all biases."""
+    """Returns an SVG as wide as the heat map above it.
+
+    Experts are spread over all biases.
+    """
     num_logs, num_experts = bias_NE.shape
     num_paths = min(num_experts, _MAX_PATHS)
     times = evenly(num_logs, _MAX_POINTS // (num_layers * num_paths))

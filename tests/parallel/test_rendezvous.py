@@ -8,21 +8,23 @@ import time
 
 import pytest
 
-from jmoe.parallel import door, meeting
+from jmoe.parallel import listener, rendezvous
 from tests.several_processes import SECRET, free_address, in_parallel
 
 HERE = f"{socket.gethostname()}, pid {os.getpid()}"
 
 
-def meet(address: str, count: int, index: int, timeout_s: float) -> meeting.Group:
-    return meeting.meet(address, count, index, timeout_s, SECRET)
+def meet(
+    address: str, count: int, index: int, timeout_s: float
+) -> rendezvous.ProcessGroup:
+    return rendezvous.join(address, count, index, timeout_s, SECRET)
 
 
-def die(group: meeting.Group) -> None:
+def die(group: rendezvous.ProcessGroup) -> None:
     """As the system does it for a process that is killed: its connections close."""
     group._leaves = True  # it can't say anything more
-    for line in group._lines:
-        line.close()
+    for channel in group._channels:
+        channel.close()
 
 
 @pytest.fixture
@@ -42,25 +44,27 @@ def groups(address):
 def test_all_that_meet_get_everybodys_values_in_order(groups):
     for turn in ("first", "second"):
         values = [(group, turn, {"index": group.index}) for group in reversed(groups)]
-        got = in_parallel(meeting.Group.exchange, *values)
+        got = in_parallel(rendezvous.ProcessGroup.exchange, *values)
         assert got == [[{"index": 0}, {"index": 1}, {"index": 2}]] * 3
 
 
 def test_a_lone_process_exchanges_with_itself():
-    assert meeting.Group().exchange("anything", 5) == [5]
+    assert rendezvous.ProcessGroup().exchange("anything", 5) == [5]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_reaches_the_others_where_they_next_exchange(groups, failing):
     failed = groups.pop(failing)
     failed.fail("the disk is full")
-    got = in_parallel(meeting.Group.exchange, *((group, "x", 1) for group in groups))
-    assert [type(error) for error in got] == [meeting.ElsewhereError] * 2
+    got = in_parallel(
+        rendezvous.ProcessGroup.exchange, *((group, "x", 1) for group in groups)
+    )
+    assert [type(error) for error in got] == [rendezvous.RemoteError] * 2
     assert {str(error) for error in got} == {f"process {failing}: the disk is full"}
 
 
 def test_a_failure_does_not_overtake_the_values_before_it(groups, monkeypatch):
-    slow = groups[0]._lines[1]
+    slow = groups[0]._channels[1]
     send = slow.send
 
     def send_late(message):
@@ -81,7 +85,7 @@ def test_a_failure_does_not_overtake_the_values_before_it(groups, monkeypatch):
 def test_a_process_that_ends_is_named_to_those_that_wait_for_it(groups, ended):
     die(groups.pop(ended))
     got = in_parallel(
-        meeting.Group.exchange, *((group, "step 3", 1) for group in groups)
+        rendezvous.ProcessGroup.exchange, *((group, "step 3", 1) for group in groups)
     )
     assert [type(error) for error in got] == [ConnectionError] * 2
     for error in got:
@@ -90,30 +94,30 @@ def test_a_process_that_ends_is_named_to_those_that_wait_for_it(groups, ended):
 
 @pytest.mark.parametrize("ended", [0, 1])
 def test_a_watch_learns_of_a_process_that_ends_whatever_the_others_do(groups, ended):
-    losses = queue.SimpleQueue()
+    failures = queue.SimpleQueue()
     die(groups.pop(ended))
     for group in groups:
-        group.watch(losses.put)
-    for loss in (losses.get(timeout=20), losses.get(timeout=20)):
-        assert loss.is_missing and f"process {ended} ({HERE})" in loss.reason
+        group.watch(failures.put)
+    for failure in (failures.get(timeout=20), failures.get(timeout=20)):
+        assert failure.is_missing and f"process {ended} ({HERE})" in failure.reason
 
 
 def test_processes_that_leave_are_not_missing(groups):
-    losses = []
+    failures = []
     for group in groups:
-        group.watch(losses.append)
+        group.watch(failures.append)
     for group in groups:
         group.close()
-    assert [group.await_loss(0.2) for group in groups] == [None] * 3
-    assert losses == []
+    assert [group.await_failure(0.2) for group in groups] == [None] * 3
+    assert failures == []
 
 
 def test_a_host_that_is_gone_is_noticed_within_half_a_minute(groups):
     if not hasattr(socket, "TCP_USER_TIMEOUT"):
         pytest.skip("Only Linux has all of these options.")
-    line = groups[1]._lines[0].connection
+    connection = groups[1]._channels[0].connection
     idle, between, times, unanswered = (
-        line.getsockopt(socket.IPPROTO_TCP, option)
+        connection.getsockopt(socket.IPPROTO_TCP, option)
         for option in (
             socket.TCP_KEEPIDLE,
             socket.TCP_KEEPINTVL,
@@ -121,7 +125,7 @@ def test_a_host_that_is_gone_is_noticed_within_half_a_minute(groups):
             socket.TCP_USER_TIMEOUT,
         )
     )
-    assert line.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0
+    assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) != 0
     assert idle + between * times <= 30 and unanswered <= 30_000
 
 
@@ -143,25 +147,27 @@ def test_without_process_0_the_others_name_it(address):
 
 
 def test_one_that_came_and_died_is_missing_and_may_come_again(address):
-    def die_then_meet(index: int) -> meeting.Group:
+    def die_then_meet(index: int) -> rendezvous.ProcessGroup:
         if index == 1:
             time.sleep(0.3)  # process 0 listens
-            hello = meeting._hello(1, 3)
-            meeting._reach(address, SECRET, hello, time.monotonic() + 5).close()
+            hello = rendezvous._hello(1, 3)
+            rendezvous._reach(address, SECRET, hello, time.monotonic() + 5).close()
             time.sleep(0.3)
         if index == 2:
             time.sleep(1.0)
         return meet(address, 3, index, 20.0)
 
     groups = in_parallel(die_then_meet, (0,), (1,), (2,))
-    got = in_parallel(meeting.Group.exchange, *((g, "x", g.index) for g in groups))
+    got = in_parallel(
+        rendezvous.ProcessGroup.exchange, *((g, "x", g.index) for g in groups)
+    )
     assert got == [[0, 1, 2]] * 3
     for group in groups:
         group.close()
 
 
 def test_different_numbers_of_processes_are_told_to_all(address, monkeypatch):
-    monkeypatch.setattr(meeting, "_LATE_S", 0.5)
+    monkeypatch.setattr(rendezvous, "_LATE_S", 0.5)
     calls = ((address, count, index, 5.0) for count, index in ((3, 0), (3, 1), (4, 2)))
     got = in_parallel(meet, *calls)
     assert [type(error) for error in got] == [ValueError] * 3
@@ -170,7 +176,7 @@ def test_different_numbers_of_processes_are_told_to_all(address, monkeypatch):
 
 
 def test_two_processes_of_one_index_are_refused_on_all(address, monkeypatch):
-    monkeypatch.setattr(meeting, "_LATE_S", 0.5)
+    monkeypatch.setattr(rendezvous, "_LATE_S", 0.5)
     calls = ((address, 4, index, 5.0) for index in (0, 2, 2))
     got = in_parallel(meet, *calls)
     assert [type(error) for error in got] == [ValueError] * 3
@@ -178,7 +184,7 @@ def test_two_processes_of_one_index_are_refused_on_all(address, monkeypatch):
 
 
 def test_an_address_where_something_else_listens_is_named(address):
-    host, port = door.split_address(address)
+    host, port = listener.split_address(address)
     with socket.create_server((host, port)) as server:
 
         def answer():
@@ -202,7 +208,7 @@ def test_one_that_comes_after_all_have_met_is_told_so(address, groups):
 
 def test_another_secret_is_named_on_either_side(address):
     calls = ((address, 2, 0, 1.5, b"mine"), (address, 2, 1, 1.5, b"yours"))
-    zero, one = in_parallel(meeting.meet, *calls)
+    zero, one = in_parallel(rendezvous.join, *calls)
     assert isinstance(zero, TimeoutError) and isinstance(one, ValueError)
     assert "secret came from 127.0.0.1" in str(zero)
     assert "it has another secret (JMOE_SECRET, " in str(one)

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, NamedTuple
 
+from jmoe.monitor import run_files
 from jmoe.parallel import processes
-from jmoe.train import run_files
 
 _PACKAGES = ("jmoe", "jax", "flax", "optax", "orbax-checkpoint", "grain")
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -80,7 +80,7 @@ def since(start: Start, changed: Mapping[str, tuple[Any, Any]]) -> str | None:
 
 
 def _facts(start: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's steps are computed by, of what the record of a start tells."""
+    """Returns what a run's steps are computed by, as the record of a start has it."""
     facts = {}
     if start.get("commit"):
         edited = " with changes" if start.get("dirty") else ""

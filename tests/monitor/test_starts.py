@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from jmoe.train import run_files, starts
+from jmoe.monitor import run_files, starts
 
 
 def git(root, *arguments):

@@ -78,7 +78,7 @@ class Lines:
         self._trouble.attempt(self._write_and_sync)
 
     def close(self) -> None:
-        """What could not be written is lost."""
+        """Closes the file; what could not be written is lost."""
         self._trouble.attempt(self._write)
         self._file.close()
 

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from jmoe.train import run_files
-from jmoe.train.balance_log import BalanceLog, read_records
+from jmoe.monitor import run_files
+from jmoe.monitor.balance_log import BalanceLog, read_records
 
 V3 = (58, 256)  # MoE layers and routed experts of DeepSeek-V3
 

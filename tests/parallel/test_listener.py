@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jmoe.parallel import door, lines, meeting
+from jmoe.parallel import channel, listener, rendezvous
 from tests.several_processes import SECRET, free_address, in_parallel
 
 
@@ -18,13 +18,13 @@ def address() -> str:
 
 @pytest.fixture
 def opened(address):
-    made = door.Door(address, SECRET)
+    made = listener.Listener(address, SECRET)
     yield made
     made.close()
 
 
 def knock(address: str, message: bytes = b"") -> socket.socket:
-    connection = socket.create_connection(door.split_address(address), timeout=20)
+    connection = socket.create_connection(listener.split_address(address), timeout=20)
     with contextlib.suppress(OSError):  # it may have been turned away already
         connection.sendall(message)
     return connection
@@ -37,10 +37,10 @@ def has_closed(connection: socket.socket) -> bool:
     return True
 
 
-def let_in(address: str, secret: bytes = SECRET) -> lines.Line:
-    line = lines.Line(knock(address))
-    lines.introduce(line, secret, {"purpose": "meet", "index": 1})
-    return line
+def let_in(address: str, secret: bytes = SECRET) -> channel.Channel:
+    end = channel.Channel(knock(address))
+    channel.answer_challenge(end, secret, {"purpose": "meet", "index": 1})
+    return end
 
 
 HELLO = b'{"hello": {"purpose": "meet"}, "nonce": "", "proof": %s}\n'
@@ -64,28 +64,28 @@ HELLO = b'{"hello": {"purpose": "meet"}, "nonce": "", "proof": %s}\n'
 def test_a_stranger_is_turned_away(opened, address, message):
     with knock(address, message) as stranger:
         assert has_closed(stranger)
-    assert opened.next_guest(0) is None
+    assert opened.next_process(0) is None
     assert "secret came from 127.0.0.1" in opened.strangers()
 
 
 def test_an_answer_that_was_overheard_opens_nothing(opened, address):
     heard = []
 
-    class Overheard(lines.Line):
+    class Overheard(channel.Channel):
         def send(self, value):
             heard.append(value)
             super().send(value)
 
-    line = Overheard(knock(address))
-    lines.introduce(line, SECRET, {"purpose": "meet"})
-    line.close()
-    _, other = opened.next_guest(20)
+    end = Overheard(knock(address))
+    channel.answer_challenge(end, SECRET, {"purpose": "meet"})
+    end.close()
+    _, other = opened.next_process(20)
     other.close()
-    again = lines.Line(knock(address))
+    again = channel.Channel(knock(address))
     again.send(heard[0])
     assert "jmoe" in again.receive() and "refused" in again.receive()
     again.close()
-    assert opened.next_guest(0) is None
+    assert opened.next_process(0) is None
 
 
 def test_many_that_drip_keep_nobody_waiting(address, monkeypatch):
@@ -96,13 +96,13 @@ def test_many_that_drip_keep_nobody_waiting(address, monkeypatch):
             while not ends.wait(0.1):
                 stranger.sendall(b"x" * (number % 2))  # every other one says nothing
 
-    def come(index: int) -> meeting.Group:
+    def come(index: int) -> rendezvous.ProcessGroup:
         time.sleep(0.5 * index)  # process 0 listens, then strangers come first
-        return meeting.meet(address, 2, index, 20.0, SECRET)
+        return rendezvous.join(address, 2, index, 20.0, SECRET)
 
-    monkeypatch.setattr(meeting, "_RETRY_S", 0.01)
+    monkeypatch.setattr(rendezvous, "_RETRY_S", 0.01)
     zero = threading.Thread(target=lambda: groups.append(come(0)), daemon=True)
-    groups: list[meeting.Group] = []
+    groups: list[rendezvous.ProcessGroup] = []
     zero.start()
     time.sleep(0.2)
     strangers = [
@@ -115,13 +115,13 @@ def test_many_that_drip_keep_nobody_waiting(address, monkeypatch):
     zero.join(20)
     took = time.monotonic() - start
     ends.set()
-    assert len(groups) == 2 and took < lines.HANDSHAKE_S
+    assert len(groups) == 2 and took < channel.HANDSHAKE_S
     for group in groups:
         group.close()
 
 
 def test_one_that_drips_is_turned_away_in_time(opened, address, monkeypatch):
-    monkeypatch.setattr(lines, "HANDSHAKE_S", 0.5)
+    monkeypatch.setattr(channel, "HANDSHAKE_S", 0.5)
     start = time.monotonic()
     with knock(address) as stranger:
         with contextlib.suppress(OSError):
@@ -132,7 +132,7 @@ def test_one_that_drips_is_turned_away_in_time(opened, address, monkeypatch):
 
 
 def test_it_listens_at_the_coordinators_address_only(opened, address):
-    _, port = door.split_address(address)
+    _, port = listener.split_address(address)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=20)
 
@@ -142,7 +142,7 @@ def own_hosts(monkeypatch, host: str, *found: str) -> list[str]:
         (socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, 80)) for address in found
     ]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
-    return [place[0] for _, place in door._own_places(host, 80)]
+    return [place[0] for _, place in listener._own_places(host, 80)]
 
 
 def test_a_name_that_is_the_loopback_here_stands_for_all_addresses(monkeypatch):
@@ -154,19 +154,19 @@ def test_a_name_that_is_the_loopback_here_stands_for_all_addresses(monkeypatch):
 
 def test_an_environment_variable_says_where_to_listen(address, monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", address)
-    made = door.Door("192.0.2.1:80", SECRET)  # not an address of this host
+    made = listener.Listener("192.0.2.1:80", SECRET)  # not an address of this host
     let_in(address).close()
     made.close()
     monkeypatch.delenv("JAX_COORDINATOR_BIND_ADDRESS")
     with pytest.raises(OSError, match="JAX_COORDINATOR_BIND_ADDRESS says where"):
-        door.Door("192.0.2.1:80", SECRET)
+        listener.Listener("192.0.2.1:80", SECRET)
 
 
 @pytest.fixture
-def way():
+def pair():
     """A loopback address that leads to a service on the loopback of process 0."""
     groups = in_parallel(
-        meeting.meet,
+        rendezvous.join,
         *((at, 2, index, 20.0, SECRET) for at in [free_address()] for index in (0, 1)),
     )
     yield groups
@@ -174,12 +174,10 @@ def way():
         group.close()
 
 
-def test_what_jax_opens_leads_through_the_door_to_its_service(way):
-    zero, one = way
-    with socket.create_server(door.split_address(zero.open_way_for_jax())) as service:
-        with socket.create_connection(
-            door.split_address(one.open_way_for_jax())
-        ) as end:
+def test_what_jax_opens_leads_through_the_listener_to_its_service(pair):
+    zero, one = pair
+    with socket.create_server(listener.split_address(zero.forward_jax())) as service:
+        with socket.create_connection(listener.split_address(one.forward_jax())) as end:
             end.sendall(b"to the service")
             other, _ = service.accept()
             assert other.recv(100) == b"to the service"
@@ -188,10 +186,10 @@ def test_what_jax_opens_leads_through_the_door_to_its_service(way):
             other.close()
 
 
-def test_jaxs_end_stays_open_when_process_0_is_gone(way):
-    zero, one = way
-    with socket.create_server(door.split_address(zero.open_way_for_jax())) as service:
-        end = socket.create_connection(door.split_address(one.open_way_for_jax()))
+def test_jaxs_end_stays_open_when_process_0_is_gone(pair):
+    zero, one = pair
+    with socket.create_server(listener.split_address(zero.forward_jax())) as service:
+        end = socket.create_connection(listener.split_address(one.forward_jax()))
         other, _ = service.accept()
         other.close()
     end.settimeout(0.5)
@@ -203,9 +201,9 @@ def test_jaxs_end_stays_open_when_process_0_is_gone(way):
 @pytest.mark.parametrize("address", ["localhost", ":80", "host:", "host:0", "h:70000"])
 def test_an_address_is_a_host_and_a_port(address):
     with pytest.raises(ValueError, match=f"coordinator='{address}' must read host:"):
-        door.split_address(address)
+        listener.split_address(address)
 
 
 def test_addresses_of_either_kind_are_understood():
-    assert door.split_address("[::1]:80") == ("::1", 80)
-    assert door.split_address("node-7.cluster:4321") == ("node-7.cluster", 4321)
+    assert listener.split_address("[::1]:80") == ("::1", 80)
+    assert listener.split_address("node-7.cluster:4321") == ("node-7.cluster", 4321)

@@ -4,7 +4,7 @@ Each connection has a thread and a few seconds of its own, so that one that says
 nothing, or a byte now and then, keeps nobody waiting. It listens at the coordinator's
 address and no other of this host's.
 
-A process comes to meet the others (`jmoe.parallel.meeting`), and again for each
+A process comes to meet the others (`jmoe.parallel.rendezvous`), and again for each
 connection that JAX opens to its coordination service, which itself knows no secret and
 ends a process by SIGABRT when process 0's end of a connection closes. So the service
 listens on the loopback alone, and its connections go through here, from each host's
@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jmoe.parallel.lines import Line, StrangerError, challenge
+from jmoe.parallel.channel import AuthenticationError, Channel, challenge
 
 _BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 _LOOPBACK = "127.0.0.1"
@@ -32,35 +32,38 @@ _SERVICE_S = 300.0  # for JAX's service to listen
 _LISTED_STRANGERS = 4
 
 
-class Door:
+class Listener:
     """Listens until it is closed."""
 
     def __init__(self, address: str, secret: bytes):
         """Raises OSError if it can't listen there."""
         self._secret = secret
-        self._guests: queue.SimpleQueue[tuple[dict[str, Any], Line]]
-        self._guests = queue.SimpleQueue()
+        self._arrived: queue.SimpleQueue[tuple[dict[str, Any], Channel]]
+        self._arrived = queue.SimpleQueue()
         self._free = threading.Semaphore(_MAX_HANDSHAKES)
         self._strangers: set[str] = set()
         self._refusal: str | None = None
         self._service_port: int | None = None
-        self._listeners = _listen(address)
-        for listener in self._listeners:
-            _in_background(self._accept, listener)
+        self._sockets = _listen(address)
+        for server in self._sockets:
+            _in_background(self._accept, server)
 
-    def next_guest(self, timeout_s: float) -> tuple[dict[str, Any], Line] | None:
-        """Returns who has come to meet the others, and a line to it; None if nobody."""
+    def next_process(self, timeout_s: float) -> tuple[dict[str, Any], Channel] | None:
+        """Returns what a process that has come says of itself, and a channel to it.
+
+        None if none has come in time.
+        """
         try:
-            return self._guests.get(timeout=max(timeout_s, 1e-3))
+            return self._arrived.get(timeout=max(timeout_s, 1e-3))
         except queue.Empty:
             return None
 
     def refuse_more(self, reason: str) -> None:
-        """From now on, whoever comes to meet the others is told why it can't."""
+        """Tells whoever comes to meet the others from now on why it can't."""
         self._refusal = reason
 
     def strangers(self) -> str:
-        """A sentence about those that were not let in; "" if there were none."""
+        """Returns a sentence about those not let in; "" if there were none."""
         if not self._strangers:
             return ""
         hosts = sorted(self._strangers)
@@ -75,54 +78,54 @@ class Door:
         return f"{_LOOPBACK}:{self._service_port}"
 
     def close(self) -> None:
-        for listener in self._listeners:
-            _close(listener)
-        while (guest := self.next_guest(0)) is not None:
-            guest[1].close()
+        for server in self._sockets:
+            _close(server)
+        while (arrived := self.next_process(0)) is not None:
+            arrived[1].close()
 
-    def _accept(self, listener: socket.socket) -> None:
+    def _accept(self, server: socket.socket) -> None:
         with contextlib.suppress(OSError):  # until it is closed
             while True:
-                connection, (host, *_) = listener.accept()
+                connection, (host, *_) = server.accept()
                 self._free.acquire()
                 _in_background(self._welcome, connection, host)
 
     def _welcome(self, connection: socket.socket, host: str) -> None:
         try:
-            line = Line(connection)
-            hello = challenge(line, self._secret)
-        except (StrangerError, OSError):
+            channel = Channel(connection)
+            hello = challenge(channel, self._secret)
+        except (AuthenticationError, OSError):
             self._strangers.add(host)
             connection.close()
             return
         finally:
             self._free.release()
         if hello["purpose"] == "jax":
-            self._to_service(line)
+            self._to_service(channel)
         elif self._refusal is None:
-            self._guests.put((hello, line))
+            self._arrived.put((hello, channel))
         else:
-            line.send({"error": self._refusal, "kind": "ValueError"})
-            line.close()
+            channel.send({"error": self._refusal, "kind": "ValueError"})
+            channel.close()
 
-    def _to_service(self, line: Line) -> None:
-        """JAX's service may not have started yet."""
+    def _to_service(self, channel: Channel) -> None:
+        """Connects it to JAX's service, which may not have started yet."""
         deadline = time.monotonic() + _SERVICE_S
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError):
                 place = (_LOOPBACK, self._service_port)
                 service = socket.create_connection(place)
-                _relay(service, *line.take_over(), True)
+                _relay(service, *channel.take_over(), True)
                 return
             time.sleep(_RETRY_S)
-        line.close()
+        channel.close()
 
 
-class Way:
-    """A loopback address that leads to process 0, by a line of its own each time."""
+class Forwarder:
+    """A loopback address that leads to process 0, by a channel of its own each time."""
 
-    def __init__(self, reach: Callable[[], Line]):
-        """`reach` opens such a line."""
+    def __init__(self, reach: Callable[[], Channel]):
+        """`reach` opens such a channel."""
         self._reach = reach
         self._listener = socket.create_server((_LOOPBACK, 0))
         self.address = f"{_LOOPBACK}:{self._listener.getsockname()[1]}"
@@ -139,11 +142,11 @@ class Way:
             while True:
                 local, _ = self._listener.accept()
                 try:
-                    line = self._reach()
+                    channel = self._reach()
                 except (OSError, ValueError):  # process 0 is gone
                     self._unanswered.append(local)
                 else:
-                    _in_background(_relay, local, *line.take_over(), False)
+                    _in_background(_relay, local, *channel.take_over(), False)
 
 
 def _relay(local: socket.socket, remote: socket.socket, first: bytes, ends: bool):
@@ -174,10 +177,10 @@ def _pass_on(source: socket.socket, target: socket.socket, ends: bool = True) ->
             target.shutdown(socket.SHUT_WR)
 
 
-def _close(listener: socket.socket) -> None:
+def _close(server: socket.socket) -> None:
     with contextlib.suppress(OSError):
-        listener.shutdown(socket.SHUT_RDWR)  # wakes who accepts
-    listener.close()
+        server.shutdown(socket.SHUT_RDWR)  # wakes who accepts
+    server.close()
 
 
 def _in_background(function: Callable[..., None], *arguments: Any) -> None:
@@ -185,7 +188,7 @@ def _in_background(function: Callable[..., None], *arguments: Any) -> None:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port; ValueError if it isn't host:port."""
+    """Returns host and port; ValueError if it isn't host:port."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
         raise ValueError(f"coordinator={address!r} must read host:port.")
@@ -193,7 +196,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def _listen(address: str) -> list[socket.socket]:
-    """At each of the addresses that the coordinator's name has here.
+    """Listens at each of the addresses that the coordinator's name has here.
 
     As for JAX, an environment variable may say where else, on a host that others know
     by an address that it doesn't have.
@@ -202,23 +205,23 @@ def _listen(address: str) -> list[socket.socket]:
     bound = os.environ.get(_BIND)
     if bound:
         host, port = split_address(bound)
-    listeners: list[socket.socket] = []
+    servers: list[socket.socket] = []
     try:
         for family, place in dict.fromkeys(_own_places(host, port)):
-            listeners.append(socket.create_server(place, family=family))
+            servers.append(socket.create_server(place, family=family))
     except OSError as error:
-        for listener in listeners:
-            listener.close()
+        for server in servers:
+            server.close()
         raise OSError(
             f"coordinator={address!r}: process 0 can't listen there: {error}. If the "
             f"others know this host by an address that it doesn't have itself, {_BIND} "
             "says where to listen."
         ) from error
-    return listeners
+    return servers
 
 
 def _own_places(host: str, port: int) -> Iterator[tuple[int, tuple]]:
-    """Families and addresses of the sockets to open.
+    """Yields families and addresses of the sockets to open.
 
     Many hosts know their own name as the loopback only, by which nobody else could
     reach them: such a name stands for all of a host's addresses.

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from jmoe.train import balance_log, report_balance
-from jmoe.train.balance_log import BalanceLog
-from jmoe.train.metrics_log import MetricsLog
-from jmoe.train.report import write_picture, write_report
-from jmoe.train.report_curves import noisy_line
-from jmoe.train.run_files import evenly
+from jmoe.monitor import balance_log, report_balance
+from jmoe.monitor.balance_log import BalanceLog
+from jmoe.monitor.metrics_log import MetricsLog
+from jmoe.monitor.report import write_picture, write_report
+from jmoe.monitor.report_curves import noisy_line
+from jmoe.monitor.run_files import evenly
 
 VOID = {"meta", "img", "br"}
 METRICS = {

@@ -7,7 +7,7 @@ import rich.console
 import rich.text
 
 from jmoe.data.formatting import count, duration
-from jmoe.train.console import Console
+from jmoe.monitor.console import Console
 
 METRICS = {"loss": 2.5, "max_vio": 0.25, "tokens_per_second": 45_200.0}
 EVALUATION = {"val_loss": 2.75, "val_perplexity": 15.64, "global_max_vio": 0.05}

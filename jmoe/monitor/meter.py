@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 import jax
 
-from jmoe.train.state import TrainState
-
 
 class Meter:
     """Counts tokens, and time without what isn't training.
@@ -25,7 +23,10 @@ class Meter:
         self._tokens += tokens
 
     def read(self, step: int) -> dict[str, float]:
-        """Speed since the last reading; the first stretch compiles and has none."""
+        """Returns speed since the last reading.
+
+        The first stretch compiles and has none.
+        """
         last_step, last_tokens, then = self._since
         now = time.perf_counter()
         self._since = (step, self._tokens, now)
@@ -38,10 +39,14 @@ class Meter:
         return {"tokens": self._tokens, **known}
 
     @contextlib.contextmanager
-    def paused(self, state: TrainState) -> Iterator[None]:
-        """Leaves out the time inside, once the steps under way are done."""
-        jax.block_until_ready(state.step)
+    def paused(self, step: jax.Array) -> Iterator[None]:
+        """Leaves out the time inside, once the steps under way are done.
+
+        Args:
+          step: of the state that these steps lead to; it is waited for.
+        """
+        jax.block_until_ready(step)
         start = time.perf_counter()
         yield
-        step, tokens, then = self._since
-        self._since = (step, tokens, then + time.perf_counter() - start)
+        last_step, tokens, then = self._since
+        self._since = (last_step, tokens, then + time.perf_counter() - start)

@@ -1,15 +1,15 @@
-"""A meeting of processes: all of them, or an error on each that says who is missing.
+"""The rendezvous of a run's processes: all meet, or each is told who is missing.
 
 JAX's own start-up ends a process from C++ when another one doesn't come, and doesn't
 say which. So processes meet here first, over plain sockets at the coordinator's address
-(`jmoe.parallel.door`). Process 0 listens until each of the others has connected, proved
-that it knows the run's secret (`jmoe.parallel.lines`) and said who it is; then it tells
-all of them that they may go on, or why they may not.
+(`jmoe.parallel.listener`). Process 0 listens until each of the others has connected,
+proved that it knows the run's secret (`jmoe.parallel.channel`) and said who it is; then
+it tells all of them that they may go on, or why they may not.
 
-The connections stay. `Group.exchange` passes small values over them, one line of JSON
-each, which takes no device and waits for none; a process that fails tells the others,
-and one that dies is noticed at once, as its host closes its connection, or within half
-a minute where the host itself is gone.
+The connections stay. `ProcessGroup.exchange` passes small values over them, one line of
+JSON each, which takes no device and waits for none; a process that fails tells the
+others, and one that dies is noticed at once, as its host closes its connection, or
+within half a minute where the host itself is gone.
 """
 
 import contextlib
@@ -21,29 +21,29 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jmoe.parallel.door import Door, Way, split_address
-from jmoe.parallel.lines import SECRET, Line, StrangerError, introduce
+from jmoe.parallel.channel import SECRET, AuthenticationError, Channel, answer_challenge
+from jmoe.parallel.listener import Forwarder, Listener, split_address
 
 _RETRY_S = 0.2
 _LATE_S = 5.0  # for those still to come to hear of a mistake
 _VERDICT_S = 10.0  # how much later than its own time-out process 0 may answer
 
 
-class ElsewhereError(ValueError):
+class RemoteError(ValueError):
     """Another process failed; the message says which, and how."""
 
 
-class Loss(NamedTuple):
-    """Why a group can't go on."""
+class Failure(NamedTuple):
+    """Says why a group can't go on."""
 
     reason: str
     is_missing: bool  # a process has ended without a word, rather than by an error
 
     def as_error(self) -> Exception:
-        return (ConnectionError if self.is_missing else ElsewhereError)(self.reason)
+        return (ConnectionError if self.is_missing else RemoteError)(self.reason)
 
 
-class Group:
+class ProcessGroup:
     """Processes that have met. Each calls the same methods in the same order.
 
     Not thread-safe.
@@ -52,48 +52,49 @@ class Group:
     def __init__(
         self,
         index: int = 0,
-        lines: Sequence[Line] = (),
+        channels: Sequence[Channel] = (),
         names: Sequence[str] = (),
-        reach: Callable[[], Line] | None = None,
-        door: Door | None = None,
+        reach: Callable[[], Channel] | None = None,
+        listener: Listener | None = None,
         size: int = 1,
     ):
-        """`lines`: process 0 has one to each of the others, and each of them one.
+        """`channels`: process 0 has one to each of the others, and each of them one.
 
         Args:
-          names: what to call whom a line leads to.
-          reach: opens a line for a connection of JAX's to process 0.
-          door: process 0's.
+          names: what to call whom a channel leads to.
+          reach: opens a channel for a connection of JAX's to process 0.
+          listener: process 0's.
           size: how many processes there are.
         """
         self.index, self.size = index, size
-        self._lines = list(lines)
-        self._reach, self._door = reach, door
-        self._way: Way | None = None
-        self._inboxes = [queue.SimpleQueue[dict[str, Any] | None]() for _ in lines]
+        self._channels = list(channels)
+        self._reach, self._listener = reach, listener
+        self._forwarder: Forwarder | None = None
+        self._inboxes = [queue.SimpleQueue[dict[str, Any] | None]() for _ in channels]
         self._lock = threading.RLock()
         self._telling = threading.Lock()  # no message overtakes another
         self._leaves = False
-        self._loss: Loss | None = None
-        self._is_lost = threading.Event()
-        self._on_loss: Callable[[Loss], None] | None = None
-        for line, inbox, name in zip(self._lines, self._inboxes, names, strict=True):
-            arguments = (line, inbox, name)
+        self._failure: Failure | None = None
+        self._has_failed = threading.Event()
+        self._on_failure: Callable[[Failure], None] | None = None
+        for arguments in zip(self._channels, self._inboxes, names, strict=True):
             threading.Thread(target=self._read, args=arguments, daemon=True).start()
 
     @property
     def is_alone(self) -> bool:
-        return not self._lines
+        return not self._channels
 
     def exchange(self, what: str, value: Any) -> list[Any]:
-        """The values of all processes, by index. Waits for all of them.
+        """Returns the values of all processes, by index.
+
+        Waits for all of them.
 
         Args:
           what: names the exchange, the same on all processes.
           value: what JSON can hold.
 
         Raises:
-          ElsewhereError: another process called `fail` instead.
+          RemoteError: another process called `fail` instead.
           ConnectionError: another process has ended.
         """
         if self.is_alone:
@@ -107,104 +108,105 @@ class Group:
         return values
 
     def fail(self, reason: str) -> None:
-        """Ends the others with `ElsewhereError`, where they exchange now or next."""
+        """Ends the others with `RemoteError`, where they exchange now or next."""
         with self._lock:
             self._leaves = True  # what becomes of the others is their own matter
-        self._tell({"lost": Loss(f"process {self.index}: {reason}", False)})
+        self._tell({"failure": Failure(f"process {self.index}: {reason}", False)})
 
     @property
     def has_left(self) -> bool:
-        """Whether this process has failed or closed the group."""
+        """Returns whether this process has failed or closed the group."""
         return self._leaves
 
-    def await_loss(self, timeout_s: float) -> Loss | None:
+    def await_failure(self, timeout_s: float) -> Failure | None:
         """Returns why the group can't go on, once that is known; None if it can."""
-        self._is_lost.wait(timeout_s)
-        return self._loss
+        self._has_failed.wait(timeout_s)
+        return self._failure
 
-    def watch(self, on_loss: Callable[[Loss], None]) -> None:
-        """Has `on_loss` called, once, when another process fails or is missing.
+    def watch(self, on_failure: Callable[[Failure], None]) -> None:
+        """Has `on_failure` called, once, when another process fails or is missing.
 
         In a thread of its own, as the program's may be waiting for that process, and
         before `exchange` raises.
         """
         with self._lock:
-            self._on_loss, loss = on_loss, self._loss
-        if loss is not None:
-            on_loss(loss)
+            self._on_failure, failure = on_failure, self._failure
+        if failure is not None:
+            on_failure(failure)
 
-    def open_way_for_jax(self) -> str:
+    def forward_jax(self) -> str:
         """Returns the address that JAX, on this host, is to take for its coordinator's.
 
         Process 0 calls it first, and an exchange keeps the others waiting until then.
         """
-        if self._door is not None:
-            return self._door.open_service()
+        if self._listener is not None:
+            return self._listener.open_service()
         assert self._reach is not None
-        self._way = Way(self._reach)
-        return self._way.address
+        self._forwarder = Forwarder(self._reach)
+        return self._forwarder.address
 
     def close(self) -> None:
         with self._lock:
             self._leaves = True
         self._tell({"leaves": True})
-        for line in self._lines:
-            line.close()
-        for listening in (self._door, self._way):
+        for channel in self._channels:
+            channel.close()
+        for listening in (self._listener, self._forwarder):
             if listening is not None:
                 listening.close()
-        self._lines = []
+        self._channels = []
 
     def _take(self, inbox: queue.SimpleQueue, what: str) -> dict[str, Any]:
         message = inbox.get()
         if message is None:
             inbox.put(None)  # for the next one who asks
-            gone = Loss(f"a process has left that is waited for at {what!r}.", True)
-            raise (self._loss or gone).as_error()
+            gone = Failure(f"a process has left that is waited for at {what!r}.", True)
+            raise (self._failure or gone).as_error()
         assert message["what"] == what, (message, what)
         return message
 
-    def _read(self, line: Line, inbox: queue.SimpleQueue, name: str) -> None:
-        """All that comes over a line, and how it ends, whatever the program does."""
+    def _read(self, channel: Channel, inbox: queue.SimpleQueue, name: str) -> None:
+        """Reads all that comes over a channel, whatever the program does."""
         has_left = False
         with contextlib.suppress(OSError, ValueError):
             while True:
-                message = line.receive()
-                if "lost" in message:
-                    self._lose(Loss(*message["lost"]), line)
+                message = channel.receive()
+                if "failure" in message:
+                    self._report_failure(Failure(*message["failure"]), channel)
                     return
                 has_left = "leaves" in message
                 inbox.put(None if has_left else message)
         if not has_left:
-            self._lose(Loss(f"{name} is missing: it has ended, or its host.", True))
+            reason = f"{name} is missing: it has ended, or its host."
+            self._report_failure(Failure(reason, True))
 
-    def _lose(self, loss: Loss, source: Line | None = None) -> None:
-        """The first to be lost is the reason for all that follows."""
+    def _report_failure(self, failure: Failure, source: Channel | None = None) -> None:
+        """The first failure is the reason for all that follows."""
         with self._lock:
-            if self._leaves or self._loss is not None:
+            if self._leaves or self._failure is not None:
                 return
-            self._loss, on_loss = loss, self._on_loss
+            self._failure, on_failure = failure, self._on_failure
         if self.index == 0:
-            self._tell({"lost": loss}, but=source)
-        if on_loss is not None:
-            on_loss(loss)
-        self._is_lost.set()
+            self._tell({"failure": failure}, but=source)
+        if on_failure is not None:
+            on_failure(failure)
+        self._has_failed.set()
         for inbox in self._inboxes:
             inbox.put(None)
 
-    def _tell(self, message: Mapping[str, Any], but: Line | None = None) -> None:
-        """Sends it to all that have a line to this process."""
+    def _tell(self, message: Mapping[str, Any], but: Channel | None = None) -> None:
+        """Sends it to all that have a channel to this process."""
         with self._telling:
-            for line in self._lines:
-                # If it has ended, that is noticed by who reads its line.
-                if line is not but:
+            for channel in self._channels:
+                # If it has ended, that is noticed by who reads its channel.
+                if channel is not but:
                     with contextlib.suppress(OSError):
-                        line.send(message)
+                        channel.send(message)
 
 
-def meet(
+def join(
     address: str, count: int, index: int, timeout_s: float, secret: bytes
-) -> Group:
+) -> ProcessGroup:
     """Waits for all of `count` processes, of which this is number `index`.
 
     Args:
@@ -224,7 +226,7 @@ def meet(
 
 
 def ranges(indices: Iterable[int]) -> str:
-    """ "0-2, 5" for 0, 1, 2 and 5."""
+    """Returns "0-2, 5" for 0, 1, 2 and 5."""
     runs: list[list[int]] = []
     for index in sorted(indices):
         if runs and runs[-1][-1] == index - 1:
@@ -234,47 +236,49 @@ def ranges(indices: Iterable[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
-def _receive_others(address: str, count: int, timeout_s: float, secret: bytes) -> Group:
+def _receive_others(
+    address: str, count: int, timeout_s: float, secret: bytes
+) -> ProcessGroup:
     deadline = time.monotonic() + timeout_s
-    joined: dict[int, tuple[Line, str]] = {}
-    refused: list[Line] = []
+    joined: dict[int, tuple[Channel, str]] = {}
+    refused: list[Channel] = []
     error: Exception | None = None
-    door = Door(address, secret)
+    listener = Listener(address, secret)
     while _absent(joined, count):
-        guest = door.next_guest(deadline - time.monotonic())
-        if guest is None:
+        arrived = listener.next_process(deadline - time.monotonic())
+        if arrived is None:
             break
-        hello, line = guest
+        hello, channel = arrived
         index = hello["index"]
         mistake = _mistake(joined, index, count, hello["count"])
         if mistake is None:
             if index in joined:
                 joined[index][0].close()  # it had died, and comes again
-            joined[index] = line, _name(hello)
+            joined[index] = channel, _name(hello)
             continue
-        refused.append(line)
+        refused.append(channel)
         error = error or ValueError(mistake)
         deadline = min(deadline, time.monotonic() + _LATE_S)
     absent = _absent(joined, count)
     if absent and error is None:
-        error = TimeoutError(_missing(absent, count, timeout_s) + door.strangers())
-    door.refuse_more(f"The {count} processes at {address} have met already.")
+        error = TimeoutError(_missing(absent, count, timeout_s) + listener.strangers())
+    listener.refuse_more(f"The {count} processes at {address} have met already.")
     verdict = {
         "error": error and str(error),
         "kind": type(error).__name__,
         "first": _name(_hello(0, count)),
     }
-    lines = [joined[index][0] for index in sorted(joined)]
+    channels = [joined[index][0] for index in sorted(joined)]
     names = [joined[index][1] for index in sorted(joined)]
-    for line in (*refused, *lines):
+    for channel in (*refused, *channels):
         with contextlib.suppress(OSError):
-            line.send(verdict)
+            channel.send(verdict)
     if error is not None:
-        for line in (*refused, *lines):
-            line.close()
-        door.close()
+        for channel in (*refused, *channels):
+            channel.close()
+        listener.close()
         raise error
-    return Group(0, lines, names, door=door, size=count)
+    return ProcessGroup(0, channels, names, listener=listener, size=count)
 
 
 def _hello(index: int, count: int, purpose: str = "meet") -> dict[str, Any]:
@@ -291,14 +295,14 @@ def _name(hello: Mapping[str, Any]) -> str:
     return f"process {hello['index']} ({hello['host']}, pid {hello['pid']})"
 
 
-def _absent(joined: Mapping[int, tuple[Line, str]], count: int) -> list[int]:
-    """Those that have not come yet, or have gone again."""
+def _absent(joined: Mapping[int, tuple[Channel, str]], count: int) -> list[int]:
+    """Returns those that have not come yet, or have gone again."""
     others = range(1, count)
     return [i for i in others if i not in joined or joined[i][0].has_ended()]
 
 
 def _mistake(
-    joined: Mapping[int, tuple[Line, str]], index: int, count: int, its_count: int
+    joined: Mapping[int, tuple[Channel, str]], index: int, count: int, its_count: int
 ) -> str | None:
     if its_count != count:
         return (
@@ -311,13 +315,13 @@ def _mistake(
 
 def _reach_first(
     address: str, count: int, index: int, timeout_s: float, secret: bytes
-) -> Group:
+) -> ProcessGroup:
     deadline = time.monotonic() + timeout_s
     hello = _hello(index, count)
     while True:
         try:
-            line = _reach(address, secret, hello, deadline)
-            return _heed(address, count, index, secret, line, timeout_s)
+            channel = _reach(address, secret, hello, deadline)
+            return _heed(address, count, index, secret, channel, timeout_s)
         except ConnectionError as error:
             reason = error
         if time.monotonic() > deadline:
@@ -330,8 +334,8 @@ def _reach_first(
 
 def _reach(
     address: str, secret: bytes, hello: Mapping[str, Any], deadline: float
-) -> Line:
-    """A line to process 0.
+) -> Channel:
+    """Returns a channel to process 0.
 
     Raises:
       ConnectionError: nobody is there yet.
@@ -345,47 +349,47 @@ def _reach(
     if connection.getsockname() == connection.getpeername():
         connection.close()  # a port to which nobody listens may connect to itself
         raise ConnectionError("nobody listens there")
-    line = Line(connection)
+    channel = Channel(connection)
     try:
-        introduce(line, secret, hello)
+        answer_challenge(channel, secret, hello)
     except OSError as error:
-        line.close()
+        channel.close()
         raise ConnectionError(error) from error
-    except StrangerError as error:
-        line.close()
+    except AuthenticationError as error:
+        channel.close()
         raise ValueError(
             f"coordinator={address!r}: something else than process 0 listens there, or "
             f"it has another secret ({SECRET}, or the file in its user's "
             "configuration)."
         ) from error
-    return line
+    return channel
 
 
 def _heed(
-    address: str, count: int, index: int, secret: bytes, line: Line, timeout_s: float
-) -> Group:
+    address: str, count: int, index: int, secret: bytes, channel: Channel, timeout_s
+) -> ProcessGroup:
     """Goes on, or doesn't, as process 0 decides."""
     try:
-        verdict = line.receive(deadline=time.monotonic() + timeout_s + _VERDICT_S)
+        verdict = channel.receive(deadline=time.monotonic() + timeout_s + _VERDICT_S)
     except TimeoutError:
-        line.close()
+        channel.close()
         raise TimeoutError(
             f"Process 0, at coordinator={address!r}, doesn't answer."
         ) from None
     except ConnectionError:
-        line.close()
+        channel.close()
         raise
     if verdict["error"] is not None:
-        line.close()
+        channel.close()
         kind = TimeoutError if verdict["kind"] == "TimeoutError" else ValueError
         raise kind(verdict["error"])
-    line.connection.settimeout(None)
+    channel.connection.settimeout(None)
 
-    def reach() -> Line:
+    def reach() -> Channel:
         hello = _hello(index, count, "jax")
         return _reach(address, secret, hello, time.monotonic() + timeout_s)
 
-    return Group(index, [line], [verdict["first"]], reach, size=count)
+    return ProcessGroup(index, [channel], [verdict["first"]], reach, size=count)
 
 
 def _missing(indices: Iterable[int], count: int, timeout_s: float) -> str:

@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from jmoe.data.formatting import count, duration
 from jmoe.data.progress import live_line
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 
 # How each metric reads in the progress line and in the line an evaluation leaves.
 _PROGRESS: dict[str, Callable[[float], str]] = {
@@ -162,7 +162,10 @@ class Console:
         return f"{step:>{len(total)}}[dim]/{total}[/dim]"
 
     def _time_left(self, step: int) -> str:
-        """From the pace since the first log, which compilation came before."""
+        """Returns the time left, by the pace since the first log.
+
+        Compilation came before that.
+        """
         assert self._first_log is not None
         first_step, first_time = self._first_log
         if step <= first_step:
@@ -211,6 +214,6 @@ class Console:
 def _read(
     readings: Mapping[str, Callable[[float], str]], metrics: Mapping[str, Any]
 ) -> list[str]:
-    """Those that are there, and have something to say."""
+    """Returns readings that are there, and have something to say."""
     found = (read(metrics[key]) for key, read in readings.items() if key in metrics)
     return list(filter(None, found))
