@@ -133,8 +133,43 @@ def v2_lite_model() -> ModelConfig:
             expert_mlp_dim=1408,
             num_shared_experts=2,
             router=RouterConfig(
-                num_experts=64, top_k=6, score="softmax", normalize_gates=False
+                num_experts=64,
+                top_k=6,
+                score="softmax",
+                group_score="max",
+                normalize_gates=False,
             ),
+        ),
+        family="deepseek_v2",
+    )
+
+
+def moonlight_model() -> ModelConfig:
+    """Moonlight: 16B parameters, 3B active (arXiv 2502.16982, and its config.json)."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_dim=2048,
+        num_layers=27,
+        num_dense_layers=1,
+        dense_mlp_dim=11_264,
+        max_positions=8192,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=AttentionConfig(
+            num_heads=16,
+            query_latent_dim=None,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            rope_theta=50_000.0,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408,
+            num_shared_experts=2,
+            router=RouterConfig(num_experts=64, top_k=6, gate_scale=2.446),
         ),
     )
 
@@ -175,12 +210,44 @@ def v3_model() -> ModelConfig:
     )
 
 
+def kimi_k2_model() -> ModelConfig:
+    """Kimi K2: 1T parameters, 32B active (arXiv 2507.20534, and its config.json)."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_dim=7168,
+        num_layers=61,
+        num_dense_layers=1,
+        dense_mlp_dim=18_432,
+        max_positions=131_072,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=AttentionConfig(
+            num_heads=64,
+            query_latent_dim=1536,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            rope_theta=50_000.0,
+            yarn=YarnConfig(factor=32.0, original_positions=4096, beta_fast=1.0),
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=2048,
+            router=RouterConfig(num_experts=384, top_k=8, gate_scale=2.827),
+        ),
+        family="kimi_k2",
+    )
+
+
 MODELS = {
     "tiny": tiny_model,
     "bench_s": bench_s_model,
     "small": small_model,
     "v2_lite": v2_lite_model,
+    "moonlight": moonlight_model,
     "v3": v3_model,
+    "kimi_k2": kimi_k2_model,
 }
 
 

@@ -55,6 +55,8 @@ def active_parameters(cfg):
         ("bench_s", 193.5e6, 29.67e6),
         ("small", 1.235e9, 0.1983e9),
         ("v2_lite", 15.7e9, 2.45e9),  # arXiv 2405.04434, appendix B: 2.4
+        ("moonlight", 15.96e9, 2.58e9),
+        ("kimi_k2", 1026.4e9, 31.69e9),  # the report's 1.04T have an MTP module
         ("v3", 671.0e9, 36.6e9),  # README_WEIGHTS.md of DeepSeek-V3
     ],
 )

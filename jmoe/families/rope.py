@@ -6,10 +6,11 @@ a key that would mean nothing is refused: transformers takes one of two, or none
 then computes plain rotary embeddings without a word.
 """
 
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jmoe.config import checks
+from jmoe.config import checks, records
 from jmoe.config.model import YarnConfig
 
 KEYS = {  # our field: Hugging Face's key, inside rope_scaling
@@ -37,7 +38,7 @@ _BESIDE = "original_max_position_embeddings"
 
 
 def read(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """`rope_theta`, and YaRN's keys: none of them for plain rotary embeddings.
+    """Returns `rope_theta` and YaRN's keys, which plain rotary embeddings have none of.
 
     Raises:
       ValueError: two spellings disagree, a type that jmoe hasn't, or a key that the
@@ -55,8 +56,28 @@ def read(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
     return theta, checks.agreed(said)
 
 
+def missing(scaling: Mapping[str, Any] | None) -> list[str]:
+    """Returns the keys of YaRN that what `read` returned lacks."""
+    if not scaling:
+        return []
+    return [f"rope_scaling.{key}" for key in KEYS.values() if key not in scaling]
+
+
+def yarn(scaling: Mapping[str, Any] | None) -> YarnConfig | None:
+    """Returns the record of what `read` returned."""
+    if not scaling:
+        return None
+    hints = typing.get_type_hints(YarnConfig)
+    return YarnConfig(
+        **{
+            name: records.coerce(hints[name], scaling[key], f"rope_scaling.{key}")
+            for name, key in KEYS.items()
+        }
+    )
+
+
 def write(yarn: YarnConfig | None) -> dict[str, Any] | None:
-    """`rope_scaling`."""
+    """Returns `rope_scaling`."""
     if yarn is None:
         return None
     keys = {key: getattr(yarn, name) for name, key in KEYS.items()}
