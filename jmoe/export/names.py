@@ -21,8 +21,7 @@ import jax
 from jmoe import families
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer
-from jmoe.train.state import make_variables
+from jmoe.nn.model import Transformer, make_variables
 
 ROWS_FIRST = ("embedding",)  # already [out, in]
 PRECISE = ("moe/router/kernel",)  # a block's matrices that are never stored in FP8
