@@ -2,11 +2,12 @@
 
 Each family has a table of names (`jmoe.families`), which export and import both expand.
 A name of ours is a path in `params` or `router_state`, one of Hugging Face's is what
-its checkpoints say. What the expansion adds:
+its checkpoints say. What the expansion adds comes from each parameter's record:
 
 - a stack of layers (`layer_loop="scan"`) and a stack of experts are sliced one by one;
 - a fused gate and up projection, which has a dimension of 2, is two tensors;
-- a kernel [in, ...] becomes a matrix [out, in].
+- a kernel [in, ...] becomes a matrix [out, in], and a bias [heads, ...] a vector;
+- what may be stored in FP8 is, where anything is.
 """
 
 import dataclasses
@@ -21,20 +22,22 @@ import jax
 from jmoe import families
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer, make_variables
+from jmoe.nn.model import Transformer, make_variables, parameter_records
+from jmoe.nn.parameter import FP8, Parameter
 
-ROWS_FIRST = ("embedding",)  # already [out, in]
-PRECISE = ("moe/router/kernel",)  # a block's matrices that are never stored in FP8
 COLLECTIONS = ("params", "router_state")
 
 ALL = slice(None)
+
+Leaves = Mapping[str, tuple[tuple[int, ...], Parameter]]  # by path
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
     """One tensor of a Hugging Face checkpoint, and the piece of our variables it holds.
 
-    shape is theirs; layer, expert and half select the piece of the leaf at `path`.
+    shape is theirs; layer, expert and half select the piece of the leaf at `path`,
+    which has more dimensions where ours divides one of theirs by heads.
     """
 
     name: str
@@ -69,10 +72,9 @@ def expand(cfg: ModelConfig) -> list[Tensor]:
     Raises:
       ValueError: files of its family can't describe the model.
     """
-    leaves = abstract_leaves(cfg)
-    tensors = list(_expand(cfg, leaves))
+    tensors = list(_expand(cfg))
     named = {tensor.path for tensor in tensors}
-    assert leaves.keys() == named | {*absent(cfg)}, "a leaf has no name"
+    assert abstract_leaves(cfg).keys() == named | {*absent(cfg)}, "a leaf has no name"
     return tensors
 
 
@@ -88,7 +90,7 @@ def redundant(cfg: ModelConfig) -> list[Tensor]:
     if not cfg.tie_embeddings:
         return []
     head, _ = families.family_of(cfg).names.model["head"]
-    copies = _rows(abstract_leaves(cfg), "embedding", head)
+    copies = _rows(_leaves(cfg), "embedding", head)
     return [dataclasses.replace(copy, is_copy=True) for copy in copies]
 
 
@@ -103,7 +105,16 @@ def abstract_variables(cfg: ModelConfig) -> Any:
     return jax.eval_shape(functools.partial(make_variables, Transformer(cfg), seed=0))
 
 
-def _expand(cfg: ModelConfig, leaves: Mapping[str, Any]) -> Iterator[Tensor]:
+@functools.lru_cache(maxsize=4)
+def _leaves(cfg: ModelConfig) -> Leaves:
+    """The shape and the record of each variable, by path."""
+    records = manifest.flatten(parameter_records(cfg))
+    leaves = abstract_leaves(cfg)
+    return {path: (leaf.shape, records[path]) for path, leaf in leaves.items()}
+
+
+def _expand(cfg: ModelConfig) -> Iterator[Tensor]:
+    leaves = _leaves(cfg)
     names = families.family_of(cfg).names
     for ours, (theirs, _) in names.model.items():
         yield from _rows(leaves, ours, theirs)
@@ -133,14 +144,14 @@ def _block(cfg: ModelConfig, number: int) -> tuple[str, int | None]:
 
 
 def _block_rows(
-    leaves: Mapping[str, Any],
+    leaves: Leaves,
     names: families.Table,
     ours: str,
     theirs: str,
     layer: int | None,
 ) -> Iterator[Tensor]:
     """What keeps its precision comes before the matrix products."""
-    found = []
+    found: list[Tensor] = []
     for inside, name in names.items():
         pair = (name,) if isinstance(name, str) else name or ()
         found += _rows(
@@ -148,39 +159,39 @@ def _block_rows(
             f"{ours}/{inside}",
             *(f"{theirs}.{part}" for part in pair),
             layer=layer,
-            may_be_fp8=inside not in PRECISE,
         )
     return iter(sorted(found, key=lambda tensor: tensor.is_product))
 
 
 def _rows(
-    leaves: Mapping[str, Any],
-    ours: str,
-    *theirs: str,
-    layer: int | None = None,
-    may_be_fp8: bool = False,
+    leaves: Leaves, ours: str, *theirs: str, layer: int | None = None
 ) -> Iterator[Tensor]:
     """What a row of a table stands for; nothing where either side has no such thing."""
     for path in (f"{collection}/{ours}" for collection in COLLECTIONS):
         if path not in leaves or not theirs:
             continue
-        shape = leaves[path].shape[layer is not None :]
+        shape, record = leaves[path]
+        shape = shape[record.is_stacked :]
         experts: Sequence[int | None] = [None]
-        if "{expert}" in theirs[0]:
+        if record.of_experts:
             experts, shape = range(shape[0]), shape[1:]
-        if len(theirs) == 2:
-            shape = (shape[0], *shape[2:])
-        transposed = len(shape) > 1 and ours not in ROWS_FIRST
-        if transposed:
-            shape = (math.prod(shape[1:]), shape[0])
+        is_pair = record.pair_dim is not None
         for expert, (half, name) in itertools.product(experts, enumerate(theirs)):
             yield Tensor(
                 name=name.format(expert=expert),
-                shape=tuple(shape),
+                shape=_their_shape(shape, record),
                 path=path,
                 layer=layer,
                 expert=expert,
-                half=half if len(theirs) == 2 else None,
-                transposed=transposed,
-                is_product=may_be_fp8 and transposed,
+                half=half if is_pair else None,
+                transposed=record.matrix is not None,
+                is_product=FP8 in record.formats,
             )
+
+
+def _their_shape(shape: tuple[int, ...], record: Parameter) -> tuple[int, ...]:
+    """Of one layer's and expert's: a matrix, or a half of a pair; a vector; a table."""
+    if record.matrix is not None:
+        rows = math.prod(shape[1:]) // (2 if record.pair_dim is not None else 1)
+        return rows, shape[0]
+    return shape if "vocab" in record.dims else (math.prod(shape),)

@@ -185,7 +185,11 @@ class Reader:
             inner = (inner[0], *inner[2:])
         found = self.found[tensor.name]
         if not tensor.transposed:
-            numerics.copy(out, self._part(tensor.name, *inner))
+            if len(inner) > len(tensor.shape):  # a vector, which ours has by heads
+                x = self._part(tensor.name, slice(0, tensor.size))
+                numerics.copy(out, x.reshape(-1, per_head)[inner])
+            else:
+                numerics.copy(out, self._part(tensor.name, *inner))
             return
         columns, rows, *within = inner
         if within:  # the file has heads, and what each head has, in one dimension
