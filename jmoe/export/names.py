@@ -118,8 +118,7 @@ def _expand(cfg: ModelConfig) -> Iterator[Tensor]:
     names = families.family_of(cfg).names
     for ours, (theirs, _) in names.model.items():
         yield from _rows(leaves, ours, theirs)
-    for number in range(cfg.num_layers):
-        block, layer = _block(cfg, number)
+    for number, (block, layer) in enumerate(_blocks(cfg)):
         theirs = f"model.layers.{number}"
         yield from _block_rows(leaves, names.block, block, theirs, layer)
     for depth in range(cfg.mtp_depth):
@@ -133,14 +132,14 @@ def _expand(cfg: ModelConfig) -> Iterator[Tensor]:
             yield from (dataclasses.replace(copy, is_copy=True) for copy in copies)
 
 
-def _block(cfg: ModelConfig, number: int) -> tuple[str, int | None]:
-    """Where the layer is: in which module, and where in its stack."""
-    dense = number < cfg.num_dense_layers
-    kind = "dense" if dense else "moe"
-    position = number if dense else number - cfg.num_dense_layers
-    if cfg.layer_loop == "scan":
-        return kind, position
-    return f"{kind}_{position}", None
+def _blocks(cfg: ModelConfig) -> Iterator[tuple[str, int | None]]:
+    """Where each layer is: in which module, and where in its stack."""
+    for name, stack in cfg.stacks.items():
+        for position in range(stack.num_layers):
+            if cfg.layer_loop == "scan":
+                yield name, position
+            else:
+                yield f"{name}_{position}", None
 
 
 def _block_rows(

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jmoe.config import AttentionConfig, ModelConfig
+from jmoe.config import GQAConfig, MLAConfig, ModelConfig
 
 Table = Mapping[str, str | tuple[str, str] | None]
 
@@ -55,7 +55,7 @@ class Family:
 
     model_type: str
     architecture: str
-    attention: type = AttentionConfig
+    attention: type[MLAConfig] | type[GQAConfig] = MLAConfig
     keys: Mapping[str, str]
     defaults: Mapping[str, Any]
     nulls: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -69,12 +69,8 @@ class Family:
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises ValueError if files of this family can't describe the model `cfg`."""
-        if not isinstance(cfg.attention, self.attention):
-            raise ValueError(
-                f"family={self.model_type!r} has attention of {self.attention.__name__}"
-                f", not of {type(cfg.attention).__name__}."
-            )
-        for field, value in self.fields.items():
+        kind = {"attention.kind": self.attention.kind}
+        for field, value in {**kind, **self.fields}.items():
             given = value_of(cfg, field)
             if given != value:
                 raise ValueError(

@@ -1,7 +1,7 @@
-"""Pre-norm transformer blocks: one with a dense MLP, one with a mixture of experts.
+"""A pre-norm transformer block: attention, then a feed-forward layer.
 
-Both map the residual stream to itself and return what they measured, so that either can
-be the body of a scan over layers.
+It maps the residual stream to itself and returns what it measured, so that it can be
+the body of a scan over layers.
 
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
@@ -11,10 +11,10 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 
-from jmoe.config import ModelConfig
-from jmoe.nn.attention import LatentAttention
+from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
-from jmoe.nn.moe import MoE, SwiGLU
+from jmoe.nn.mixers import MIXERS, Rotation
 from jmoe.nn.router import Stats
 from jmoe.ops import dot
 
@@ -22,55 +22,56 @@ from jmoe.ops import dot
 class Positions(NamedTuple):
     """What blocks know of a batch's positions besides their hidden states.
 
-    rotation: cosines and sines, see `jmoe.ops.rope`. segment_BT: int32, the documents
-    that attention is confined to; None: it isn't. is_real_BT: bool, where there is a
-    token to be routed to experts; None: everywhere.
+    rotation: see `jmoe.nn.mixers`. segment_BT: int32, the documents that attention is
+    confined to; None: it isn't. is_real_BT: bool, where there is a token to be routed
+    to experts; None: everywhere.
     """
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: Rotation
     segment_BT: jax.Array | None = None
     is_real_BT: jax.Array | None = None
 
 
-class DenseBlock(nn.Module):
-    """A block whose MLP every token shares; measures nothing."""
+class Block(nn.Module):
+    """Of any kind of attention and any of feed-forward, by their records.
 
-    cfg: ModelConfig
+    Returns the stats of a mixture of experts too; None of a dense layer.
+    """
+
+    mixer: AttentionConfig
+    feed_forward: FeedForwardConfig
+    norm_eps: float
+    init_std: float
     dot_general: DotGeneral = dot.dot_general
+
+    @classmethod
+    def of(
+        cls,
+        cfg: ModelConfig,
+        feed_forward: FeedForwardConfig,
+        dot_general: DotGeneral = dot.dot_general,
+        name: str | None = None,
+    ) -> "Block":
+        """Returns a block of the model with this feed-forward."""
+        return cls(
+            cfg.attention,
+            feed_forward,
+            cfg.norm_eps,
+            cfg.init_std,
+            dot_general,
+            name=name,
+        )
 
     @nn.compact
     def __call__(
         self, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, None]:
-        cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
-        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
-        mlp = SwiGLU(cfg.dense_mlp_dim, cfg.init_std, self.dot_general, name="mlp")
-        return x_BSD + mlp(normed_BSD), None
-
-
-class MoEBlock(nn.Module):
-    """A block with routed and shared experts; returns their `Stats` too."""
-
-    cfg: ModelConfig
-    dot_general: DotGeneral = dot.dot_general
-
-    @nn.compact
-    def __call__(
-        self, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, Stats]:
-        cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
-        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
-        moe = MoE(cfg.moe, cfg.init_std, self.dot_general, name="moe")
-        out_BSD, stats = moe(normed_BSD, positions.is_real_BT)
+    ) -> tuple[jax.Array, Stats | None]:
+        normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
+        own = self.init_std, self.dot_general
+        mix = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
+        x_BSD += mix(normed_BSD, positions.rotation, positions.segment_BT)
+        normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
+        kind = FEED_FORWARDS[self.feed_forward.kind]
+        feed_forward = kind.module(self.feed_forward, *own, name=kind.name)
+        out_BSD, stats = feed_forward(normed_BSD, positions.is_real_BT)
         return x_BSD + out_BSD, stats
-
-
-def _attend(cfg, dot_general, x_BSD, positions):
-    """The half that both blocks share; its modules belong to the calling block."""
-    normed_BSD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BSD)
-    attention = LatentAttention(
-        cfg.attention, cfg.init_std, dot_general, name="attention"
-    )
-    return x_BSD + attention(normed_BSD, positions.rotation, positions.segment_BT)

@@ -20,8 +20,9 @@ from flax import linen as nn
 from flax.core import meta
 
 from jmoe.config import ModelConfig
-from jmoe.nn import attention
-from jmoe.nn.block import DenseBlock, MoEBlock, Positions
+from jmoe.config.model import Stack
+from jmoe.nn import mixers
+from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral
 from jmoe.nn.parameter import Parameter, normal_param, records
 from jmoe.nn.router import Stats
@@ -92,50 +93,40 @@ class Transformer(nn.Module):
         # Tied, it is the head too.
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
-        rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
+        rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
         positions = Positions(rotation, segment_BT, is_real_BT)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
-        x_BSD, _ = self._layers(
-            DenseBlock, "dense", cfg.num_dense_layers, x_BSD, positions
-        )
-        x_BSD, stats = self._layers(
-            MoEBlock, "moe", cfg.num_moe_layers, x_BSD, positions
-        )
+        measured = []
+        for name, stack in cfg.stacks.items():
+            x_BSD, stats = self._layers(name, stack, x_BSD, positions)
+            measured.append(stats)
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
         features = tail(x_BSD, table_VD, tokens_BT, positions)
-        return features._replace(stats=join_stats(stats, features.stats))
+        return features._replace(stats=join_stats(*measured, features.stats))
 
     def _layers(
-        self,
-        block: type[nn.Module],
-        name: str,
-        count: int,
-        x_BSD: jax.Array,
-        positions: Positions,
+        self, name: str, stack: Stack, x_BSD: jax.Array, positions: Positions
     ) -> tuple[jax.Array, Any]:
-        """`count` blocks in a row; their stats stacked along a new first dimension."""
-        if not count:
-            return x_BSD, None
+        """Blocks in a row; their stats stacked along a new first dimension."""
         gather = None if self.is_initializing() else self.gather_layer
         if self.cfg.layer_loop == "scan":
-            stack = nn.scan(
-                prepare(block, name, self.cfg, gather, scanned=True),
+            scanned: Any = nn.scan(
+                prepare(Block, name, self.cfg, gather, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,  # type: ignore[arg-type]
-                length=count,
+                length=stack.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = stack(self.cfg, self.dot_general, name=name)
+            layers = scanned.of(self.cfg, stack.feed_forward, self.dot_general, name)
             return layers(x_BSD, positions)
         measured = []
-        for i in range(count):
+        for i in range(stack.num_layers):
             own_name = f"{name}_{i}"
-            layer = prepare(block, own_name, self.cfg, gather, scanned=False)
-            x_BSD, stats = layer(self.cfg, self.dot_general, name=own_name)(
-                x_BSD, positions
-            )
+            block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
+            layer = block.of(self.cfg, stack.feed_forward, self.dot_general, own_name)
+            x_BSD, stats = layer(x_BSD, positions)
             measured.append(stats)
         return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
 
@@ -159,11 +150,9 @@ def parameter_records(cfg: ModelConfig) -> Any:
 
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
     """Returns which of the model's submodules are layers, or stacks of them."""
-    counts = {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}
-    if cfg.layer_loop == "scan":
-        main = [name for name, count in counts.items() if count]
-    else:
-        main = [f"{name}_{i}" for name, count in counts.items() for i in range(count)]
+    counts = {name: stack.num_layers for name, stack in cfg.stacks.items()}
+    unrolled = [f"{name}_{i}" for name in counts for i in range(counts[name])]
+    main = counts if cfg.layer_loop == "scan" else unrolled
     return (*main, *(f"mtp_{k}" for k in range(cfg.mtp_depth)))
 
 

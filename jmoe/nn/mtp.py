@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
-from jmoe.nn.block import MoEBlock, Positions
+from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.router import Stats
 from jmoe.ops import dot
@@ -50,6 +50,7 @@ class MTPModule(nn.Module):
             formats=(),
             name="project",
         )
-        block = MoEBlock(cfg, self.dot_general, name="block")
+        block = Block.of(cfg, cfg.moe, self.dot_general, name="block")
         hidden_BSD, stats = block(project(joined), positions)
+        assert stats is not None, "its block is a MoE block"
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), stats

@@ -19,7 +19,7 @@ from jmoe.balance.losses import OF_WHOLE_STEPS
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import PADDING, Batch
-from jmoe.nn import attention
+from jmoe.nn import mixers
 from jmoe.nn.block import Positions
 from jmoe.nn.model import Transformer
 from jmoe.nn.router import Stats
@@ -147,7 +147,7 @@ def is_real(batch: Batch) -> jax.Array:
 
 def positions(batch: Batch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
-    rotation = attention.rotation(run.model.attention, inputs(batch).shape[-1])
+    rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
     return Positions(rotation, segments(batch, run), is_real(batch))
 
 

@@ -4,7 +4,7 @@ A file here has the keys that describe the model, and one that jmoe doesn't read
 """
 
 from jmoe.config import (
-    AttentionConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
@@ -21,7 +21,7 @@ LATENT = ModelConfig(
     max_positions=640,
     mtp_depth=1,
     layer_loop="unroll",
-    attention=AttentionConfig(
+    attention=MLAConfig(
         num_heads=2,
         query_latent_dim=12,
         kv_latent_dim=16,

@@ -176,7 +176,8 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
-UNCHANGEABLE = {"moe.backend", "family"}  # there is only one
+# There is only one:
+UNCHANGEABLE = {"family", "attention.kind", "moe.kind", "moe.backend"}
 
 
 YARN = {"factor": 4.0, "original_positions": 256}

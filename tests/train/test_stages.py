@@ -10,8 +10,8 @@ from flax.core import meta
 from jax.extend import core
 
 from jmoe.config import PipelineConfig, override
-from jmoe.nn.attention import rotation
-from jmoe.nn.block import DenseBlock, MoEBlock, Positions
+from jmoe.nn.block import Block, Positions
+from jmoe.nn.mixers import rotation
 from jmoe.nn.tail import Tail
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import stages
@@ -22,6 +22,13 @@ SETTINGS = {
     "plain": [],
     "queries_whole": ["attention.query_latent_dim=none"],
     "two_mtp": ["mtp_depth=2", "moe.num_shared_experts=2", "moe.router.top_k=3"],
+    "grouped_queries": [
+        "attention.kind=gqa",
+        "attention.num_heads=6",
+        "attention.num_kv_heads=2",
+        "attention.head_dim=12",
+        "mtp_depth=1",
+    ],
     "tied": ["tie_embeddings=true", "attention.nope_dim=12", "attention.value_dim=6"],
 }
 
@@ -80,8 +87,11 @@ def routed(cfg):
 @each_model
 def test_a_layer_costs_what_its_products_do(smallest, settings):
     cfg = make(smallest, settings)
-    dense = run(DenseBlock(cfg), *block_arguments(cfg))
-    moe = run(MoEBlock(cfg), *block_arguments(cfg)) + routed(cfg)
+    dense, moe = (
+        run(Block.of(cfg, stack.feed_forward), *block_arguments(cfg))
+        for stack in cfg.stacks.values()
+    )
+    moe += routed(cfg)
     assert stages.layer_costs(cfg, COUNTED) == [dense, moe, moe]
 
 
