@@ -37,6 +37,7 @@ def hf_tensors(variables, cfg):
         x = leaves[tensor.path][tensor.index]
         if tensor.transposed:
             x = np.ascontiguousarray(x.reshape(len(x), -1).T)
+        x = x.reshape(tensor.shape)
         if tensor.expert is None:
             tensors[tensor.name] = x
             continue

@@ -81,13 +81,13 @@ def _reads_as(hf: Mapping[str, Any], cfg: ModelConfig, family: Family) -> bool:
 def _read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
     """Everything but `hf_extras`."""
     checks.refuse_unsupported(hf, family.constants)
-    _refuse_options(hf, family.accepted)
     architecture = family.architecture
     if architecture not in (hf.get("architectures") or [architecture]):
         raise ValueError(
             f"architectures={hf['architectures']!r} must hold {architecture!r}."
         )
     given = _one_spelling(hf, family)
+    _refuse_options(given, family.accepted)
     missing = [key for key in family.keys.values() if key not in given]
     missing += rope.missing(given["rope_scaling"])
     if missing:
@@ -136,8 +136,10 @@ def _refuse_options(
 
 def _one_spelling(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """`hf` in DeepSeek's own spelling, with absent and null keys filled in."""
-    theta, scaling = rope.read(hf)
-    given = {**hf, "rope_theta": theta, "rope_scaling": scaling}
+    rotary = rope.read(hf)
+    given = {**hf, "rope_theta": rotary.theta, "rope_scaling": rotary.scaling}
+    if rotary.partial_rotary_factor is not None:
+        given["partial_rotary_factor"] = rotary.partial_rotary_factor
     for key, alias in (ALIASES | family.aliases).items():
         if key in hf or alias in hf:
             given[key] = checks.agreed({name: hf.get(name) for name in (key, alias)})

@@ -9,7 +9,7 @@ transformers never divides. It is therefore refused; no published V2 has it.
 from collections.abc import Mapping
 from typing import Any
 
-from jmoe.families import deepseek_v3, keys, names
+from jmoe.families import attention, deepseek_v3, keys, names
 from jmoe.families.family import Family, Names
 
 FIELDS = {
@@ -26,13 +26,13 @@ TOPK_METHODS = {"group_limited_greedy": "max", "greedy": "max"}
 def read(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns YaRN's record; all else is `FIELDS`."""
     deepseek_v3.read_topk_method(given, TOPK_METHODS)
-    return deepseek_v3.read_latent_attention(given)
+    return attention.read_latent(given)
 
 
 DEEPSEEK_V2 = Family(
     model_type="deepseek_v2",
     architecture="DeepseekV2ForCausalLM",
-    keys=keys.without(keys.DECODER | keys.LATENT_ATTENTION | keys.MOE, *FIELDS),
+    keys=keys.without(keys.DECODER | attention.LATENT_KEYS | keys.MOE, *FIELDS),
     defaults=keys.DEFAULTS | {"topk_method": "greedy"},
     nulls=keys.NULLS,
     constants={
@@ -42,7 +42,7 @@ DEEPSEEK_V2 = Family(
         "norm_topk_prob": False,
         "scoring_func": "softmax",
     },
-    accepted={"attention_dropout": (0, None), "mlp_bias": (False, None)},
+    accepted=keys.ACCEPTED | {"mlp_bias": (False, None)},
     fields=FIELDS,
     read=read,
     write=deepseek_v3.write,

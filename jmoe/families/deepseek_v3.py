@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.config import ModelConfig, checks
-from jmoe.families import keys, names, rope
+from jmoe.families import attention, keys, names
 from jmoe.families.family import Family, Names
 
 TOPK_METHODS = {  # topk_method: our group_score
@@ -33,7 +33,7 @@ TOPK_METHODS = {  # topk_method: our group_score
 def read(given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns YaRN's record, and how groups are scored."""
     group_score = read_topk_method(given, TOPK_METHODS)
-    return {"moe.router.group_score": group_score, **read_latent_attention(given)}
+    return {"moe.router.group_score": group_score, **attention.read_latent(given)}
 
 
 def read_topk_method(given: Mapping[str, Any], known: Mapping[str, str]) -> str:
@@ -52,37 +52,19 @@ def read_topk_method(given: Mapping[str, Any], known: Mapping[str, str]) -> str:
     return checks.lookup(known, method, "topk_method")
 
 
-def read_latent_attention(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns YaRN's record, and refuses keys and values that heads would share."""
-    heads = given["num_attention_heads"]
-    if given.get("num_key_value_heads") not in (None, heads):
-        raise ValueError(
-            f"num_key_value_heads={given['num_key_value_heads']!r} must equal "
-            f"num_attention_heads={heads!r}: heads share a latent, not keys."
-        )
-    return {"attention.yarn": rope.yarn(given["rope_scaling"])}
-
-
 def write(cfg: ModelConfig) -> dict[str, Any]:
     """Returns the keys that follow from several fields, or from a record."""
     router = cfg.moe.router
     method = "greedy" if router.num_groups == 1 else "group_limited_greedy"
     if router.group_score == "top2_sum":
         method = "noaux_tc"
-    return {
-        # transformers derives these three, yet believes a stale one in the file.
-        "num_key_value_heads": cfg.attention.num_heads,
-        "head_dim": cfg.attention.rope_dim,
-        "qk_head_dim": cfg.attention.qk_dim,
-        "rope_scaling": rope.write(cfg.attention.yarn),
-        "topk_method": method,
-    }
+    return {**attention.write_latent(cfg), "topk_method": method}
 
 
 DEEPSEEK_V3 = Family(
     model_type="deepseek_v3",
     architecture="DeepseekV3ForCausalLM",
-    keys=keys.DECODER | keys.LATENT_ATTENTION | keys.MOE,
+    keys=keys.DECODER | attention.LATENT_KEYS | keys.MOE,
     defaults=keys.DEFAULTS | {"scoring_func": "sigmoid", "topk_method": "noaux_tc"},
     nulls=keys.NULLS,
     constants={
@@ -91,7 +73,7 @@ DEEPSEEK_V3 = Family(
         "moe_layer_freq": 1,
         "rope_interleave": True,
     },
-    accepted={"attention_dropout": (0, None)},
+    accepted=keys.ACCEPTED,
     read=read,
     write=write,
     names=Names(

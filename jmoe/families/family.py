@@ -71,12 +71,17 @@ class Family:
         """Raises ValueError if files of this family can't describe the model `cfg`."""
         kind = {"attention.kind": self.attention.kind}
         for field, value in {**kind, **self.fields}.items():
-            given = value_of(cfg, field)
-            if given != value:
-                raise ValueError(
-                    f"family={self.model_type!r} has {field}={value!r}, and its files "
-                    f"can't say {given!r}."
-                )
+            require(cfg, self.model_type, field, value)
+
+
+def require(cfg: ModelConfig, family: str, field: str, value: Any) -> None:
+    """Raises ValueError unless the field, at a dotted path, has the only value."""
+    given = value_of(cfg, field)
+    if given != value:
+        raise ValueError(
+            f"family={family!r} has {field}={value!r}, and its files can't say "
+            f"{given!r}."
+        )
 
 
 def value_of(cfg: ModelConfig, field: str) -> Any:

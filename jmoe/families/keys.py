@@ -13,15 +13,6 @@ DECODER = {
     "init_std": "initializer_range",
     "dtype": "torch_dtype",
 }
-LATENT_ATTENTION = {
-    "attention.num_heads": "num_attention_heads",
-    "attention.query_latent_dim": "q_lora_rank",
-    "attention.kv_latent_dim": "kv_lora_rank",
-    "attention.nope_dim": "qk_nope_head_dim",
-    "attention.rope_dim": "qk_rope_head_dim",
-    "attention.value_dim": "v_head_dim",
-    "attention.rope_theta": "rope_theta",
-}
 MOE = {
     "moe.expert_mlp_dim": "moe_intermediate_size",
     "moe.num_shared_experts": "n_shared_experts",
@@ -41,6 +32,9 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "torch_dtype": "float32",
 }
+# Options that jmoe's models don't have.
+DROPOUT = {"attention_dropout": (0, None)}
+ACCEPTED = DROPOUT | {"partial_rotary_factor": (1, None)}
 NULLS = {  # there are none, and no groups
     "n_shared_experts": 0,
     "n_group": 1,

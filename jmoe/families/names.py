@@ -16,6 +16,17 @@ LATENT_ATTENTION: Table = {
     "attention/kv_up/kernel": "self_attn.kv_b_proj.weight",
     "attention/out/kernel": "self_attn.o_proj.weight",
 }
+GROUPED_ATTENTION: Table = {
+    "attention/query/kernel": "self_attn.q_proj.weight",
+    "attention/query/bias": "self_attn.q_proj.bias",
+    "attention/query_norm/scale": "self_attn.q_norm.weight",
+    "attention/key/kernel": "self_attn.k_proj.weight",
+    "attention/key/bias": "self_attn.k_proj.bias",
+    "attention/key_norm/scale": "self_attn.k_norm.weight",
+    "attention/value/kernel": "self_attn.v_proj.weight",
+    "attention/value/bias": "self_attn.v_proj.bias",
+    "attention/out/kernel": "self_attn.o_proj.weight",
+}
 FEED_FORWARD: Table = {
     "mlp/gate_up/kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
     "mlp/down/kernel": "mlp.down_proj.weight",
