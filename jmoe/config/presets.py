@@ -1,6 +1,6 @@
 """Named shapes and runs. A preset is a function, so that nothing is built on import."""
 
-from jmoe.config.attention import MLAConfig, YarnConfig
+from jmoe.config.attention import GQAConfig, MLAConfig, YarnConfig
 from jmoe.config.data import DataConfig
 from jmoe.config.model import ModelConfig, MoEConfig, RouterConfig
 from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig
@@ -235,6 +235,35 @@ def kimi_k2_model() -> ModelConfig:
     )
 
 
+def glm4_air_model() -> ModelConfig:
+    """GLM-4.5-Air: 106B parameters, 12B active (arXiv 2508.06471, its config.json)."""
+    return ModelConfig(
+        vocab_size=151_552,
+        hidden_dim=4096,
+        num_layers=46,
+        num_dense_layers=1,
+        dense_mlp_dim=10_944,
+        max_positions=131_072,
+        mtp_depth=1,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=96,
+            num_kv_heads=8,
+            head_dim=128,
+            rope_dim=64,
+            rope_theta=1_000_000.0,
+            qkv_bias=True,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408, router=RouterConfig(num_experts=128, top_k=8)
+        ),
+        family="glm4_moe",
+    )
+
+
 MODELS = {
     "tiny": tiny_model,
     "bench_s": bench_s_model,
@@ -243,6 +272,7 @@ MODELS = {
     "moonlight": moonlight_model,
     "v3": v3_model,
     "kimi_k2": kimi_k2_model,
+    "glm4_air": glm4_air_model,
 }
 
 

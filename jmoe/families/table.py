@@ -8,6 +8,7 @@ from jmoe.families import config_json
 from jmoe.families.deepseek_v2 import DEEPSEEK_V2
 from jmoe.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jmoe.families.family import Family
+from jmoe.families.glm4_moe import GLM4_MOE
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -15,6 +16,7 @@ FAMILIES: Mapping[str, Family] = {
         DEEPSEEK_V3,
         KIMI_K2,
         DEEPSEEK_V2,
+        GLM4_MOE,
     )
 }
 

@@ -3,7 +3,10 @@
 A file here has the keys that describe the model, and one that jmoe doesn't read.
 """
 
+import dataclasses
+
 from jmoe.config import (
+    GQAConfig,
     MLAConfig,
     ModelConfig,
     MoEConfig,
@@ -37,6 +40,12 @@ LATENT = ModelConfig(
         ),
     ),
 )
+GROUPED = dataclasses.replace(
+    LATENT,
+    attention=GQAConfig(
+        num_heads=4, num_kv_heads=2, head_dim=12, rope_dim=12, qk_norm_eps=1e-6
+    ),
+)
 TINY = {
     "deepseek_v3": LATENT,
     "kimi_k2": override(LATENT, ["family=kimi_k2"]),
@@ -51,6 +60,10 @@ TINY = {
             "moe.router.group_score=max",
             "moe.router.normalize_gates=false",
         ],
+    ),
+    "glm4_moe": override(
+        GROUPED,
+        ["family=glm4_moe", "attention.rope_dim=6", "attention.qkv_bias=true"],
     ),
 }
 
@@ -153,9 +166,44 @@ V2_LITE = MOONLIGHT | {
     "vocab_size": 102400,
 }
 del V2_LITE["num_nextn_predict_layers"]
+GLM4_AIR = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "attention_bias": True,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 131072,
+    "model_type": "glm4_moe",
+    "moe_intermediate_size": 1408,
+    "n_group": 1,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 96,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 46,
+    "num_key_value_heads": 8,
+    "num_nextn_predict_layers": 1,
+    "pad_token_id": 151329,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "routed_scaling_factor": 1.0,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "torch_dtype": "bfloat16",
+    "use_qk_norm": False,
+    "vocab_size": 151552,
+}
 PUBLISHED = {
     "v2_lite": V2_LITE,
     "moonlight": MOONLIGHT,
     "v3": V3,
     "kimi_k2": KIMI_K2,
+    "glm4_air": GLM4_AIR,
 }

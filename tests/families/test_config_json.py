@@ -23,6 +23,15 @@ UNSAID = {
 }
 
 
+OTHER = {
+    "sigmoid": "softmax",
+    "softmax": "sigmoid",
+    "max": "top2_sum",
+    "top2_sum": "max",
+    "halves": "interleaved",
+}
+
+
 def changed(cfg, **values):
     return records.override(cfg, [f"{path}={v!r}" for path, v in values.items()])
 
@@ -107,9 +116,8 @@ def test_an_option_that_the_model_does_not_have_is_refused_by_name(name):
 @each_family
 def test_what_the_files_cannot_say_is_refused_on_the_way_out(name):
     for field, value in lookup(name).fields.items():
-        other = {bool: not value, int: 1, str: "top2_sum"}[type(value)]
-        if field.endswith(".score"):
-            other = "softmax" if value == "sigmoid" else "sigmoid"
+        other = OTHER[value] if isinstance(value, str) else type(value)(value + 1)
+        other = not value if isinstance(value, bool) else other
         cfg = changed(TINY[name], **{field: other})
         refused(
             lambda cfg=cfg: to_hf(cfg), f"{name!r} has {field}={value!r}", f"{other!r}"
