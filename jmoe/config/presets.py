@@ -264,6 +264,36 @@ def glm4_air_model() -> ModelConfig:
     )
 
 
+def dots1_model() -> ModelConfig:
+    """dots.llm1: 143B parameters, 14B active (arXiv 2506.05767, its config.json)."""
+    return ModelConfig(
+        vocab_size=152_064,
+        hidden_dim=4096,
+        num_layers=62,
+        num_dense_layers=1,
+        dense_mlp_dim=10_944,
+        max_positions=32_768,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            rope_dim=128,
+            rope_theta=10_000_000.0,
+            qk_norm_eps=1e-5,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408,
+            num_shared_experts=2,
+            router=RouterConfig(num_experts=128, top_k=6, gate_scale=2.5),
+        ),
+        family="dots1",
+    )
+
+
 MODELS = {
     "tiny": tiny_model,
     "bench_s": bench_s_model,
@@ -273,6 +303,7 @@ MODELS = {
     "v3": v3_model,
     "kimi_k2": kimi_k2_model,
     "glm4_air": glm4_air_model,
+    "dots1": dots1_model,
 }
 
 

@@ -7,6 +7,7 @@ from jmoe.config import ModelConfig
 from jmoe.families import config_json
 from jmoe.families.deepseek_v2 import DEEPSEEK_V2
 from jmoe.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
+from jmoe.families.dots1 import DOTS1
 from jmoe.families.family import Family
 from jmoe.families.glm4_moe import GLM4_MOE
 
@@ -17,6 +18,7 @@ FAMILIES: Mapping[str, Family] = {
         KIMI_K2,
         DEEPSEEK_V2,
         GLM4_MOE,
+        DOTS1,
     )
 }
 

@@ -65,6 +65,7 @@ TINY = {
         GROUPED,
         ["family=glm4_moe", "attention.rope_dim=6", "attention.qkv_bias=true"],
     ),
+    "dots1": override(GROUPED, ["family=dots1", "mtp_depth=0", "norm_eps=1e-6"]),
 }
 
 MOONLIGHT = {
@@ -200,10 +201,45 @@ GLM4_AIR = {
     "use_qk_norm": False,
     "vocab_size": 151552,
 }
+DOTS1 = {
+    "architectures": ["Dots1ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 10944,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 62,
+    "model_type": "dots1",
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": None,
+    "n_routed_experts": 128,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts_per_tok": 6,
+    "num_hidden_layers": 62,
+    "num_key_value_heads": 32,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "noaux_tc",
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "topk_group": None,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 152064,
+}
 PUBLISHED = {
     "v2_lite": V2_LITE,
     "moonlight": MOONLIGHT,
     "v3": V3,
     "kimi_k2": KIMI_K2,
     "glm4_air": GLM4_AIR,
+    "dots1": DOTS1,
 }
