@@ -294,6 +294,35 @@ def dots1_model() -> ModelConfig:
     )
 
 
+def qwen3_30b_model() -> ModelConfig:
+    """Qwen3-30B-A3B: 31B parameters, 3B active (arXiv 2505.09388, its config.json)."""
+    return ModelConfig(
+        vocab_size=151_936,
+        hidden_dim=2048,
+        num_layers=48,
+        num_dense_layers=0,
+        dense_mlp_dim=6144,  # of no layer
+        max_positions=40_960,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            rope_dim=128,
+            rope_theta=1_000_000.0,
+            qk_norm_eps=1e-6,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=768,
+            num_shared_experts=0,
+            router=RouterConfig(num_experts=128, top_k=8, score="softmax"),
+        ),
+        family="qwen3_moe",
+    )
+
+
 MODELS = {
     "tiny": tiny_model,
     "bench_s": bench_s_model,
@@ -304,6 +333,7 @@ MODELS = {
     "kimi_k2": kimi_k2_model,
     "glm4_air": glm4_air_model,
     "dots1": dots1_model,
+    "qwen3_30b": qwen3_30b_model,
 }
 
 

@@ -10,6 +10,7 @@ from jmoe.families.deepseek_v3 import DEEPSEEK_V3, KIMI_K2
 from jmoe.families.dots1 import DOTS1
 from jmoe.families.family import Family
 from jmoe.families.glm4_moe import GLM4_MOE
+from jmoe.families.qwen3_moe import QWEN3_MOE
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -19,6 +20,7 @@ FAMILIES: Mapping[str, Family] = {
         DEEPSEEK_V2,
         GLM4_MOE,
         DOTS1,
+        QWEN3_MOE,
     )
 }
 

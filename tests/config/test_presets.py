@@ -71,6 +71,7 @@ def active_parameters(cfg):
         ("kimi_k2", 1026.4e9, 31.69e9),  # the report's 1.04T have an MTP module
         ("glm4_air", 106.85e9, 12.80e9),
         ("dots1", 142.8e9, 13.39e9),
+        ("qwen3_30b", 30.53e9, 3.042e9),
         ("v3", 671.0e9, 36.6e9),  # README_WEIGHTS.md of DeepSeek-V3
     ],
 )

@@ -66,6 +66,21 @@ TINY = {
         ["family=glm4_moe", "attention.rope_dim=6", "attention.qkv_bias=true"],
     ),
     "dots1": override(GROUPED, ["family=dots1", "mtp_depth=0", "norm_eps=1e-6"]),
+    "qwen3_moe": override(
+        GROUPED,
+        [
+            "family=qwen3_moe",
+            "num_dense_layers=0",
+            "mtp_depth=0",
+            "attention.yarn={'factor': 4.0, 'original_positions': 16, "
+            "'mscale': None, 'mscale_all_dim': None}",
+            "moe.num_shared_experts=0",
+            "moe.router.num_groups=1",
+            "moe.router.groups_per_token=1",
+            "moe.router.score=softmax",
+            "moe.router.gate_scale=1.0",
+        ],
+    ),
 }
 
 MOONLIGHT = {
@@ -235,6 +250,38 @@ DOTS1 = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+QWEN3_30B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "decoder_sparse_step": 1,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 48,
+    "mlp_only_layers": [],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "output_router_logits": False,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.001,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
 PUBLISHED = {
     "v2_lite": V2_LITE,
     "moonlight": MOONLIGHT,
@@ -242,4 +289,5 @@ PUBLISHED = {
     "kimi_k2": KIMI_K2,
     "glm4_air": GLM4_AIR,
     "dots1": DOTS1,
+    "qwen3_30b": QWEN3_30B,
 }
