@@ -109,7 +109,14 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
         ),
-        (GROUPED_QUERIES, "model.remat=block", "mesh.zero_stage=3"),
+        (
+            GROUPED_QUERIES,
+            "model.num_layers=1",
+            "model.num_dense_layers=0",
+            "model.mtp_depth=0",
+            "model.remat=block",
+            "mesh.zero_stage=3",
+        ),
     ],
     ids=[
         "sequence loss, quantile rule, masks, tied",
