@@ -20,10 +20,10 @@ from jmoe.ops import dot
 class FeedForward(NamedTuple):
     """What there is to know of a kind.
 
-    module: of the kind's record, the standard deviation of new weights and a
+    module: of the kind's record, the standard deviation of new weights, a
       `dot_general`, and whether a pipeline's backward passes come apart
-      (`moe.RoutedExperts`); maps hidden states [B, S, D], and what it is told of the tokens,
-      to [B, S, D] and what it measured.
+      (`moe.RoutedExperts`); maps hidden states [B, S, D], and what it is told of the
+      tokens, to [B, S, D] and what it measured.
     name: of its parameters in a block's.
     cost: of the record and the hidden dimension, a token's operations in a forward
       pass.
