@@ -16,8 +16,7 @@ from jmoe.checkpoint.store import Store
 from jmoe.checkpoint.workdir import open_run
 from jmoe.config import override, presets
 from jmoe.data.tokenizer import train_bpe
-from jmoe.nn.model import Transformer
-from jmoe.train.state import make_variables
+from jmoe.nn.model import Transformer, make_variables
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")

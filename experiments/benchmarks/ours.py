@@ -70,7 +70,7 @@ def train_step(
     state = born(layout, functools.partial(make_state, model, optimizer, 0))
     tokens_BT = workload.token_ids()
     microbatches = Batch(tokens_BT[None], np.zeros_like(tokens_BT)[None])
-    parameters = count_parameters(state.params, run.model.moe.router)[0]
+    parameters = count_parameters(state.params, run.model)[0]
 
     def step() -> float:
         nonlocal state

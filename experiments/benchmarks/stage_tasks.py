@@ -18,7 +18,7 @@ from experiments.benchmarks.workers import Tasks, warm_up
 from experiments.benchmarks.workload import Workload
 from jmoe.config import MeshConfig, PipelineConfig, RunConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.pipeline import arrays
 from jmoe.parallel.pipeline.layers import Layers
@@ -30,7 +30,6 @@ from jmoe.train import pipelined, stages
 from jmoe.train.layout import WHOLE, born, make_layout, on_mesh, put_batch, run_mesh
 from jmoe.train.losses import normalisers, prediction_losses, sum_losses
 from jmoe.train.runtime import step_after_step
-from jmoe.train.state import make_variables
 
 _CALLS = 3
 

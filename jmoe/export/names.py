@@ -28,8 +28,7 @@ import jax
 
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer
-from jmoe.train.state import make_variables
+from jmoe.nn.model import Transformer, make_variables
 
 # In a block, each a matrix product: {our path: their name, or those of its two halves}.
 PRODUCTS = {

@@ -1,44 +1,27 @@
-"""Parameters with named dimensions, and the linear, embedding and norm modules."""
+"""The linear and the norm module, and weights that may be stored in fewer bits."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.nn.parameter import MATRIX, Description, described
+from jmoe.nn.parameter import FP8, MATRIX, Parameter, boxed, normal_param
 from jmoe.ops import dot, norm, stored
 from jmoe.ops.matrices import MatrixDims
 
 DotGeneral = Callable[..., jax.Array]
 
 
-def named_param(
-    module: nn.Module,
-    name: str,
-    shape: Sequence[int],
-    dims: Sequence[str | None],
-    std: float,
-    hidden_matrix: MatrixDims | None = None,
-) -> jax.Array:
-    """A float32 normal parameter whose dimensions carry their logical names.
-
-    Args:
-      hidden_matrix: see `jmoe.nn.parameter.Description`.
-    """
-    description = Description(hidden_matrix=hidden_matrix)
-    init = described(nn.initializers.normal(std), dims, description)
-    return module.param(name, init, tuple(shape), jnp.float32)
-
-
-def weight(module: nn.Module, name: str, *described: Any) -> stored.Weight:
-    """`named_param`, or the matrix in fewer bits that variables hold in its place."""
+def weight(
+    module: nn.Module, name: str, shape: Sequence[int], std: float, record: Parameter
+) -> stored.Weight:
+    """Returns `normal_param`, or what variables hold in its place in fewer bits."""
     if module.has_variable("params", name):
         kept = module.get_variable("params", name)
         if isinstance(kept, stored.FewerBits):
             return kept
-    return named_param(module, name, *described)
+    return normal_param(module, name, shape, std, record)
 
 
 class Linear(nn.Module):
@@ -47,7 +30,7 @@ class Linear(nn.Module):
     `dot_general` is where other number formats come in. It is given the kernel in the
     dtype that it is held in, and computes in x's: so the kernel's gradient is rounded
     to x's dtype nowhere. `matrix` says which of the kernel's dimensions, [input,
-    *features], are one matrix.
+    *features], are one matrix, and `formats` in which others it may be stored.
     """
 
     features: tuple[int, ...]
@@ -55,11 +38,15 @@ class Linear(nn.Module):
     init_std: float
     dot_general: DotGeneral = dot.dot_general
     matrix: MatrixDims = MATRIX
+    formats: tuple[str, ...] = (FP8,)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], *self.features)
-        kernel = weight(self, "kernel", shape, self.dims, self.init_std, self.matrix)
+        record = Parameter(
+            dims=self.dims, matrix=self.matrix, is_hidden=True, formats=self.formats
+        )
+        kernel = weight(self, "kernel", shape, self.init_std, record)
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         if isinstance(kernel, stored.FewerBits):
             kernel = stored.as_array(kernel, x.dtype).reshape(shape)
@@ -74,7 +61,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.initializers.ones_init()
-        init = described(ones, (self.dim,), Description(decays=False))
+        record = Parameter(dims=(self.dim,), in_float32=True, decays=False)
+        init = boxed(nn.initializers.ones_init(), record)
         scale_D = self.param("scale", init, (x.shape[-1],), jnp.float32)
         return norm.rms_norm(x, scale_D, self.epsilon)

@@ -11,16 +11,19 @@ Variables are `params` and `router_state`; the latter holds each MoE layer's sel
 bias, is float32, and sees neither gradients nor the optimizer.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 
 from jmoe.config import ModelConfig
 from jmoe.nn import attention
 from jmoe.nn.block import DenseBlock, MoEBlock, Positions
-from jmoe.nn.linear import DotGeneral, named_param
+from jmoe.nn.linear import DotGeneral
+from jmoe.nn.parameter import Parameter, normal_param, records
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
 from jmoe.ops import dot
@@ -85,10 +88,10 @@ class Transformer(nn.Module):
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
-        vocab_shape = (vocab, cfg.hidden_dim)
-        table_VD = named_param(
-            self, "embedding", vocab_shape, ("vocab", "embed"), cfg.init_std
-        )
+        shape = (vocab, cfg.hidden_dim)
+        # Tied, it is the head too.
+        record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
+        table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
         positions = Positions(rotation, segment_BT, is_real_BT)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
@@ -137,19 +140,31 @@ class Transformer(nn.Module):
         return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
 
 
-def computed_as(path: Any, cfg: ModelConfig) -> Any:
-    """The dtype that modules convert the parameter at this path of a pytree to.
-
-    Norms and the router compute in float32; the rest in the activations' dtype. They
-    convert inside of a product or a lookup, so that gradients aren't rounded to it.
-    """
-    names = {getattr(key, "key", None) for key in path}
-    return jnp.float32 if names & {"scale", "router"} else jnp.dtype(cfg.dtype)
+def init_variables(model: Transformer, seed: int) -> Any:
+    """Returns a new model's collections, in boxes with their parameters' records."""
+    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
 
 
-def is_of_layer(path: Any) -> bool:
-    """Whether the parameter at this path of a pytree belongs to a block."""
-    return path[0].key.partition("_")[0] in ("dense", "moe", "mtp")
+def make_variables(model: Transformer, seed: int) -> dict[str, Any]:
+    """Returns a new model's `params` and `router_state`; jit or `eval_shape` it."""
+    return meta.unbox(init_variables(model, seed))
+
+
+@functools.lru_cache(maxsize=16)
+def parameter_records(cfg: ModelConfig) -> Any:
+    """Returns a `Parameter` for each variable, as a tree like the collections."""
+    make = functools.partial(init_variables, Transformer(cfg), 0)
+    return records(jax.eval_shape(make))
+
+
+def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
+    """Returns which of the model's submodules are layers, or stacks of them."""
+    counts = {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}
+    if cfg.layer_loop == "scan":
+        main = [name for name, count in counts.items() if count]
+    else:
+        main = [f"{name}_{i}" for name, count in counts.items() for i in range(count)]
+    return (*main, *(f"mtp_{k}" for k in range(cfg.mtp_depth)))
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:

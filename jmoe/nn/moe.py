@@ -14,9 +14,10 @@ from flax import linen as nn
 
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
-from jmoe.nn.parameter import MATRIX, TWO_MATRICES
+from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
 from jmoe.nn.router import Router, Stats
 from jmoe.ops import dot, fp8, grouped
+from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
@@ -71,17 +72,15 @@ class RoutedExperts(nn.Module):
             self,
             "gate_up",
             (experts, hidden, 2, mlp),
-            ("expert", "embed", None, "mlp"),
             self.init_std,
-            TWO_MATRICES,
+            _of_experts(("expert", "embed", None, "mlp"), TWO_MATRICES),
         )
         down_EFD = weight(
             self,
             "down",
             (experts, mlp, hidden),
-            ("expert", "mlp", "embed"),
             self.init_std,
-            MATRIX,
+            _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
         def apply(*tokens_R: jax.Array) -> jax.Array:
@@ -96,6 +95,10 @@ class RoutedExperts(nn.Module):
             return collectives.reduce_scatter(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
+
+
+def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
+    return Parameter(dims=dims, matrix=matrix, is_hidden=True, formats=(FP8, INT4))
 
 
 class MoE(nn.Module):

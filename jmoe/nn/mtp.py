@@ -42,9 +42,13 @@ class MTPModule(nn.Module):
             ],
             axis=-1,
         )
-        dims = (None, "embed")
         project = Linear(
-            (cfg.hidden_dim,), dims, cfg.init_std, self.dot_general, name="project"
+            (cfg.hidden_dim,),
+            (None, "embed"),
+            cfg.init_std,
+            self.dot_general,
+            formats=(),
+            name="project",
         )
         block = MoEBlock(cfg, self.dot_general, name="block")
         hidden_BSD, stats = block(project(joined), positions)

@@ -19,7 +19,7 @@ from jax import lax
 
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
-from jmoe.nn.linear import named_param
+from jmoe.nn.parameter import MATRIX, Parameter, boxed, normal_param
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
@@ -183,11 +183,17 @@ class Router(nn.Module):
     ) -> tuple[Routing, Stats]:
         cfg = self.cfg
         shape = (x_BTD.shape[-1], cfg.num_experts)
-        w_DE = named_param(
-            self, "kernel", shape, ("embed", "router_logit"), self.init_std
+        record = Parameter(
+            dims=("embed", "router_logit"), matrix=MATRIX, in_float32=True
         )
+        w_DE = normal_param(self, "kernel", shape, self.init_std, record)
+        record = Parameter(dims=("router_logit",), in_float32=True, decays=False)
         bias_E = self.variable(
-            "router_state", "bias", jnp.zeros, cfg.num_experts, jnp.float32
+            "router_state",
+            "bias",
+            boxed(jnp.zeros, record),
+            cfg.num_experts,
+            jnp.float32,
         ).value
         # Float32 end to end: bfloat16 scores tie often enough to skew the top-k. A GPU
         # rounds float32 products to TF32, hardly finer, unless asked not to.

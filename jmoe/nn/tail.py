@@ -18,7 +18,8 @@ from flax import linen as nn
 from jmoe.config import ModelConfig
 from jmoe.nn import mtp
 from jmoe.nn.block import Positions
-from jmoe.nn.linear import DotGeneral, RMSNorm, named_param
+from jmoe.nn.linear import DotGeneral, RMSNorm
+from jmoe.nn.parameter import MATRIX, Parameter, normal_param
 from jmoe.nn.router import Stats
 from jmoe.ops import dot, masks
 from jmoe.parallel.vocabulary import embed
@@ -86,8 +87,9 @@ class Tail(nn.Module):
         if cfg.tie_embeddings:
             head_DV = table_VD.T
         else:
-            shape, dims = table_VD.shape[::-1], ("embed", "vocab")
-            head_DV = named_param(self, "head", shape, dims, cfg.init_std)
+            record = Parameter(dims=("embed", "vocab"), matrix=MATRIX)
+            shape = table_VD.shape[::-1]
+            head_DV = normal_param(self, "head", shape, cfg.init_std, record)
         return Features(hidden_BSD, tuple(mtp_BSD), head_DV, join_stats(*measured))
 
 

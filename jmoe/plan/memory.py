@@ -10,9 +10,8 @@ import jax
 import rich.table
 
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer, computed_as
+from jmoe.nn.model import Transformer, make_variables, parameter_records
 from jmoe.nn.quantized import quantize_weights
-from jmoe.train.state import make_variables
 
 GB = 10**9
 
@@ -45,8 +44,10 @@ class Part(NamedTuple):
 def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
     """A new model's variables as inference keeps them; jit or `eval_shape` it."""
     variables = make_variables(Transformer(cfg), seed=0)
-    params = jax.tree.map_with_path(
-        lambda path, x: x.astype(computed_as(path, cfg)), variables["params"]
+    params = jax.tree.map(
+        lambda record, x: x.astype(record.compute_dtype(cfg.dtype)),
+        parameter_records(cfg)["params"],
+        variables["params"],
     )
     return {**variables, "params": quantize_weights(params, cfg, form)}
 

@@ -12,28 +12,30 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.config import ExchangeConfig, MeshConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer
-from jmoe.nn.parameter import descriptions
+from jmoe.nn.model import Transformer, init_variables
+from jmoe.nn.parameter import records
 from jmoe.parallel import zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
-from jmoe.train.state import init_variables
 
 WHOLE = PartitionSpec()
 
 
 class Layout(NamedTuple):
-    """A mesh, and two trees like the model's parameters.
+    """A mesh, and three trees like the model's parameters.
 
-    placements: of `zero.Placement`. descriptions: of `nn.parameter.Description`.
+    placements: of `zero.Placement`. records: of `nn.parameter.Parameter`. shapes: of
+    `jax.ShapeDtypeStruct`.
     """
 
     mesh: Mesh
     placements: Any
-    descriptions: Any
+    records: Any
+    shapes: Any
 
     @property
     def stored(self) -> Any:
@@ -48,7 +50,8 @@ def make_layout(model: Transformer, mesh: Mesh) -> Layout:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
     """
     boxed = jax.eval_shape(functools.partial(init_variables, model, 0))["params"]
-    return Layout(mesh, zero.place(boxed, mesh.shape), descriptions(boxed))
+    placements = zero.place(boxed, mesh.shape)
+    return Layout(mesh, placements, records(boxed), meta.unbox(boxed))
 
 
 def on_mesh(
@@ -83,21 +86,23 @@ def check_exchange(cfg: ExchangeConfig, mesh: Mesh) -> None:
 
 
 def shardings(layout: Layout, tree: Any) -> Any:
-    """A `NamedSharding` for each array of a state, or of a part of one.
+    """Returns a `NamedSharding` for each array of a state, or of a part of one.
 
-    An array whose path ends in a parameter's lies as the parameter does.
+    An array whose path ends in a parameter's, and that has its shape, lies as the
+    parameter does. Others are whole on every device, such as the factors that some
+    optimizers keep of a moment.
     """
+    leaves = map(jax.tree.leaves_with_path, (layout.stored, layout.shapes))
     of_path = {
-        _names(path): placement
-        for path, placement in jax.tree.leaves_with_path(layout.placements)
+        _names(path): (x.shape, spec)
+        for (path, spec), (_, x) in zip(*leaves, strict=True)
     }
 
-    def choose(path: Any, _: Any) -> NamedSharding:
+    def choose(path: Any, x: Any) -> NamedSharding:
         names = _names(path)
         ends = (of_path.get(names[start:]) for start in range(len(names)))
-        placement = next(filter(None, ends), None)
-        spec = WHOLE if placement is None else placement.stored
-        return NamedSharding(layout.mesh, spec)
+        shape, spec = next(filter(None, ends), (None, WHOLE))
+        return NamedSharding(layout.mesh, spec if x.shape == shape else WHOLE)
 
     return jax.tree.map_with_path(choose, tree)
 

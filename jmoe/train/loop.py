@@ -103,7 +103,7 @@ def train(
         make = functools.partial(make_state, model, optimizer, cfg.seed)
         begin = functools.partial(resume.begin, make, layout, store, inputs.loader)
         begun = begin()
-        parameters = count_parameters(begun.state.params, run.model.moe.router)
+        parameters = count_parameters(begun.state.params, run.model)
         notes = [decision]
         if shows:
             changed = workdirs.changes(workdir, run)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
+from jmoe.nn.parameter import Parameter
 from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.newton_schulz import newton_schulz
 from jmoe.parallel.matrices import map_matrices
@@ -67,13 +68,13 @@ def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
             optax.tree.bias_correction(mu, MOMENTUM, optax.safe_increment(count)),
             optax.tree.bias_correction(updates, MOMENTUM, count),
         )
-        updates = jax.tree.map(orthogonal, layout.descriptions, layout.stored, ahead)
+        updates = jax.tree.map(orthogonal, layout.records, layout.stored, ahead)
         return updates, MuonState(count, mu)
 
-    def orthogonal(description: Any, spec: PartitionSpec, x: Any) -> Any:
+    def orthogonal(record: Parameter, spec: PartitionSpec, x: Any) -> Any:
         if isinstance(x, optax.MaskedNode):
             return x
-        return orthogonalize(x, spec, description.hidden_matrix, scale, layout)
+        return orthogonalize(x, spec, record.matrix, scale, layout)
 
     return optax.GradientTransformation(init, update)
 

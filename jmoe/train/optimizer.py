@@ -50,8 +50,8 @@ def adamw(
 
     def decays(params: Any) -> Any:
         return jax.tree.map(
-            lambda description, x: x if _is_masked(x) else description.decays,
-            layout.descriptions,
+            lambda record, x: x if _is_masked(x) else record.decays,
+            layout.records,
             params,
         )
 
@@ -75,8 +75,8 @@ def muon(
         optax.scale_by_learning_rate(rate),
     )
     labels = jax.tree.map(
-        lambda description: "muon" if description.hidden_matrix else "adamw",
-        layout.descriptions,
+        lambda record: "muon" if record.is_hidden else "adamw",
+        layout.records,
     )
     return optax.partition(
         {"muon": matrices, "adamw": adamw(cfg, rate, layout)}, labels

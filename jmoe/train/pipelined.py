@@ -26,7 +26,8 @@ from flax import linen as nn
 from jmoe.config import ModelConfig, RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.block import DenseBlock, MoEBlock
-from jmoe.nn.model import Transformer, computed_as
+from jmoe.nn.model import Transformer
+from jmoe.nn.parameter import Parameter
 from jmoe.nn.router import Stats
 from jmoe.nn.tail import REMAT_POLICIES, Features, Tail, join_stats
 from jmoe.ops import grouped
@@ -194,7 +195,7 @@ class Pieces:
         """
         run, cfg = self.run, self.cfg
         shared = {k: x for k, x in params.items() if k not in self.rows}
-        shared = gather_weights(shared, self._layout_of(shared), run)
+        shared = gather_weights(shared, self.layout, run)
 
         def enter(shared, batch):
             return embed(shared["embedding"], inputs(batch), cfg.dtype)
@@ -228,7 +229,7 @@ class Pieces:
 
     def reduce(self, shared: Any, groups: list[Any]) -> Any:
         """This device's parts of the gradients, in the parameters' tree."""
-        found = reduce_gradients(shared, self._layout_of(shared), self.run)
+        found = reduce_gradients(shared, self.layout, self.run)
         for (name, rows), gradients in zip(self.rows.items(), groups, strict=True):
             found[name] = jax.tree.map(
                 functools.partial(
@@ -282,17 +283,17 @@ class Pieces:
 
     def _gather(self, name: str, stack: Any) -> Any:
         """This rank's rows of a stack's weights, in the dtypes they compute in."""
-        index_PR = self.rows[name].index_PR
+        index_PR, layout = self.rows[name].index_PR, self.layout
 
-        def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-            x = x.astype(computed_as(path, self.cfg))
+        def gather(
+            record: Parameter, x: jax.Array, placement: zero.Placement
+        ) -> jax.Array:
+            x = x.astype(record.compute_dtype(self.cfg.dtype))
             return zero.gather_rows(x, placement, index_PR)
 
-        return jax.tree.map_with_path(gather, stack, self.layout.placements[name])
-
-    def _layout_of(self, tree: Any) -> Layout:
-        placements = {name: self.layout.placements[name] for name in tree}
-        return self.layout._replace(placements=placements)
+        return jax.tree.map(
+            gather, layout.records[name], stack, layout.placements[name]
+        )
 
     def _size(self, name: str) -> int:
         cfg = self.cfg

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from flax.core import meta
 
-from jmoe.config import RouterConfig
-from jmoe.nn.model import Transformer
+from jmoe.config import ModelConfig
+from jmoe.nn.model import Transformer, make_variables, parameter_records
+from jmoe.nn.parameter import Parameter
 
 
 @struct.dataclass
@@ -28,16 +28,6 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """The model's collections, as `Transformer.apply` takes them."""
         return {"params": self.params, "router_state": self.router_state}
-
-
-def init_variables(model: Transformer, seed: int) -> Any:
-    """A new model's collections, in Linen's boxes that name their dimensions."""
-    return model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
-
-
-def make_variables(model: Transformer, seed: int) -> dict[str, Any]:
-    """A new model's `params` and `router_state`; jit or `eval_shape` it."""
-    return meta.unbox(init_variables(model, seed))
 
 
 def make_state(
@@ -73,18 +63,21 @@ def require_step(state: TrainState, step: int, where: Any) -> None:
         )
 
 
-def count_parameters(params: Any, router: RouterConfig) -> tuple[int, int]:
-    """All parameters, and those that one token meets on its way.
+def count_parameters(params: Any, cfg: ModelConfig) -> tuple[int, int]:
+    """Returns how many parameters there are, and how many one token meets.
 
-    A token meets `top_k` of the routed experts, and of the input embedding one row,
-    which isn't counted.
+    A token meets `top_k` of the routed experts, and of a table one row, which isn't
+    counted.
     """
-    total = active = 0
-    for path, x in jax.tree.leaves_with_path(params):
-        names = [key.key for key in path]
-        total += x.size
-        if names[-1] == "embedding" and "head" in params:
-            continue
-        routed = "experts" in names
-        active += x.size * router.top_k // router.num_experts if routed else x.size
-    return total, active
+    router = cfg.moe.router
+    records = parameter_records(cfg)["params"]
+
+    def met(record: Parameter, x: Any) -> int:
+        if record.is_table:
+            return 0
+        if record.of_experts:
+            return x.size * router.top_k // router.num_experts
+        return x.size
+
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return total, sum(jax.tree.leaves(jax.tree.map(met, records, params)))

@@ -12,10 +12,9 @@ from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.nn.quantized import quantize_weights
 from jmoe.train.guard import require_finite
-from jmoe.train.state import make_variables
 
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"

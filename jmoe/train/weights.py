@@ -19,45 +19,66 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.config import RunConfig
-from jmoe.nn.model import Transformer, computed_as, is_of_layer
+from jmoe.nn.model import Transformer, layer_names
+from jmoe.nn.parameter import Parameter
 from jmoe.parallel import collectives, zero
 from jmoe.train.layout import Layout
 
 
 def gather_weights(params: Any, layout: Layout, run: RunConfig) -> Any:
-    """The weights that this device computes with, but for those a layer gathers."""
+    """Returns the weights this device computes with, but for those a layer gathers.
 
-    def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-        if _waits_for_layer(path, run):
-            return x
-        return _gather(x, placement, computed_as(path, run.model))
+    Args:
+      params: all of a model's, or some of the entries of its tree.
+    """
+    dtype = run.model.dtype
 
-    return jax.tree.map_with_path(gather, params, layout.placements)
+    def gather(record: Parameter, x: jax.Array, placement: zero.Placement) -> jax.Array:
+        return _gather(x, placement, record.compute_dtype(dtype))
+
+    waiting = _waiting(run)
+    return {
+        name: x
+        if name in waiting
+        else jax.tree.map(gather, layout.records[name], x, layout.placements[name])
+        for name, x in params.items()
+    }
 
 
 def reduce_gradients(gradients: Any, layout: Layout, run: RunConfig) -> Any:
-    """This device's parts of the gradients, summed over all tokens, once."""
+    """Returns this device's parts of the gradients, summed over all tokens, once.
 
-    def reduce(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-        if _waits_for_layer(path, run):  # the gather has summed over the others
-            return collectives.psum(x, placement.summed)
-        return zero.reduce(x, placement)
+    Args:
+      gradients: of what `gather_weights` returned.
+    """
 
-    return jax.tree.map_with_path(reduce, gradients, layout.placements)
+    def sum_over_others(x: jax.Array, placement: zero.Placement) -> jax.Array:
+        return collectives.psum(x, placement.summed)  # the gather has summed the rest
+
+    waiting = _waiting(run)
+    return {
+        name: jax.tree.map(
+            sum_over_others if name in waiting else zero.reduce,
+            x,
+            layout.placements[name],
+        )
+        for name, x in gradients.items()
+    }
 
 
 def with_gathers(model: Transformer, run: RunConfig, layout: Layout) -> Transformer:
-    """The model, whose layers gather their own weights where ZeRO's stage asks so."""
+    """Returns the model, whose layers gather their weights where ZeRO's stage asks."""
     if run.mesh.zero_stage != 3:
         return model
-    stacked = ("dense", "moe") if run.model.layer_loop == "scan" else ()
+
+    def gather(record: Parameter, x: jax.Array, placement: zero.Placement) -> jax.Array:
+        placement = placement.of_layer() if record.is_stacked else placement
+        return gather_in_layer(x, placement, record.compute_dtype(run.model.dtype))
 
     def gather_layer(name: str, params: Any) -> Any:
-        def gather(path: Any, x: jax.Array, placement: zero.Placement) -> jax.Array:
-            placement = placement.of_layer() if name in stacked else placement
-            return gather_in_layer(x, placement, computed_as(path, run.model))
-
-        return jax.tree.map_with_path(gather, params, layout.placements[name])
+        return jax.tree.map(
+            gather, layout.records[name], params, layout.placements[name]
+        )
 
     return model.clone(gather_layer=gather_layer)
 
@@ -91,5 +112,6 @@ def _gather(
     return zero.gather(x.astype(dtype), placement) if placement.axes else x
 
 
-def _waits_for_layer(path: Any, run: RunConfig) -> bool:
-    return run.mesh.zero_stage == 3 and is_of_layer(path)
+def _waiting(run: RunConfig) -> tuple[str, ...]:
+    """Returns the names of the layers that gather their own weights."""
+    return layer_names(run.model) if run.mesh.zero_stage == 3 else ()

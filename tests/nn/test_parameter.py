@@ -8,8 +8,8 @@ from flax.core import meta
 
 from jmoe.config import override
 from jmoe.config.model import LAYER_LOOPS
-from jmoe.nn.model import Transformer
-from jmoe.nn.parameter import Described, descriptions
+from jmoe.nn.model import Transformer, init_variables, parameter_records
+from jmoe.nn.parameter import FP8, INT4, Boxed
 from tests.smallest_run import get_config
 
 MODEL = get_config().model
@@ -40,9 +40,12 @@ def named(tree, is_leaf=None) -> dict:
 
 
 def boxed_params(cfg):
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), tokens_BT)
+    shapes = jax.eval_shape(lambda: init_variables(Transformer(cfg), 0))
     return shapes["params"]
+
+
+def records_of(cfg):
+    return named(parameter_records(cfg))
 
 
 def key_of(name: str) -> str:
@@ -55,13 +58,13 @@ def test_a_model_says_of_every_parameter_whether_it_is_a_matrix(loop, latent):
     settings = [f"layer_loop={loop}", f"attention.query_latent_dim={latent}"]
     boxed = boxed_params(override(MODEL, settings))
     found = set()
-    for name, box in named(boxed, lambda x: isinstance(x, Described)).items():
-        dims, shape = box.description.hidden_matrix, box.value.shape
-        if dims is None:
+    for name, box in named(boxed, lambda x: isinstance(x, Boxed)).items():
+        shape = box.value.shape
+        if not box.record.is_hidden:
             assert name.endswith(OTHERS), name
             continue
         found.add(key_of(name))
-        fan_in, fan_out = dims.sizes(shape)
+        fan_in, fan_out = box.record.matrix.sizes(shape)
         stacked = loop == "scan" and not name.startswith("mtp")
         layers = shape[0] if stacked else 1
         count = box.value.size // (layers * fan_in * fan_out)
@@ -71,10 +74,43 @@ def test_a_model_says_of_every_parameter_whether_it_is_a_matrix(loop, latent):
     assert found == MATRICES.keys() - other
 
 
-def test_norms_alone_are_never_decayed():
-    found = named(descriptions(boxed_params(MODEL)))
-    kept = {name for name, description in found.items() if not description.decays}
-    assert kept == {name for name in found if name.endswith("scale")}
+def test_norms_and_biases_alone_are_never_decayed():
+    found = records_of(MODEL)
+    kept = {name for name, record in found.items() if not record.decays}
+    assert kept == {name for name in found if name.endswith(("scale", "bias"))}
+
+
+def test_norms_and_routers_alone_compute_in_float32():
+    found = records_of(MODEL)
+    wide = {n for n, x in found.items() if x.compute_dtype("bfloat16") == jnp.float32}
+    assert wide == {n for n in found if n.endswith("scale") or ".router." in n}
+
+
+@pytest.mark.parametrize("loop", LAYER_LOOPS)
+def test_a_record_says_which_dimensions_number_layers_experts_and_pairs(loop):
+    found = records_of(override(MODEL, [f"layer_loop={loop}"]))
+    for name, record in found.items():
+        stacked = loop == "scan" and name.startswith(("params.moe.", "params.dense."))
+        if ".bias" not in name:
+            assert record.is_stacked == stacked, name
+        assert record.of_experts == (".experts." in name)
+        assert record.num_lead == record.is_stacked + record.of_experts
+        assert record.pair_dim == (-2 if "gate_up" in name else None), name
+
+
+def test_fewer_bits_are_for_matrices_of_attention_and_mlps():
+    for name, record in records_of(MODEL).items():
+        want = (FP8,) if name.endswith(".kernel") else ()
+        if name.endswith(("router.kernel", "project.kernel")):
+            want = ()
+        assert record.formats == ((FP8, INT4) if ".experts." in name else want), name
+
+
+def test_one_row_of_an_embedding_is_met_unless_it_is_the_head_too():
+    for tied in ("false", "true"):
+        found = records_of(override(MODEL, [f"tie_embeddings={tied}"]))
+        tables = {name for name, record in found.items() if record.is_table}
+        assert tables == ({"params.embedding"} if tied == "false" else set())
 
 
 def test_a_box_is_opened_named_and_stacked_as_linens_own_is():

@@ -7,9 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jmoe.config import ModelConfig, override
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, init_variables
 from jmoe.parallel import rules
-from jmoe.train.state import init_variables
 
 SHAPE = {"data": 2, "pipe": 1, "expert": 4, "tensor": 2}
 

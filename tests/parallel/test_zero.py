@@ -15,10 +15,9 @@ from flax.core import meta
 from jax.sharding import PartitionSpec as P
 
 from jmoe.config import MeshConfig, ModelConfig
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, init_variables
 from jmoe.parallel import zero
 from jmoe.parallel.mesh import make_mesh
-from jmoe.train.state import init_variables
 
 SHAPE = {"data": 2, "pipe": 1, "expert": 4, "tensor": 2}
 

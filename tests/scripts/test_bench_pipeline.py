@@ -12,9 +12,8 @@ from experiments.benchmarks import pipeline
 from experiments.benchmarks.workers import Turn
 from jmoe.config import override
 from jmoe.config.mesh import SCHEDULES
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.parallel.schedule import Costs
-from jmoe.train.state import make_variables
 from tests.scripts.test_bench import SMALL
 
 WORKLOAD = dataclasses.replace(

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from jmoe.config import RunConfig, override
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.plan import traffic
 from jmoe.train import layout as layouts
 from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
-from jmoe.train.state import make_variables
 from tests.train.training import (
     Trainer,
     assert_same,

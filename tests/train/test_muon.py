@@ -12,11 +12,10 @@ import optax
 import pytest
 
 from jmoe.config import RunConfig, override
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.plan import hlo, traffic
 from jmoe.train import layout as layouts
 from jmoe.train.muon import SCALES, scale_by_muon
-from jmoe.train.state import make_variables
 from tests.train.training import Trainer, on, random_variables
 
 MESHES = [
@@ -63,12 +62,12 @@ def draw(run: RunConfig, seed: int, chosen=lambda path: True):
     shapes = jax.eval_shape(lambda: make_variables(Transformer(run.model), 0))["params"]
     rng = np.random.default_rng(seed)
 
-    def numbers(path, description, x):
-        if description.hidden_matrix is None or not chosen(path):
+    def numbers(path, record, x):
+        if not record.is_hidden or not chosen(path):
             return optax.MaskedNode()
         return np.float32(rng.normal(size=x.shape))
 
-    return jax.tree.map_with_path(numbers, layout_of(run).descriptions, shapes)
+    return jax.tree.map_with_path(numbers, layout_of(run).records, shapes)
 
 
 def put(layout: layouts.Layout, tree):
@@ -105,10 +104,10 @@ def test_a_mesh_makes_the_updates_that_one_device_makes(run, one_device, mesh):
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_matrix_of_an_update_is_nearly_orthogonal_times_its_scale(run, scale):
-    def check(description, x):
+    def check(record, x):
         if isinstance(x, optax.MaskedNode):
             return
-        dims = description.hidden_matrix
+        dims = record.matrix
         order = [dim + x.ndim for dim in (*dims.batch(x.ndim), *dims.both)]
         x_NIO = x.transpose(order).reshape(-1, *dims.sizes(x.shape))
         fan_in, fan_out = x_NIO.shape[1:]
@@ -121,7 +120,7 @@ def test_every_matrix_of_an_update_is_nearly_orthogonal_times_its_scale(run, sca
         assert singular.max() < 1.3 and np.quantile(singular, 0.1) > 0.6
 
     updates = updates_of(run, "data=2,expert=4,tensor=2", scale)
-    jax.tree.map(check, layout_of(run).descriptions, updates)
+    jax.tree.map(check, layout_of(run).records, updates)
 
 
 def compiled(run: RunConfig, mesh: str, chosen=lambda path: True) -> str:

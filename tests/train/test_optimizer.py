@@ -13,9 +13,9 @@ from jmoe.nn.parameter import (
     MATRIX,
     TO_HEADS,
     TWO_MATRICES,
-    Described,
-    Description,
-    descriptions,
+    Boxed,
+    Parameter,
+    records,
 )
 from jmoe.parallel import zero
 from jmoe.train import layout as layouts
@@ -23,34 +23,37 @@ from jmoe.train.muon import SCALES
 from jmoe.train.optimizer import OPTIMIZERS, make_optimizer, store_moments
 from jmoe.train.schedules import learning_rate
 
+
+def matrix(dims):
+    return Parameter(dims=(), matrix=dims, is_hidden=True)
+
+
 # A parameter of every class, named and shaped as the model's: layers, then experts.
 DESCRIBED = {
-    "embedding": ((12, 8), Description()),
-    "final_norm": {"scale": ((8,), Description(decays=False))},
-    "head": ((8, 12), Description()),
+    "embedding": ((12, 8), Parameter(dims=())),
+    "final_norm": {"scale": ((8,), Parameter(dims=(), decays=False))},
+    "head": ((8, 12), Parameter(dims=())),
     "moe": {
         "attention": {
             "query_up": {
-                "kernel": ((2, 4, 2, 8), Description(hidden_matrix=TO_HEADS)),
+                "kernel": ((2, 4, 2, 8), matrix(TO_HEADS)),
             }
         },
         "moe": {
             "experts": {
-                "down": ((2, 3, 8, 16), Description(hidden_matrix=MATRIX)),
-                "gate_up": ((2, 3, 16, 2, 8), Description(hidden_matrix=TWO_MATRICES)),
+                "down": ((2, 3, 8, 16), matrix(MATRIX)),
+                "gate_up": ((2, 3, 16, 2, 8), matrix(TWO_MATRICES)),
             },
-            "router": {"kernel": ((2, 8, 3), Description())},
-            "shared": {
-                "down": {"kernel": ((2, 8, 16), Description(hidden_matrix=MATRIX))}
-            },
+            "router": {"kernel": ((2, 8, 3), Parameter(dims=()))},
+            "shared": {"down": {"kernel": ((2, 8, 16), matrix(MATRIX))}},
         },
     },
 }
 BOXED = jax.tree.map(
-    lambda given: Described(
+    lambda given: Boxed(
         jax.ShapeDtypeStruct(given[0], jnp.float32),
         (None,) * len(given[0]),
-        description=given[1],
+        record=given[1],
     ),
     DESCRIBED,
     is_leaf=lambda x: isinstance(x, tuple),
@@ -64,7 +67,9 @@ MUON = {
 STEPS = 8
 CONSTANT = ScheduleConfig(name="constant", peak=0.01)
 MESH = layouts.run_mesh(MeshConfig())
-LAYOUT = layouts.Layout(MESH, zero.place(BOXED, MESH.shape), descriptions(BOXED))
+LAYOUT = layouts.Layout(
+    MESH, zero.place(BOXED, MESH.shape), records(BOXED), meta.unbox(BOXED)
+)
 
 
 def draw(seed: int):
@@ -138,22 +143,18 @@ def test_without_gradients_all_but_norms_decay(name):
 
 def optax_muon(cfg: OptimizerConfig) -> optax.GradientTransformation:
     """optax's own Muon of the same matrices; what is none, it leaves to Adam."""
-    dims = jax.tree.map(
-        lambda box: (
-            box.description.hidden_matrix
-            and optax.contrib.MuonDimensionNumbers(
-                tuple(
-                    dim + box.value.ndim for dim in box.description.hidden_matrix.fan_in
-                ),
-                tuple(
-                    dim + box.value.ndim
-                    for dim in box.description.hidden_matrix.fan_out
-                ),
+
+    def numbers(box: Boxed):
+        if not box.record.is_hidden:
+            return None
+        return optax.contrib.MuonDimensionNumbers(
+            *(
+                tuple(dim + box.value.ndim for dim in dims)
+                for dims in (box.record.matrix.fan_in, box.record.matrix.fan_out)
             )
-        ),
-        BOXED,
-        is_leaf=lambda x: isinstance(x, Described),
-    )
+        )
+
+    dims = jax.tree.map(numbers, BOXED, is_leaf=lambda x: isinstance(x, Boxed))
     muon = optax.contrib.muon(
         learning_rate(cfg.schedule, STEPS),
         weight_decay=cfg.weight_decay,

@@ -15,13 +15,12 @@ from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.config import mesh as config
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import layout as layouts
 from jmoe.train import pipelined, stages
 from jmoe.train import step as steps
-from jmoe.train.state import make_variables
 from tests.train.training import (
     Trainer,
     assert_same,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jmoe.config import override
@@ -54,7 +55,7 @@ def test_parameters_are_counted_once_and_experts_by_how_many_are_active(smallest
     state, model = abstract_state(smallest), smallest.model
     expert = 3 * model.hidden_dim * model.moe.expert_mlp_dim
     embedding = model.vocab_size * model.hidden_dim
-    total, active = count_parameters(state.params, model.moe.router)
+    total, active = count_parameters(state.params, model)
     assert total == sum(x.size for x in jax.tree.leaves(state.params))
     # Of 8 experts a token meets 2, in a block and in the MTP module's.
     assert active == total - embedding - 2 * (8 - 2) * expert
@@ -62,8 +63,20 @@ def test_parameters_are_counted_once_and_experts_by_how_many_are_active(smallest
 
 def test_a_tied_embedding_is_active_as_the_head(smallest):
     tied = override(smallest, ["model.tie_embeddings=true"])
-    router = tied.model.moe.router
-    total, active = count_parameters(abstract_state(tied).params, router)
-    apart = count_parameters(abstract_state(smallest).params, router)
+    total, active = count_parameters(abstract_state(tied).params, tied.model)
+    apart = count_parameters(abstract_state(smallest).params, smallest.model)
     assert active == apart[1]
     assert total == apart[0] - tied.model.vocab_size * tied.model.hidden_dim
+
+
+def test_a_factored_moment_is_whole_on_every_device(smallest):
+    mesh = ["mesh=expert=4,tensor=4", "train.microbatch_size=4"]
+    run = override(smallest, [*mesh, "model.attention.num_heads=4"])
+    layout = layouts.make_layout(Transformer(run.model), layouts.run_mesh(run.mesh))
+    params = abstract_state(run).params
+    state = jax.eval_shape(optax.adafactor(1e-3).init, params)
+    where = layouts.shardings(layout, state)
+    whole = {x.shape for x in jax.tree.leaves(layout.shapes)}
+    for x, sharding in zip(*map(jax.tree.leaves, (state, where)), strict=True):
+        assert sharding.shard_shape(x.shape) is not None  # it divides evenly
+        assert sharding.spec == layouts.WHOLE or x.shape in whole

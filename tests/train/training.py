@@ -12,12 +12,12 @@ import optax
 
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import PADDING, Batch
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.ops import fp8
 from jmoe.train import layout as layouts
 from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
-from jmoe.train.state import TrainState, make_variables
+from jmoe.train.state import TrainState
 
 # Leaves the gradients as they are, and keeps them.
 KEEP = optax.GradientTransformation(
