@@ -145,3 +145,15 @@ def numbers_in(value: Any) -> Iterator[float]:
             yield from numbers_in(item)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield float(value)
+
+
+def messages(page: pathlib.Path) -> Iterator[list[str]]:
+    """The fixed parts of each message in the page's tables of messages.
+
+    What varies is left out: numbers, names in quotes, and three dots.
+    """
+    for table in re.findall(r"^\| message \|.*\n((?:\|.*\n)+)", prose(page), re.M):
+        for row in table.splitlines()[1:]:
+            for message in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+                parts = re.split(r"\.\.\.|'|\b\d+\b|=", message)
+                yield [part.strip() for part in parts if len(part.strip()) > 3]

@@ -129,7 +129,7 @@ def check(name, given, namespace, page, tmp_path) -> None:
     if name == "plan" or given.get("dry_run"):
         ModelConfig.preset(given["model"])
     weights = given.get("weights") or []
-    assert {weights} if isinstance(weights, str) else set(weights) <= set(FORMS)
+    assert {weights} <= set(FORMS) if isinstance(weights, str) else not weights
 
 
 def parse(script: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -303,6 +303,19 @@ def is_rounded(x: float, text: str) -> bool:
     return abs(x - value) <= max(
         0.5001 * 10**-decimals, 5e-4 * abs(value) * (not decimals)
     )
+
+
+def test_a_message_that_is_explained_is_in_the_code():
+    texts = "\n".join(
+        node.value
+        for path in (ROOT / "jmoe").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    explained = [parts for page in PAGES for parts in pages.messages(page)]
+    assert len(explained) > 10
+    for parts in explained:
+        assert [part for part in parts if part not in texts] == []
 
 
 def test_a_mesh_in_the_text_is_one():
