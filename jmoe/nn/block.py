@@ -1,7 +1,9 @@
 """Pre-norm transformer blocks: one with a dense MLP, one with a mixture of experts.
 
 Both map the residual stream to itself and return what they measured, so that either can
-be the body of a scan over layers.
+be the body of a scan over layers. Each is told its number, counted from 0 through the
+model's layers and then its MTP modules: what differs by layer, such as noise, follows
+from it.
 
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
@@ -14,8 +16,9 @@ from flax import linen as nn
 from jmoe.config import ModelConfig
 from jmoe.nn.attention import LatentAttention
 from jmoe.nn.linear import DotGeneral, RMSNorm
+from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.moe import MoE, SwiGLU
-from jmoe.nn.router import Stats
+from jmoe.nn.noise import Noise
 from jmoe.ops import dot
 
 
@@ -24,12 +27,14 @@ class Positions(NamedTuple):
 
     rotation: cosines and sines, see `jmoe.ops.rope`. segment_BT: int32, the documents
     that attention is confined to; None: it isn't. is_real_BT: bool, where there is a
-    token to be routed to experts; None: everywhere.
+    token to be routed to experts; None: everywhere. noise: where random numbers come
+    from; None: there is to be no randomness.
     """
 
     rotation: tuple[jax.Array, jax.Array]
     segment_BT: jax.Array | None = None
     is_real_BT: jax.Array | None = None
+    noise: Noise | None = None
 
 
 class DenseBlock(nn.Module):
@@ -40,31 +45,33 @@ class DenseBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, None]:
+        self, x_BSD: jax.Array, positions: Positions, number: jax.Array
+    ) -> tuple[jax.Array, Measured]:
+        del number
         cfg = self.cfg
         x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
         normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         mlp = SwiGLU(cfg.dense_mlp_dim, cfg.init_std, self.dot_general, name="mlp")
-        return x_BSD + mlp(normed_BSD), None
+        return x_BSD + mlp(normed_BSD), NOTHING
 
 
 class MoEBlock(nn.Module):
-    """A block with routed and shared experts; returns their `Stats` too."""
+    """A block with routed and shared experts; returns what they measured too."""
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, Stats]:
+        self, x_BSD: jax.Array, positions: Positions, number: jax.Array
+    ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
         normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
         moe = MoE(cfg.moe, cfg.init_std, self.dot_general, name="moe")
-        out_BSD, stats = moe(normed_BSD, positions.is_real_BT)
-        return x_BSD + out_BSD, stats
+        noise = None if positions.noise is None else positions.noise.of_layer(number)
+        out_BSD, measured = moe(normed_BSD, positions.is_real_BT, noise)
+        return x_BSD + out_BSD, measured
 
 
 def _attend(cfg, dot_general, x_BSD, positions):

@@ -23,20 +23,21 @@ from jmoe.config import ModelConfig
 from jmoe.nn import attention
 from jmoe.nn.block import DenseBlock, MoEBlock, Positions
 from jmoe.nn.linear import DotGeneral
+from jmoe.nn.measured import NOTHING, Measured, join, stack
+from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import Parameter, normal_param, records
-from jmoe.nn.router import Stats
-from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
+from jmoe.nn.tail import Features, GatherLayer, Tail, prepare
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
 
 
 class Output(NamedTuple):
-    """float32 logits [B, T, V], those of the MTP modules, and the layers' stats."""
+    """float32 logits [B, T, V], those of the MTP modules, and what layers measured."""
 
     logits: jax.Array
     mtp_logits: tuple[jax.Array, ...]
-    stats: Stats
+    measured: Measured
 
 
 class Transformer(nn.Module):
@@ -69,8 +70,7 @@ class Transformer(nn.Module):
             return jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
         mtp_logits = tuple(map(logits, features.mtp_BSD))
-        assert features.stats is not None, "a model has a MoE layer"
-        return Output(logits(features.hidden_BSD), mtp_logits, features.stats)
+        return Output(logits(features.hidden_BSD), mtp_logits, features.measured)
 
     @nn.compact
     def features(
@@ -78,6 +78,7 @@ class Transformer(nn.Module):
         tokens_BT: jax.Array,
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> Features:
         """Returns the final hidden states.
 
@@ -85,6 +86,7 @@ class Transformer(nn.Module):
           segment_BT: int32, documents that attention is confined to; None: it isn't.
           is_real_BT: bool, False for padding, which follows a row's last token, visits
             no expert and is in no count; None: there is no padding.
+          noise: where random numbers come from, in training; None: there are none.
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
@@ -93,51 +95,50 @@ class Transformer(nn.Module):
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, is_real_BT)
+        positions = Positions(rotation, segment_BT, is_real_BT, noise)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
-        x_BSD, _ = self._layers(
-            DenseBlock, "dense", cfg.num_dense_layers, x_BSD, positions
-        )
-        x_BSD, stats = self._layers(
-            MoEBlock, "moe", cfg.num_moe_layers, x_BSD, positions
-        )
+        first_moe = cfg.num_dense_layers
+        dense, moe = range(first_moe), range(first_moe, cfg.num_layers)
+        x_BSD, of_dense = self._layers(DenseBlock, "dense", dense, x_BSD, positions)
+        x_BSD, of_moe = self._layers(MoEBlock, "moe", moe, x_BSD, positions)
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
         features = tail(x_BSD, table_VD, tokens_BT, positions)
-        return features._replace(stats=join_stats(stats, features.stats))
+        measured = join(of_dense, of_moe, features.measured)
+        return features._replace(measured=measured)
 
     def _layers(
         self,
         block: type[nn.Module],
         name: str,
-        count: int,
+        numbers: range,
         x_BSD: jax.Array,
         positions: Positions,
-    ) -> tuple[jax.Array, Any]:
-        """`count` blocks in a row; their stats stacked along a new first dimension."""
-        if not count:
-            return x_BSD, None
+    ) -> tuple[jax.Array, Measured]:
+        """Returns what blocks in a row compute, and what they measured, stacked."""
+        if not numbers:
+            return x_BSD, NOTHING
         gather = None if self.is_initializing() else self.gather_layer
         if self.cfg.layer_loop == "scan":
-            stack = nn.scan(
+            scanned = nn.scan(
                 prepare(block, name, self.cfg, gather, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,  # type: ignore[arg-type]
-                length=count,
+                in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]
+                length=len(numbers),
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = stack(self.cfg, self.dot_general, name=name)
-            return layers(x_BSD, positions)
+            layers = scanned(self.cfg, self.dot_general, name=name)
+            return layers(x_BSD, positions, jnp.array(numbers, jnp.int32))
         measured = []
-        for i in range(count):
+        for i, number in enumerate(numbers):
             own_name = f"{name}_{i}"
             layer = prepare(block, own_name, self.cfg, gather, scanned=False)
-            x_BSD, stats = layer(self.cfg, self.dot_general, name=own_name)(
-                x_BSD, positions
+            x_BSD, found = layer(self.cfg, self.dot_general, name=own_name)(
+                x_BSD, positions, jnp.int32(number)
             )
-            measured.append(stats)
-        return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
+            measured.append(found)
+        return x_BSD, stack(measured)
 
 
 def init_variables(model: Transformer, seed: int) -> Any:
@@ -168,7 +169,7 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
-    """Where the biases are in `router_state`, in the order of the stats' layers."""
+    """Where the biases are in `router_state`, in the order of the load's layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
         layers = [("moe", *tail)]
