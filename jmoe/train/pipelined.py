@@ -21,11 +21,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jmoe.config import ModelConfig, RunConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.block import Block
 from jmoe.nn.measured import Measured, join
 from jmoe.nn.model import Transformer
 from jmoe.nn.parameter import Parameter
@@ -58,8 +57,6 @@ from jmoe.train.losses import (
 from jmoe.train.microbatch import Microbatch
 from jmoe.train.stages import Rows
 from jmoe.train.weights import gather_weights, reduce_gradients
-
-BLOCKS: dict[str, type[nn.Module]] = {"dense": DenseBlock, "moe": MoEBlock}
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
@@ -254,7 +251,7 @@ class Pieces:
 
     def _layer(self, name: str) -> Callable[..., Any]:
         run, cfg, norms = self.run, self.cfg, self.norms
-        block = BLOCKS[name](cfg, self.dot_general)
+        block = Block.of(cfg, cfg.stacks[name].feed_forward, self.dot_general)
 
         def layer(weights, state, part, x_BSD):
             router_state, number = state
@@ -287,8 +284,7 @@ class Pieces:
         )
 
     def _size(self, name: str) -> int:
-        cfg = self.cfg
-        return {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}[name]
+        return self.cfg.stacks[name].num_layers
 
 
 def _apart(cfg: ModelConfig) -> ModelConfig:

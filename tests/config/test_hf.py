@@ -177,7 +177,7 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
-UNCHANGEABLE = {"moe.backend"}  # there is only one
+UNCHANGEABLE = {"attention.kind", "moe.kind", "moe.backend"}  # there is only one
 
 
 YARN = {"factor": 4.0, "original_positions": 256}
