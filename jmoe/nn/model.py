@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
         noise: Noise | None = None,
+        choice_BLTK: jax.Array | None = None,
     ) -> Features:
         """Returns the final hidden states.
 
@@ -90,6 +91,8 @@ class Transformer(nn.Module):
           is_real_BT: bool, False for padding, which follows a row's last token, visits
             no expert and is in no count; None: there is no padding.
           noise: where random numbers come from, in training; None: there are none.
+          choice_BLTK: int32, the experts that each MoE layer is to take, if the router
+            is to be told (`nn.choices.replayed`).
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
@@ -98,7 +101,9 @@ class Transformer(nn.Module):
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, Tokens(is_real_BT, noise))
+        told = Tokens(is_real_BT, noise, tokens_BT, choice_BLTK)
+        told = told._replace(first_moe=cfg.num_dense_layers)
+        positions = Positions(rotation, segment_BT, told)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
         found, first = [], 0
         for name, stack in cfg.stacks.items():
