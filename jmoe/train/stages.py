@@ -21,10 +21,12 @@ from jmoe.parallel.schedule import Schedule, build
 class Rows(NamedTuple):
     """Which layers of one stack the ranks have.
 
-    index_PR: -1 where a rank has fewer than R. start_PH, count_PH: the rows of each
-    stage that a rank hosts.
+    number_L: the layers' numbers in the model. index_PR: which of them a rank has, -1
+    where it has fewer than R. start_PH, count_PH: the rows of each stage that a rank
+    hosts.
     """
 
+    number_L: np.ndarray
     index_PR: np.ndarray
     start_PH: np.ndarray
     count_PH: np.ndarray
@@ -79,7 +81,8 @@ def _rows(schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int) -> 
         count_PH.append(counts)
     most = max(map(len, found))
     index_PR = [rows + [-1] * (most - len(rows)) for rows in found]
-    return Rows(*map(np.array, (index_PR, start_PH, count_PH)))
+    number_L = np.arange(begin, end, dtype=np.int32)
+    return Rows(number_L, *map(np.array, (index_PR, start_PH, count_PH)))
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:

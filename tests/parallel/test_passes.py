@@ -214,7 +214,7 @@ def block(request, remat):
     segments = segments.astype(jnp.int32)
     rng = np.random.default_rng(0)
     positions = Positions(rotation(cfg.attention, length), segments)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions, jnp.int32(1))
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype),
         meta.unbox(boxed),
@@ -223,9 +223,9 @@ def block(request, remat):
     def layer(params, at_hand, x):
         state, positions = at_hand
         variables = {"params": params, "router_state": state}
-        y, stats = module.apply(variables, x, positions)
-        auxiliary = stats.auxiliary_loss if stats else jnp.float32(0)
-        return (y, auxiliary), stats
+        y, measured = module.apply(variables, x, positions, jnp.int32(1))
+        auxiliary = sum(loss.value for loss in measured.losses.values())
+        return (y, jnp.float32(auxiliary)), measured
 
     at_hand = (variables.get("router_state", {}), positions)
     layer = jax.checkpoint(layer) if remat == "block" else layer

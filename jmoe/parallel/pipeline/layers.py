@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmoe.parallel import reductions
 from jmoe.parallel.passes import split
 from jmoe.parallel.pipeline import arrays
 from jmoe.parallel.pipeline.model import Group
@@ -64,9 +65,7 @@ class Layers:
             kept=stash(kept_slots, self._passes.kept),
             owed=stash(ticks.owed_slots, self._passes.owed),
             gradients=arrays.zeros(self._group.weights, jnp.float32),
-            measured=jax.tree.map(
-                lambda m: jnp.zeros((rows, *m.shape), m.dtype), self._measured
-            ),
+            measured=reductions.nothing(self._measured, (rows,)),
         )
 
     def forward(
@@ -188,7 +187,7 @@ class Layers:
     def _measure(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
         weights, (state, _) = self._at(f, i, batch)
         (y, _), found = self._group.layer(weights, state, batch, x)
-        measured = arrays.add_at(store.measured, found, self._row(f, i))
+        measured = _merge_at(store.measured, found, self._row(f, i))
         return store._replace(measured=measured), y
 
     def _forward(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
@@ -196,7 +195,7 @@ class Layers:
             return self._measure(store, x, i, f, batch)
         weights, at_hand = self._at(f, i, batch)
         (y, _), found, keeps = self._passes.forward(weights, at_hand, x)
-        measured = arrays.add_at(store.measured, found, self._row(f, i))
+        measured = _merge_at(store.measured, found, self._row(f, i))
         kept = arrays.write(store.kept, keeps, f.kept, i)
         return store._replace(kept=kept, measured=measured), y
 
@@ -223,3 +222,9 @@ class Layers:
 
     def _row(self, step: Instruction, i: Any) -> Any:
         return step.start_G[self._index] + i
+
+
+def _merge_at(total: Any, part: Any, index: Any) -> Any:
+    """Returns what was measured with one row's part of it merged."""
+    merged = reductions.merge(arrays.pick(total, index), part)
+    return arrays.put(total, merged, index)

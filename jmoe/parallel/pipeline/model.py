@@ -45,8 +45,8 @@ class Result(NamedTuple):
     """What a rank had a part in; zeros where it had none.
 
     Gradients are float32, of `shared` and of each group's rows, summed over
-    microbatches; so is what each group's rows measured. What `leave` measured is there
-    for each microbatch, [M, ...].
+    microbatches. What each group's rows measured is merged over them (`reductions`).
+    What `leave` measured is there for each microbatch, [M, ...].
     """
 
     shared: Any

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, reductions
 from jmoe.parallel.pipeline import arrays
 from jmoe.parallel.pipeline.layers import Layers, Store
 from jmoe.parallel.pipeline.model import Model, Result
@@ -111,7 +111,7 @@ class _Rank:
             for_b=slots(ticks.backward_slots + 1),
             entered=slots(ticks.kept_slots + 1 if self._again else 0),
             shared=arrays.zeros(self._model.shared, jnp.float32),
-            left=arrays.zeros(self._left),
+            left=reductions.nothing(self._left),
             stores=[layers.store(ticks) for layers in self._groups],
         )
 
