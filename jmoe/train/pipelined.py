@@ -284,7 +284,7 @@ class Pieces:
         )
 
     def _size(self, name: str) -> int:
-        return self.cfg.stacks[name].num_layers
+        return len(self.cfg.stacks[name].layers)
 
 
 def _apart(cfg: ModelConfig) -> ModelConfig:

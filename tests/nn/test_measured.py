@@ -2,7 +2,16 @@
 
 import jax.numpy as jnp
 
-from jmoe.nn.measured import NOTHING, PER_TOKEN, Load, Loss, Measured, join, stack
+from jmoe.nn.measured import (
+    NOTHING,
+    PER_TOKEN,
+    Load,
+    Loss,
+    Measured,
+    beside,
+    join,
+    stack,
+)
 from jmoe.parallel.reductions import Max
 
 
@@ -21,6 +30,12 @@ def test_layers_are_stacked_in_their_order_and_those_without_a_load_left_out():
     assert whole.losses["z"].value.tolist() == [1, 2, 3]
     assert (whole.losses["z"].weight, whole.losses["z"].per) == (2.0, PER_TOKEN)
     assert whole.metrics["highest"].value.tolist() == [7, 7, 9]
+
+
+def test_parts_of_a_layer_are_one_that_has_what_each_measured():
+    mixer = NOTHING._replace(metrics={"highest": Max(jnp.float32(7))})
+    assert beside(mixer, layer(1)) == layer(1, highest=Max(jnp.float32(7)))
+    assert beside(mixer, NOTHING) == mixer
 
 
 def test_of_no_layer_there_is_nothing():
