@@ -78,13 +78,13 @@ def alone(workload: Workload, ranks: int) -> Tasks:
     variables = born(layout, functools.partial(make_variables, model, 0))
     batch = jax.tree.map(jnp.asarray, _microbatches(workload))
     norms = normalisers(batch, run)
-    pieces = pipelined.Pieces(model, run, layout, gpipe(1, 1), norms)
+    staged = pipelined.StagedModel(model, run, layout, gpipe(1, 1), norms)
 
     def lose(features, batch):
         return prediction_losses(features, batch, run, norms).main, ()
 
     params, router_state = variables["params"], variables["router_state"]
-    whole = pieces.model(params, router_state, Microbatch(batch), lose)
+    whole = staged.model(params, router_state, Microbatch(batch), lose)
     passes = _passes(whole)
     stages_of = list(_instructions(run, ranks, workload.length))
 

@@ -11,6 +11,7 @@ import pathlib
 import time
 from typing import Any
 
+from jmoe import families
 from jmoe.config import RunConfig, checks, from_dict, to_dict
 from jmoe.data import durable, tokenizer
 from jmoe.parallel import processes
@@ -28,11 +29,13 @@ FIXED = (
     "train.microbatch_size",
     "train.seed",
 )
-# and what, within that, only decides how the same things are computed, or where the
-# data lies: whether it is the same, the loader knows by its content.
+# and what, within that, only decides how the same things are computed or written for
+# others, or where the data lies: whether it is the same, the loader knows by content.
 FREE = (
+    "model.family",
     "model.remat",
     "model.moe.backend",
+    "model.moe.remat",
     "model.moe.exchange",
     "model.attention.block_size",
     "data.cache_dir",
@@ -43,12 +46,16 @@ _TOKENIZER = "data.tokenizer"
 
 
 def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
-    """Whether `workdir` holds a run that `run` can go on with; changes nothing.
+    """Returns whether `workdir` holds a run that `run` can go on with.
+
+    Changes nothing.
 
     Raises:
-      ValueError: `workdir` is a file, or holds something else than a run, or a run with
-        another model, data or optimizer state; names the fields and both values.
+      ValueError: a family that isn't known; `workdir` is a file, or holds something
+        else than a run, or a run with another model, data or optimizer state; names the
+        fields and both values.
     """
+    families.lookup(run.model.family)
     workdir = pathlib.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir={str(workdir)!r} must be a directory.")
@@ -128,7 +135,7 @@ def check_shared(path: pathlib.Path, timeout_s: float = 60.0) -> None:
 
 
 def read_run(workdir: pathlib.Path) -> RunConfig:
-    """The record in a workdir's `config.json`.
+    """Returns the record in a workdir's `config.json`.
 
     Raises:
       FileNotFoundError: there is none.
@@ -138,7 +145,7 @@ def read_run(workdir: pathlib.Path) -> RunConfig:
 
 
 def read_record(path: pathlib.Path) -> RunConfig:
-    """The record in a file; raises as `read_run` does."""
+    """Returns the record in a file; raises as `read_run` does."""
     try:
         return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
@@ -160,7 +167,7 @@ def _write(workdir: pathlib.Path, run: RunConfig) -> None:
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (old, new) of the values that differ between nested dicts.
+    """Returns dotted name -> (old, new) of values that differ between nested dicts.
 
     Lists of one length count as dicts by index.
     """
@@ -180,7 +187,7 @@ def _is_in(name: str, fields: tuple[str, ...]) -> bool:
 
 
 def _is_own_tokenizer(workdir: pathlib.Path, given: str) -> bool:
-    """Whether the file `given` is what the run keeps a copy of, and goes by."""
+    """Returns whether the file `given` is what the run keeps a copy of."""
     try:
         path = checks.local_path("tokenizer", given)
         return filecmp.cmp(path, workdir / tokenizer.FILE, shallow=False)

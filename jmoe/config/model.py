@@ -2,7 +2,7 @@
 
 Every record is frozen, keyword-only and checks itself, so that an impossible shape is
 refused before anything is compiled. Names follow DeepSeek-V2 (arXiv 2405.04434) and
-DeepSeek-V3 (arXiv 2412.19437); `jmoe.config.hf` maps them to Hugging Face's.
+DeepSeek-V3 (arXiv 2412.19437); `jmoe.families` maps them to Hugging Face's.
 """
 
 import dataclasses
@@ -19,15 +19,8 @@ SCORES = ("sigmoid", "softmax")
 GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
-EXPERT_BACKENDS = (
-    "auto",
-    "blocks",
-    "blocks_remat",
-    "ragged",
-    "blocks_apart",
-    "blocks_remat_apart",
-    "ragged_apart",
-)
+EXPERT_BACKENDS = ("auto", "blocks", "ragged")
+EXPERT_REMATS = ("none", "activations")
 EXCHANGES = ("padded", "ragged", "gather")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
@@ -135,6 +128,14 @@ class ExchangeConfig:
             )
 
 
+_BACKENDS_OF_0_1 = {
+    "blocks_remat": {"backend": "blocks", "remat": "activations"},
+    "blocks_apart": {"backend": "blocks"},
+    "blocks_remat_apart": {"backend": "blocks", "remat": "activations"},
+    "ragged_apart": {"backend": "ragged"},
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """One MLP that every token visits."""
@@ -149,18 +150,36 @@ class DenseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Fine-grained routed experts beside shared ones that every token visits."""
+    """Fine-grained routed experts beside shared ones that every token visits.
+
+    `backend` is that of the grouped matmul, by default the platform's; `remat` is what
+    of the experts a backward pass computes again, which `ragged` always does with their
+    activations. See ops/grouped.py.
+    """
 
     kind: str = "moe"
     router: RouterConfig
     expert_mlp_dim: int
     num_shared_experts: int = 1
-    backend: str = "auto"  # of the grouped matmul: the platform's; see ops/grouped.py
+    backend: str = "auto"
+    remat: str = "none"
     exchange: ExchangeConfig = ExchangeConfig()
 
     def __post_init__(self):
         checks.at_least(self, expert_mlp_dim=1, num_shared_experts=0)
-        checks.one_of(self, kind=("moe",), backend=EXPERT_BACKENDS)
+        checks.one_of(self, kind=("moe",), backend=EXPERT_BACKENDS, remat=EXPERT_REMATS)
+
+    @classmethod
+    def updated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a record's fields, of which jmoe 0.1 may have written some.
+
+        Its names of backends said, besides, what they computed again, and whether they
+        were a pipeline's.
+        """
+        name = values.get("backend")
+        if name not in _BACKENDS_OF_0_1:
+            return values
+        return {**values, **_BACKENDS_OF_0_1[name]}
 
 
 FeedForwardConfig = DenseConfig | MoEConfig
@@ -171,6 +190,10 @@ class Stack(NamedTuple):
 
     feed_forward: FeedForwardConfig
     layers: range
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -192,6 +215,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations; parameters are always float32
     remat: str = "none"
     layer_loop: str = "scan"
+    family: str = "deepseek_v3"  # how it reads in Hugging Face's files: jmoe.families
     hf_extras: str = "{}"  # keys of a Hugging Face config that jmoe doesn't read, JSON
 
     def __post_init__(self):
@@ -238,19 +262,6 @@ class ModelConfig:
         from jmoe.config import presets  # presets are made of these records
 
         return checks.lookup(presets.MODELS, name, "model preset")()
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """From Hugging Face's `config.json` of a `DeepseekV3ForCausalLM`, as a dict."""
-        from jmoe.config import hf as hf_format
-
-        return hf_format.model_from_hf(hf)
-
-    def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers and vLLM read; inverse of `from_hf`."""
-        from jmoe.config import hf as hf_format
-
-        return hf_format.model_to_hf(self)
 
 
 def _is_json_object(text: str) -> bool:

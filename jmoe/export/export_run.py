@@ -7,6 +7,9 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from jmoe import families
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.retention import Which
@@ -17,11 +20,11 @@ from jmoe.export import card, layout, names, safetensors, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
-from jmoe.export.write import Plan, Progress
-from jmoe.train import run_files
+from jmoe.export.write import Advance, Plan
+from jmoe.monitor import run_files
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
-Started = Callable[[int], Progress]  # is told how many bytes will be written
+Started = Callable[[int], Advance]  # is told how many bytes will be written
 
 
 def export_run(
@@ -68,15 +71,16 @@ def export_run(
 def make_plan(
     cfg: ModelConfig, source: Source, *, dtype: str | None, shard_bytes: int
 ) -> Plan:
-    """The files of `source`'s weights, once they are known to be those of `cfg`.
+    """Returns the files of `source`'s weights, once they are known to be `cfg`'s.
 
     Raises:
-      ValueError: leaves are missing, unexpected or of another shape; names all.
+      ValueError: files of its family can't describe the model; leaves are missing,
+        unexpected or of another shape (names all), or would be lost.
     """
+    tensors = names.expand(cfg)
     _check_leaves(names.abstract_leaves(cfg), source)
-    return write.plan(
-        names.expand(cfg), source.dtypes, dtype=dtype, shard_bytes=shard_bytes
-    )
+    _check_lost(cfg, source)
+    return write.plan(tensors, source.dtypes, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def write_directory(
@@ -85,10 +89,10 @@ def write_directory(
     made: Plan,
     source: Source,
     tokenizer: Tokenizer | None,
-    progress: Progress,
+    progress: Advance,
     texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """All files, those in `texts` as they are given, then the directory's name.
+    """Writes all files, those in `texts` as they are, then the directory's name.
 
     The weights are compared with their sums meanwhile, which reads them into the page
     cache for the conversion too.
@@ -103,9 +107,10 @@ def write_directory(
                 checked.result()
         if len(made.shards) > 1:
             directory.write_text(layout.INDEX, layout.index_json(made.shards))
+        embedding, _ = families.family_of(cfg).names.model["embedding"]
         config = card.config_json(
             cfg,
-            dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
+            dtype=str(made.dtypes[embedding]),
             is_fp8=FLOAT8 in made.dtypes.values(),
             tokenizer=tokenizer,
         )
@@ -136,3 +141,15 @@ def _check_leaves(abstract: Mapping[str, Any], source: Source) -> None:
     ]
     if wrong:
         raise ValueError("\n".join(["The variables are not the model's:", *wrong]))
+
+
+def _check_lost(cfg: ModelConfig, source: Source) -> None:
+    """Raises ValueError unless what the family's files don't have is zero."""
+    for path in names.absent(cfg):
+        if np.any(source.read(path, ())):
+            raise ValueError(
+                f"{source.name}: {path} isn't zero, and the files of "
+                f"family={cfg.family!r} have no selection biases. Train without "
+                "(train.bias_rate.first=0 and .last=0), or choose a family that has "
+                "them: model.family in the run's config.json may be changed."
+            )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.config import ModelConfig
+from jmoe import families
 from jmoe.export import names, numerics, safetensors, sources
 from jmoe.export.files import Buffers, Files
 from jmoe.export.layout import SCALE
@@ -36,19 +36,26 @@ Places = list[tuple[int | None, int | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our arrays, and the tensors that it is made of by layer and expert."""
+    """One of our arrays, and the tensors that it is made of by layer and expert.
+
+    Without tensors it is zero, and is read in one piece.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: Mapping[tuple[int | None, int | None], Sequence[Tensor]]
 
     @property
+    def is_absent(self) -> bool:
+        return not self.tensors
+
+    @property
     def is_stacked(self) -> bool:
-        return next(iter(self.tensors))[0] is not None
+        return not self.is_absent and next(iter(self.tensors))[0] is not None
 
     @property
     def has_experts(self) -> bool:
-        return next(iter(self.tensors))[1] is not None
+        return not self.is_absent and next(iter(self.tensors))[1] is not None
 
     @property
     def num_lead(self) -> int:
@@ -67,7 +74,7 @@ class Reader:
 
     Raises:
       FileNotFoundError, ValueError: the directory isn't a whole checkpoint of a
-        `DeepseekV3ForCausalLM` that jmoe reads.
+        model of a known family.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class Reader:
         if dtype is not None:
             _one_of("dtype", dtype, DTYPES)
         self.directory = pathlib.Path(directory)
-        self.cfg = ModelConfig.from_hf(safetensors.read_config(self.directory))
+        self.cfg = families.from_hf(safetensors.read_config(self.directory))
         headers = safetensors.read_headers(self.directory)
         self.found = {
             name: found
@@ -110,7 +117,7 @@ class Reader:
         self.close()
 
     def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
-        """`out[:] = leaf[index]`; may be called from several threads.
+        """Sets `out[:] = leaf[index]`; may be called from several threads.
 
         Args:
           index: a slice for each of the leaf's dimensions, with start and stop.
@@ -119,6 +126,9 @@ class Reader:
           ValueError: what was read isn't finite; names file and tensor.
         """
         leaf = self.leaves[path]
+        if leaf.is_absent:
+            out.fill(0)
+            return
         layers, experts, inner = _lead(leaf, index)
         for (at, layer), (to, expert) in itertools.product(layers, experts):
             place = tuple(i for i in (at, to) if i is not None)
@@ -126,7 +136,7 @@ class Reader:
                 self._fill_piece(out[place], tensor, inner, leaf.shape[-1])
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """`leaf[index]` as a new array."""
+        """Returns `leaf[index]` as a new array."""
         shape = [part.stop - part.start for part in index]
         out = np.empty(shape, self.leaves[path].dtype)
         self.fill(out, path, index)
@@ -143,7 +153,7 @@ class Reader:
                 )
 
     def raw(self, found: Found) -> np.ndarray:
-        """A tensor as it is in its file, mapped into memory."""
+        """Returns a tensor as it is in its file, mapped into memory."""
         assert found.dtype is not None
         data = self._files.mapped(found.file)
         data = data[found.offset : found.offset + found.nbytes]
@@ -166,7 +176,7 @@ class Reader:
     def _fill_piece(
         self, out: np.ndarray, tensor: Tensor, inner: Slices, per_head: int
     ) -> None:
-        """The part `inner` of one tensor's piece."""
+        """Fills the part `inner` of one tensor's piece."""
         if tensor.half is not None:
             halves = inner[1]
             if not halves.start <= tensor.half < halves.stop:
@@ -175,7 +185,11 @@ class Reader:
             inner = (inner[0], *inner[2:])
         found = self.found[tensor.name]
         if not tensor.transposed:
-            numerics.copy(out, self._part(tensor.name, *inner))
+            if len(inner) > len(tensor.shape):  # a vector, which ours has by heads
+                x = self._part(tensor.name, slice(0, tensor.size))
+                numerics.copy(out, x.reshape(-1, per_head)[inner])
+            else:
+                numerics.copy(out, self._part(tensor.name, *inner))
             return
         columns, rows, *within = inner
         if within:  # the file has heads, and what each head has, in one dimension
@@ -196,7 +210,7 @@ class Reader:
         numerics.dequantize_transposed(out, x, scale, origin)
 
     def _part(self, name: str, rows: slice, columns: slice | None = None) -> np.ndarray:
-        """Some rows, and of these some columns, of a tensor, which must be finite."""
+        """Returns some rows and columns of a tensor, which must be finite."""
         found = self.found[name]
         assert found.dtype is not None
         if columns is not None and columns != slice(0, found.shape[1]):
@@ -221,7 +235,9 @@ class Reader:
         for tensor in tensors:
             by_place = grouped.setdefault(tensor.path, {})
             by_place.setdefault((tensor.layer, tensor.expert), []).append(tensor)
-        leaves = {}
+        leaves = {
+            path: Leaf(shapes[path], FLOAT32, {}) for path in names.absent(self.cfg)
+        }
         for path, by_place in grouped.items():
             own = [tensor for row in by_place.values() for tensor in row]
             chosen = self._dtype(own, dtype)
@@ -231,7 +247,7 @@ class Reader:
         return leaves
 
     def _dtype(self, tensors: Sequence[Tensor], dtype: str | None) -> np.dtype:
-        """Of a leaf made of these: the widest that they have, unless told."""
+        """Returns the dtype of a leaf made of these: the widest, unless told."""
         stored = {self.found[tensor.name].dtype for tensor in tensors}
         if tensors[0].is_float32:
             return FLOAT32
@@ -290,7 +306,7 @@ def check(
 
 
 def _scale_leaf(leaf: Leaf) -> Leaf:
-    """The block scales of a leaf that stays FP8, as a leaf of their own."""
+    """Returns the block scales of a leaf that stays FP8, as a leaf of their own."""
     tensors = {
         place: [
             dataclasses.replace(
@@ -310,7 +326,7 @@ def _scale_leaf(leaf: Leaf) -> Leaf:
 
 
 def _lead(leaf: Leaf, index: Slices) -> tuple[Places, Places, Slices]:
-    """(Place in the part, number) of its layers and experts; the other slices."""
+    """Returns (place in the part, number) of layers and experts; the other slices."""
     rest = list(index)
     found: list[Places] = []
     for exists in (leaf.is_stacked, leaf.has_experts):

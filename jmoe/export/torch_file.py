@@ -1,6 +1,6 @@
 """A run's weights as one file for `torch.load`: a plain state dict of tensors.
 
-Its names are those of `DeepseekV3ForCausalLM`'s checkpoints. The weights are written as
+Its names are those of the checkpoints of the model's family. The weights are written as
 safetensors first, and torch gets them mapped from there: what the system has no room
 for, it drops and reads again.
 """
@@ -38,7 +38,7 @@ def export_torch(workdir: pathlib.Path, out: pathlib.Path, **options: Any) -> No
 
 
 def _mapped(directory: pathlib.Path) -> dict[str, Any]:
-    """The directory's tensors, read when they are touched."""
+    """Returns the directory's tensors, read when they are touched."""
     import torch
 
     maps: dict[pathlib.Path, np.ndarray] = {}

@@ -45,6 +45,7 @@ class Block(nn.Module):
     norm_eps: float
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @classmethod
     def of(
@@ -52,6 +53,7 @@ class Block(nn.Module):
         cfg: ModelConfig,
         feed_forward: FeedForwardConfig,
         dot_general: DotGeneral = dot.dot_general,
+        apart: bool = False,
         name: str | None = None,
     ) -> "Block":
         """Returns a block of the model with this feed-forward."""
@@ -61,6 +63,7 @@ class Block(nn.Module):
             cfg.norm_eps,
             cfg.init_std,
             dot_general,
+            apart,
             name=name,
         )
 
@@ -76,6 +79,6 @@ class Block(nn.Module):
         x_BSD += mixed_BSD
         normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
         kind = FEED_FORWARDS[self.feed_forward.kind]
-        feed_forward = kind.module(self.feed_forward, *own, name=kind.name)
+        feed_forward = kind.module(self.feed_forward, *own, self.apart, name=kind.name)
         out_BSD, of_feed_forward = feed_forward(normed_BSD, tokens.of_layer(number))
         return x_BSD + out_BSD, beside(of_mixer, of_feed_forward)

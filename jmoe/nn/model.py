@@ -121,16 +121,20 @@ class Transformer(nn.Module):
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]
-                length=len(stack.layers),
+                length=stack.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = scanned.of(self.cfg, stack.feed_forward, self.dot_general, name)
+            layers = scanned.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=name
+            )
             return layers(x_BSD, positions, number_L)
         measured = []
         for i, number in enumerate(number_L):
             own_name = f"{name}_{i}"
             block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
-            layer = block.of(self.cfg, stack.feed_forward, self.dot_general, own_name)
+            layer = block.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=own_name
+            )
             x_BSD, found = layer(x_BSD, positions, number)
             measured.append(found)
         return x_BSD, stack_measured(measured)
@@ -155,7 +159,7 @@ def parameter_records(cfg: ModelConfig) -> Any:
 
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
     """Returns which of the model's submodules are layers, or stacks of them."""
-    counts = {name: len(stack.layers) for name, stack in cfg.stacks.items()}
+    counts = {name: stack.num_layers for name, stack in cfg.stacks.items()}
     unrolled = [f"{name}_{i}" for name in counts for i in range(counts[name])]
     main = counts if cfg.layer_loop == "scan" else unrolled
     return (*main, *(f"mtp_{k}" for k in range(cfg.mtp_depth)))

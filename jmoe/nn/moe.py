@@ -56,11 +56,13 @@ class RoutedExperts(nn.Module):
     """The routed experts' weights, applied to each token's chosen ones.
 
     They multiply by the recipe of `dot_general` (`fp8.recipe_of`), or in x's dtype.
+    `apart` is for a pipeline, as in `jmoe.ops.grouped`.
     """
 
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False
 
     @nn.compact
     def __call__(
@@ -90,10 +92,13 @@ class RoutedExperts(nn.Module):
             of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
-            routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
-            hosts = collectives.axis_size("expert")
-            weights = gate_up_ED2F, down_EFD
-            y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
+            y = grouped.BACKENDS[cfg.backend](
+                *(x, expert, gate, gate_up_ED2F, down_EFD),
+                recipe=recipe,
+                hosts=collectives.axis_size("expert"),
+                remat=cfg.remat == "activations",
+                apart=self.apart,
+            )
             return collectives.reduce_scatter(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
@@ -109,6 +114,7 @@ class MoE(nn.Module):
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -119,7 +125,9 @@ class MoE(nn.Module):
         cfg = self.cfg
         router = Router(cfg.router, self.init_std, name="router")
         routing, measured = router(x_BSD, tokens)
-        experts = RoutedExperts(cfg, self.init_std, self.dot_general, name="experts")
+        experts = RoutedExperts(
+            cfg, self.init_std, self.dot_general, self.apart, name="experts"
+        )
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         routed = experts(x_ND, *routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)

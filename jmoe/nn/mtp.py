@@ -25,6 +25,7 @@ class MTPModule(nn.Module):
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -55,6 +56,6 @@ class MTPModule(nn.Module):
             formats=(),
             name="project",
         )
-        block = Block.of(cfg, cfg.moe, self.dot_general, name="block")
+        block = Block.of(cfg, cfg.moe, self.dot_general, self.apart, name="block")
         hidden_BSD, measured = block(project(joined), positions, number)
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), measured

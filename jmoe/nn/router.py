@@ -1,6 +1,6 @@
 """Which experts a token visits, and with what weight.
 
-Shapes: B batch, T position (this device's), D hidden, E expert, G group, S = E / G
+Shapes: B batch, T position (this device's), D hidden, E expert, G group, J = E / G
 experts a group, K = top_k chosen experts, N = B * T.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): the choice is by `score + bias`, within
@@ -40,10 +40,10 @@ class Routing(NamedTuple):
     gate_NK: jax.Array
 
 
-def top2_sum(score_NGS: jax.Array) -> jax.Array:
+def top2_sum(score_NGJ: jax.Array) -> jax.Array:
     """The sum of a group's best two scores, [N, G]; of a group of one, its score."""
-    if score_NGS.shape[-1] == 1:
-        return score_NGS[..., 0]
+    if score_NGJ.shape[-1] == 1:
+        return score_NGJ[..., 0]
 
     def best_two(these, those):
         (best, second), (other, its_second) = these, those
@@ -51,8 +51,8 @@ def top2_sum(score_NGS: jax.Array) -> jax.Array:
         return lax.max(best, other), second
 
     # `top_k` would sort each group, which takes more than ten times as long.
-    least = jnp.array(-jnp.inf, score_NGS.dtype)
-    pair = score_NGS, jnp.full_like(score_NGS, least)
+    least = jnp.array(-jnp.inf, score_NGJ.dtype)
+    pair = score_NGJ, jnp.full_like(score_NGJ, least)
     best_NG, second_NG = lax.reduce(pair, (least, least), best_two, (2,))
     return best_NG + second_NG
 
@@ -67,14 +67,14 @@ def limit_to_groups(
 
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
     """
-    biased_NGS = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
-    group_NG = GROUP_SCORE[cfg.group_score](biased_NGS)
+    biased_NGJ = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
+    group_NG = GROUP_SCORE[cfg.group_score](biased_NGJ)
     if cfg.groups_per_token == cfg.num_groups:
         return biased_NE, group_NG
     _, kept_NX = lax.top_k(group_NG, cfg.groups_per_token)
     kept_NG = (kept_NX[:, :, None] == jnp.arange(cfg.num_groups)).any(1)
-    reachable_NGS = jnp.where(kept_NG[:, :, None], biased_NGS, -jnp.inf)
-    return reachable_NGS.reshape(biased_NE.shape), group_NG
+    reachable_NGJ = jnp.where(kept_NG[:, :, None], biased_NGJ, -jnp.inf)
+    return reachable_NGJ.reshape(biased_NE.shape), group_NG
 
 
 def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:

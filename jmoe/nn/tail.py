@@ -56,6 +56,7 @@ class Tail(nn.Module):
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
     gather_layer: GatherLayer | None = None
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -75,7 +76,7 @@ class Tail(nn.Module):
         for depth in range(1, cfg.mtp_depth + 1):
             name = f"mtp_{depth - 1}"
             block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
-            module = block(cfg, self.dot_general, name=name)
+            module = block(cfg, self.dot_general, self.apart, name=name)
             shifted_BT = masks.shift_left(tokens_BT, depth)
             embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)

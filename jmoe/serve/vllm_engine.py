@@ -14,6 +14,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from jmoe import families
 from jmoe.config import MLAConfig, ModelConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
 
@@ -56,7 +57,7 @@ class Engine(NamedTuple):
 
 
 def this_host() -> Host:
-    """Of this machine.
+    """Returns what there is of this machine.
 
     Raises:
       ModuleNotFoundError: vLLM isn't installed.
@@ -99,11 +100,11 @@ def read_exported(directory: pathlib.Path) -> Exported:
         raise ValueError(f"{directory / CONFIG} is not JSON: {error}.") from error
     quantization = hf.get("quantization_config") or {}
     is_fp8 = quantization.get("quant_method") == "fp8"
-    return Exported(directory.resolve(), ModelConfig.from_hf(hf), is_fp8)
+    return Exported(directory.resolve(), families.from_hf(hf), is_fp8)
 
 
 def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
-    """What vLLM gets, after everything that it would get wrong has been refused.
+    """Returns what vLLM gets, once everything that it would get wrong is refused.
 
     Raises:
       ValueError: sizes that don't divide, drafts without an MTP module, and what vLLM

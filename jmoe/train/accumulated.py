@@ -37,7 +37,7 @@ Shares = Callable[[Any, Any, Batch], tuple[Losses, Measured]]
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
-    """Weights are gathered once, and gradients summed over devices once."""
+    """Makes gradients of weights gathered once, summed over devices once."""
     model = with_gathers(model, run, layout)
     objective = make_objective(run)
 
@@ -66,7 +66,7 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
 
 
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
-    """The losses of a batch at once."""
+    """Returns a function that computes the losses of a batch at once."""
     model = with_gathers(model, run, layout)
 
     def losses(params, router_state, batch):
@@ -78,7 +78,7 @@ def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
 
 
 def counts_first(batch: Batch, run: RunConfig) -> bool:
-    """Whether the auxiliary loss needs the counts of all microbatches before any.
+    """Returns whether the auxiliary loss needs all microbatches' counts before any.
 
     A step then begins with a forward pass of all microbatches for the counts alone.
     """

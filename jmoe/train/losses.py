@@ -74,7 +74,7 @@ def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
 
 
 def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
-    """A function of a microbatch's losses and the step: what gradients are taken of."""
+    """Returns what gradients are taken of, from losses of a microbatch and the step."""
     mtp_weight = schedules.stepwise(run.train.mtp_weight, run.horizon)
 
     def objective(losses: Losses, step: jax.Array) -> jax.Array:
@@ -144,7 +144,7 @@ def inputs(batch: Batch) -> jax.Array:
 
 
 def segments(batch: Batch, run: RunConfig) -> jax.Array | None:
-    """The inputs' documents, if attention is confined to them."""
+    """Returns the inputs' documents, if attention is confined to them."""
     return jnp.asarray(batch.segment_BT[..., :-1]) if run.data.segment_masks else None
 
 
@@ -182,7 +182,7 @@ def prediction_losses(
     """Returns this device's share of the losses, the layers' too."""
 
     def loss(hidden_BSD, depth):
-        """Of predicting, at position t, token t + 1 + depth."""
+        """Returns the loss of predicting, at position t, token t + 1 + depth."""
         tokens_BT = jnp.asarray(batch.tokens_BT)
         target_BT = masks.shift_left(tokens_BT, 1 + depth)[:, :-1]
         weight_BT = is_target(batch, depth, run) / norms.targets[depth]
@@ -204,7 +204,10 @@ def prediction_losses(
 
 
 def sum_losses(losses: Losses) -> Losses:
-    """Of all devices' shares. Those of `tensor` have the loss of the same tokens."""
+    """Sums all devices' shares.
+
+    Those of `tensor` have the loss of the same tokens.
+    """
     of_tokens = (*BATCH_AXES, "pipe")
     return Losses(
         main=collectives.psum(losses.main, of_tokens),

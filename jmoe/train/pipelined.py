@@ -13,7 +13,6 @@ Shapes: A accumulated microbatch, M microbatch of the pipeline, B sequence, T po
 R row (a layer that a rank has), L layer of a stack.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,14 +21,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.block import Block
 from jmoe.nn.measured import Measured, join
 from jmoe.nn.model import Transformer
 from jmoe.nn.parameter import Parameter
 from jmoe.nn.tail import REMAT_POLICIES, Features, Tail
-from jmoe.ops import grouped
 from jmoe.parallel import collectives, pipeline, reductions, zero
 from jmoe.parallel.schedule import Schedule, gpipe
 from jmoe.parallel.schedule.ticks import as_ticks, forward_only
@@ -55,12 +53,12 @@ from jmoe.train.losses import (
     prediction_losses,
 )
 from jmoe.train.microbatch import Microbatch
-from jmoe.train.stages import Rows
+from jmoe.train.stages import RankLayers
 from jmoe.train.weights import gather_weights, reduce_gradients
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
-    """As `accumulated.make_gradients`, by the run's schedule."""
+    """Returns what `accumulated.make_gradients` does, by the run's schedule."""
     objective = make_objective(run)
 
     def gradients(params, router_state, step, batch):
@@ -69,7 +67,7 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         parts = microbatch.divide(microbatch.of_step(batch, step, run), count)
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
         norms = normalisers(parts.batch, run)
-        pieces = Pieces(model, run, layout, schedule, norms)
+        staged = StagedModel(model, run, layout, schedule, norms)
 
         def lose(features, batch):
             losses = prediction_losses(features, batch, run, norms)
@@ -78,18 +76,18 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
         if counts_first(parts.batch, run):
             _, found = _evaluate(model, run, layout, params, router_state, parts)
             router_state = with_step_loads(router_state, found, run)
-        cut = pieces.model(params, router_state, parts, lose)
+        cut = staged.model(params, router_state, parts, lose)
         found = pipeline.train(
             as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
         )
-        summed = pieces.reduce(found.shared, found.groups)
-        return summed, *pieces.measured(found)
+        summed = staged.reduce(found.shared, found.groups)
+        return summed, *staged.measured(found)
 
     return gradients
 
 
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
-    """As `accumulated.make_losses`, with forward passes of parts of the batch."""
+    """Does as `accumulated.make_losses`, with forward passes of parts of the batch."""
 
     def losses(params, router_state, batch):
         parts = _for_forward(batch, run)
@@ -108,20 +106,22 @@ def _evaluate(
 ) -> tuple[Losses, Measured]:
     """Returns this device's share of losses and measures, by forward passes only."""
     norms, schedule = normalisers(parts.batch, run), _forward_schedule(parts, run)
-    pieces = Pieces(model, run, layout, schedule, norms)
+    staged = StagedModel(model, run, layout, schedule, norms)
 
     def measure(features, batch):
         losses = prediction_losses(features, batch, run, norms)
         return losses.main, (losses, features.measured)
 
-    cut = pieces.model(params, router_state, parts, measure)
-    return pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
+    cut = staged.model(params, router_state, parts, measure)
+    return staged.measured(pipeline.evaluate(as_ticks(schedule), cut))
 
 
 def make_hidden_states(
     model: Transformer, run: RunConfig, layout: Layout
 ) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """Inference: hidden states after the final norm, [B, S, D] of tokens [B, T].
+    """Returns a function to hidden states after the final norm, [B, S, D].
+
+    That is inference, of tokens [B, T].
 
     A function of params and router_state as they are stored and of this device's
     sequences, for the inside of `jax.shard_map` over the mesh. All ranks of `pipe` get
@@ -136,8 +136,10 @@ def make_hidden_states(
         unmasked: Any = jnp.zeros_like(padded)
         parts = _for_forward(Batch(padded, unmasked), run)
         schedule = _forward_schedule(parts, run)
-        pieces = Pieces(model, run, layout, schedule, normalisers(parts.batch, run))
-        cut = pieces.model(params, router_state, parts, of_features)
+        staged = StagedModel(
+            model, run, layout, schedule, normalisers(parts.batch, run)
+        )
+        cut = staged.model(params, router_state, parts, of_features)
         hidden = pipeline.evaluate(as_ticks(schedule), cut).left
         hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
         return collectives.psum(hidden_BSD, pipeline.AXIS)
@@ -156,7 +158,7 @@ def _forward_schedule(parts: Microbatch, run: RunConfig) -> Schedule:
     return forward_only(gpipe(run.mesh.pipe, parts.batch.tokens_BT.shape[0]))
 
 
-class Pieces:
+class StagedModel:
     """A model's pieces for the ranks of a schedule, and what comes back from them."""
 
     def __init__(
@@ -169,7 +171,7 @@ class Pieces:
     ):
         self.run, self.layout, self.norms = run, layout, norms
         self.dot_general = model.dot_general
-        self.cfg = _apart(run.model)
+        self.cfg = run.model
         self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
 
     def model(
@@ -179,7 +181,7 @@ class Pieces:
         parts: Microbatch,
         lose: Callable[[Features, Batch], tuple[jax.Array, Any]],
     ) -> pipeline.Model:
-        """What `pipeline` runs, with the weights that this rank computes with.
+        """Returns what `pipeline` runs, with the weights that this rank computes with.
 
         Args:
           lose: a microbatch's objective, and what is to be measured of it.
@@ -188,7 +190,7 @@ class Pieces:
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self.layout, run)
 
-        def state(name: str, rows: Rows) -> tuple[Any, jax.Array]:
+        def state(name: str, rows: RankLayers) -> tuple[Any, jax.Array]:
             """Returns what layers have besides weights: router state, and numbers."""
             of_all = router_state.get(name, {}), jnp.asarray(rows.number_L)
             return _own(of_all, rows)
@@ -197,7 +199,7 @@ class Pieces:
             return embed(shared["embedding"], inputs(part.batch), cfg.dtype)
 
         def leave(shared, part, x_BSD):
-            features: Any = Tail(cfg, self.dot_general).apply(
+            features: Any = Tail(cfg, self.dot_general, apart=True).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
                 shared["embedding"],
@@ -211,7 +213,7 @@ class Pieces:
             leave=leave,
             shared=shared,
             groups=[
-                pipeline.Group(
+                pipeline.LayerGroup(
                     layer=self._layer(name),
                     weights=self._gather(name, params[name]),
                     state=state(name, rows),
@@ -224,7 +226,7 @@ class Pieces:
         )
 
     def reduce(self, shared: Any, groups: list[Any]) -> Any:
-        """This device's parts of the gradients, in the parameters' tree."""
+        """Returns this device's parts of the gradients, in the parameters' tree."""
         found = reduce_gradients(shared, self.layout, self.run)
         for (name, rows), gradients in zip(self.rows.items(), groups, strict=True):
             found[name] = jax.tree.map(
@@ -251,7 +253,9 @@ class Pieces:
 
     def _layer(self, name: str) -> Callable[..., Any]:
         run, cfg, norms = self.run, self.cfg, self.norms
-        block = Block.of(cfg, cfg.stacks[name].feed_forward, self.dot_general)
+        block = Block.of(
+            cfg, cfg.stacks[name].feed_forward, self.dot_general, apart=True
+        )
 
         def layer(weights, state, part, x_BSD):
             router_state, number = state
@@ -270,7 +274,7 @@ class Pieces:
         return jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat])
 
     def _gather(self, name: str, stack: Any) -> Any:
-        """This rank's rows of a stack's weights, in the dtypes they compute in."""
+        """Returns this rank's rows of a stack's weights, in the compute dtypes."""
         index_PR, layout = self.rows[name].index_PR, self.layout
 
         def gather(
@@ -284,23 +288,15 @@ class Pieces:
         )
 
     def _size(self, name: str) -> int:
-        return len(self.cfg.stacks[name].layers)
+        return self.cfg.stacks[name].num_layers
 
 
-def _apart(cfg: ModelConfig) -> ModelConfig:
-    """The model whose experts have no loop that is part of both B and W."""
-    apart = f"{grouped.backend_name(cfg.moe.backend)}_apart"
-    if apart not in grouped.BACKENDS:
-        return cfg
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))
-
-
-def _own(tree: Any, rows: Rows) -> Any:
+def _own(tree: Any, rows: RankLayers) -> Any:
     index_R = _own_index(rows, instead=0)
     return jax.tree.map(lambda x: x[index_R], tree)
 
 
-def _own_index(rows: Rows, *, instead: int) -> jax.Array:
-    """This rank's layers, and something else where it has fewer than there is room."""
+def _own_index(rows: RankLayers, *, instead: int) -> jax.Array:
+    """Returns this rank's layers, and something else where it has fewer than most."""
     index_PR = jnp.where(rows.index_PR < 0, instead, rows.index_PR)
     return index_PR[collectives.axis_index(pipeline.AXIS)]

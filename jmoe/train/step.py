@@ -56,7 +56,7 @@ def make_train_step(
     run: RunConfig,
     layout: Layout,
 ) -> TrainStep:
-    """A function of the state and a batch of [A, B, T + 1] tokens, laid out so.
+    """Returns a function of the state and a batch of [A, B, T + 1], laid out so.
 
     It may be given a third argument, a float32 scalar: a step whose loss is above it
     isn't taken either.
@@ -140,7 +140,7 @@ def make_train_step(
 
 
 def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Both as they are, but schedules count the step: their values follow from it."""
+    """Returns both as they are, but with the step counted that schedules follow."""
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
@@ -152,12 +152,12 @@ def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def _way_through(run: RunConfig) -> Any:
-    """How microbatches go through the layers: one by one, or as in a pipeline."""
+    """Returns how microbatches go through layers: one by one, or as in a pipeline."""
     return pipelined if run.mesh.pipe > 1 else accumulated
 
 
 def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalStep:
-    """A function of params, router_state and a batch of [B, T + 1] tokens."""
+    """Returns a function of params, router_state and a batch of [B, T + 1] tokens."""
     losses_of = _way_through(run).make_losses(model, run, layout)
 
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:

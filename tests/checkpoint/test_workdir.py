@@ -9,7 +9,7 @@ from jmoe.checkpoint import workdir
 from jmoe.checkpoint.workdir import open_run, read_run
 from jmoe.config import override
 from jmoe.config.presets import small_run
-from jmoe.parallel import meeting
+from jmoe.parallel import rendezvous
 from tests.plain_run import plain_run
 from tests.several_processes import together
 
@@ -49,6 +49,7 @@ def test_the_same_run_goes_on_and_its_record_is_left_alone(run_dir):
         "train.keep_checkpoints=9",
         "optimizer.schedule.peak=0.5",
         "optimizer.weight_decay=0.0",
+        "model.family='kimi_k2'",
         "model.remat='block'",
         "model.attention.block_size=64",
         "data.cache_dir='/elsewhere'",
@@ -126,6 +127,19 @@ def test_fields_added_since_the_run_began_take_their_defaults(run_dir):
     assert open_run(run_dir, TINY) is True
 
 
+def test_a_run_from_before_there_were_families_is_of_the_first(run_dir):
+    older = json.loads((run_dir / "config.json").read_text())
+    del older["model"]["family"]
+    (run_dir / "config.json").write_text(json.dumps(older))
+    assert read_run(run_dir).model.family == "deepseek_v3"
+
+
+def test_a_family_that_is_not_known_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="family='llama' is not a family.*deepseek_v3"):
+        open_run(tmp_path / "run", override(TINY, ["model.family=llama"]))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_of_something_else_is_refused_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(ValueError, match="no config.json but holds 'thesis.tex'"):
@@ -170,7 +184,7 @@ def test_a_workdir_that_is_not_one_for_all_processes_is_refused_on_all(tmp_path)
 
     errors = together(check, *own)
     complaint = "must be one directory for all processes"
-    assert [type(error) for error in errors] == [meeting.ElsewhereError, ValueError]
+    assert [type(error) for error in errors] == [rendezvous.RemoteError, ValueError]
     assert all(complaint in str(error) for error in errors)
     assert together(check, own[0], own[0]) == [None, None]
 

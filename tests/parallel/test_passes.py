@@ -205,9 +205,8 @@ def block(request, remat):
     path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
     cfg = runpy.run_path(str(path))["get_config"]().model
     # Experts take 32 rows at a time, and that is to be no size of a weight.
-    settings = ["hidden_dim=36", "moe.backend=blocks_apart", *BLOCKS[request.param]]
-    cfg = override(cfg, settings)
-    module = Block.of(cfg, cfg.stacks[request.param].feed_forward)
+    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks", *BLOCKS[request.param]])
+    module = Block.of(cfg, cfg.stacks[request.param].feed_forward, apart=True)
     sequences, length = 3, 20
     x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))
     segments = jnp.broadcast_to(jnp.arange(length) >= 10, (sequences, length))

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 
-class Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """The layers of one kind that this rank has.
 
     layer: of a layer's weights, its state, a microbatch and the input; returns
@@ -37,7 +37,7 @@ class Model(NamedTuple):
     enter: Callable[[Any, Any], jax.Array]
     leave: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
     shared: Any
-    groups: Sequence[Group]
+    groups: Sequence[LayerGroup]
     microbatches: Any
 
 
