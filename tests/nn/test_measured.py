@@ -33,8 +33,13 @@ def test_layers_are_stacked_in_their_order_and_those_without_a_load_left_out():
 
 
 def test_parts_of_a_layer_are_one_that_has_what_each_measured():
-    mixer = NOTHING._replace(metrics={"highest": Max(jnp.float32(7))})
-    assert beside(mixer, layer(1)) == layer(1, highest=Max(jnp.float32(7)))
+    index = {"index": Loss(jnp.float32(5), 1.0, PER_TOKEN)}
+    mixer = Measured(None, index, {"highest": Max(jnp.float32(7))})
+    feed_forward = layer(1, dropped=jnp.int32(3))
+    whole = beside(mixer, feed_forward)
+    assert whole.load == feed_forward.load
+    assert whole.losses == index | feed_forward.losses
+    assert whole.metrics == mixer.metrics | feed_forward.metrics
     assert beside(mixer, NOTHING) == mixer
 
 
