@@ -228,10 +228,14 @@ FeedForwardConfig = DenseConfig | MoEConfig
 
 
 class Stack(NamedTuple):
-    """Layers in a row that are alike."""
+    """Layers in a row that are alike, by their numbers in the model."""
 
     feed_forward: FeedForwardConfig
-    num_layers: int
+    layers: range
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -289,10 +293,10 @@ class ModelConfig:
         """The main model's layers in their order, by the name of their parameters."""
         dense = DenseConfig(mlp_dim=self.dense_mlp_dim)
         stacks = {
-            "dense": Stack(dense, self.num_dense_layers),
-            "moe": Stack(self.moe, self.num_moe_layers),
+            "dense": Stack(dense, range(self.num_dense_layers)),
+            "moe": Stack(self.moe, range(self.num_dense_layers, self.num_layers)),
         }
-        return {name: stack for name, stack in stacks.items() if stack.num_layers}
+        return {name: stack for name, stack in stacks.items() if stack.layers}
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
