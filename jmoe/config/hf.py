@@ -100,7 +100,7 @@ TOPK_METHODS = {  # topk_method: our group_score
 
 
 def model_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """The shape that a `config.json` describes; `model_to_hf` is the inverse.
+    """Returns the shape that a `config.json` describes; inverse of `model_to_hf`.
 
     Args:
       hf: the parsed file, with rotary scaling and number type in either spelling.
@@ -120,7 +120,7 @@ def model_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def model_to_hf(cfg: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of `cfg`, with every key that transformers and vLLM need.
+    """Returns `cfg`'s `config.json`, with every key that transformers and vLLM need.
 
     Keys kept from an earlier file are written as they were there. Those that describe
     a field give way once that field has been changed.
@@ -135,7 +135,7 @@ def model_to_hf(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _is_widened(key: str, value: Any) -> bool:
-    """Whether numbers come in as another type, so that theirs is not to be kept."""
+    """Returns whether numbers come in as another type, so that theirs is not kept."""
     return key in ("dtype", "torch_dtype") and value in tuple(WIDENED)
 
 
@@ -147,7 +147,7 @@ def _reads_as(hf: Mapping[str, Any], cfg: ModelConfig) -> bool:
 
 
 def _read(hf: Mapping[str, Any]) -> ModelConfig:
-    """Everything but `hf_extras`."""
+    """Returns everything but `hf_extras`."""
     checks.refuse_unsupported(hf, FIXED)
     if ARCHITECTURE not in (hf.get("architectures") or [ARCHITECTURE]):
         raise ValueError(
@@ -177,7 +177,7 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _write(cfg: ModelConfig) -> dict[str, Any]:
-    """Everything but what `hf_extras` holds."""
+    """Returns everything but what `hf_extras` holds."""
     attention, router = cfg.attention, cfg.moe.router
     hf: dict[str, Any] = {
         **FIXED,
@@ -201,7 +201,7 @@ def _write(cfg: ModelConfig) -> dict[str, Any]:
 
 
 def _fields(cls: type, given: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The record's fields that are plain renames, each of its annotated type."""
+    """Returns the record's fields that are plain renames, each of its own type."""
     hints = typing.get_type_hints(cls)
     return {
         name: records.coerce(hints[name], given[key], f"{prefix}{key}")
@@ -210,7 +210,7 @@ def _fields(cls: type, given: Mapping[str, Any], prefix: str = "") -> dict[str, 
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as one, by dotted path."""
+    """Returns nested dicts as one, by dotted path."""
     flat = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -221,7 +221,7 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _one_spelling(hf: Mapping[str, Any]) -> dict[str, Any]:
-    """`hf` in DeepSeek's own spelling, with absent and null keys filled in."""
+    """Returns `hf` in DeepSeek's own spelling, with absent and null keys filled in."""
     theta, rope = hf_rope.read(hf)
     dtype = checks.agreed({key: hf.get(key) for key in ("torch_dtype", "dtype")})
     given = {

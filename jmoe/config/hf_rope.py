@@ -37,7 +37,7 @@ _BESIDE = "original_max_position_embeddings"
 
 
 def read(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
-    """`rope_theta`, and YaRN's keys: none of them for plain rotary embeddings.
+    """Returns `rope_theta`, and YaRN's keys: none of them for plain rotary embeddings.
 
     Raises:
       ValueError: two spellings disagree, a type that jmoe hasn't, or a key that the
@@ -56,7 +56,7 @@ def read(hf: Mapping[str, Any]) -> tuple[Any, dict[str, Any] | None]:
 
 
 def write(yarn: YarnConfig | None) -> dict[str, Any] | None:
-    """`rope_scaling`."""
+    """Returns `rope_scaling`."""
     if yarn is None:
         return None
     keys = {key: getattr(yarn, name) for name, key in KEYS.items()}

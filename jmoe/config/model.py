@@ -88,7 +88,10 @@ class AttentionConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(d), times YaRN's temperature when it is kept out of cos and sin."""
+        """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
+
+        That only where it is kept out of cos and sin.
+        """
         scale = self.qk_dim**-0.5
         if self.yarn is not None and self.yarn.mscale_all_dim:
             scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
@@ -96,7 +99,10 @@ class AttentionConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature, `0.1 * mscale * ln(factor) + 1` above factor 1."""
+    """Returns YaRN's attention temperature.
+
+    It is `0.1 * mscale * ln(factor) + 1` above factor 1.
+    """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -287,25 +293,28 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE blocks of the main model; each MTP module adds one of its own."""
+        """The MoE blocks of the main model; each MTP module adds one of its own."""
         return self.num_layers - self.num_dense_layers
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """The shape called `name`; ValueError lists the known ones."""
+        """Returns the shape called `name`; ValueError lists the known ones."""
         from jmoe.config import presets  # presets are made of these records
 
         return checks.lookup(presets.MODELS, name, "model preset")()
 
     @classmethod
     def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """From Hugging Face's `config.json` of a `DeepseekV3ForCausalLM`, as a dict."""
+        """Reads a `DeepseekV3ForCausalLM`'s `config.json`, given as a dict."""
         from jmoe.config import hf as hf_format
 
         return hf_format.model_from_hf(hf)
 
     def to_hf(self) -> dict[str, Any]:
-        """The `config.json` that transformers and vLLM read; inverse of `from_hf`."""
+        """Returns the `config.json` that transformers and vLLM read.
+
+        The inverse of `from_hf`.
+        """
         from jmoe.config import hf as hf_format
 
         return hf_format.model_to_hf(self)

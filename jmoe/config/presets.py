@@ -13,7 +13,10 @@ from jmoe.config.train import StepwiseConfig, TrainConfig
 
 
 def tiny_model() -> ModelConfig:
-    """Every part of V3 at a size that trains in about 3 minutes on 2 CPU cores."""
+    """Returns a model with every part of V3.
+
+    It is of a size that trains in about 3 minutes on 2 CPU cores.
+    """
     return ModelConfig(
         vocab_size=2048,
         hidden_dim=128,
@@ -45,7 +48,7 @@ def tiny_model() -> ModelConfig:
 
 
 def bench_s_model() -> ModelConfig:
-    """The 193.5M-parameter shape that the CPU benchmarks compare systems on."""
+    """Returns the 193.5M-parameter shape that CPU benchmarks compare systems on."""
     return ModelConfig(
         vocab_size=8192,
         hidden_dim=512,
@@ -72,7 +75,10 @@ def bench_s_model() -> ModelConfig:
 
 
 def small_model() -> ModelConfig:
-    """A gigabyte-scale research model for one GPU: 1.2B parameters, 0.2B active."""
+    """Returns a gigabyte-scale research model for one GPU.
+
+    It has 1.2B parameters, of which 0.2B are active.
+    """
     return ModelConfig(
         vocab_size=32_768,
         hidden_dim=1024,
@@ -104,7 +110,10 @@ def small_model() -> ModelConfig:
 
 
 def v2_lite_model() -> ModelConfig:
-    """DeepSeek-V2-Lite: 16B parameters, 2.4B active (arXiv 2405.04434, appendix B)."""
+    """Returns DeepSeek-V2-Lite: 16B parameters, 2.4B active.
+
+    See arXiv 2405.04434, appendix B.
+    """
     return ModelConfig(
         vocab_size=102_400,
         hidden_dim=2048,
@@ -140,7 +149,10 @@ def v2_lite_model() -> ModelConfig:
 
 
 def v3_model() -> ModelConfig:
-    """DeepSeek-V3: 671B parameters, 37B active (arXiv 2412.19437, section 4.2)."""
+    """Returns DeepSeek-V3: 671B parameters, 37B active.
+
+    See arXiv 2412.19437, section 4.2.
+    """
     return ModelConfig(
         vocab_size=129_280,
         hidden_dim=7168,
@@ -185,7 +197,7 @@ MODELS = {
 
 
 def tiny_run() -> RunConfig:
-    """What `python scripts/train.py` trains: 3 minutes on 2 CPU cores.
+    """Returns what `python scripts/train.py` trains: 3 minutes on 2 CPU cores.
 
     V3's schedule at its shortest. The bias moves fast while the router learns, and
     slowly once the learning rate is low, so that it settles.
@@ -217,7 +229,10 @@ def tiny_run() -> RunConfig:
 
 
 def small_run() -> RunConfig:
-    """One GPU: 3.9B tokens, about 20 for each active parameter (arXiv 2203.15556)."""
+    """Returns a run for one GPU, of 3.9B tokens.
+
+    That is about 20 for each active parameter (arXiv 2203.15556).
+    """
     return RunConfig(
         name="small",
         model=small_model(),

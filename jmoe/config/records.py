@@ -19,7 +19,7 @@ Record = TypeVar("Record")
 
 
 def to_dict(record: Any) -> Any:
-    """Nested plain dicts, lists and scalars, as `json.dumps` takes them."""
+    """Returns nested plain dicts, lists and scalars, as `json.dumps` takes them."""
     return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
@@ -73,7 +73,10 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
+    """Returns `value` as the annotated type `hint`.
+
+    Ints pass for floats, and lists for tuples.
+    """
     if dataclasses.is_dataclass(hint):
         parse = getattr(hint, "parse", None)
         if parse is not None and isinstance(value, str):
@@ -115,7 +118,10 @@ def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, .
 
 
 def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -> Any:
-    """`values`, which stand for a `hint`, with `new` in place of what is at `path`."""
+    """Returns `values`, with `new` in place of what is at `path`.
+
+    They stand for a `hint`.
+    """
     if not path:
         return new
     name, *rest = path
@@ -141,7 +147,7 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
 
 
 def _record_type(hint: Any) -> Any:
-    """The record that `hint` is or may be, or None."""
+    """Returns the record that `hint` is or may be, or None."""
     hints = (hint, *typing.get_args(hint))
     return next((h for h in hints if dataclasses.is_dataclass(h)), None)
 

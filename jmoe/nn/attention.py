@@ -89,11 +89,11 @@ class LatentAttention(nn.Module):
 
 
 def rotation(cfg: AttentionConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of positions 0 to `length`; see `jmoe.ops.rope`."""
+    """Returns cosines and sines of positions 0 to `length`; see `jmoe.ops.rope`."""
     positions_BT = jnp.arange(length)[None]
     return rope.rotation(positions_BT, cfg.rope_dim, cfg.rope_theta, cfg.yarn)
 
 
 def _all(x_BSX: jax.Array) -> jax.Array:
-    """All positions, for this device's heads."""
+    """Returns all positions, for this device's heads."""
     return collectives.all_gather(x_BSX, "tensor", 1)

@@ -76,7 +76,7 @@ class MoEBlock(nn.Module):
 
 
 def _attend(cfg, dot_general, x_BSD, positions):
-    """The half that both blocks share; its modules belong to the calling block."""
+    """Adds attention, which both blocks share; modules belong to the calling block."""
     normed_BSD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BSD)
     attention = LatentAttention(
         cfg.attention, cfg.init_std, dot_general, name="attention"

@@ -88,7 +88,7 @@ class RoutedExperts(nn.Module):
         )
 
         def apply(*tokens_R: jax.Array) -> jax.Array:
-            """The experts that are here, on the tokens of all the tensor group."""
+            """Applies the experts that are here to all of the tensor group's tokens."""
             of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
