@@ -65,8 +65,6 @@ def limit_to_groups(
 ) -> tuple[jax.Array, jax.Array]:
     """Returns biased scores, -inf outside of best groups, and group scores [N, G].
 
-    Those of groups are [N, G].
-
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
     """
     biased_NGJ = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)

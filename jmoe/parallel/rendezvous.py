@@ -115,7 +115,7 @@ class ProcessGroup:
 
     @property
     def has_left(self) -> bool:
-        """Returns whether this process has failed or closed the group."""
+        """Whether this process has failed or closed the group."""
         return self._leaves
 
     def await_failure(self, timeout_s: float) -> Failure | None:

@@ -79,7 +79,7 @@ class Guard:
 
     @property
     def goes_on(self) -> bool:
-        """Returns whether the next step may follow on those that are known."""
+        """Whether the next step may follow on those that are known."""
         return self.verdict is None and self.spoilt is None
 
     @property
