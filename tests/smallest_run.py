@@ -6,8 +6,8 @@ Its batches grow from one microbatch to two, so that both ways to take a step oc
 """
 
 from jmoe.config import (
-    AttentionConfig,
     DataConfig,
+    MLAConfig,
     ModelConfig,
     MoEConfig,
     OptimizerConfig,
@@ -28,7 +28,7 @@ def get_config() -> RunConfig:
         max_positions=64,
         mtp_depth=1,
         init_std=0.02,
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=2,
             query_latent_dim=16,
             kv_latent_dim=16,

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from jmoe.balance import dropping
-from jmoe.config import model, run
-from jmoe.ops import fp8, grouped
+from jmoe.config import attention, model, run
+from jmoe.ops import fp8, grouped, rope
 from jmoe.parallel import exchange
 from jmoe.train import muon, optimizer, schedules
 
@@ -144,6 +144,7 @@ def test_a_new_flag_is_a_decision():
         (model.EXCHANGES, exchange.BACKENDS),
         (model.WIRE_DTYPES, exchange.WIRES),
         (model.DROP_ORDERS, dropping.DROP_ORDERS),
+        (attention.ROPE_PAIRS, rope.ROTATIONS),
     ],
     ids=[
         "schedules",
@@ -154,6 +155,7 @@ def test_a_new_flag_is_a_decision():
         "exchanges",
         "wire_dtypes",
         "drop_orders",
+        "rope_pairs",
     ],
 )
 def test_the_names_a_record_allows_are_those_of_its_table(names, table):

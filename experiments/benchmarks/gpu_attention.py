@@ -16,11 +16,11 @@ from jax import lax
 
 from experiments.benchmarks.gpu_measure import ATTENTION, Subject
 from experiments.benchmarks.gpu_shapes import BOTH_PASSES, FORWARD, Attention, Decode
-from jmoe.config import AttentionConfig
+from jmoe.config import MLAConfig
 from jmoe.ops import attention as ops
 from jmoe.ops import latent_attention
 
-BLOCK_SIZE = AttentionConfig.block_size
+BLOCK_SIZE = MLAConfig.block_size
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

@@ -1,15 +1,19 @@
 """Every configuration record, the presets, and the way to and from JSON."""
 
+from jmoe.config.attention import AttentionConfig as AttentionConfig
+from jmoe.config.attention import GQAConfig as GQAConfig
+from jmoe.config.attention import MLAConfig as MLAConfig
+from jmoe.config.attention import YarnConfig as YarnConfig
 from jmoe.config.data import DataConfig as DataConfig
 from jmoe.config.data import SourceConfig as SourceConfig
 from jmoe.config.mesh import MeshConfig as MeshConfig
 from jmoe.config.mesh import PipelineConfig as PipelineConfig
-from jmoe.config.model import AttentionConfig as AttentionConfig
+from jmoe.config.model import DenseConfig as DenseConfig
 from jmoe.config.model import ExchangeConfig as ExchangeConfig
+from jmoe.config.model import FeedForwardConfig as FeedForwardConfig
 from jmoe.config.model import ModelConfig as ModelConfig
 from jmoe.config.model import MoEConfig as MoEConfig
 from jmoe.config.model import RouterConfig as RouterConfig
-from jmoe.config.model import YarnConfig as YarnConfig
 from jmoe.config.records import from_dict as from_dict
 from jmoe.config.records import override as override
 from jmoe.config.records import to_dict as to_dict

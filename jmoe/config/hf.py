@@ -21,13 +21,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.config import checks, hf_rope, records
-from jmoe.config.model import (
-    AttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    YarnConfig,
-)
+from jmoe.config.attention import MLAConfig, YarnConfig
+from jmoe.config.model import ModelConfig, MoEConfig, RouterConfig
 
 KEYS = {  # of each record: our field, Hugging Face's key
     ModelConfig: {
@@ -43,7 +38,7 @@ KEYS = {  # of each record: our field, Hugging Face's key
         "init_std": "initializer_range",
         "dtype": "torch_dtype",
     },
-    AttentionConfig: {
+    MLAConfig: {
         "num_heads": "num_attention_heads",
         "query_latent_dim": "q_lora_rank",
         "kv_latent_dim": "kv_lora_rank",
@@ -167,7 +162,7 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
     router = RouterConfig(**_fields(RouterConfig, given), group_score=group_score)
     cfg = ModelConfig(
         **_fields(ModelConfig, given),
-        attention=AttentionConfig(**_fields(AttentionConfig, given), yarn=yarn),
+        attention=MLAConfig(**_fields(MLAConfig, given), yarn=yarn),
         moe=MoEConfig(**_fields(MoEConfig, given), router=router),
     )
     own = given.get("jmoe", {})
@@ -179,6 +174,10 @@ def _read(hf: Mapping[str, Any]) -> ModelConfig:
 def _write(cfg: ModelConfig) -> dict[str, Any]:
     """Returns everything but what `hf_extras` holds."""
     attention, router = cfg.attention, cfg.moe.router
+    if not isinstance(attention, MLAConfig):
+        raise ValueError(
+            f"attention.kind={attention.kind!r} must be 'mla' in a {ARCHITECTURE}."
+        )
     hf: dict[str, Any] = {
         **FIXED,
         "architectures": [ARCHITECTURE],

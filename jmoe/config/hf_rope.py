@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jmoe.config import checks
-from jmoe.config.model import YarnConfig
+from jmoe.config.attention import YarnConfig
 
 KEYS = {  # our field: Hugging Face's key, inside rope_scaling
     "factor": "factor",

@@ -1,4 +1,4 @@
-"""The model's shape: attention, experts, router, balancing rule.
+"""The model's shape: layers, experts, router, balancing rule.
 
 Every record is frozen, keyword-only and checks itself, so that an impossible shape is
 refused before anything is compiled. Names follow DeepSeek-V2 (arXiv 2405.04434) and
@@ -9,9 +9,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from jmoe.config import checks
+from jmoe.config.attention import AttentionConfig
 
 DTYPES = ("float32", "bfloat16")
 SCORES = ("sigmoid", "softmax")
@@ -25,85 +26,6 @@ DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
 AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class YarnConfig:
-    """YaRN (arXiv 2309.00071): rotary frequencies stretched to a longer context."""
-
-    factor: float
-    original_positions: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    mscale: float | None = 1.0
-    mscale_all_dim: float | None = 1.0
-
-    def __post_init__(self):
-        checks.at_least(self, factor=1.0, original_positions=1)
-        checks.finite(self, "beta_fast", "mscale", "mscale_all_dim")
-        if not 0 < self.beta_slow <= self.beta_fast:
-            raise ValueError(
-                f"beta_slow={self.beta_slow} must be above 0 and at most "
-                f"beta_fast={self.beta_fast}."
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionConfig:
-    """Multi-head latent attention; `query_latent_dim=None` leaves queries full."""
-
-    num_heads: int
-    query_latent_dim: int | None
-    kv_latent_dim: int
-    nope_dim: int  # per head, without position
-    rope_dim: int  # per head, rotated; the key's part is shared by all heads
-    value_dim: int
-    rope_theta: float = 10_000.0
-    yarn: YarnConfig | None = None
-    latent_norm_eps: float = 1e-6  # not norm_eps: DeepSeek fixes it
-    # Keys, and queries, that are scored at a time. XLA for CPUs gives smaller blocks
-    # one core each.
-    block_size: int = 512
-
-    def __post_init__(self):
-        checks.at_least(
-            self,
-            num_heads=1,
-            kv_latent_dim=1,
-            nope_dim=1,
-            rope_dim=2,
-            value_dim=1,
-            rope_theta=1.0,
-            latent_norm_eps=0.0,
-            block_size=1,
-        )
-        if self.query_latent_dim is not None:
-            checks.at_least(self, query_latent_dim=1)
-        if self.rope_dim % 2:
-            raise ValueError(f"rope_dim={self.rope_dim} must be even, to rotate pairs.")
-
-    @property
-    def qk_dim(self) -> int:
-        return self.nope_dim + self.rope_dim
-
-    @property
-    def softmax_scale(self) -> float:
-        """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
-
-        That only where it is kept out of cos and sin.
-        """
-        scale = self.qk_dim**-0.5
-        if self.yarn is not None and self.yarn.mscale_all_dim:
-            scale *= yarn_mscale(self.yarn.factor, self.yarn.mscale_all_dim) ** 2
-        return scale
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """Returns YaRN's attention temperature.
-
-    It is `0.1 * mscale * ln(factor) + 1` above factor 1.
-    """
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,6 +137,18 @@ _BACKENDS_OF_0_1 = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """One MLP that every token visits."""
+
+    kind: str = "dense"
+    mlp_dim: int
+
+    def __post_init__(self):
+        checks.one_of(self, kind=("dense",))
+        checks.at_least(self, mlp_dim=1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
     """Fine-grained routed experts beside shared ones that every token visits.
 
@@ -223,6 +157,7 @@ class MoEConfig:
     activations. See ops/grouped.py.
     """
 
+    kind: str = "moe"
     router: RouterConfig
     expert_mlp_dim: int
     num_shared_experts: int = 1
@@ -232,7 +167,7 @@ class MoEConfig:
 
     def __post_init__(self):
         checks.at_least(self, expert_mlp_dim=1, num_shared_experts=0)
-        checks.one_of(self, backend=EXPERT_BACKENDS, remat=EXPERT_REMATS)
+        checks.one_of(self, kind=("moe",), backend=EXPERT_BACKENDS, remat=EXPERT_REMATS)
 
     @classmethod
     def updated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -245,6 +180,16 @@ class MoEConfig:
         if name not in _BACKENDS_OF_0_1:
             return values
         return {**values, **_BACKENDS_OF_0_1[name]}
+
+
+FeedForwardConfig = DenseConfig | MoEConfig
+
+
+class Stack(NamedTuple):
+    """Layers in a row that are alike."""
+
+    feed_forward: FeedForwardConfig
+    num_layers: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -295,6 +240,16 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """The MoE blocks of the main model; each MTP module adds one of its own."""
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def stacks(self) -> dict[str, Stack]:
+        """The main model's layers in their order, by the name of their parameters."""
+        dense = DenseConfig(mlp_dim=self.dense_mlp_dim)
+        stacks = {
+            "dense": Stack(dense, self.num_dense_layers),
+            "moe": Stack(self.moe, self.num_moe_layers),
+        }
+        return {name: stack for name, stack in stacks.items() if stack.num_layers}
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":

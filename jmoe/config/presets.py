@@ -1,13 +1,8 @@
 """Named shapes and runs. A preset is a function, so that nothing is built on import."""
 
+from jmoe.config.attention import MLAConfig, YarnConfig
 from jmoe.config.data import DataConfig
-from jmoe.config.model import (
-    AttentionConfig,
-    ModelConfig,
-    MoEConfig,
-    RouterConfig,
-    YarnConfig,
-)
+from jmoe.config.model import ModelConfig, MoEConfig, RouterConfig
 from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig
 from jmoe.config.train import StepwiseConfig, TrainConfig
 
@@ -26,7 +21,7 @@ def tiny_model() -> ModelConfig:
         max_positions=1024,
         mtp_depth=1,
         init_std=0.02,
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=4,
             query_latent_dim=64,
             kv_latent_dim=64,
@@ -57,7 +52,7 @@ def bench_s_model() -> ModelConfig:
         dense_mlp_dim=1408,
         init_std=0.02,
         layer_loop="unroll",
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=8,
             query_latent_dim=192,
             kv_latent_dim=128,
@@ -88,7 +83,7 @@ def small_model() -> ModelConfig:
         mtp_depth=1,
         dtype="bfloat16",
         remat="block",
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=16,
             query_latent_dim=384,
             kv_latent_dim=256,
@@ -124,7 +119,7 @@ def v2_lite_model() -> ModelConfig:
         dtype="bfloat16",
         remat="block",
         init_std=0.02,
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=16,
             query_latent_dim=None,
             kv_latent_dim=512,
@@ -163,7 +158,7 @@ def v3_model() -> ModelConfig:
         mtp_depth=1,
         dtype="bfloat16",
         remat="block",
-        attention=AttentionConfig(
+        attention=MLAConfig(
             num_heads=128,
             query_latent_dim=1536,
             kv_latent_dim=512,

@@ -1,7 +1,8 @@
 """Records to JSON and back, and `--set path.to.field=value` on nested records.
 
 Types come from the records' own annotations, so an unknown field or a value of the
-wrong type is refused by name.
+wrong type is refused by name. Where one of several records may stand, their field
+`kind` tells them apart; values without one are of the first.
 """
 
 import ast
@@ -10,7 +11,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jmoe.config import checks
@@ -23,11 +24,20 @@ def to_dict(record: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
-def from_dict(cls: type[Record], values: Mapping[str, Any], path: str = "") -> Record:
+def from_dict(
+    cls: type[Record],
+    values: Mapping[str, Any],
+    path: str = "",
+    others: Sequence[type] = (),
+) -> Record:
     """Builds the record `cls`; ValueError names the field that doesn't fit.
 
     A class may have `updated`, which is given what an earlier version may have written
     and returns the fields of this one.
+
+    Args:
+      path: of the record in another one, with a dot at its end.
+      others: records that could stand in its place.
     """
     if not isinstance(values, Mapping):
         what = path.removesuffix(".")
@@ -38,7 +48,7 @@ def from_dict(cls: type[Record], values: Mapping[str, Any], path: str = "") -> R
     known = [field.name for field in fields]
     for name in values:
         if name not in known:
-            raise ValueError(_unknown_field(f"{path}{name}", name, known))
+            raise ValueError(_unknown_field(f"{path}{name}", name, known, others))
     required = [field.name for field in fields if field.default is dataclasses.MISSING]
     missing = [name for name in required if name not in values]
     if missing:
@@ -58,7 +68,8 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
     Values are Python literals where they parse as one and strings otherwise; an item of
     a tuple goes by its index, as in `data.sources.0.weight=2`. All of them land before
     anything is validated, so `train.batch_size=6` and `train.microbatch_size=3` may be
-    given in either order.
+    given in either order. `model.attention.kind=gqa` makes a record one of another
+    kind, which keeps what both kinds have; the other fields of that kind come after it.
 
     Raises:
       ValueError: unknown field, malformed assignment, or a value of another type.
@@ -73,21 +84,13 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """Returns `value` as the annotated type `hint`.
-
-    Ints pass for floats, and lists for tuples.
-    """
-    if dataclasses.is_dataclass(hint):
-        parse = getattr(hint, "parse", None)
-        if parse is not None and isinstance(value, str):
-            return parse(value)  # a record that has a short form
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{path}={value!r} must be a record of {hint.__name__}.")  # type: ignore[union-attr]
-        return from_dict(hint, value, f"{path}.")  # type: ignore[arg-type]
+    """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
+    if value in (None, "none") and type(None) in typing.get_args(hint):
+        return None
+    if kinds := _records(hint):
+        return _coerce_record(kinds, value, path)
     origin = typing.get_origin(hint)
     if origin in (types.UnionType, typing.Union):
-        if value in (None, "none") and type(None) in typing.get_args(hint):
-            return None
         inner = next(t for t in typing.get_args(hint) if t is not type(None))
         return coerce(inner, value, path)
     if origin is tuple:
@@ -102,6 +105,36 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and not checks.is_unicode(value):
         raise ValueError(f"{path}={value!r} must be UTF-8.")
     return value
+
+
+def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
+    """`value` as the one of these records that it is of."""
+    parse = getattr(kinds[0], "parse", None)
+    if parse is not None and isinstance(value, str):
+        return parse(value)  # a record that has a short form
+    if not isinstance(value, Mapping):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise ValueError(f"{path}={value!r} must be a record of {names}.")
+    record = _of_kind(kinds, value, path)
+    others = [kind for kind in kinds if kind is not record]
+    return from_dict(record, value, f"{path}.", others)
+
+
+def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> type:
+    """The one of these records that has the `kind` of `values`."""
+    if len(kinds) == 1 or "kind" not in values:
+        return kinds[0]
+    for record in kinds:
+        if values["kind"] == _kind(record):
+            return record
+    known = ", ".join(repr(_kind(record)) for record in kinds)
+    raise ValueError(f"{path}.kind={values['kind']!r} is not one of {known}.")
+
+
+def _kind(record: type) -> str:
+    """What the records of a union have in their field `kind`."""
+    (field,) = (f for f in dataclasses.fields(record) if f.name == "kind")  # type: ignore[arg-type]
+    return field.default
 
 
 def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -125,31 +158,35 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
     if not path:
         return new
     name, *rest = path
-    record = _record_type(hint)
+    here = f"{done}.{name}" if done else name
     if isinstance(values, list) and typing.get_origin(hint) is tuple:
         known = [str(i) for i in range(len(values))]
-    elif record is None:
-        raise ValueError(f"{done} is a plain value; it has no field {name!r}.")
-    elif isinstance(values, dict):
-        known = list(typing.get_type_hints(record))
-    else:
-        raise ValueError(f"{done}={values!r} must be a record to have a {name!r}.")
-    here = f"{done}.{name}" if done else name
-    if name not in known:
-        raise ValueError(_unknown_field(here, name, known))
-    if isinstance(values, list):
+        if name not in known:
+            raise ValueError(_unknown_field(here, name, known))
         item, index = typing.get_args(hint)[0], int(name)
         values[index] = _assign(values[index], item, rest, new, here)
-    else:
-        inner = typing.get_type_hints(record)[name]
-        values[name] = _assign(values.get(name), inner, rest, new, here)
+        return values
+    kinds = _records(hint)
+    if not kinds:
+        raise ValueError(f"{done} is a plain value; it has no field {name!r}.")
+    if not isinstance(values, dict):
+        raise ValueError(f"{done}={values!r} must be a record to have a {name!r}.")
+    record = _of_kind(kinds, values, done)
+    hints = typing.get_type_hints(record)
+    if name not in hints:
+        raise ValueError(_unknown_field(here, name, list(hints), kinds))
+    if name == "kind" and len(kinds) > 1 and not rest:
+        shared = typing.get_type_hints(_of_kind(kinds, {name: new}, done))
+        values = {field: value for field, value in values.items() if field in shared}
+    values[name] = _assign(values.get(name), hints[name], rest, new, here)
     return values
 
 
-def _record_type(hint: Any) -> Any:
-    """Returns the record that `hint` is or may be, or None."""
-    hints = (hint, *typing.get_args(hint))
-    return next((h for h in hints if dataclasses.is_dataclass(h)), None)
+def _records(hint: Any) -> list[type]:
+    """The records that values of the type `hint` may be of."""
+    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    hints = typing.get_args(hint) if is_union else (hint,)
+    return [h for h in hints if dataclasses.is_dataclass(h)]
 
 
 def _literal(text: str) -> Any:
@@ -163,7 +200,13 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _unknown_field(path: str, name: Any, known: list[str]) -> str:
+def _unknown_field(
+    path: str, name: Any, known: list[str], kinds: Sequence[type] = ()
+) -> str:
+    """What is wrong with a field that isn't known, but that one of `kinds` may have."""
+    said = f"Unknown field {path!r}; known: {', '.join(known)}."
+    of_kind = [_kind(kind) for kind in kinds if name in typing.get_type_hints(kind)]
+    if of_kind:
+        return f"{said} It is a field of kind={of_kind[0]!r}."
     close = difflib.get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"Unknown field {path!r}; known: {', '.join(known)}.{hint}"
+    return f"{said} Did you mean {close[0]!r}?" if close else said

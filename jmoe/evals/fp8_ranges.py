@@ -31,8 +31,8 @@ from flax import linen as nn
 from jax import lax
 
 from jmoe.data.loader import validation_batches
-from jmoe.nn.attention import LatentAttention
 from jmoe.nn.linear import Linear
+from jmoe.nn.mixers import MIXERS
 from jmoe.nn.model import Transformer
 from jmoe.nn.moe import RoutedExperts, SwiGLU
 from jmoe.ops import fp8
@@ -117,9 +117,8 @@ class Tally:
             h = x.reshape(*x.shape[:-2], -1)
             self._see(name, "h", h, fp8.ROW)
             multiplied = swiglu(h)
-        is_after_attention = (
-            isinstance(module.parent, LatentAttention) and module.name == "out"
-        )
+        mixers = [mixer.module for mixer in MIXERS.values()]
+        is_after_attention = type(module.parent) in mixers and module.name == "out"
         self._see(
             name,
             "x",

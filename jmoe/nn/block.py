@@ -1,7 +1,7 @@
-"""Pre-norm transformer blocks: one with a dense MLP, one with a mixture of experts.
+"""A pre-norm transformer block: attention, then a feed-forward layer.
 
-Both map the residual stream to itself and return what they measured, so that either can
-be the body of a scan over layers. Each is told its number, counted from 0 through the
+It maps the residual stream to itself and returns what it measured, so that it can be
+the body of a scan over layers. Each is told its number, counted from 0 through the
 model's layers and then its MTP modules: what differs by layer, such as noise, follows
 from it.
 
@@ -13,72 +13,71 @@ from typing import NamedTuple
 import jax
 from flax import linen as nn
 
-from jmoe.config import ModelConfig
-from jmoe.nn.attention import LatentAttention
+from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
-from jmoe.nn.measured import NOTHING, Measured
-from jmoe.nn.moe import MoE, SwiGLU
-from jmoe.nn.noise import Noise
+from jmoe.nn.measured import Measured
+from jmoe.nn.mixers import MIXERS, Rotation
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import dot
 
 
 class Positions(NamedTuple):
     """What blocks know of a batch's positions besides their hidden states.
 
-    rotation: cosines and sines, see `jmoe.ops.rope`. segment_BT: int32, the documents
-    that attention is confined to; None: it isn't. is_real_BT: bool, where there is a
-    token to be routed to experts; None: everywhere. noise: where random numbers come
-    from; None: there is to be no randomness.
+    rotation: see `jmoe.nn.mixers`. segment_BT: int32, the documents that attention is
+    confined to; None: it isn't. tokens: what feed-forward layers are told.
     """
 
-    rotation: tuple[jax.Array, jax.Array]
+    rotation: Rotation
     segment_BT: jax.Array | None = None
-    is_real_BT: jax.Array | None = None
-    noise: Noise | None = None
+    tokens: Tokens = Tokens()
 
 
-class DenseBlock(nn.Module):
-    """A block whose MLP every token shares; measures nothing."""
+class Block(nn.Module):
+    """A block of any kind of attention and any of feed-forward, by their records.
 
-    cfg: ModelConfig
+    Returns what it measured too, and is told its number.
+    """
+
+    mixer: AttentionConfig
+    feed_forward: FeedForwardConfig
+    norm_eps: float
+    init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `jmoe.nn.feed_forwards`
+
+    @classmethod
+    def of(
+        cls,
+        cfg: ModelConfig,
+        feed_forward: FeedForwardConfig,
+        dot_general: DotGeneral = dot.dot_general,
+        *,
+        apart: bool = False,
+        name: str | None = None,
+    ) -> "Block":
+        """Returns a block of the model with this feed-forward."""
+        return cls(
+            cfg.attention,
+            feed_forward,
+            cfg.norm_eps,
+            cfg.init_std,
+            dot_general,
+            apart,
+            name=name,
+        )
 
     @nn.compact
     def __call__(
         self, x_BSD: jax.Array, positions: Positions, number: jax.Array
     ) -> tuple[jax.Array, Measured]:
-        del number
-        cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
-        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
-        mlp = SwiGLU(cfg.dense_mlp_dim, cfg.init_std, self.dot_general, name="mlp")
-        return x_BSD + mlp(normed_BSD), NOTHING
-
-
-class MoEBlock(nn.Module):
-    """A block with routed and shared experts; returns what they measured too."""
-
-    cfg: ModelConfig
-    dot_general: DotGeneral = dot.dot_general
-    apart: bool = False  # see `moe.RoutedExperts`
-
-    @nn.compact
-    def __call__(
-        self, x_BSD: jax.Array, positions: Positions, number: jax.Array
-    ) -> tuple[jax.Array, Measured]:
-        cfg = self.cfg
-        x_BSD = _attend(cfg, self.dot_general, x_BSD, positions)
-        normed_BSD = RMSNorm(cfg.norm_eps, name="mlp_norm")(x_BSD)
-        moe = MoE(cfg.moe, cfg.init_std, self.dot_general, self.apart, name="moe")
-        noise = None if positions.noise is None else positions.noise.of_layer(number)
-        out_BSD, measured = moe(normed_BSD, positions.is_real_BT, noise)
+        normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
+        own = self.init_std, self.dot_general
+        mix = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
+        x_BSD += mix(normed_BSD, positions.rotation, positions.segment_BT)
+        normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
+        kind = FEED_FORWARDS[self.feed_forward.kind]
+        feed_forward = kind.module(self.feed_forward, *own, self.apart, name=kind.name)
+        out_BSD, measured = feed_forward(normed_BSD, positions.tokens.of_layer(number))
         return x_BSD + out_BSD, measured
-
-
-def _attend(cfg, dot_general, x_BSD, positions):
-    """Adds attention, which both blocks share; modules belong to the calling block."""
-    normed_BSD = RMSNorm(cfg.norm_eps, name="attention_norm")(x_BSD)
-    attention = LatentAttention(
-        cfg.attention, cfg.init_std, dot_general, name="attention"
-    )
-    return x_BSD + attention(normed_BSD, positions.rotation, positions.segment_BT)

@@ -25,7 +25,7 @@ def weight(
 
 
 class Linear(nn.Module):
-    """`x @ kernel` without a bias; `features` may have several dimensions.
+    """`x @ kernel`, plus a bias if asked; `features` may have several dimensions.
 
     `dot_general` is where other number formats come in. It is given the kernel in the
     dtype that it is held in, and computes in x's: so the kernel's gradient is rounded
@@ -39,6 +39,7 @@ class Linear(nn.Module):
     dot_general: DotGeneral = dot.dot_general
     matrix: MatrixDims = MATRIX
     formats: tuple[str, ...] = (FP8,)
+    use_bias: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -50,7 +51,14 @@ class Linear(nn.Module):
         contract = (((x.ndim - 1,), (0,)), ((), ()))
         if isinstance(kernel, stored.FewerBits):
             kernel = stored.as_array(kernel, x.dtype).reshape(shape)
-        return self.dot_general(x, kernel, contract)
+        y = self.dot_general(x, kernel, contract)
+        if not self.use_bias:
+            return y
+        # In float32, as then its gradient is too, which sums over tokens.
+        record = Parameter(dims=self.dims[1:], in_float32=True, decays=False)
+        init = boxed(nn.initializers.zeros_init(), record)
+        bias = self.param("bias", init, self.features, jnp.float32)
+        return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -20,13 +20,16 @@ from flax import linen as nn
 from flax.core import meta
 
 from jmoe.config import ModelConfig
-from jmoe.nn import attention
-from jmoe.nn.block import DenseBlock, MoEBlock, Positions
+from jmoe.config.model import Stack
+from jmoe.nn import mixers
+from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral
-from jmoe.nn.measured import NOTHING, Measured, join, stack
+from jmoe.nn.measured import Measured, join
+from jmoe.nn.measured import stack as stack_measured
 from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import Parameter, normal_param, records
 from jmoe.nn.tail import Features, GatherLayer, Tail, prepare
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
@@ -94,51 +97,53 @@ class Transformer(nn.Module):
         # Tied, it is the head too.
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
-        rotation = attention.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, is_real_BT, noise)
+        rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
+        positions = Positions(rotation, segment_BT, Tokens(is_real_BT, noise))
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
-        first_moe = cfg.num_dense_layers
-        dense, moe = range(first_moe), range(first_moe, cfg.num_layers)
-        x_BSD, of_dense = self._layers(DenseBlock, "dense", dense, x_BSD, positions)
-        x_BSD, of_moe = self._layers(MoEBlock, "moe", moe, x_BSD, positions)
+        found, first = [], 0
+        for name, stack in cfg.stacks.items():
+            x_BSD, measured = self._layers(name, stack, first, x_BSD, positions)
+            found.append(measured)
+            first += stack.num_layers
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
         features = tail(x_BSD, table_VD, tokens_BT, positions)
-        measured = join(of_dense, of_moe, features.measured)
-        return features._replace(measured=measured)
+        return features._replace(measured=join(*found, features.measured))
 
     def _layers(
         self,
-        block: type[nn.Module],
         name: str,
-        numbers: range,
+        stack: Stack,
+        first: int,
         x_BSD: jax.Array,
         positions: Positions,
     ) -> tuple[jax.Array, Measured]:
-        """Returns what blocks in a row compute, and what they measured, stacked."""
-        if not numbers:
-            return x_BSD, NOTHING
+        """Returns what blocks in a row compute, and what they measured, stacked.
+
+        Args:
+          first: the number of the first of them.
+        """
         gather = None if self.is_initializing() else self.gather_layer
+        number_L = first + jnp.arange(stack.num_layers)
         if self.cfg.layer_loop == "scan":
-            scanned = nn.scan(
-                prepare(block, name, self.cfg, gather, scanned=True),
+            scanned: Any = nn.scan(
+                prepare(Block, name, self.cfg, gather, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]
-                length=len(numbers),
+                length=stack.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = scanned(self.cfg, self.dot_general, name=name)
-            return layers(x_BSD, positions, jnp.array(numbers, jnp.int32))
+            layers = scanned.of(self.cfg, stack.feed_forward, self.dot_general, name)
+            return layers(x_BSD, positions, number_L)
         measured = []
-        for i, number in enumerate(numbers):
+        for i in range(stack.num_layers):
             own_name = f"{name}_{i}"
-            layer = prepare(block, own_name, self.cfg, gather, scanned=False)
-            x_BSD, found = layer(self.cfg, self.dot_general, name=own_name)(
-                x_BSD, positions, jnp.int32(number)
-            )
+            block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
+            layer = block.of(self.cfg, stack.feed_forward, self.dot_general, own_name)
+            x_BSD, found = layer(x_BSD, positions, number_L[i])
             measured.append(found)
-        return x_BSD, stack(measured)
+        return x_BSD, stack_measured(measured)
 
 
 def init_variables(model: Transformer, seed: int) -> Any:
@@ -160,11 +165,9 @@ def parameter_records(cfg: ModelConfig) -> Any:
 
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
     """Returns which of the model's submodules are layers, or stacks of them."""
-    counts = {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}
-    if cfg.layer_loop == "scan":
-        main = [name for name, count in counts.items() if count]
-    else:
-        main = [f"{name}_{i}" for name, count in counts.items() for i in range(count)]
+    counts = {name: stack.num_layers for name, stack in cfg.stacks.items()}
+    unrolled = [f"{name}_{i}" for name in counts for i in range(counts[name])]
+    main = counts if cfg.layer_loop == "scan" else unrolled
     return (*main, *(f"mtp_{k}" for k in range(cfg.mtp_depth)))
 
 

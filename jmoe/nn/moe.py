@@ -15,9 +15,9 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured
-from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
 from jmoe.nn.router import Router
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot, fp8, grouped
 from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.swiglu import after_swiglu
@@ -109,10 +109,7 @@ def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way.
-
-    `is_real_BT`, bool, of all positions: which are routed; None: all.
-    """
+    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way."""
 
     cfg: MoEConfig
     init_std: float
@@ -123,15 +120,11 @@ class MoE(nn.Module):
     def __call__(
         self,
         x_BSD: jax.Array,
-        is_real_BT: jax.Array | None = None,
-        noise: Noise | None = None,
+        tokens: Tokens = UNTOLD,
     ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         router = Router(cfg.router, self.init_std, name="router")
-        is_real_BS = is_real_BT
-        if is_real_BT is not None:
-            is_real_BS = collectives.local_part(is_real_BT, "tensor", 1)
-        routing, measured = router(x_BSD, is_real_BS, noise)
+        routing, measured = router(x_BSD, tokens)
         experts = RoutedExperts(
             cfg, self.init_std, self.dot_general, self.apart, name="experts"
         )

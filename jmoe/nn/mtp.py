@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
-from jmoe.nn.block import MoEBlock, Positions
+from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import Measured
 from jmoe.ops import dot
@@ -56,6 +56,6 @@ class MTPModule(nn.Module):
             formats=(),
             name="project",
         )
-        block = MoEBlock(cfg, self.dot_general, self.apart, name="block")
+        block = Block.of(cfg, cfg.moe, self.dot_general, apart=self.apart, name="block")
         hidden_BSD, measured = block(project(joined), positions, number)
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), measured

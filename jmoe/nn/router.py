@@ -20,8 +20,8 @@ from jax import lax
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
 from jmoe.nn.measured import PER_MICROBATCH, PER_STEP, PER_TOKEN, Load, Loss, Measured
-from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import MATRIX, Parameter, boxed, normal_param
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
@@ -163,8 +163,7 @@ class Router(nn.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        is_real_BT: jax.Array | None = None,
-        noise: Noise | None = None,
+        tokens: Tokens = UNTOLD,
     ) -> tuple[Routing, Measured]:
         cfg = self.cfg
         shape = (x_BTD.shape[-1], cfg.num_experts)
@@ -186,6 +185,7 @@ class Router(nn.Module):
         logit_BTE: jax.Array = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
+        is_real_BT = tokens.is_real_BS
         is_real_N = None if is_real_BT is None else is_real_BT.reshape(-1)
         routing, margin_EM = route(score_NE, bias_E, cfg, is_real_N)
         load_E, none = count(routing.expert_NK, cfg.num_experts), jnp.int32(0)

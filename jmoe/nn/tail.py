@@ -69,7 +69,7 @@ class Tail(nn.Module):
         cfg = self.cfg
         hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
         previous, mtp_BSD, measured = hidden_BSD, [], []
-        is_real_BT = positions.is_real_BT
+        is_real_BT = positions.tokens.is_real_BT
         if is_real_BT is None:
             is_real_BT = jnp.ones(tokens_BT.shape, bool)
         gather = None if self.is_initializing() else self.gather_layer
@@ -80,10 +80,11 @@ class Tail(nn.Module):
             shifted_BT = masks.shift_left(tokens_BT, depth)
             embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
+            told = positions.tokens._replace(is_real_BT=reaching_BT)
             previous, normed, found = module(
                 previous,
                 embedded,
-                positions._replace(is_real_BT=reaching_BT),
+                positions._replace(tokens=told),
                 jnp.int32(cfg.num_layers + depth - 1),
             )
             mtp_BSD.append(normed)

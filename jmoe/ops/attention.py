@@ -1,7 +1,9 @@
 """Causal attention in blocks: memory grows with the sequence, not with its square.
 
-Shapes: B batch, T position, H head, Q query/key dimension, V value dimension; within
-a block, q and k positions (`s` blocks of `block` positions each).
+Shapes: B batch, T position, H head, K head of keys and values, each of which as many
+heads share (a group; Ainslie et al., arXiv 2305.13245), Q query/key dimension, V value
+dimension; within a block, q and k rows (`s` blocks of `block` positions each). A
+group's queries are rows of one block, so that nobody copies what they share.
 
 The forward pass is FlashAttention's online softmax (arXiv 2205.14135, algorithm 1), the
 backward one recomputes each block's probabilities from the saved log-sum-exp (its
@@ -32,6 +34,7 @@ class _Blocks(NamedTuple):
     count: int
     size: int
     scale: float
+    group: int  # heads that share one of keys and values
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns query and key block of every pair on or below the diagonal."""
@@ -50,22 +53,36 @@ class _Blocks(NamedTuple):
         x = x.transpose(np.argsort(dims))
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
+    def cut_queries(self, x_BTH: jax.Array) -> jax.Array:
+        """[B, T, H, ...] as [s, B, K, group * block, ...]."""
+        grouped = x_BTH.reshape(*x_BTH.shape[:2], -1, self.group, *x_BTH.shape[3:])
+        x = self.cut(grouped, GROUPS_FIRST[: grouped.ndim + 1])
+        return x.reshape(*x.shape[:3], -1, *x_BTH.shape[3:])
 
-HEADS_FIRST = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
-SUMS = (1, 0, 3, 2)  # the same of [B, T, H]
+    def join_queries(self, x: jax.Array, length: int) -> jax.Array:
+        """What `cut_queries` made of [B, length, H, ...]."""
+        grouped = x.reshape(*x.shape[:3], self.group, self.size, *x.shape[4:])
+        x_BTKG = self.join(grouped, GROUPS_FIRST[: grouped.ndim], length)
+        return x_BTKG.reshape(*x_BTKG.shape[:2], -1, *x_BTKG.shape[4:])
+
+
+HEADS_FIRST = (1, 0, 3, 2, 4)  # [s, B, K, block, dim]
+GROUPS_FIRST = (1, 0, 3, 4, 2, 5)  # [s, B, K, group, block, dim]
 SEGMENTS = (1, 0, 2)
 
 
 def attention(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     segment_BT: jax.Array | None,
     *,
     scale: float,
     block_size: int,
 ) -> jax.Array:
     """Returns softmax attention to earlier positions of the same segment, [B, T, H, V].
+
+    Head h has the keys and values of head h // (H / K).
 
     Args:
       segment_BT: int32; positions attend only within equal values, which lie next to
@@ -76,12 +93,13 @@ def attention(
     """
     length = q_BTHQ.shape[1]
     size = min(block_size, length)
-    blocks = _Blocks(-(-length // size), size, scale)
-    in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTHQ, v_BTHV))
-    if in_bfloat16 and has_plugin() and _fits(q_BTHQ.shape[-1], v_BTHV.shape[-1]):
-        return _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)
-    out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), blocks)
-    return blocks.join(out, HEADS_FIRST, length)
+    group = q_BTHQ.shape[2] // k_BTKQ.shape[2]
+    blocks = _Blocks(-(-length // size), size, scale, group)
+    in_bfloat16 = all(x.dtype == jnp.bfloat16 for x in (q_BTHQ, k_BTKQ, v_BTKV))
+    if in_bfloat16 and has_plugin() and _fits(q_BTHQ.shape[-1], v_BTKV.shape[-1]):
+        return _attend_by_platform(q_BTHQ, k_BTKQ, v_BTKV, segment_BT, blocks)
+    out: jax.Array = _attend(*_cut(blocks, q_BTHQ, k_BTKQ, v_BTKV, segment_BT), blocks)
+    return blocks.join_queries(out, length)
 
 
 def _fits(qk_dim: int, value_dim: int) -> bool:
@@ -89,8 +107,9 @@ def _fits(qk_dim: int, value_dim: int) -> bool:
     return qk_dim <= MAX_KERNEL_QK_DIM and value_dim <= MAX_KERNEL_VALUE_DIM
 
 
-def _cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT):
-    q, k, v = (blocks.cut(x, HEADS_FIRST) for x in (q_BTHQ, k_BTHQ, v_BTHV))
+def _cut(blocks, q_BTHQ, k_BTKQ, v_BTKV, segment_BT):
+    q = blocks.cut_queries(q_BTHQ)
+    k, v = (blocks.cut(x, HEADS_FIRST) for x in (k_BTKQ, v_BTKV))
     return q, k, v, None if segment_BT is None else blocks.cut(segment_BT, SEGMENTS)
 
 
@@ -142,9 +161,11 @@ def _logits(q, k, segment, i, j, blocks):
         "bhqd,bhkd->bhqk", q[i], k[j], preferred_element_type=jnp.float32
     )
     within = jnp.arange(blocks.size)
-    seen = (i * blocks.size + within)[:, None] >= j * blocks.size + within
+    of_query = jnp.tile(within, blocks.group)
+    seen = (i * blocks.size + of_query)[:, None] >= j * blocks.size + within
     if segment is not None:
-        same_bqk = segment[i][:, :, None] == segment[j][:, None, :]
+        of_query = jnp.tile(segment[i], blocks.group)
+        same_bqk = of_query[:, :, None] == segment[j][:, None, :]
         seen = (seen & same_bqk)[:, None]
     return jnp.where(seen, logits, MASKED)
 
@@ -187,8 +208,8 @@ def _attend_bwd(blocks, saved, d_out):
     # A CPU multiplies a block of scores by what lies across it faster than the block's
     # transpose.
     q_across, d_out_across = q.swapaxes(-1, -2), d_out.swapaxes(-1, -2)
-    shapes = q.shape, q_across.shape, d_out_across.shape
-    start = tuple(jnp.zeros(shape, jnp.float32) for shape in shapes)
+    gradients = q, k.swapaxes(-1, -2), v.swapaxes(-1, -2)
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in gradients)
     (dq, dk, dv), _ = _walk(visit, start, blocks)
     dq, dk = blocks.scale * dq, blocks.scale * dk
     dk, dv = dk.swapaxes(-1, -2), dv.swapaxes(-1, -2)
@@ -199,11 +220,11 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
-    return _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks)[0]
+def _attend_by_platform(q_BTHQ, k_BTKQ, v_BTKV, segment_BT, blocks):
+    return _forward_by_platform(q_BTHQ, k_BTKQ, v_BTKV, segment_BT, blocks)[0]
 
 
-def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
+def _forward_by_platform(q_BTHQ, k_BTKQ, v_BTKV, segment_BT, blocks):
     def kernel(*operands):
         from jmoe.ops.kernels import attention as kernels
 
@@ -212,10 +233,10 @@ def _forward_by_platform(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, blocks):
     def reference(*operands):
         out, level = _forward(*_cut(blocks, *operands), blocks)
         length = q_BTHQ.shape[1]
-        log_sum_BTH = blocks.join(blocks.scale * level, SUMS, length)
-        return blocks.join(out, HEADS_FIRST, length), log_sum_BTH.swapaxes(1, 2)
+        log_sum_BTH = blocks.join_queries(blocks.scale * level, length)
+        return blocks.join_queries(out, length), log_sum_BTH.swapaxes(1, 2)
 
-    operands = q_BTHQ, k_BTHQ, v_BTHV, segment_BT
+    operands = q_BTHQ, k_BTKQ, v_BTKV, segment_BT
     out_BTHV, log_sum_BHT = by_platform(kernel, reference, *operands)
     return out_BTHV, (*operands, out_BTHV, log_sum_BHT)
 
@@ -226,13 +247,14 @@ def _backward_by_platform(blocks, saved, d_out_BTHV):
 
         return kernels.backward(*operands, scale=blocks.scale)
 
-    def reference(q_BTHQ, k_BTHQ, v_BTHV, segment_BT, out_BTHV, log_sum_BHT, d_out):
-        out, d_out = (blocks.cut(x, HEADS_FIRST) for x in (out_BTHV, d_out))
-        level = blocks.cut(log_sum_BHT.swapaxes(1, 2), SUMS) / blocks.scale
-        saved = *_cut(blocks, q_BTHQ, k_BTHQ, v_BTHV, segment_BT), out, level
-        *gradients, _ = _attend_bwd(blocks, saved, d_out)
+    def reference(q_BTHQ, k_BTKQ, v_BTKV, segment_BT, out_BTHV, log_sum_BHT, d_out):
+        out, d_out = (blocks.cut_queries(x) for x in (out_BTHV, d_out))
+        level = blocks.cut_queries(log_sum_BHT.swapaxes(1, 2)) / blocks.scale
+        saved = *_cut(blocks, q_BTHQ, k_BTKQ, v_BTKV, segment_BT), out, level
+        dq, *of_keys, _ = _attend_bwd(blocks, saved, d_out)
         length = q_BTHQ.shape[1]
-        return tuple(blocks.join(x, HEADS_FIRST, length) for x in gradients)
+        dk, dv = (blocks.join(x, HEADS_FIRST, length) for x in of_keys)
+        return blocks.join_queries(dq, length), dk, dv
 
     operands = *saved, d_out_BTHV
     dq, dk, dv = by_platform(kernel, reference, *operands)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jmoe.config.model import YarnConfig, yarn_mscale
+from jmoe.config.attention import YarnConfig, yarn_mscale
 
 
 def inverse_frequencies(
@@ -57,14 +57,32 @@ def rotation(
     return jnp.cos(angle_BTP) * scale, jnp.sin(angle_BTP) * scale
 
 
-def rotate(x_BTHR: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array) -> jax.Array:
-    """Rotates interleaved pairs (0, 1), (2, 3), ...; float32 inside.
+def rotate_interleaved(
+    x_BTHR: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array
+) -> jax.Array:
+    """Returns x with its pairs (0, 1), (2, 3), ... rotated; float32 inside.
 
     The rotated pairs come back as halves (all firsts, then all seconds): a fixed
     permutation that queries and keys share, so their products don't see it.
     """
     x32 = x_BTHR.astype(jnp.float32)
-    even, odd = x32[..., 0::2], x32[..., 1::2]
+    return _turned(x32[..., 0::2], x32[..., 1::2], cos_BTP, sin_BTP, x_BTHR.dtype)
+
+
+def rotate_halves(
+    x_BTHR: jax.Array, cos_BTP: jax.Array, sin_BTP: jax.Array
+) -> jax.Array:
+    """Returns x with its pairs (0, P), (1, P + 1), ... rotated; float32 inside."""
+    first, second = jnp.split(x_BTHR.astype(jnp.float32), 2, axis=-1)
+    return _turned(first, second, cos_BTP, sin_BTP, x_BTHR.dtype)
+
+
+# By which dimensions are a pair.
+ROTATIONS = {"interleaved": rotate_interleaved, "halves": rotate_halves}
+
+
+def _turned(first, second, cos_BTP, sin_BTP, dtype):
+    """Pairs, rotated, as halves."""
     cos, sin = cos_BTP[:, :, None], sin_BTP[:, :, None]
-    turned = jnp.concatenate([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
-    return turned.astype(x_BTHR.dtype)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(dtype)

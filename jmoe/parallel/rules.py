@@ -27,6 +27,7 @@ RULES: Rules = (
     ("embed", None),
     ("latent", None),  # MLA's down-projections are small, and work on positions
     ("heads", "tensor"),
+    ("kv_heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
     ("router_logit", None),  # every device scores all experts

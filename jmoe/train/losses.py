@@ -18,11 +18,12 @@ import jax.numpy as jnp
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import PADDING, Batch
-from jmoe.nn import attention
+from jmoe.nn import mixers
 from jmoe.nn.block import Positions
 from jmoe.nn.measured import PER_MICROBATCH, PER_TOKEN, Loss, Measured
 from jmoe.nn.model import Transformer
 from jmoe.nn.tail import Features
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import masks
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
@@ -155,8 +156,9 @@ def is_real(batch: Batch) -> jax.Array:
 def positions(part: Microbatch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
     batch = part.batch
-    rotation = attention.rotation(run.model.attention, inputs(batch).shape[-1])
-    return Positions(rotation, segments(batch, run), is_real(batch), part.noise)
+    rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
+    tokens = Tokens(is_real(batch), part.noise)
+    return Positions(rotation, segments(batch, run), tokens)
 
 
 def is_target(batch: Batch, depth: int, run: RunConfig) -> jax.Array:

@@ -20,11 +20,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.block import Block
 from jmoe.nn.measured import Measured, join
 from jmoe.nn.model import Transformer
 from jmoe.nn.parameter import Parameter
@@ -56,12 +55,6 @@ from jmoe.train.losses import (
 from jmoe.train.microbatch import Microbatch
 from jmoe.train.stages import RankLayers
 from jmoe.train.weights import gather_weights, reduce_gradients
-
-# Experts have no loop that is part of both B and W.
-BLOCKS: dict[str, Callable[..., nn.Module]] = {
-    "dense": DenseBlock,
-    "moe": functools.partial(MoEBlock, apart=True),
-}
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
@@ -260,7 +253,9 @@ class StagedModel:
 
     def _layer(self, name: str) -> Callable[..., Any]:
         run, cfg, norms = self.run, self.cfg, self.norms
-        block = BLOCKS[name](cfg, self.dot_general)
+        # Experts are to have no loop that is part of both B and W.
+        feed_forward = cfg.stacks[name].feed_forward
+        block = Block.of(cfg, feed_forward, self.dot_general, apart=True)
 
         def layer(weights, state, part, x_BSD):
             router_state, number = state
@@ -293,8 +288,7 @@ class StagedModel:
         )
 
     def _size(self, name: str) -> int:
-        cfg = self.cfg
-        return {"dense": cfg.num_dense_layers, "moe": cfg.num_moe_layers}[name]
+        return self.cfg.stacks[name].num_layers
 
 
 def _own(tree: Any, rows: RankLayers) -> Any:

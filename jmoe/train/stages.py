@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jmoe.config import AttentionConfig, ModelConfig, PipelineConfig, RunConfig
+from jmoe.config import FeedForwardConfig, ModelConfig, PipelineConfig, RunConfig
+from jmoe.nn.feed_forwards import FEED_FORWARDS
+from jmoe.nn.mixers import MIXERS
 from jmoe.parallel.partition import partition
 from jmoe.parallel.schedule import Schedule, build
 
@@ -57,12 +59,12 @@ def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, RankLaye
     bounds = partition(
         layer_costs(cfg, length), schedule.num_stages, last=tail_cost(cfg, length)
     )
-    stacks = {"dense": (0, cfg.num_dense_layers)} if cfg.num_dense_layers else {}
-    stacks["moe"] = (cfg.num_dense_layers, cfg.num_layers)
-    return {
-        name: _rows(schedule, bounds, begin, end)
-        for name, (begin, end) in stacks.items()
-    }
+    found, begin = {}, 0
+    for name, stack in cfg.stacks.items():
+        end = begin + stack.num_layers
+        found[name] = _rows(schedule, bounds, begin, end)
+        begin = end
+    return found
 
 
 def _rows(
@@ -86,36 +88,25 @@ def _rows(
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
-    """Returns operations of each layer's forward pass for a token, dense first."""
-    attention = _attention_cost(cfg.attention, cfg.hidden_dim, length)
-    dense = 6 * cfg.hidden_dim * cfg.dense_mlp_dim
-    moe = _moe_cost(cfg)
-    return [attention + dense] * cfg.num_dense_layers + [
-        attention + moe
-    ] * cfg.num_moe_layers
+    """Of each layer, dense ones first: operations of its forward pass, for a token."""
+    return [
+        _block_cost(cfg, stack.feed_forward, length)
+        for stack in cfg.stacks.values()
+        for _ in range(stack.num_layers)
+    ]
 
 
 def tail_cost(cfg: ModelConfig, length: int) -> float:
     """Returns what follows the layers costs: logits, and MTP modules with theirs."""
     head = 2 * cfg.hidden_dim * cfg.vocab_size
     project = 4 * cfg.hidden_dim**2
-    attention = _attention_cost(cfg.attention, cfg.hidden_dim, length)
-    return head + cfg.mtp_depth * (head + project + attention + _moe_cost(cfg))
+    block = _block_cost(cfg, cfg.moe, length)
+    return head + cfg.mtp_depth * (head + project + block)
 
 
-def _moe_cost(cfg: ModelConfig) -> float:
-    visited = cfg.moe.router.top_k + cfg.moe.num_shared_experts
-    router = 2 * cfg.hidden_dim * cfg.moe.router.num_experts
-    return router + 6 * visited * cfg.hidden_dim * cfg.moe.expert_mlp_dim
-
-
-def _attention_cost(cfg: AttentionConfig, hidden_dim: int, length: int) -> float:
-    """Returns the cost of projections and half of all scores, of earlier positions."""
-    queries = cfg.num_heads * cfg.qk_dim
-    latent = cfg.query_latent_dim
-    query = hidden_dim * queries if latent is None else latent * (hidden_dim + queries)
-    down = hidden_dim * (cfg.kv_latent_dim + cfg.rope_dim)
-    up = cfg.kv_latent_dim * cfg.num_heads * (cfg.nope_dim + cfg.value_dim)
-    out = cfg.num_heads * cfg.value_dim * hidden_dim
-    scores = length / 2 * cfg.num_heads * (cfg.qk_dim + cfg.value_dim)
-    return 2 * (query + down + up + out + scores)
+def _block_cost(
+    cfg: ModelConfig, feed_forward: FeedForwardConfig, length: int
+) -> float:
+    mixer = MIXERS[cfg.attention.kind].cost(cfg.attention, cfg.hidden_dim, length)
+    kind = FEED_FORWARDS[feed_forward.kind]
+    return mixer + kind.cost(feed_forward, cfg.hidden_dim)

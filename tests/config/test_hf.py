@@ -179,6 +179,7 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
+UNCHANGEABLE = {"attention.kind", "moe.kind"}  # there is only one
 
 
 YARN = {"factor": 4.0, "original_positions": 256}
@@ -241,7 +242,7 @@ def test_a_changed_field_survives_the_round_trip(path):
 
 
 def test_the_changes_cover_every_field():
-    assert set(leaves(tiny_with_yarn())) == set(CHANGES)
+    assert set(leaves(tiny_with_yarn())) == set(CHANGES) | UNCHANGEABLE
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -6,13 +6,13 @@ import math
 import pytest
 
 from jmoe.config import records
+from jmoe.config.attention import GQAConfig, MLAConfig, YarnConfig
 from jmoe.config.model import (
-    AttentionConfig,
+    DenseConfig,
     ExchangeConfig,
     ModelConfig,
     MoEConfig,
     RouterConfig,
-    YarnConfig,
 )
 
 YARN = "attention.yarn={'factor': 4, 'original_positions': 256}"
@@ -27,7 +27,7 @@ def attention(**changes):
         "rope_dim": 16,
         "value_dim": 32,
     }
-    return AttentionConfig(**fields | changes)
+    return MLAConfig(**fields | changes)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,44 @@ def test_an_impossible_shape_is_refused_by_name(assignment, said):
     assert str(error.value) == said
 
 
+GQA = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 16, "rope_dim": 8}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"kind": "mla"}, "kind='mla' is not one of 'gqa'."),
+        (
+            {"num_kv_heads": 3},
+            "num_heads=8 must be a multiple of num_kv_heads=3, which equally many of "
+            "them share.",
+        ),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be at least 1."),
+        ({"rope_dim": 18}, "rope_dim=18 must be at most head_dim=16."),
+        ({"rope_dim": 7}, "rope_dim=7 must be even, to rotate pairs."),
+        (
+            {"rope_pairs": "neighbours"},
+            "rope_pairs='neighbours' is not one of 'interleaved', 'halves'.",
+        ),
+        ({"qk_norm_eps": -1.0}, "qk_norm_eps=-1.0 must be at least 0.0."),
+    ],
+)
+def test_impossible_grouped_queries_are_refused_by_name(changes, said):
+    with pytest.raises(ValueError) as error:
+        GQAConfig(**GQA | changes)
+    assert str(error.value) == said
+
+
+def test_a_model_is_stacks_of_like_layers_in_their_order():
+    tiny = ModelConfig.preset("tiny")
+    stacks = tiny.stacks
+    assert [stack.num_layers for stack in stacks.values()] == [1, 3]
+    assert stacks["dense"].feed_forward == DenseConfig(mlp_dim=tiny.dense_mlp_dim)
+    assert stacks["moe"].feed_forward == tiny.moe
+    without_dense = dataclasses.replace(tiny, num_dense_layers=0)
+    assert list(without_dense.stacks) == ["moe"]
+
+
 def test_an_exchange_that_never_drops_takes_no_capacity_factor():
     with pytest.raises(ValueError, match="capacity_factor=1.5 must be none with back"):
         ExchangeConfig(backend="gather", capacity_factor=1.5)
@@ -203,6 +241,7 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
 def test_plain_attention_scales_by_the_root_of_its_query_width():
     assert attention().qk_dim == 48
     assert attention().softmax_scale == pytest.approx(1 / math.sqrt(48))
+    assert GQAConfig(**GQA).softmax_scale == pytest.approx(1 / 4)
 
 
 @pytest.mark.parametrize(

@@ -5,14 +5,20 @@ import json
 import pytest
 
 from jmoe.config import records
+from jmoe.config.attention import GQAConfig, YarnConfig
 from jmoe.config.data import SourceConfig
-from jmoe.config.model import ModelConfig, RouterConfig, YarnConfig
+from jmoe.config.model import ModelConfig, RouterConfig
 from jmoe.config.presets import RUNS
 from jmoe.config.run import RunConfig
 from jmoe.config.train import StepwiseConfig
 from tests.plain_run import plain_run
 
 YARN = "model.attention.yarn={'factor': 4, 'original_positions': 256}"
+GQA = (
+    "model.attention.kind=gqa",
+    "model.attention.num_kv_heads=2",
+    "model.attention.head_dim=32",
+)
 
 
 def overridden(*assignments):
@@ -28,6 +34,7 @@ def overridden(*assignments):
         ["data.sources=[{'path': 'a.txt'}, {'path': 'b.txt', 'weight': 2}]"],
         ["optimizer.clip_norm=inf", "optimizer.schedule.boundaries=[0.1, 0.2, 0.3]"],
         ["optimizer.epsilon=1.0000000000000002e-08", "name='run 1'"],
+        [*GQA, "model.attention.qk_norm_eps=1e-5", YARN],
     ],
 )
 def test_a_run_survives_json(name, assignments):
@@ -134,6 +141,66 @@ def test_a_record_set_from_none_takes_further_assignments():
     yarn = YarnConfig(factor=4.0, original_positions=256, beta_fast=16.0)
     assert run.model.attention.yarn == yarn
     assert records.override(run, ["model.attention.yarn=none"]) == plain_run()
+
+
+def test_another_kind_keeps_what_both_have_and_takes_further_assignments():
+    before, after = plain_run().model.attention, overridden(*GQA).model.attention
+    assert after == GQAConfig(
+        num_heads=before.num_heads,
+        num_kv_heads=2,
+        head_dim=32,
+        rope_dim=before.rope_dim,
+        rope_theta=before.rope_theta,
+        block_size=before.block_size,
+    )
+    assert overridden(*GQA, "model.attention.rope_dim=8").model.attention.rope_dim == 8
+
+
+def test_a_record_set_whole_is_of_the_kind_that_it_says():
+    attention = overridden(*GQA).model.attention
+    whole = f"model.attention={records.to_dict(attention)}"
+    assert overridden(whole) == overridden(*GQA)
+
+
+def test_a_record_that_does_not_say_its_kind_is_of_the_first():
+    """As the records of version 0.1 don't."""
+    values = records.to_dict(plain_run())
+    assert values["model"]["attention"].pop("kind") == "mla"
+    assert values["model"]["moe"].pop("kind") == "moe"
+    assert records.from_dict(RunConfig, values) == plain_run()
+
+
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (
+            ["model.attention.kind=mha"],
+            "model.attention.kind='mha' is not one of 'mla', 'gqa'.",
+        ),
+        (["model.attention.kind=[]"], "model.attention.kind=[] is not one of 'mla', "),
+        (["model.attention={'kind': 'mha'}"], "kind='mha' is not one of 'mla', 'gqa'."),
+        (GQA[:2], "model.attention lacks head_dim."),
+        (GQA[1:], "It is a field of kind='gqa'."),
+        ([*GQA, "model.attention.nope_dim=8"], "It is a field of kind='mla'."),
+        (
+            ["model.attention={'num_kv_heads': 2}"],
+            "Unknown field 'model.attention.num_kv_heads'; known: kind, num_heads, "
+            "query_latent_dim, kv_latent_dim, nope_dim, rope_dim, value_dim, "
+            "rope_theta, yarn, latent_norm_eps, block_size. It is a field of "
+            "kind='gqa'.",
+        ),
+        (
+            ["model.attention=gqa"],
+            "model.attention='gqa' must be a record of MLAConfig or GQAConfig.",
+        ),
+        ([*GQA, "model.attention.kind.x=1"], "attention.kind is a plain value"),
+        (["model.moe.kind=dense"], "kind='dense' is not one of 'moe'."),
+    ],
+)
+def test_what_is_of_no_kind_or_of_another_is_refused(assignments, said):
+    with pytest.raises(ValueError) as error:
+        overridden(*assignments)
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize("order", [1, -1])

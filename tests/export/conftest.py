@@ -11,8 +11,16 @@ import pytest
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
-from jmoe.config import DataConfig, RunConfig, TrainConfig, records
-from jmoe.config.model import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from jmoe.config import (
+    DataConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    RouterConfig,
+    RunConfig,
+    TrainConfig,
+    records,
+)
 from jmoe.data.tokenizer import train_bpe
 from jmoe.export import names, safetensors
 
@@ -24,7 +32,7 @@ SMALL = ModelConfig(
     dense_mlp_dim=141,
     mtp_depth=1,
     max_positions=128,
-    attention=AttentionConfig(
+    attention=MLAConfig(
         num_heads=3,
         query_latent_dim=25,
         kv_latent_dim=131,

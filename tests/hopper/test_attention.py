@@ -9,10 +9,11 @@ from jmoe.ops.latent_attention import latent_decode
 
 pytestmark = pytest.mark.hopper
 
-SIZES = {  # batch, length, heads, query/key and value dimension
-    "v3": (1, 4096, 128, 192, 128),
-    "v2_lite": (2, 4096, 16, 192, 128),
-    "small": (3, 100, 4, 24, 16),
+SIZES = {  # batch, length, heads, those of keys, query/key and value dimension
+    "v3": (1, 4096, 128, 128, 192, 128),
+    "v2_lite": (2, 4096, 16, 16, 192, 128),
+    "qwen3_30b": (2, 4096, 32, 4, 128, 128),
+    "small": (3, 100, 4, 2, 24, 16),
 }
 
 
@@ -21,7 +22,7 @@ SIZES = {  # batch, length, heads, query/key and value dimension
 def test_both_passes_are_three_kernels_and_spill_nothing(
     sizes, segments, compile_kernels
 ):
-    batch, length, heads, qk_dim, v_dim = sizes
+    batch, length, heads, kv_heads, qk_dim, v_dim = sizes
 
     def gradients(q, k, v, segment_BT, d_out):
         def attend(q, k, v):
@@ -31,15 +32,17 @@ def test_both_passes_are_three_kernels_and_spill_nothing(
         out, pull = jax.vjp(attend, q, k, v)
         return out, *pull(d_out)
 
-    q, v = ((batch, length, heads, dim) for dim in (qk_dim, v_dim))
-    kernels = compile_kernels(
-        gradients,
-        (q, jnp.bfloat16),
-        (q, jnp.bfloat16),
-        (v, jnp.bfloat16),
-        ((batch, length), jnp.int32),
-        (v, jnp.bfloat16),
+    q, k, v, d_out = (
+        ((batch, length, *of_head), jnp.bfloat16)
+        for of_head in [
+            (heads, qk_dim),
+            (kv_heads, qk_dim),
+            (kv_heads, v_dim),
+            (heads, v_dim),
+        ]
     )
+    segments_BT = (batch, length), jnp.int32
+    kernels = compile_kernels(gradients, q, k, v, segments_BT, d_out)
     assert len(kernels) == 3
     for kernel in kernels:
         kernel.check()

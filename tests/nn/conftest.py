@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from jmoe.config import records
-from jmoe.config.model import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from jmoe.config import MLAConfig, ModelConfig, MoEConfig, RouterConfig, records
 from jmoe.nn.model import Transformer
 
 SMALL = ModelConfig(
@@ -16,7 +15,7 @@ SMALL = ModelConfig(
     num_layers=3,
     num_dense_layers=1,
     dense_mlp_dim=40,
-    attention=AttentionConfig(
+    attention=MLAConfig(
         num_heads=2,
         query_latent_dim=12,
         kv_latent_dim=16,

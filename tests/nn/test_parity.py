@@ -13,7 +13,7 @@ import pytest
 
 from jmoe.checkpoint import manifest
 from jmoe.export import names
-from jmoe.nn.block import DenseBlock, MoEBlock
+from jmoe.nn.block import Block
 from jmoe.nn.model import Transformer
 from jmoe.nn.router import Router
 from jmoe.parallel.vocabulary import linear_cross_entropy
@@ -102,9 +102,7 @@ def loss_and_more(cfg, variables, tokens_BT):
         variables,
         tokens_BT,
         method="features",
-        capture_intermediates=lambda module, _: isinstance(
-            module, DenseBlock | MoEBlock | Router
-        ),
+        capture_intermediates=lambda module, _: isinstance(module, Block | Router),
         mutable=["intermediates"],
     )
     predicting_ND = features.hidden_BSD[:, :-1].reshape(-1, cfg.hidden_dim)

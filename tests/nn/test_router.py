@@ -16,6 +16,7 @@ from jmoe.config.model import GROUP_SCORES, RouterConfig
 from jmoe.config.model import SCORES as SCORE_NAMES
 from jmoe.nn import router
 from jmoe.nn.router import GROUP_SCORE, SCORES, Router, route
+from jmoe.nn.tokens import Tokens
 
 E, G, K, D = 12, 4, 3, 16
 CFG = RouterConfig(num_experts=E, top_k=K, num_groups=G, groups_per_token=2)
@@ -261,7 +262,7 @@ def test_tokens_that_are_not_real_choose_nobody_and_are_in_no_count(loss):
     )
     x_BTD, is_real_BT = tokens(), np.ones((2, 10), bool)
     is_real_BT[:, 7:] = False
-    got, measured = Router(cfg, 1.0).apply(variables(), x_BTD, is_real_BT)
+    got, measured = Router(cfg, 1.0).apply(variables(), x_BTD, Tokens(is_real_BT))
     want, wanted = apply(cfg, variables(), x_BTD[:, :7])
     expert_BTK, gate_BTK = (x.reshape(2, 10, K) for x in got)
     assert (expert_BTK[:, 7:] == E).all()

@@ -10,7 +10,7 @@ import pytest
 from jmoe.ops.attention import attention
 
 SCALE = 0.3
-B, H, Q, V = 2, 3, 8, 6
+B, H, Q, V = 2, 4, 8, 6
 ONE_DOCUMENT = None
 # Blocks of 5 see a boundary between blocks, within one, and a document of one token.
 DOCUMENTS = np.array([[3] * 5 + [1] * 8, [0] * 7 + [1] + [2] * 5], np.int32)
@@ -25,7 +25,9 @@ CASES = {  # sequence length, block size, segments
 }
 
 
-def naive(q_BTHQ, k_BTHQ, v_BTHV, segment_BT):
+def naive(q_BTHQ, k_BTKQ, v_BTKV, segment_BT):
+    group = q_BTHQ.shape[2] // k_BTKQ.shape[2]
+    k_BTHQ, v_BTHV = (jnp.repeat(x, group, axis=2) for x in (k_BTKQ, v_BTKV))
     logits = SCALE * jnp.einsum("bqhd,bkhd->bhqk", q_BTHQ, k_BTHQ)
     position_T = jnp.arange(q_BTHQ.shape[1])
     allowed = position_T[:, None] >= position_T
@@ -36,9 +38,11 @@ def naive(q_BTHQ, k_BTHQ, v_BTHV, segment_BT):
     return jnp.einsum("bhqk,bkhv->bqhv", weights, v_BTHV)
 
 
-def inputs(length, dtype=np.float32):
+def inputs(length, dtype=np.float32, *, kv_heads=H):
     rng = np.random.default_rng(0)
-    shapes = [(B, length, H, dim) for dim in (Q, Q, V, V)]
+    heads = (H, kv_heads, kv_heads, H)
+    dims = zip(heads, (Q, Q, V, V), strict=True)
+    shapes = [(B, length, *head_and_dim) for head_and_dim in dims]
     return [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
 
 
@@ -58,10 +62,11 @@ def both(length, block_size, segment_BT, arrays):
     return got, value_and_gradients(reference, *arrays)
 
 
+@pytest.mark.parametrize("kv_heads", [H, 2, 1])
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_equal_the_naive_softmax(case):
+def test_output_and_gradients_equal_the_naive_softmax(case, kv_heads):
     length = CASES[case][0]
-    got, want = both(*CASES[case], inputs(length))
+    got, want = both(*CASES[case], inputs(length, kv_heads=kv_heads))
     for x, y in zip(got, want, strict=True):
         assert x.dtype == jnp.float32
         np.testing.assert_allclose(x, y, rtol=1e-5, atol=2e-6)
@@ -81,6 +86,22 @@ def test_bfloat16_differs_from_float32_by_its_rounding():
         assert x.dtype == jnp.bfloat16
         error = abs(x.astype(np.float32) - y).max() / abs(y).max()
         assert error < 2**-6
+
+
+def test_what_a_group_shares_is_not_copied_for_its_heads():
+    """Keys and values are the larger part of what 64 heads and one block take."""
+
+    def temporary_bytes(kv_heads):
+        shapes = [(1, 512, heads, 64) for heads in (64, kv_heads, kv_heads)]
+        arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+        attend = functools.partial(
+            attention, segment_BT=None, scale=SCALE, block_size=32
+        )
+        compiled = jax.jit(attend).lower(*arrays).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one_head = 2 * 512 * 64 * 4
+    assert temporary_bytes(64) - temporary_bytes(1) > 0.9 * 63 * one_head
 
 
 def test_memory_of_the_gradient_grows_with_the_sequence_not_its_square():

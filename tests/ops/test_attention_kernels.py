@@ -20,6 +20,7 @@ SCALE = 0.1
 
 def softmax(q, k, v, segment_T):
     """The output [B, T, H, V], and the log-sum-exp [B, H, T]."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     logits = SCALE * jnp.einsum("bqhd,bkhd->bhqk", q, k)
     same_TT = segment_T[:, None] == segment_T
     logits = jnp.where(np.tril(same_TT), logits, -jnp.inf)
@@ -51,12 +52,17 @@ class Case(NamedTuple):
     gradients: tuple[jax.Array, ...]  # of q, k and v
 
 
-def case(sizes, dims) -> Case:
+def case(sizes, dims, kv_heads=2) -> Case:
     """Returns a case of documents of these sizes, which fill a row."""
     rng = np.random.default_rng(0)
     q, k, v, d_out = (
-        jnp.asarray(rng.normal(size=(1, sum(sizes), 2, dim)), jnp.bfloat16)
-        for dim in (dims[0], dims[0], dims[1], dims[1])
+        jnp.asarray(rng.normal(size=(1, sum(sizes), heads, dim)), jnp.bfloat16)
+        for heads, dim in [
+            (2, dims[0]),
+            (kv_heads, dims[0]),
+            (kv_heads, dims[1]),
+            (2, dims[1]),
+        ]
     )
     segment_T = np.repeat(np.arange(len(sizes)), sizes)
     start_BT = np.repeat(np.cumsum(sizes) - sizes, sizes)[None].astype(np.int32)
@@ -91,9 +97,19 @@ def test_the_output_and_its_log_sum_are_the_softmaxs(
     np.testing.assert_allclose(log_sum, x.log_sum, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_gradients_are_the_softmaxs(sizes, interpreted, product_by_jax):
-    *operands, _, wanted = case(sizes, (128, 64))
+def test_heads_that_share_keys_have_the_softmaxs_output(interpreted, products_by_jax):
+    x = case([40, 216], (64, 64), kv_heads=1)
+    got = attention_queries.forward(x.q, x.k, x.v, x.start, scale=SCALE)
+    out, log_sum = jax.block_until_ready(got)
+    assert_close(out, x.out)
+    np.testing.assert_allclose(log_sum, x.log_sum, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kv_heads"), [*((sizes, 2) for sizes in SIZES), ([40, 216], 1)], ids=str
+)
+def test_gradients_are_the_softmaxs(sizes, kv_heads, interpreted, product_by_jax):
+    *operands, _, wanted = case(sizes, (128, 64), kv_heads)
     dq = jax.block_until_ready(attention_queries.gradient(*operands, scale=SCALE))
     of_keys = attention_keys.gradients(*operands, scale=SCALE)
     for got, want in zip((dq, *jax.block_until_ready(of_keys)), wanted, strict=True):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jmoe.config.model import YarnConfig
+from jmoe.config.attention import YarnConfig
 from jmoe.ops import rope
 
 YARNS = {
@@ -84,37 +84,48 @@ def test_slow_pairs_are_stretched_by_the_factor_and_fast_ones_left_alone():
     assert (np.diff(ratio_P) <= 1e-7).all()
 
 
+@pytest.mark.parametrize(
+    ("pairs", "first", "second"),
+    [
+        ("interleaved", slice(0, None, 2), slice(1, None, 2)),
+        ("halves", slice(0, 4), slice(4, 8)),
+    ],
+)
 @pytest.mark.parametrize("name", ["none", "no_mscales"])
-def test_pairs_turn_as_complex_numbers_by_position_times_frequency(name):
+def test_pairs_turn_as_complex_numbers_by_position_times_frequency(
+    name, pairs, first, second
+):
     x_BTHR, yarn = random(2, 5, 3, 8), YARNS[name]
     position_BT = np.array([[0, 1, 2, 3, 4], [7, 7, 100, 0, 31]])
     cos_BTP, sin_BTP = rope.rotation(position_BT, 8, 10_000.0, yarn)
-    got = rope.rotate(x_BTHR, cos_BTP, sin_BTP)
+    got = rope.ROTATIONS[pairs](x_BTHR, cos_BTP, sin_BTP)
     angle_BTP = position_BT[..., None] * rope.inverse_frequencies(8, 10_000.0, yarn)
     turn_BTP = rope.amplitude(yarn) * np.exp(1j * angle_BTP)
-    turned = (x_BTHR[..., 0::2] + 1j * x_BTHR[..., 1::2]) * turn_BTP[:, :, None]
+    turned = (x_BTHR[..., first] + 1j * x_BTHR[..., second]) * turn_BTP[:, :, None]
     want = np.concatenate([turned.real, turned.imag], -1)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rotate", rope.ROTATIONS.values(), ids=rope.ROTATIONS)
 @pytest.mark.parametrize("shift", [1, 50])
-def test_products_of_queries_and_keys_see_only_their_distance(shift):
+def test_products_of_queries_and_keys_see_only_their_distance(shift, rotate):
     q_BTHR, k_BTHR = random(1, 6, 2, 8), random(1, 6, 2, 8, seed=1)
 
     def products(position_T):
         turn = rope.rotation(position_T[None], 8, 10_000.0, None)
-        q, k = rope.rotate(q_BTHR, *turn), rope.rotate(k_BTHR, *turn)
+        q, k = rotate(q_BTHR, *turn), rotate(k_BTHR, *turn)
         return jnp.einsum("bqhr,bkhr->bhqk", q, k)
 
     got, want = products(jnp.arange(6) + shift), products(jnp.arange(6))
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
-def test_bfloat16_is_rotated_in_float32_and_keeps_its_dtype():
+@pytest.mark.parametrize("rotate", rope.ROTATIONS.values(), ids=rope.ROTATIONS)
+def test_bfloat16_is_rotated_in_float32_and_keeps_its_dtype(rotate):
     x_BTHR = jnp.asarray(random(1, 64, 2, 16), jnp.bfloat16)
     turn = rope.rotation(jnp.arange(64)[None], 16, 10_000.0, None)
     assert all(x.dtype == jnp.float32 for x in turn)
-    got = jax.jit(rope.rotate)(x_BTHR, *turn)
+    got = jax.jit(rotate)(x_BTHR, *turn)
     assert got.dtype == jnp.bfloat16
-    want = rope.rotate(x_BTHR.astype(jnp.float32), *turn)
+    want = rotate(x_BTHR.astype(jnp.float32), *turn)
     np.testing.assert_allclose(got.astype(np.float32), want, rtol=2**-8, atol=1e-6)

@@ -12,8 +12,8 @@ import pytest
 from flax.core import meta
 
 from jmoe.config import override
-from jmoe.nn.block import DenseBlock, MoEBlock, Positions
-from jmoe.ops import rope
+from jmoe.nn.block import Block, Positions
+from jmoe.nn.mixers import rotation
 from jmoe.parallel.passes import split
 from tests.parallel.toy_layers import ALL, LAYERS, D, F, N, arguments
 from tests.programs import equations
@@ -189,29 +189,20 @@ def remat(request):
     return request.param
 
 
-@pytest.fixture(
-    scope="module", params=[DenseBlock, functools.partial(MoEBlock, apart=True)]
-)
+@pytest.fixture(scope="module", params=["dense", "moe"])
 def block(request, remat):
     """A block of the smallest run: a layer, and arguments for it."""
     path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
     cfg = runpy.run_path(str(path))["get_config"]().model
     # Experts take 32 rows at a time, and that is to be no size of a weight.
     cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks"])
-    module = request.param(cfg)
+    module = Block.of(cfg, cfg.stacks[request.param].feed_forward, apart=True)
     sequences, length = 3, 20
     x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))
-    attention = cfg.attention
-    rotation = rope.rotation(
-        jnp.arange(length)[None],
-        attention.rope_dim,
-        attention.rope_theta,
-        attention.yarn,
-    )
     segments = jnp.broadcast_to(jnp.arange(length) >= 10, (sequences, length))
     segments = segments.astype(jnp.int32)
     rng = np.random.default_rng(0)
-    positions = Positions(rotation, segments)
+    positions = Positions(rotation(cfg.attention, length), segments)
     boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions, jnp.int32(1))
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype),

@@ -10,8 +10,8 @@ from flax.core import meta
 from jax.extend import core
 
 from jmoe.config import PipelineConfig, override
-from jmoe.nn.attention import rotation
-from jmoe.nn.block import DenseBlock, MoEBlock, Positions
+from jmoe.nn.block import Block, Positions
+from jmoe.nn.mixers import rotation
 from jmoe.nn.tail import Tail
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import stages
@@ -22,6 +22,13 @@ SETTINGS = {
     "plain": [],
     "queries_whole": ["attention.query_latent_dim=none"],
     "two_mtp": ["mtp_depth=2", "moe.num_shared_experts=2", "moe.router.top_k=3"],
+    "grouped_queries": [
+        "attention.kind=gqa",
+        "attention.num_heads=6",
+        "attention.num_kv_heads=2",
+        "attention.head_dim=12",
+        "mtp_depth=1",
+    ],
     "tied": ["tie_embeddings=true", "attention.nope_dim=12", "attention.value_dim=6"],
 }
 
@@ -69,7 +76,7 @@ def run(module, *arguments):
 
 def block_arguments(cfg):
     x = jnp.zeros((1, LENGTH, cfg.hidden_dim))
-    return x, Positions(rotation(cfg.attention, LENGTH))
+    return x, Positions(rotation(cfg.attention, LENGTH)), jnp.int32(0)
 
 
 def routed(cfg):
@@ -80,15 +87,18 @@ def routed(cfg):
 @each_model
 def test_a_layer_costs_what_its_products_do(smallest, settings):
     cfg = make(smallest, settings)
-    dense = run(DenseBlock(cfg), *block_arguments(cfg))
-    moe = run(MoEBlock(cfg), *block_arguments(cfg)) + routed(cfg)
+    dense, moe = (
+        run(Block.of(cfg, stack.feed_forward), *block_arguments(cfg))
+        for stack in cfg.stacks.values()
+    )
+    moe += routed(cfg)
     assert stages.layer_costs(cfg, COUNTED) == [dense, moe, moe]
 
 
 @each_model
 def test_the_tail_costs_what_its_products_and_the_logits_do(smallest, settings):
     cfg = make(smallest, settings)
-    x, positions = block_arguments(cfg)
+    x, positions, _ = block_arguments(cfg)
     table = jnp.zeros((cfg.vocab_size, cfg.hidden_dim))
     tokens = jnp.zeros((1, LENGTH), jnp.int32)
     found = run(Tail(cfg), x, table, tokens, positions)
@@ -113,16 +123,14 @@ def test_every_direction_has_every_layer_once_and_in_order(
     schedule = stages.make_schedule(PipelineConfig(schedule=name), ranks, 4 * ranks)
     rows = stages.cut(cfg, schedule, LENGTH)
     assert list(rows) == ["dense", "moe"] if dense else ["moe"]
-    offset = {"dense": 0, "moe": dense}
     for direction, hosts in enumerate(schedule.hosts):
         path = []
         for stage, rank in enumerate(hosts):
             hosted = schedule.hosted(rank).index((stage, direction))
             here = []
-            for stack, (index_PR, start_PH, count_PH) in rows.items():
+            for number_L, index_PR, start_PH, count_PH in rows.values():
                 start, count = start_PH[rank, hosted], count_PH[rank, hosted]
-                layers = index_PR[rank][start : start + count]
-                here += [offset[stack] + layer for layer in layers]
+                here += number_L[index_PR[rank][start : start + count]].tolist()
             assert here
             path += here
         assert path == list(range(cfg.num_layers))
@@ -131,7 +139,7 @@ def test_every_direction_has_every_layer_once_and_in_order(
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_rank_has_a_row_that_none_of_its_stages_has(smallest, name):
     schedule = stages.make_schedule(PipelineConfig(schedule=name), 4, 16)
-    for index_PR, start_PH, count_PH in stages.cut(
+    for _, index_PR, start_PH, count_PH in stages.cut(
         deep(smallest), schedule, LENGTH
     ).values():
         for index_R, starts, counts in zip(index_PR, start_PH, count_PH, strict=True):

@@ -6,7 +6,8 @@
 Documents of a row are runs of positions. That a query sees only its own is the same as
 that it sees no key before its document's first.
 
-Shapes: B batch, T position, H head, Q query/key dimension, V value dimension.
+Shapes: B batch, T position, H head, K head of keys and values, each of which as many
+heads share, Q query/key dimension, V value dimension.
 """
 
 import jax
@@ -22,8 +23,8 @@ DIM = 64  # that head dimensions are multiples of
 
 def forward(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     segment_BT: jax.Array | None,
     *,
     scale: float,
@@ -32,16 +33,16 @@ def forward(
 
     Equal segments lie next to each other.
     """
-    arrays = (fill(x, 1, TILE, 1, DIM) for x in (q_BTHQ, k_BTHQ, v_BTHV))
+    arrays = (fill(x, 1, TILE, 1, DIM) for x in (q_BTHQ, k_BTKQ, v_BTKV))
     out, log_sum = attention_queries.forward(*arrays, _starts(segment_BT), scale=scale)
     length = q_BTHQ.shape[1]
-    return out[:, :length, :, : v_BTHV.shape[-1]], log_sum[..., :length]
+    return out[:, :length, :, : v_BTKV.shape[-1]], log_sum[..., :length]
 
 
 def backward(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     segment_BT: jax.Array | None,
     out_BTHV: jax.Array,
     log_sum_BHT: jax.Array,
@@ -55,7 +56,7 @@ def backward(
     )
     # A row that fills up has zeros for its output's gradient, and so changes nothing.
     q, k, v, d_out = (
-        fill(x, 1, TILE, 1, DIM) for x in (q_BTHQ, k_BTHQ, v_BTHV, d_out_BTHV)
+        fill(x, 1, TILE, 1, DIM) for x in (q_BTHQ, k_BTKQ, v_BTKV, d_out_BTHV)
     )
     log_sum, delta = (fill(x, 1, 1, TILE) for x in (log_sum_BHT, delta_BHT))
     operands = q, k, v, d_out, log_sum, delta, _starts(segment_BT)
@@ -65,7 +66,7 @@ def backward(
     def cut(x, like):
         return x[:, : like.shape[1], :, : like.shape[3]]
 
-    return cut(dq, q_BTHQ), cut(dk, k_BTHQ), cut(dv, v_BTHV)
+    return cut(dq, q_BTHQ), cut(dk, k_BTKQ), cut(dv, v_BTKV)
 
 
 def _starts(segment_BT: jax.Array | None) -> jax.Array | None:

@@ -1,6 +1,7 @@
 """The gradients of attention's keys and values, as a kernel for Hopper GPUs.
 
-A warpgroup has ROWS keys of a head, and walks over the queries that see them,
+A warpgroup has ROWS keys of a head, and walks over the queries that see them, of all
+heads that share it,
 
     p = exp(scale q k - log_sum)         dv += p^T d_out
     ds = p (d_out v - delta)             dk += scale ds^T q
@@ -12,8 +13,9 @@ and a product 32. Hence p is kept in bfloat16 only; the product with v starts fr
 tensor cores busy; and queries' positions are read, for if they were computed, the
 compiler would do so before the loop and keep them.
 
-Shapes: B batch, T position, H head, Q query/key dimension, V value dimension; within a
-kernel, R key (a warpgroup's row) and C query (a column).
+Shapes: B batch, T position, H head, K head of keys and values, each of which as many
+heads share, Q query/key dimension, V value dimension; within a kernel, R key (a
+warpgroup's row) and C query (a column).
 """
 
 import functools
@@ -39,8 +41,8 @@ FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the 
 @functools.partial(jax.jit, static_argnames="scale")
 def gradients(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     d_out_BTHV: jax.Array,
     log_sum_BHT: jax.Array,
     delta_BHT: jax.Array,
@@ -57,15 +59,15 @@ def gradients(
       delta_BHT: float32, the output times its gradient, summed over V.
       start_BT: int32; a query sees no key before it. None: all earlier ones.
     """
-    batch, length, heads, qk_dim = q_BTHQ.shape
+    batch, length, heads, qk_dim = k_BTKQ.shape
     grid = {"head": heads, "tile": length // TILE, "batch": batch}
     call = launcher(
         functools.partial(_kernel, scale),
         "attention_keys",
-        (k_BTHQ, v_BTHV),
+        (k_BTKQ, v_BTKV),
         [
-            plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), k_BTHQ.dtype),
-            plgpu.SMEM((WARPGROUPS, ROWS, v_BTHV.shape[-1]), v_BTHV.dtype),
+            plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), k_BTKQ.dtype),
+            plgpu.SMEM((WARPGROUPS, ROWS, v_BTKV.shape[-1]), v_BTKV.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
         ],
         grid,
@@ -74,10 +76,13 @@ def gradients(
     position_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     ranges = [position_BT] if start_BT is None else [position_BT, start_BT]
     log_sum_BHT *= math.log2(math.e)
-    return call(q_BTHQ, k_BTHQ, v_BTHV, d_out_BTHV, log_sum_BHT, delta_BHT, *ranges)
+    # All heads in one dimension, of which a step takes a head's part.
+    of_queries = [x.reshape(batch, length, -1) for x in (q_BTHQ, d_out_BTHV)]
+    sums = [x.reshape(batch, -1) for x in (log_sum_BHT, delta_BHT)]
+    return call(k_BTKQ, v_BTKV, *of_queries, *sums, *ranges)
 
 
-def _kernel(scale, q_gmem, k_gmem, v_gmem, d_out_gmem, log_sum_gmem, delta_gmem, *rest):
+def _kernel(scale, k_gmem, v_gmem, q_gmem, d_out_gmem, log_sum_gmem, delta_gmem, *rest):
     *ranges, dk_gmem, dv_gmem, k_smem, v_smem, barrier = rest
     b, h, tile = (lax.axis_index(name) for name in ("batch", "head", "tile"))
     warpgroup = lax.axis_index("warpgroup")
@@ -86,12 +91,14 @@ def _kernel(scale, q_gmem, k_gmem, v_gmem, d_out_gmem, log_sum_gmem, delta_gmem,
     first_key = tile * TILE + warpgroup * ROWS
     keys = pl.ds(first_key, ROWS)
     skipped = tile * (TILE // COLUMNS)  # queries before all of the tile's keys
+    columns = q_gmem.shape[1] // COLUMNS
+    group = q_gmem.shape[-1] // (k_gmem.shape[2] * k_gmem.shape[-1])
 
     def step(indices, q_smem, d_out_smem, log_sum_smem, delta_smem, *rest) -> Any:
         *ranges, (dk_RQ, dv_RV) = rest
         s_RC = scale * math.log2(math.e) * tensor_cores.product(k_smem, q_smem.T)
         p_RC = jnp.exp2(s_RC - _columns(log_sum_smem))
-        first_query = (skipped + indices[0]) * COLUMNS
+        first_query = (skipped + indices[1]) * COLUMNS
         p_RC = _mask(p_RC, first_key, first_query, *ranges).astype(v_smem.dtype)
         dv_RV = tensor_cores.product(p_RC, d_out_smem, dv_RV)
         ds_RC = tensor_cores.product(v_smem, d_out_smem.T, -_columns(delta_smem))
@@ -112,23 +119,31 @@ def _kernel(scale, q_gmem, k_gmem, v_gmem, d_out_gmem, log_sum_gmem, delta_gmem,
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def of_queries(dim):
-        return plgpu.BlockSpec((COLUMNS, dim), lambda i: (skipped + i, 0))
+        return plgpu.BlockSpec(
+            (COLUMNS, dim), lambda g, i: (skipped + i, h * group + g)
+        )
 
-    of_query = plgpu.BlockSpec((COLUMNS,), lambda i: (skipped + i,))
+    def of_head(g, i):
+        return ((h * group + g) * columns + skipped + i,)
+
+    def of_all(g, i):
+        del g
+        return (skipped + i,)
+
     pipeline = plgpu.emit_pipeline_warp_specialized(
         step,
-        grid=(q_gmem.shape[1] // COLUMNS - skipped,),
+        grid=(group, columns - skipped),
         in_specs=[of_queries(k_smem.shape[-1]), of_queries(v_smem.shape[-1])]
-        + [of_query] * (2 + len(ranges)),
+        + [plgpu.BlockSpec((COLUMNS,), of_head)] * 2
+        + [plgpu.BlockSpec((COLUMNS,), of_all)] * len(ranges),
         max_concurrent_steps=STAGES,
         wg_axis="warpgroup",
         num_compute_wgs=WARPGROUPS,
         memory_registers=FETCH_REGISTERS,
         compute_context=compute,
     )
-    of_head = (x.at[b, h] for x in (log_sum_gmem, delta_gmem))
-    of_all = (x.at[b] for x in ranges)
-    pipeline(q_gmem.at[b, :, h], d_out_gmem.at[b, :, h], *of_head, *of_all)
+    operands = q_gmem, d_out_gmem, log_sum_gmem, delta_gmem, *ranges
+    pipeline(*(x.at[b] for x in operands))
 
 
 def _columns(x_smem: Any) -> jax.Array:

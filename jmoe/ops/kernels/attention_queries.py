@@ -15,8 +15,9 @@ with a tile's values is under way while the softmax of the next tile's scores is
 computed: so a step takes values from the tile before its keys', and there is one step
 more. Blocks with many keys start before those of their head with fewer.
 
-Shapes: B batch, T position, H head, Q query/key dimension, V value dimension; within a
-kernel, R query (a warpgroup's row) and C key (a column).
+Shapes: B batch, T position, H head, K head of keys and values, each of which as many
+heads share, Q query/key dimension, V value dimension; within a kernel, R query (a
+warpgroup's row) and C key (a column).
 """
 
 import functools
@@ -47,8 +48,8 @@ LOWEST = -1e20  # largest logit so far, to which what is masked adds nothing
 @functools.partial(jax.jit, static_argnames="scale")
 def forward(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     start_BT: jax.Array | None,
     *,
     scale: float,
@@ -66,7 +67,10 @@ def forward(
     call = launcher(
         functools.partial(_forward, scale),
         "attention_forward",
-        (v_BTHV, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)),
+        (
+            jax.ShapeDtypeStruct((*q_BTHQ.shape[:3], v_BTKV.shape[-1]), v_BTKV.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
         [
             plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), q_BTHQ.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
@@ -77,14 +81,14 @@ def forward(
         _grid(q_BTHQ),
         approx_math=True,
     )
-    return call(q_BTHQ, k_BTHQ, v_BTHV, *starts)
+    return call(q_BTHQ, k_BTKQ, v_BTKV, *starts)
 
 
 @functools.partial(jax.jit, static_argnames="scale")
 def gradient(
     q_BTHQ: jax.Array,
-    k_BTHQ: jax.Array,
-    v_BTHV: jax.Array,
+    k_BTKQ: jax.Array,
+    v_BTKV: jax.Array,
     d_out_BTHV: jax.Array,
     log_sum_BHT: jax.Array,
     delta_BHT: jax.Array,
@@ -105,7 +109,7 @@ def gradient(
         q_BTHQ,
         [
             plgpu.SMEM((WARPGROUPS, ROWS, qk_dim), q_BTHQ.dtype),
-            plgpu.SMEM((WARPGROUPS, ROWS, v_BTHV.shape[-1]), v_BTHV.dtype),
+            plgpu.SMEM((WARPGROUPS, ROWS, v_BTKV.shape[-1]), v_BTKV.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.SMEM((WARPGROUPS, ROWS), jnp.float32),
             plgpu.SMEM((WARPGROUPS, GRADIENT_KEYS), jnp.int32),
@@ -116,7 +120,7 @@ def gradient(
         approx_math=True,
     )
     log_sum_BHT *= math.log2(math.e)
-    operands = q_BTHQ, k_BTHQ, v_BTHV, d_out_BTHV, log_sum_BHT, delta_BHT
+    operands = q_BTHQ, k_BTKQ, v_BTKV, d_out_BTHV, log_sum_BHT, delta_BHT
     return call(*operands, *starts)
 
 
@@ -134,6 +138,7 @@ class _Queries(NamedTuple):
 
     b: Any
     h: Any
+    heads: int
     warpgroup: Any
     first: Any
     rows: Any  # the slice of positions
@@ -145,7 +150,8 @@ class _Queries(NamedTuple):
     last_starts: list[Any]  # the last row's
 
     @classmethod
-    def here(cls, length: int, columns_smem: Any, start_gmem: Any, start_smem: Any):
+    def here(cls, q_gmem: Any, columns_smem: Any, start_gmem: Any, start_smem: Any):
+        _, length, heads, _ = q_gmem.shape
         b, h, warpgroup = (lax.axis_index(x) for x in ("batch", "head", "warpgroup"))
         tile = length // TILE - 1 - lax.axis_index("tile")
         # The warpgroup that fetches has no queries: it may take the last one's.
@@ -157,6 +163,7 @@ class _Queries(NamedTuple):
         return cls(
             b=b,
             h=h,
+            heads=heads,
             warpgroup=warpgroup,
             first=first,
             rows=pl.ds(first, ROWS),
@@ -216,13 +223,14 @@ class _Queries(NamedTuple):
             memory_registers=FETCH_REGISTERS,
             compute_context=compute,
         )
-        pipeline(k_gmem.at[self.b, :, self.h], v_gmem.at[self.b, :, self.h])
+        shared = lax.div(self.h, jnp.int32(self.heads // k_gmem.shape[2]))
+        pipeline(k_gmem.at[self.b, :, shared], v_gmem.at[self.b, :, shared])
 
 
 def _forward(scale, q_gmem, k_gmem, v_gmem, *rest):
     starts, rest, start_rows = _split(rest, 6)
     out_gmem, log_sum_gmem, q_smem, log_sum_smem, columns_smem, barrier = rest
-    here = _Queries.here(q_gmem.shape[1], columns_smem, starts, start_rows)
+    here = _Queries.here(q_gmem, columns_smem, starts, start_rows)
     q_smem, log_sum_smem, barrier = (
         x.at[here.warpgroup] for x in (q_smem, log_sum_smem, barrier)
     )
@@ -277,7 +285,7 @@ def _gradient(
     scale, q_gmem, k_gmem, v_gmem, d_out_gmem, log_sum_gmem, delta_gmem, *rest
 ):
     starts, (dq_gmem, *rest, columns_smem, barrier), start_rows = _split(rest, 7)
-    here = _Queries.here(q_gmem.shape[1], columns_smem, starts, start_rows)
+    here = _Queries.here(q_gmem, columns_smem, starts, start_rows)
     b, h, rows = here.b, here.h, here.rows
     q_smem, d_out_smem, log_sum_smem, delta_smem, barrier = (
         x.at[here.warpgroup] for x in (*rest, barrier)

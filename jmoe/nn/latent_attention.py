@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.config import AttentionConfig
+from jmoe.config import MLAConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.parameter import TO_HEADS
 from jmoe.ops import attention, dot, rope
@@ -24,7 +24,7 @@ from jmoe.parallel import collectives
 class LatentAttention(nn.Module):
     """MLA on a full sequence: [B, S, D] -> [B, S, D], by rotations for T positions."""
 
-    cfg: AttentionConfig
+    cfg: MLAConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
 
@@ -45,8 +45,8 @@ class LatentAttention(nn.Module):
         kv_BTHX = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)(_all(latent))
         k_nope, v_BTHV = jnp.split(kv_BTHX, [cfg.nope_dim], axis=-1)
 
-        q_rope = rope.rotate(q_rope, *rotation)
-        k_rope = rope.rotate(_all(k_rope)[:, :, None], *rotation)
+        q_rope = rope.rotate_interleaved(q_rope, *rotation)
+        k_rope = rope.rotate_interleaved(_all(k_rope)[:, :, None], *rotation)
         # In float32, as then its gradient is too, which sums over the heads.
         k_rope = jnp.broadcast_to(k_rope.astype(jnp.float32), q_rope.shape)
         k_rope = k_rope.astype(q_rope.dtype)
@@ -88,10 +88,29 @@ class LatentAttention(nn.Module):
         )
 
 
-def rotation(cfg: AttentionConfig, length: int) -> tuple[jax.Array, jax.Array]:
-    """Returns cosines and sines of positions 0 to `length`; see `jmoe.ops.rope`."""
-    positions_BT = jnp.arange(length)[None]
-    return rope.rotation(positions_BT, cfg.rope_dim, cfg.rope_theta, cfg.yarn)
+def cost(cfg: MLAConfig, hidden_dim: int, length: int) -> float:
+    """Returns a token's operations: projections, and the scores of earlier positions.
+
+    The latter are half of all.
+    """
+    queries = cfg.num_heads * cfg.qk_dim
+    latent = cfg.query_latent_dim
+    query = hidden_dim * queries if latent is None else latent * (hidden_dim + queries)
+    down = hidden_dim * (cfg.kv_latent_dim + cfg.rope_dim)
+    up = cfg.kv_latent_dim * cfg.num_heads * (cfg.nope_dim + cfg.value_dim)
+    out = cfg.num_heads * cfg.value_dim * hidden_dim
+    scores = length / 2 * cfg.num_heads * (cfg.qk_dim + cfg.value_dim)
+    return 2 * (query + down + up + out + scores)
+
+
+def cached(
+    cfg: MLAConfig, dtype: jax.typing.DTypeLike
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a decoder keeps of a token: the normed latent, the rotated key."""
+    return {
+        "latent": jax.ShapeDtypeStruct((cfg.kv_latent_dim,), dtype),
+        "rope_key": jax.ShapeDtypeStruct((cfg.rope_dim,), dtype),
+    }
 
 
 def _all(x_BSX: jax.Array) -> jax.Array:

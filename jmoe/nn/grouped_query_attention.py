@@ -1,0 +1,98 @@
+"""Grouped-query attention (Ainslie et al., arXiv 2305.13245).
+
+Shapes: B batch, T position, S this device's positions, D hidden, H head, K head of keys
+and values (both this device's), Q head dimension.
+
+As GLM-4.5, dots.llm1 and Qwen3 have it: queries and keys may have biases and, head by
+head, a norm before they are rotated, of which a part may be left as it is. On a mesh,
+`tensor` divides the heads, which need all positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import GQAConfig
+from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
+from jmoe.nn.parameter import TO_HEADS
+from jmoe.ops import attention, dot, rope
+from jmoe.ops.after_attention import after_attention
+from jmoe.parallel import collectives
+
+
+class GroupedQueryAttention(nn.Module):
+    """GQA on a full sequence: [B, S, D] -> [B, S, D], by rotations for T positions."""
+
+    cfg: GQAConfig
+    init_std: float
+    dot_general: DotGeneral = dot.dot_general
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BSD: jax.Array,
+        rotation: tuple[jax.Array, jax.Array],
+        segment_BT: jax.Array | None,
+    ) -> jax.Array:
+        cfg = self.cfg
+        x_BTD = collectives.all_gather(x_BSD, "tensor", 1)
+        heads = collectives.share(cfg.num_heads, "tensor", "num_heads")
+        kv_heads = collectives.share(cfg.num_kv_heads, "tensor", "num_kv_heads")
+        q_BTHQ = self._heads("query", "heads", heads)(x_BTD)
+        k_BTKQ = self._heads("key", "kv_heads", kv_heads)(x_BTD)
+        v_BTKQ = self._heads("value", "kv_heads", kv_heads)(x_BTD)
+        if cfg.qk_norm_eps is not None:
+            q_BTHQ = RMSNorm(cfg.qk_norm_eps, dim=None, name="query_norm")(q_BTHQ)
+            k_BTKQ = RMSNorm(cfg.qk_norm_eps, dim=None, name="key_norm")(k_BTKQ)
+        out_BTHQ = attention.attention(
+            self._rotated(q_BTHQ, rotation),
+            self._rotated(k_BTKQ, rotation),
+            v_BTKQ,
+            segment_BT,
+            scale=cfg.softmax_scale,
+            block_size=cfg.block_size,
+        )
+        out_BTD = Linear(
+            (x_BSD.shape[-1],),
+            ("heads", "embed"),
+            self.init_std,
+            after_attention(self.dot_general),
+            name="out",
+        )(out_BTHQ.reshape(*out_BTHQ.shape[:2], -1))
+        return collectives.reduce_scatter(out_BTD, "tensor", 1)
+
+    def _heads(self, name: str, dim: str, heads: int) -> Linear:
+        return Linear(
+            (heads, self.cfg.head_dim),
+            ("embed", dim, None),
+            self.init_std,
+            self.dot_general,
+            TO_HEADS,
+            use_bias=self.cfg.qkv_bias,
+            name=name,
+        )
+
+    def _rotated(
+        self, x_BTHQ: jax.Array, rotation: tuple[jax.Array, jax.Array]
+    ) -> jax.Array:
+        rotate = rope.ROTATIONS[self.cfg.rope_pairs]
+        turned, left = jnp.split(x_BTHQ, [self.cfg.rope_dim], axis=-1)
+        return jnp.concatenate([rotate(turned, *rotation), left], axis=-1)
+
+
+def cost(cfg: GQAConfig, hidden_dim: int, length: int) -> float:
+    """Returns a token's operations: projections, and the scores of earlier positions.
+
+    The latter are half of all.
+    """
+    projections = 2 * (cfg.num_heads + cfg.num_kv_heads) * cfg.head_dim * hidden_dim
+    scores = length / 2 * cfg.num_heads * 2 * cfg.head_dim
+    return 2 * (projections + scores)
+
+
+def cached(
+    cfg: GQAConfig, dtype: jax.typing.DTypeLike
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns what a decoder keeps of a token: rotated keys, and values."""
+    of_heads = jax.ShapeDtypeStruct((cfg.num_kv_heads, cfg.head_dim), dtype)
+    return {"key": of_heads, "value": of_heads}
