@@ -84,7 +84,10 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
+    """Returns `value` as the annotated type `hint`.
+
+    Ints pass for floats, and lists for tuples.
+    """
     if value in (None, "none") and type(None) in typing.get_args(hint):
         return None
     if kinds := _records(hint):
@@ -108,7 +111,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
-    """`value` as the one of these records that it is of."""
+    """Returns `value` as the one of these records that it is of."""
     parse = getattr(kinds[0], "parse", None)
     if parse is not None and isinstance(value, str):
         return parse(value)  # a record that has a short form
@@ -121,7 +124,7 @@ def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
 
 
 def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> type:
-    """The one of these records that has the `kind` of `values`."""
+    """Returns the one of these records that has the `kind` of `values`."""
     if len(kinds) == 1 or "kind" not in values:
         return kinds[0]
     for record in kinds:
@@ -132,7 +135,7 @@ def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> typ
 
 
 def _kind(record: type) -> str:
-    """What the records of a union have in their field `kind`."""
+    """Returns what the records of a union have in their field `kind`."""
     (field,) = (f for f in dataclasses.fields(record) if f.name == "kind")  # type: ignore[arg-type]
     return field.default
 
@@ -183,7 +186,7 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
 
 
 def _records(hint: Any) -> list[type]:
-    """The records that values of the type `hint` may be of."""
+    """Returns the records that values of the type `hint` may be of."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     hints = typing.get_args(hint) if is_union else (hint,)
     return [h for h in hints if dataclasses.is_dataclass(h)]
@@ -203,7 +206,7 @@ def _literal(text: str) -> Any:
 def _unknown_field(
     path: str, name: Any, known: list[str], kinds: Sequence[type] = ()
 ) -> str:
-    """What is wrong with a field that isn't known, but that one of `kinds` may have."""
+    """Says what is wrong with a field that isn't known, but one of `kinds` may have."""
     said = f"Unknown field {path!r}; known: {', '.join(known)}."
     of_kind = [_kind(kind) for kind in kinds if name in typing.get_type_hints(kind)]
     if of_kind:

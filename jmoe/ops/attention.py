@@ -54,13 +54,13 @@ class _Blocks(NamedTuple):
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
     def cut_queries(self, x_BTH: jax.Array) -> jax.Array:
-        """[B, T, H, ...] as [s, B, K, group * block, ...]."""
+        """Returns [B, T, H, ...] as [s, B, K, group * block, ...]."""
         grouped = x_BTH.reshape(*x_BTH.shape[:2], -1, self.group, *x_BTH.shape[3:])
         x = self.cut(grouped, GROUPS_FIRST[: grouped.ndim + 1])
         return x.reshape(*x.shape[:3], -1, *x_BTH.shape[3:])
 
     def join_queries(self, x: jax.Array, length: int) -> jax.Array:
-        """What `cut_queries` made of [B, length, H, ...]."""
+        """Returns what `cut_queries` made of [B, length, H, ...]."""
         grouped = x.reshape(*x.shape[:3], self.group, self.size, *x.shape[4:])
         x_BTKG = self.join(grouped, GROUPS_FIRST[: grouped.ndim], length)
         return x_BTKG.reshape(*x_BTKG.shape[:2], -1, *x_BTKG.shape[4:])

@@ -88,7 +88,7 @@ def _rows(
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
-    """Of each layer, dense ones first: operations of its forward pass, for a token."""
+    """Returns operations of each layer's forward pass for a token, dense first."""
     return [
         _block_cost(cfg, stack.feed_forward, length)
         for stack in cfg.stacks.values()
