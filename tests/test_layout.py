@@ -26,6 +26,7 @@ LAYERS = (
     "balance",
     "parallel",
     "nn",
+    "families",
     "data",
     "checkpoint",
     "monitor",

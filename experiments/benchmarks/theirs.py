@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from experiments.benchmarks.workers import Tasks, cores, warm_up
 from experiments.benchmarks.workload import Workload
+from jmoe import families
 from jmoe.config import ModelConfig, OptimizerConfig
 
 
@@ -105,7 +106,7 @@ def moe_layer(workload: Workload) -> Tasks:
 def _model(cfg: ModelConfig) -> transformers.DeepseekV3ForCausalLM:
     torch.set_num_threads(cores())
     torch.manual_seed(0)
-    config = transformers.DeepseekV3Config(**cfg.to_hf())
+    config = transformers.DeepseekV3Config(**families.to_hf(cfg))
     model = transformers.DeepseekV3ForCausalLM(config)
     model.set_attn_implementation("eager")
     model.set_experts_implementation("grouped_mm")

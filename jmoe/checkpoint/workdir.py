@@ -11,6 +11,7 @@ import pathlib
 import time
 from typing import Any
 
+from jmoe import families
 from jmoe.config import RunConfig, checks, from_dict, to_dict
 from jmoe.data import durable, tokenizer
 from jmoe.parallel import processes
@@ -28,9 +29,10 @@ FIXED = (
     "train.microbatch_size",
     "train.seed",
 )
-# and what, within that, only decides how the same things are computed, or where the
-# data lies: whether it is the same, the loader knows by its content.
+# and what, within that, only decides how the same things are computed or written for
+# others, or where the data lies: whether it is the same, the loader knows by content.
 FREE = (
+    "model.family",
     "model.remat",
     "model.moe.backend",
     "model.moe.remat",
@@ -49,9 +51,11 @@ def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
     Changes nothing.
 
     Raises:
-      ValueError: `workdir` is a file, or holds something else than a run, or a run with
-        another model, data or optimizer state; names the fields and both values.
+      ValueError: a family that isn't known; `workdir` is a file, or holds something
+        else than a run, or a run with another model, data or optimizer state; names the
+        fields and both values.
     """
+    families.lookup(run.model.family)
     workdir = pathlib.Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"workdir={str(workdir)!r} must be a directory.")

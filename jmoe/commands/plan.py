@@ -10,7 +10,8 @@ that compares them. Costs are those of 1 / ranks of the model: the forward pass,
 whole backward pass, its part for the weights, a forward and a backward pass overlapped
 (pair), and the time from the end of a task to where another rank has its result.
 
-memory: what a model's weights take for inference, by part, in one of three forms.
+memory: what a model's weights take for inference, by part, in one of three forms, and
+what a decoder keeps of a token.
 """
 
 import rich.console
@@ -89,7 +90,9 @@ def memory() -> None:
     cfg = ModelConfig.preset(_MODEL.value)
     parts = plan.weights(cfg, _WEIGHTS.value)
     title = f"{_MODEL.value}, weights={_WEIGHTS.value}"
-    rich.console.Console(highlight=False).print(plan.table(parts, title))
+    console = rich.console.Console(highlight=False)
+    console.print(plan.table(parts, title))
+    console.print(f"A decoder keeps {plan.cached_bytes(cfg):,} bytes of each token.")
 
 
 COMMANDS = {"schedules": schedules, "memory": memory}

@@ -2,7 +2,7 @@
 
 Every record is frozen, keyword-only and checks itself, so that an impossible shape is
 refused before anything is compiled. Names follow DeepSeek-V2 (arXiv 2405.04434) and
-DeepSeek-V3 (arXiv 2412.19437); `jmoe.config.hf` maps them to Hugging Face's.
+DeepSeek-V3 (arXiv 2412.19437); `jmoe.families` maps them to Hugging Face's.
 """
 
 import dataclasses
@@ -211,6 +211,7 @@ class ModelConfig:
     dtype: str = "float32"  # of activations; parameters are always float32
     remat: str = "none"
     layer_loop: str = "scan"
+    family: str = "deepseek_v3"  # how it reads in Hugging Face's files: jmoe.families
     hf_extras: str = "{}"  # keys of a Hugging Face config that jmoe doesn't read, JSON
 
     def __post_init__(self):
@@ -257,22 +258,6 @@ class ModelConfig:
         from jmoe.config import presets  # presets are made of these records
 
         return checks.lookup(presets.MODELS, name, "model preset")()
-
-    @classmethod
-    def from_hf(cls, hf: Mapping[str, Any]) -> "ModelConfig":
-        """Reads a `DeepseekV3ForCausalLM`'s `config.json`, given as a dict."""
-        from jmoe.config import hf as hf_format
-
-        return hf_format.model_from_hf(hf)
-
-    def to_hf(self) -> dict[str, Any]:
-        """Returns the `config.json` that transformers and vLLM read.
-
-        The inverse of `from_hf`.
-        """
-        from jmoe.config import hf as hf_format
-
-        return hf_format.model_to_hf(self)
 
 
 def _is_json_object(text: str) -> bool:

@@ -1,6 +1,6 @@
 """Named shapes and runs. A preset is a function, so that nothing is built on import."""
 
-from jmoe.config.attention import MLAConfig, YarnConfig
+from jmoe.config.attention import GQAConfig, MLAConfig, YarnConfig
 from jmoe.config.data import DataConfig
 from jmoe.config.model import ModelConfig, MoEConfig, RouterConfig
 from jmoe.config.run import OptimizerConfig, RunConfig, ScheduleConfig
@@ -137,8 +137,43 @@ def v2_lite_model() -> ModelConfig:
             expert_mlp_dim=1408,
             num_shared_experts=2,
             router=RouterConfig(
-                num_experts=64, top_k=6, score="softmax", normalize_gates=False
+                num_experts=64,
+                top_k=6,
+                score="softmax",
+                group_score="max",
+                normalize_gates=False,
             ),
+        ),
+        family="deepseek_v2",
+    )
+
+
+def moonlight_model() -> ModelConfig:
+    """Moonlight: 16B parameters, 3B active (arXiv 2502.16982, and its config.json)."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_dim=2048,
+        num_layers=27,
+        num_dense_layers=1,
+        dense_mlp_dim=11_264,
+        max_positions=8192,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=MLAConfig(
+            num_heads=16,
+            query_latent_dim=None,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            rope_theta=50_000.0,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408,
+            num_shared_experts=2,
+            router=RouterConfig(num_experts=64, top_k=6, gate_scale=2.446),
         ),
     )
 
@@ -182,12 +217,135 @@ def v3_model() -> ModelConfig:
     )
 
 
+def kimi_k2_model() -> ModelConfig:
+    """Kimi K2: 1T parameters, 32B active (arXiv 2507.20534, and its config.json)."""
+    return ModelConfig(
+        vocab_size=163_840,
+        hidden_dim=7168,
+        num_layers=61,
+        num_dense_layers=1,
+        dense_mlp_dim=18_432,
+        max_positions=131_072,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=MLAConfig(
+            num_heads=64,
+            query_latent_dim=1536,
+            kv_latent_dim=512,
+            nope_dim=128,
+            rope_dim=64,
+            value_dim=128,
+            rope_theta=50_000.0,
+            yarn=YarnConfig(factor=32.0, original_positions=4096, beta_fast=1.0),
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=2048,
+            router=RouterConfig(num_experts=384, top_k=8, gate_scale=2.827),
+        ),
+        family="kimi_k2",
+    )
+
+
+def glm4_air_model() -> ModelConfig:
+    """GLM-4.5-Air: 106B parameters, 12B active (arXiv 2508.06471, its config.json)."""
+    return ModelConfig(
+        vocab_size=151_552,
+        hidden_dim=4096,
+        num_layers=46,
+        num_dense_layers=1,
+        dense_mlp_dim=10_944,
+        max_positions=131_072,
+        mtp_depth=1,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=96,
+            num_kv_heads=8,
+            head_dim=128,
+            rope_dim=64,
+            rope_theta=1_000_000.0,
+            qkv_bias=True,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408, router=RouterConfig(num_experts=128, top_k=8)
+        ),
+        family="glm4_moe",
+    )
+
+
+def dots1_model() -> ModelConfig:
+    """dots.llm1: 143B parameters, 14B active (arXiv 2506.05767, its config.json)."""
+    return ModelConfig(
+        vocab_size=152_064,
+        hidden_dim=4096,
+        num_layers=62,
+        num_dense_layers=1,
+        dense_mlp_dim=10_944,
+        max_positions=32_768,
+        norm_eps=1e-5,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=32,
+            num_kv_heads=32,
+            head_dim=128,
+            rope_dim=128,
+            rope_theta=10_000_000.0,
+            qk_norm_eps=1e-5,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=1408,
+            num_shared_experts=2,
+            router=RouterConfig(num_experts=128, top_k=6, gate_scale=2.5),
+        ),
+        family="dots1",
+    )
+
+
+def qwen3_30b_model() -> ModelConfig:
+    """Qwen3-30B-A3B: 31B parameters, 3B active (arXiv 2505.09388, its config.json)."""
+    return ModelConfig(
+        vocab_size=151_936,
+        hidden_dim=2048,
+        num_layers=48,
+        num_dense_layers=0,
+        dense_mlp_dim=6144,  # of no layer
+        max_positions=40_960,
+        dtype="bfloat16",
+        remat="block",
+        init_std=0.02,
+        attention=GQAConfig(
+            num_heads=32,
+            num_kv_heads=4,
+            head_dim=128,
+            rope_dim=128,
+            rope_theta=1_000_000.0,
+            qk_norm_eps=1e-6,
+        ),
+        moe=MoEConfig(
+            expert_mlp_dim=768,
+            num_shared_experts=0,
+            router=RouterConfig(num_experts=128, top_k=8, score="softmax"),
+        ),
+        family="qwen3_moe",
+    )
+
+
 MODELS = {
     "tiny": tiny_model,
     "bench_s": bench_s_model,
     "small": small_model,
     "v2_lite": v2_lite_model,
+    "moonlight": moonlight_model,
     "v3": v3_model,
+    "kimi_k2": kimi_k2_model,
+    "glm4_air": glm4_air_model,
+    "dots1": dots1_model,
+    "qwen3_30b": qwen3_30b_model,
 }
 
 

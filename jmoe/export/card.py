@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jmoe import families
 from jmoe.config import ModelConfig
 from jmoe.data.formatting import count
 from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
@@ -53,7 +54,7 @@ def config_json(
     for key in ("auto_map", "quantization_config"):  # of code and weights elsewhere
         extras.pop(key, None)
     plain = dataclasses.replace(cfg, dtype=dtype, hf_extras=json.dumps(extras))
-    written = plain.to_hf()
+    written = families.to_hf(plain)
     if is_fp8:
         written["quantization_config"] = QUANTIZATION
     return token_ids(tokenizer) | written if tokenizer is not None else written
@@ -111,6 +112,7 @@ def _opens_with(token: str, token_id: int) -> dict[str, Any]:
 def model_card(cfg: ModelConfig, run: Run, step: int, *, written_as: str) -> str:
     """Returns README.md: what the model is, its run measured, how to load it."""
     router = cfg.moe.router
+    architecture = families.lookup(cfg.family).architecture
     parameters = ""
     if "parameters" in run.info:
         total, active = run.info["parameters"], run.info["active_parameters"]
@@ -127,7 +129,7 @@ tags:
 
 # {run.config.get("name", run.directory.name)}
 
-A `DeepseekV3ForCausalLM`{parameters}: {cfg.num_layers} layers of {cfg.hidden_dim}
+A `{architecture}`{parameters}: {cfg.num_layers} layers of {cfg.hidden_dim}
 dimensions, {router.num_experts} routed experts of which each token visits
 {router.top_k}, {cfg.mtp_depth} module(s) for multi-token prediction. A base model,
 trained by jmoe with loss-free load balancing (rule `{router.update_rule}`). Weights are

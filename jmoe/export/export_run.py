@@ -7,6 +7,9 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from jmoe import families
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.retention import Which
@@ -71,12 +74,13 @@ def make_plan(
     """Returns the files of `source`'s weights, once they are known to be `cfg`'s.
 
     Raises:
-      ValueError: leaves are missing, unexpected or of another shape; names all.
+      ValueError: files of its family can't describe the model; leaves are missing,
+        unexpected or of another shape (names all), or would be lost.
     """
+    tensors = names.expand(cfg)
     _check_leaves(names.abstract_leaves(cfg), source)
-    return write.plan(
-        names.expand(cfg), source.dtypes, dtype=dtype, shard_bytes=shard_bytes
-    )
+    _check_lost(cfg, source)
+    return write.plan(tensors, source.dtypes, dtype=dtype, shard_bytes=shard_bytes)
 
 
 def write_directory(
@@ -103,9 +107,10 @@ def write_directory(
                 checked.result()
         if len(made.shards) > 1:
             directory.write_text(layout.INDEX, layout.index_json(made.shards))
+        embedding, _ = families.family_of(cfg).names.model["embedding"]
         config = card.config_json(
             cfg,
-            dtype=str(made.dtypes[names.MODEL["embedding"][0]]),
+            dtype=str(made.dtypes[embedding]),
             is_fp8=FLOAT8 in made.dtypes.values(),
             tokenizer=tokenizer,
         )
@@ -136,3 +141,15 @@ def _check_leaves(abstract: Mapping[str, Any], source: Source) -> None:
     ]
     if wrong:
         raise ValueError("\n".join(["The variables are not the model's:", *wrong]))
+
+
+def _check_lost(cfg: ModelConfig, source: Source) -> None:
+    """Raises ValueError unless what the family's files don't have is zero."""
+    for path in names.absent(cfg):
+        if np.any(source.read(path, ())):
+            raise ValueError(
+                f"{source.name}: {path} isn't zero, and the files of "
+                f"family={cfg.family!r} have no selection biases. Train without "
+                "(train.bias_rate.first=0 and .last=0), or choose a family that has "
+                "them: model.family in the run's config.json may be changed."
+            )

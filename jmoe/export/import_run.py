@@ -23,13 +23,14 @@ from jmoe.config import (
     DataConfig,
     ModelConfig,
     RunConfig,
+    StepwiseConfig,
     TrainConfig,
     override,
     to_dict,
 )
 from jmoe.data.special_tokens import GENERATION
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.export import layout, work
+from jmoe.export import layout, names, work
 from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
 from jmoe.export.work import Budget
@@ -110,6 +111,10 @@ def make_run(
     Raises:
       ValueError: an assignment is malformed, or would make it another model.
     """
+    train = TrainConfig(steps=1000, batch_size=16, microbatch_size=16)
+    if names.absent(reader.cfg):  # biases that have moved could not go out again
+        still = StepwiseConfig(first=0.0, last=0.0)
+        train = dataclasses.replace(train, bias_rate=still)
     run = RunConfig(
         name=workdir.name,
         model=reader.cfg,
@@ -117,7 +122,7 @@ def make_run(
             tokenizer=str(workdir / TOKENIZER),
             sequence_length=min(256, reader.cfg.max_positions),
         ),
-        train=TrainConfig(steps=1000, batch_size=16, microbatch_size=16),
+        train=train,
         initial_weights="imported",
     )
     made = override(run, assignments)

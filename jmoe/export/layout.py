@@ -40,14 +40,14 @@ class Unit:
     tensors: tuple[Tensor, ...]
 
     def piece(self, x: np.ndarray, tensor: Tensor) -> np.ndarray:
-        """Returns the tensor's part of the unit's array, [in, out] if a matrix."""
+        """Returns the tensor's part of the unit's array, a matrix as [in, out]."""
         if tensor.expert is not None:
             first = self.tensors[0].expert
             assert first is not None
             x = x[tensor.expert - first]
         if tensor.half is not None:
             x = x[:, tensor.half]
-        return x.reshape(len(x), -1) if tensor.transposed else x
+        return x.reshape(len(x), -1) if tensor.transposed else x.reshape(tensor.shape)
 
 
 class FileEntry(NamedTuple):

@@ -1,20 +1,13 @@
-"""Which tensor of a `DeepseekV3ForCausalLM` is which piece of our variables.
+"""Which tensor of a Hugging Face checkpoint is which piece of our variables.
 
-The tables below are the only place where the two are matched; export and import both
-expand them. A name of ours is a path in `params` or `router_state`, one of Hugging
-Face's is what its checkpoints say. What the expansion adds:
+Each family has a table of names (`jmoe.families`), which export and import both expand.
+A name of ours is a path in `params` or `router_state`, one of Hugging Face's is what
+its checkpoints say. What the expansion adds comes from each parameter's record:
 
 - a stack of layers (`layer_loop="scan"`) and a stack of experts are sliced one by one;
 - a fused gate and up projection, which has a dimension of 2, is two tensors;
-- a kernel [in, ...] becomes a matrix [out, in].
-
-`model.layers.{num_layers + k}` is MTP module k, with our `project` as its `eh_proj`:
-both concatenate the embedding's half before the hidden state's. Embedding and head are
-repeated there, as in DeepSeek's own checkpoint.
-
-What is stored in FP8 where anything is: the matrices of attention and of all MLPs.
-Embedding, head, norms, routers and `eh_proj` stay bfloat16, selection biases float32.
-That, too, is DeepSeek's choice: with it, V3 has the 91,991 tensors that were published.
+- a kernel [in, ...] becomes a matrix [out, in], and a bias [heads, ...] a vector;
+- what may be stored in FP8 is, where anything is.
 """
 
 import dataclasses
@@ -26,64 +19,25 @@ from typing import Any
 
 import jax
 
+from jmoe import families
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer, make_variables
+from jmoe.nn.model import Transformer, make_variables, parameter_records
+from jmoe.nn.parameter import FP8, Parameter
 
-# In a block, each a matrix product: {our path: their name, or those of its two halves}.
-PRODUCTS = {
-    "attention/query/kernel": "self_attn.q_proj.weight",
-    "attention/query_down/kernel": "self_attn.q_a_proj.weight",
-    "attention/query_up/kernel": "self_attn.q_b_proj.weight",
-    "attention/kv_down/kernel": "self_attn.kv_a_proj_with_mqa.weight",
-    "attention/kv_up/kernel": "self_attn.kv_b_proj.weight",
-    "attention/out/kernel": "self_attn.o_proj.weight",
-    "mlp/gate_up/kernel": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp/down/kernel": "mlp.down_proj.weight",
-    "moe/shared/gate_up/kernel": (
-        "mlp.shared_experts.gate_proj.weight",
-        "mlp.shared_experts.up_proj.weight",
-    ),
-    "moe/shared/down/kernel": "mlp.shared_experts.down_proj.weight",
-    "moe/experts/gate_up": (
-        "mlp.experts.{expert}.gate_proj.weight",
-        "mlp.experts.{expert}.up_proj.weight",
-    ),
-    "moe/experts/down": "mlp.experts.{expert}.down_proj.weight",
-}
-# In a block, what keeps its precision.
-SMALL = {
-    "attention_norm/scale": "input_layernorm.weight",
-    "attention/query_norm/scale": "self_attn.q_a_layernorm.weight",
-    "attention/kv_norm/scale": "self_attn.kv_a_layernorm.weight",
-    "mlp_norm/scale": "post_attention_layernorm.weight",
-    "moe/router/kernel": "mlp.gate.weight",
-    "moe/router/bias": "mlp.gate.e_score_correction_bias",
-}
-# In an MTP module, beside its block.
-MTP = {
-    "embedding_norm/scale": "enorm.weight",
-    "hidden_norm/scale": "hnorm.weight",
-    "project/kernel": "eh_proj.weight",
-    "norm/scale": "shared_head.norm.weight",
-}
-# In the model, and under which name in each MTP module.
-MODEL = {
-    "embedding": ("model.embed_tokens.weight", "embed_tokens.weight"),
-    "final_norm/scale": ("model.norm.weight", None),
-    "head": ("lm_head.weight", "shared_head.head.weight"),
-}
-ROWS_FIRST = ("embedding",)  # already [out, in]
 COLLECTIONS = ("params", "router_state")
 
 ALL = slice(None)
+
+Leaves = Mapping[str, tuple[tuple[int, ...], Parameter]]  # by path
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
     """One tensor of a Hugging Face checkpoint, and the piece of our variables it holds.
 
-    shape is theirs; layer, expert and half select the piece of the leaf at `path`.
+    shape is theirs; layer, expert and half select the piece of the leaf at `path`,
+    which has more dimensions where ours divides one of theirs by heads.
     """
 
     name: str
@@ -113,18 +67,30 @@ class Tensor:
 
 
 def expand(cfg: ModelConfig) -> list[Tensor]:
-    """Returns every tensor of the checkpoint of `cfg`, layer by layer."""
-    leaves = abstract_leaves(cfg)
-    tensors = list(_expand(cfg, leaves))
-    assert {tensor.path for tensor in tensors} == leaves.keys(), "a leaf has no name"
+    """Returns every tensor of the checkpoint of `cfg`, layer by layer.
+
+    Raises:
+      ValueError: files of its family can't describe the model.
+    """
+    tensors = list(_expand(cfg))
+    named = {tensor.path for tensor in tensors}
+    assert abstract_leaves(cfg).keys() == named | {*absent(cfg)}, "a leaf has no name"
     return tensors
 
 
+def absent(cfg: ModelConfig) -> list[str]:
+    """Returns the paths of leaves that the family's files don't have; they are zero."""
+    block = families.family_of(cfg).names.block
+    tails = tuple(f"/{path}" for path, name in block.items() if name is None)
+    return [path for path in abstract_leaves(cfg) if path.endswith(tails)]
+
+
 def redundant(cfg: ModelConfig) -> list[Tensor]:
-    """Returns what checkpoints may repeat, ours never: the head of tied embeddings."""
+    """Returns what a checkpoint may repeat and ours never do: a tied head."""
     if not cfg.tie_embeddings:
         return []
-    copies = _rows(abstract_leaves(cfg), "embedding", MODEL["head"][0])
+    head, _ = families.family_of(cfg).names.model["head"]
+    copies = _rows(_leaves(cfg), "embedding", head)
     return [dataclasses.replace(copy, is_copy=True) for copy in copies]
 
 
@@ -139,75 +105,92 @@ def abstract_variables(cfg: ModelConfig) -> Any:
     return jax.eval_shape(functools.partial(make_variables, Transformer(cfg), seed=0))
 
 
-def _expand(cfg: ModelConfig, leaves: Mapping[str, Any]) -> Iterator[Tensor]:
-    for ours, (theirs, _) in MODEL.items():
+@functools.lru_cache(maxsize=4)
+def _leaves(cfg: ModelConfig) -> Leaves:
+    """The shape and the record of each variable, by path."""
+    records = manifest.flatten(parameter_records(cfg))
+    leaves = abstract_leaves(cfg)
+    return {path: (leaf.shape, records[path]) for path, leaf in leaves.items()}
+
+
+def _expand(cfg: ModelConfig) -> Iterator[Tensor]:
+    leaves = _leaves(cfg)
+    names = families.family_of(cfg).names
+    for ours, (theirs, _) in names.model.items():
         yield from _rows(leaves, ours, theirs)
-    for number in range(cfg.num_layers):
-        block, layer = _block(cfg, number)
-        yield from _block_rows(leaves, block, f"model.layers.{number}", layer)
+    for number, (block, layer) in enumerate(_blocks(cfg)):
+        theirs = f"model.layers.{number}"
+        yield from _block_rows(leaves, names.block, block, theirs, layer)
     for depth in range(cfg.mtp_depth):
         ours, theirs = f"mtp_{depth}", f"model.layers.{cfg.num_layers + depth}"
-        for inside, name in MTP.items():
+        for inside, name in names.mtp.items():
             yield from _rows(leaves, f"{ours}/{inside}", f"{theirs}.{name}")
-        yield from _block_rows(leaves, f"{ours}/block", theirs, None)
+        yield from _block_rows(leaves, names.block, f"{ours}/block", theirs, None)
         head = "embedding" if cfg.tie_embeddings else "head"
         for path, name in (("embedding", "embedding"), (head, "head")):
-            copies = _rows(leaves, path, f"{theirs}.{MODEL[name][1]}")
+            copies = _rows(leaves, path, f"{theirs}.{names.model[name][1]}")
             yield from (dataclasses.replace(copy, is_copy=True) for copy in copies)
 
 
-def _block(cfg: ModelConfig, number: int) -> tuple[str, int | None]:
-    """Returns where the layer is: in which module, and where in its stack."""
-    dense = number < cfg.num_dense_layers
-    kind = "dense" if dense else "moe"
-    position = number if dense else number - cfg.num_dense_layers
-    if cfg.layer_loop == "scan":
-        return kind, position
-    return f"{kind}_{position}", None
+def _blocks(cfg: ModelConfig) -> Iterator[tuple[str, int | None]]:
+    """Yields where each layer is: in which module, and where in its stack."""
+    for name, stack in cfg.stacks.items():
+        for position in range(stack.num_layers):
+            if cfg.layer_loop == "scan":
+                yield name, position
+            else:
+                yield f"{name}_{position}", None
 
 
 def _block_rows(
-    leaves: Mapping[str, Any], ours: str, theirs: str, layer: int | None
+    leaves: Leaves,
+    names: families.Table,
+    ours: str,
+    theirs: str,
+    layer: int | None,
 ) -> Iterator[Tensor]:
-    for inside, name in (SMALL | PRODUCTS).items():
-        pair = (name,) if isinstance(name, str) else name
-        yield from _rows(
+    """What keeps its precision comes before the matrix products."""
+    found: list[Tensor] = []
+    for inside, name in names.items():
+        pair = (name,) if isinstance(name, str) else name or ()
+        found += _rows(
             leaves,
             f"{ours}/{inside}",
             *(f"{theirs}.{part}" for part in pair),
             layer=layer,
-            is_product=inside in PRODUCTS,
         )
+    return iter(sorted(found, key=lambda tensor: tensor.is_product))
 
 
 def _rows(
-    leaves: Mapping[str, Any],
-    ours: str,
-    *theirs: str,
-    layer: int | None = None,
-    is_product: bool = False,
+    leaves: Leaves, ours: str, *theirs: str, layer: int | None = None
 ) -> Iterator[Tensor]:
-    """Yields what a row of a table stands for; nothing where there is no such leaf."""
+    """Yields what a row of a table stands for; nothing where a side has no such."""
     for path in (f"{collection}/{ours}" for collection in COLLECTIONS):
-        if path not in leaves:
+        if path not in leaves or not theirs:
             continue
-        shape = leaves[path].shape[layer is not None :]
+        shape, record = leaves[path]
+        shape = shape[record.is_stacked :]
         experts: Sequence[int | None] = [None]
-        if "{expert}" in theirs[0]:
+        if record.of_experts:
             experts, shape = range(shape[0]), shape[1:]
-        if len(theirs) == 2:
-            shape = (shape[0], *shape[2:])
-        transposed = len(shape) > 1 and ours not in ROWS_FIRST
-        if transposed:
-            shape = (math.prod(shape[1:]), shape[0])
+        is_pair = record.pair_dim is not None
         for expert, (half, name) in itertools.product(experts, enumerate(theirs)):
             yield Tensor(
                 name=name.format(expert=expert),
-                shape=tuple(shape),
+                shape=_their_shape(shape, record),
                 path=path,
                 layer=layer,
                 expert=expert,
-                half=half if len(theirs) == 2 else None,
-                transposed=transposed,
-                is_product=is_product,
+                half=half if is_pair else None,
+                transposed=record.matrix is not None,
+                is_product=FP8 in record.formats,
             )
+
+
+def _their_shape(shape: tuple[int, ...], record: Parameter) -> tuple[int, ...]:
+    """Of one layer's and expert's: a matrix, or a half of a pair; a vector; a table."""
+    if record.matrix is not None:
+        rows = math.prod(shape[1:]) // (2 if record.pair_dim is not None else 1)
+        return rows, shape[0]
+    return shape if "vocab" in record.dims else (math.prod(shape),)

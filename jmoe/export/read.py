@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from jmoe.config import ModelConfig
+from jmoe import families
 from jmoe.export import names, numerics, safetensors, sources
 from jmoe.export.files import Buffers, Files
 from jmoe.export.layout import SCALE
@@ -36,19 +36,26 @@ Places = list[tuple[int | None, int | None]]
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One of our arrays, and the tensors that it is made of by layer and expert."""
+    """One of our arrays, and the tensors that it is made of by layer and expert.
+
+    Without tensors it is zero, and is read in one piece.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     tensors: Mapping[tuple[int | None, int | None], Sequence[Tensor]]
 
     @property
+    def is_absent(self) -> bool:
+        return not self.tensors
+
+    @property
     def is_stacked(self) -> bool:
-        return next(iter(self.tensors))[0] is not None
+        return not self.is_absent and next(iter(self.tensors))[0] is not None
 
     @property
     def has_experts(self) -> bool:
-        return next(iter(self.tensors))[1] is not None
+        return not self.is_absent and next(iter(self.tensors))[1] is not None
 
     @property
     def num_lead(self) -> int:
@@ -67,7 +74,7 @@ class Reader:
 
     Raises:
       FileNotFoundError, ValueError: the directory isn't a whole checkpoint of a
-        `DeepseekV3ForCausalLM` that jmoe reads.
+        model of a known family.
     """
 
     def __init__(
@@ -81,7 +88,7 @@ class Reader:
         if dtype is not None:
             _one_of("dtype", dtype, DTYPES)
         self.directory = pathlib.Path(directory)
-        self.cfg = ModelConfig.from_hf(safetensors.read_config(self.directory))
+        self.cfg = families.from_hf(safetensors.read_config(self.directory))
         headers = safetensors.read_headers(self.directory)
         self.found = {
             name: found
@@ -119,6 +126,9 @@ class Reader:
           ValueError: what was read isn't finite; names file and tensor.
         """
         leaf = self.leaves[path]
+        if leaf.is_absent:
+            out.fill(0)
+            return
         layers, experts, inner = _lead(leaf, index)
         for (at, layer), (to, expert) in itertools.product(layers, experts):
             place = tuple(i for i in (at, to) if i is not None)
@@ -175,7 +185,11 @@ class Reader:
             inner = (inner[0], *inner[2:])
         found = self.found[tensor.name]
         if not tensor.transposed:
-            numerics.copy(out, self._part(tensor.name, *inner))
+            if len(inner) > len(tensor.shape):  # a vector, which ours has by heads
+                x = self._part(tensor.name, slice(0, tensor.size))
+                numerics.copy(out, x.reshape(-1, per_head)[inner])
+            else:
+                numerics.copy(out, self._part(tensor.name, *inner))
             return
         columns, rows, *within = inner
         if within:  # the file has heads, and what each head has, in one dimension
@@ -221,7 +235,9 @@ class Reader:
         for tensor in tensors:
             by_place = grouped.setdefault(tensor.path, {})
             by_place.setdefault((tensor.layer, tensor.expert), []).append(tensor)
-        leaves = {}
+        leaves = {
+            path: Leaf(shapes[path], FLOAT32, {}) for path in names.absent(self.cfg)
+        }
         for path, by_place in grouped.items():
             own = [tensor for row in by_place.values() for tensor in row]
             chosen = self._dtype(own, dtype)

@@ -1,6 +1,6 @@
 """A run's weights as one file for `torch.load`: a plain state dict of tensors.
 
-Its names are those of `DeepseekV3ForCausalLM`'s checkpoints. The weights are written as
+Its names are those of the checkpoints of the model's family. The weights are written as
 safetensors first, and torch gets them mapped from there: what the system has no room
 for, it drops and reads again.
 """

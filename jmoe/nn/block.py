@@ -45,7 +45,7 @@ class Block(nn.Module):
     norm_eps: float
     init_std: float
     dot_general: DotGeneral = dot.dot_general
-    apart: bool = False  # see `jmoe.nn.feed_forwards`
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @classmethod
     def of(
@@ -53,7 +53,6 @@ class Block(nn.Module):
         cfg: ModelConfig,
         feed_forward: FeedForwardConfig,
         dot_general: DotGeneral = dot.dot_general,
-        *,
         apart: bool = False,
         name: str | None = None,
     ) -> "Block":

@@ -20,10 +20,10 @@ from jmoe.ops import dot
 class FeedForward(NamedTuple):
     """What there is to know of a kind.
 
-    module: of the kind's record, the standard deviation of new weights, a `dot_general`
-      and `apart`: whether nothing that the input's gradient needs may wait for those of
-      the weights. Maps hidden states [B, S, D], and what it is told of the tokens, to
-      [B, S, D] and what it measured.
+    module: of the kind's record, the standard deviation of new weights, a
+      `dot_general`, and whether a pipeline's backward passes come apart
+      (`moe.RoutedExperts`); maps hidden states [B, S, D], and what it is told of the
+      tokens, to [B, S, D] and what it measured.
     name: of its parameters in a block's.
     cost: of the record and the hidden dimension, a token's operations in a forward
       pass.
@@ -40,7 +40,7 @@ class Dense(nn.Module):
     cfg: DenseConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
-    apart: bool = False  # it has no loop for both gradients
+    apart: bool = False  # it has no loop
 
     @nn.compact
     def __call__(

@@ -134,13 +134,17 @@ class Transformer(nn.Module):
                 length=stack.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = scanned.of(self.cfg, stack.feed_forward, self.dot_general, name)
+            layers = scanned.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=name
+            )
             return layers(x_BSD, positions, number_L)
         measured = []
         for i in range(stack.num_layers):
             own_name = f"{name}_{i}"
             block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
-            layer = block.of(self.cfg, stack.feed_forward, self.dot_general, own_name)
+            layer = block.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=own_name
+            )
             x_BSD, found = layer(x_BSD, positions, number_L[i])
             measured.append(found)
         return x_BSD, stack_measured(measured)

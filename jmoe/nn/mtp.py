@@ -56,6 +56,6 @@ class MTPModule(nn.Module):
             formats=(),
             name="project",
         )
-        block = Block.of(cfg, cfg.moe, self.dot_general, apart=self.apart, name="block")
+        block = Block.of(cfg, cfg.moe, self.dot_general, self.apart, name="block")
         hidden_BSD, measured = block(project(joined), positions, number)
         return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), measured

@@ -1,6 +1,7 @@
-"""What a model's weights take, by part and by form; nothing is computed.
+"""What a model's weights take, by part and by form, and its cache; nothing is computed.
 
-Bytes are those of the arrays that `jmoe.nn.quantized` makes, with scales.
+Bytes are those of the arrays that `jmoe.nn.quantized` makes, with scales, and of those
+that `jmoe.nn.mixers` says a decoder keeps.
 """
 
 import functools
@@ -10,6 +11,7 @@ import jax
 import rich.table
 
 from jmoe.config import ModelConfig
+from jmoe.nn.mixers import MIXERS
 from jmoe.nn.model import Transformer, make_variables, parameter_records
 from jmoe.nn.quantized import quantize_weights
 
@@ -68,6 +70,13 @@ def weights(cfg: ModelConfig, form: str) -> dict[str, Footprint]:
         (name, Footprint(counts[name], sizes[name])) for name in PARTS if counts[name]
     ]
     return dict(sorted(parts, key=lambda part: -part[1].size))
+
+
+def cached_bytes(cfg: ModelConfig) -> int:
+    """Returns what a decoder keeps of a token for all layers, MTP modules' too."""
+    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
+    of_layer = sum(x.size * x.dtype.itemsize for x in kept.values())
+    return (cfg.num_layers + cfg.mtp_depth) * of_layer
 
 
 def _part(path: Any) -> str:

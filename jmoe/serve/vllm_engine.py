@@ -14,6 +14,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from jmoe import families
 from jmoe.config import ModelConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
 
@@ -99,7 +100,7 @@ def read_exported(directory: pathlib.Path) -> Exported:
         raise ValueError(f"{directory / CONFIG} is not JSON: {error}.") from error
     quantization = hf.get("quantization_config") or {}
     is_fp8 = quantization.get("quant_method") == "fp8"
-    return Exported(directory.resolve(), ModelConfig.from_hf(hf), is_fp8)
+    return Exported(directory.resolve(), families.from_hf(hf), is_fp8)
 
 
 def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:

@@ -253,9 +253,9 @@ class StagedModel:
 
     def _layer(self, name: str) -> Callable[..., Any]:
         run, cfg, norms = self.run, self.cfg, self.norms
-        # Experts are to have no loop that is part of both B and W.
-        feed_forward = cfg.stacks[name].feed_forward
-        block = Block.of(cfg, feed_forward, self.dot_general, apart=True)
+        block = Block.of(
+            cfg, cfg.stacks[name].feed_forward, self.dot_general, apart=True
+        )
 
         def layer(weights, state, part, x_BSD):
             router_state, number = state

@@ -49,6 +49,7 @@ def test_the_same_run_goes_on_and_its_record_is_left_alone(run_dir):
         "train.keep_checkpoints=9",
         "optimizer.schedule.peak=0.5",
         "optimizer.weight_decay=0.0",
+        "model.family='kimi_k2'",
         "model.remat='block'",
         "model.attention.block_size=64",
         "data.cache_dir='/elsewhere'",
@@ -124,6 +125,19 @@ def test_fields_added_since_the_run_began_take_their_defaults(run_dir):
     del older["model"]["norm_eps"], older["train"]["log_every"]
     (run_dir / "config.json").write_text(json.dumps(older))
     assert open_run(run_dir, TINY) is True
+
+
+def test_a_run_from_before_there_were_families_is_of_the_first(run_dir):
+    older = json.loads((run_dir / "config.json").read_text())
+    del older["model"]["family"]
+    (run_dir / "config.json").write_text(json.dumps(older))
+    assert read_run(run_dir).model.family == "deepseek_v3"
+
+
+def test_a_family_that_is_not_known_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="family='llama' is not a family.*deepseek_v3"):
+        open_run(tmp_path / "run", override(TINY, ["model.family=llama"]))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_directory_of_something_else_is_refused_untouched(tmp_path):

@@ -234,7 +234,9 @@ def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ValueError) as error:
         ModelConfig.preset("huge")
     assert str(error.value) == (
-        "Unknown model preset 'huge'; known: tiny, bench_s, small, v2_lite, v3."
+        "Unknown model preset 'huge'; known: tiny, bench_s, small, v2_lite, "
+        "moonlight, v3, kimi_k2, glm4_air, dots1, "
+        "qwen3_30b."
     )
 
 

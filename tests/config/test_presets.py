@@ -7,6 +7,18 @@ from jmoe.config.presets import RUNS
 
 
 def attention_parameters(a, width):
+    return {"mla": latent_parameters, "gqa": grouped_parameters}[a.kind](a, width)
+
+
+def grouped_parameters(a, width):
+    """GQA's projections, with the biases and the norms of heads that it may have."""
+    heads = a.num_heads + 2 * a.num_kv_heads
+    norms = 0 if a.qk_norm_eps is None else 2 * a.head_dim
+    out = a.num_heads * a.head_dim * width
+    return heads * a.head_dim * (width + a.qkv_bias) + norms + out
+
+
+def latent_parameters(a, width):
     """MLA's projections and the norms of its latents (arXiv 2405.04434, appendix C)."""
     query_width = a.num_heads * (a.nope_dim + a.rope_dim)
     query = width * query_width
@@ -55,6 +67,11 @@ def active_parameters(cfg):
         ("bench_s", 193.5e6, 29.67e6),
         ("small", 1.235e9, 0.1983e9),
         ("v2_lite", 15.7e9, 2.45e9),  # arXiv 2405.04434, appendix B: 2.4
+        ("moonlight", 15.96e9, 2.58e9),
+        ("kimi_k2", 1026.4e9, 31.69e9),  # the report's 1.04T have an MTP module
+        ("glm4_air", 106.85e9, 12.80e9),
+        ("dots1", 142.8e9, 13.39e9),
+        ("qwen3_30b", 30.53e9, 3.042e9),
         ("v3", 671.0e9, 36.6e9),  # README_WEIGHTS.md of DeepSeek-V3
     ],
 )

@@ -178,7 +178,7 @@ def test_mtp_layers_that_were_promised_and_dropped_are_explained(
 
 def test_another_architecture(model, refused):
     change_json(model / "config.json", lambda x: x.update(model_type="llama"))
-    refused("model_type='llama' is not supported; it must be 'deepseek_v3'")
+    refused("model_type='llama' is not a family of models that jmoe knows: deepseek_v3")
 
 
 def test_a_tokenizer_that_is_missing_broken_or_too_large(model, refused):

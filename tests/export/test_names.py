@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from jmoe import families
 from jmoe.export import dry_run, layout, names, published, write
 from jmoe.export.numerics import FLOAT32
 
@@ -51,7 +52,7 @@ def test_the_models_own_tensors_are_those_that_transformers_saves(
 ):
     transformers = pytest.importorskip("transformers", reason="compares with it")
     cfg = small_config("mtp_depth=0", *SHAPES[shape][:1])
-    hf = transformers.DeepseekV3Config(**cfg.to_hf())
+    hf = transformers.DeepseekV3Config(**families.to_hf(cfg))
     transformers.DeepseekV3ForCausalLM(hf).save_pretrained(tmp_path)
     saved = {name: shape for name, (_, shape, _) in contents(tmp_path).items()}
     assert {t.name: t.shape for t in names.expand(cfg)} == saved

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jmoe.config import ModelConfig
+from jmoe import families
 from jmoe.export import hf, names
 from jmoe.export.export_run import export_run
 from jmoe.export.import_run import import_run
@@ -235,7 +235,7 @@ def test_the_config_says_what_serving_needs(workdir, tmp_path):
     assert config["scoring_func"] == "sigmoid"
     assert config["eos_token_id"] == config["bos_token_id"] == 0
     assert config["num_nextn_predict_layers"] == 1
-    assert ModelConfig.from_hf(config).num_layers == 3
+    assert families.from_hf(config).num_layers == 3
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "| validation loss, nats a token | 2.5 |" in card  # of step 7, not of 8
     assert "| training steps | 7 |" in card

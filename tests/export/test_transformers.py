@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from jmoe import families
 from jmoe.export import hf
 from jmoe.export.export_run import export_run
 from jmoe.export.import_run import import_run
@@ -51,7 +52,7 @@ def test_no_key_is_missing_or_unexpected_and_logits_are_equal(
 def test_what_transformers_saved_comes_in_with_the_same_logits(small_config, tmp_path):
     cfg = small_config("mtp_depth=0")
     model = transformers.DeepseekV3ForCausalLM(
-        transformers.DeepseekV3Config(**cfg.to_hf())
+        transformers.DeepseekV3Config(**families.to_hf(cfg))
     )
     model.save_pretrained(tmp_path / "hf")
     got_cfg, variables = hf.load(tmp_path / "hf")

@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jmoe.config import GQAConfig
+from jmoe.nn.grouped_query_attention import GroupedQueryAttention
+from jmoe.nn.mixers import rotation
 from jmoe.ops.attention import attention
 from jmoe.ops.latent_attention import latent_decode
 
@@ -47,6 +50,39 @@ def test_both_passes_are_three_kernels_and_spill_nothing(
     for kernel in kernels:
         kernel.check()
         assert all("bf16.bf16" in product for product in kernel.products)
+
+
+def test_a_layer_of_grouped_queries_attends_by_the_three_kernels(compile_kernels):
+    """Qwen3-30B-A3B's, in bfloat16."""
+    hidden, length = 2048, 4096
+    cfg = GQAConfig(
+        num_heads=32, num_kv_heads=4, head_dim=128, rope_dim=128, qk_norm_eps=1e-6
+    )
+    module = GroupedQueryAttention(cfg, 0.02)
+
+    def gradients(x_BTD, query, key, value, out):
+        def attend(x_BTD, kernels):
+            params = {name: {"kernel": w} for name, w in kernels.items()}
+            norms = {"scale": jnp.ones(128)}
+            params |= {"query_norm": norms, "key_norm": norms}
+            positions = rotation(cfg, length), None
+            return module.apply({"params": params}, x_BTD, *positions)
+
+        kernels = {"query": query, "key": key, "value": value, "out": out}
+        y_BTD, pull = jax.vjp(attend, x_BTD, kernels)
+        return pull(y_BTD)
+
+    kernels = compile_kernels(
+        gradients,
+        ((1, length, hidden), jnp.bfloat16),
+        ((hidden, 32, 128), jnp.float32),
+        ((hidden, 4, 128), jnp.float32),
+        ((hidden, 4, 128), jnp.float32),
+        ((32 * 128, hidden), jnp.float32),
+    )
+    assert len(kernels) == 3
+    for kernel in kernels:
+        kernel.check()
 
 
 def test_a_document_starts_where_its_run_of_positions_does():

@@ -1,13 +1,10 @@
 """A small shape with every part of the model, and random variables for any shape."""
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from flax import linen as nn
 
 from jmoe.config import MLAConfig, ModelConfig, MoEConfig, RouterConfig, records
-from jmoe.nn.model import Transformer
+from tests import parity
 
 SMALL = ModelConfig(
     vocab_size=48,
@@ -38,30 +35,7 @@ def small_config():
 
 @pytest.fixture(scope="session")
 def random_variables():
-    """Variables of order 1 everywhere, so that every one of them shows in the output.
-
-    Kernels keep the scale of what they multiply, norms are near 1, biases are not 0.
-    """
-
-    def draw(cfg: ModelConfig, seed: int = 0):
-        rng = np.random.default_rng(seed)
-
-        def leaf(path, shape):
-            noise = rng.normal(size=shape.shape)
-            name = path[-1].key
-            if name == "scale":
-                noise = 1 + 0.2 * noise
-            elif name == "bias":
-                noise = 0.1 * noise
-            elif name != "embedding":
-                noise *= 0.2
-            return jnp.asarray(noise, jnp.float32)
-
-        tokens_BT = jnp.zeros((1, 2), jnp.int32)
-        shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), tokens_BT)
-        return jax.tree_util.tree_map_with_path(leaf, nn.unbox(shapes))
-
-    return draw
+    return parity.random_variables
 
 
 @pytest.fixture(scope="session")
@@ -82,9 +56,4 @@ def unstack():
 
 @pytest.fixture(scope="session")
 def relative_error():
-    """The largest error, relative to the largest entry.
-
-    Entries that come out small do so by cancellation, and carry the rounding of the
-    large terms they are made of.
-    """
-    return lambda got, want: np.abs(np.asarray(got) - want).max() / np.abs(want).max()
+    return parity.relative_error

@@ -189,13 +189,23 @@ def remat(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=["dense", "moe"])
+GROUPED_QUERIES = [
+    "attention.kind=gqa",
+    "attention.num_kv_heads=1",
+    "attention.head_dim=20",
+    "attention.qk_norm_eps=1e-6",
+    "attention.qkv_bias=true",
+]
+BLOCKS = {"dense": GROUPED_QUERIES, "moe": []}
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
 def block(request, remat):
     """A block of the smallest run: a layer, and arguments for it."""
     path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
     cfg = runpy.run_path(str(path))["get_config"]().model
     # Experts take 32 rows at a time, and that is to be no size of a weight.
-    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks"])
+    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks", *BLOCKS[request.param]])
     module = Block.of(cfg, cfg.stacks[request.param].feed_forward, apart=True)
     sequences, length = 3, 20
     x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))

@@ -24,6 +24,14 @@ SCALED = [
 ]
 
 
+GROUPED_QUERIES = [
+    "attention.kind=gqa",
+    "attention.num_kv_heads=1",
+    "attention.head_dim=72",
+    "attention.qkv_bias=true",
+]
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loop", ["scan", "unroll"])
 def test_a_scaled_down_model_takes_what_the_plan_says(form, loop):
@@ -40,6 +48,25 @@ def test_a_scaled_down_model_takes_what_the_plan_says(form, loop):
     ]
     assert parts["routed experts"].size == sum(experts)
     assert set(parts) == set(memory.PARTS)
+
+
+def test_grouped_queries_have_kernels_and_float32_biases_in_every_layer():
+    cfg = override(ModelConfig.preset("v3"), [*SCALED, *GROUPED_QUERIES])
+    native, small = (memory.weights(cfg, form)["attention"] for form in FORMS[:2])
+    layers, kernels, biases = 4, 192 * 72 * (2 + 1 + 1 + 2), 72 * (2 + 1 + 1)
+    assert native.weights == small.weights == layers * (kernels + biases)
+    assert native.size == layers * (2 * kernels + 4 * biases)
+    blocks = (
+        2 * 2 + 2 * 2 + 2 + 2
+    )  # of the query's, the output's, the key's and value's
+    assert small.size == layers * (kernels + 4 * blocks + 4 * biases)
+
+
+def test_v3_keeps_a_latent_and_a_key_of_each_token_and_grouped_queries_their_heads():
+    v3 = ModelConfig.preset("v3")
+    assert memory.cached_bytes(v3) == 62 * (512 + 64) * 2
+    grouped = override(v3, GROUPED_QUERIES)
+    assert memory.cached_bytes(grouped) == 62 * 2 * 72 * 2
 
 
 def test_v3_with_4_bit_experts_fits_in_436_gb():

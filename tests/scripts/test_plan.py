@@ -67,6 +67,7 @@ def test_a_models_memory_is_listed_by_part(script):
     total = sizes.pop("all")
     assert total == pytest.approx(sum(sizes.values()), abs=0.1) and total <= 436
     assert max(sizes, key=sizes.get) == "routed experts"
+    assert "A decoder keeps 71,424 bytes of each token." in outcome.out
 
 
 def lines(outcome):

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from jmoe import families
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
 from jmoe.serve import vllm_engine
@@ -197,7 +198,7 @@ def test_what_no_device_can_do_is_refused_on_each(model, assignments, reason):
 
 @pytest.fixture
 def directory(tmp_path) -> pathlib.Path:
-    (tmp_path / "config.json").write_text(json.dumps(TINY.to_hf()))
+    (tmp_path / "config.json").write_text(json.dumps(families.to_hf(TINY)))
     (tmp_path / "tokenizer.json").touch()
     (tmp_path / "model.safetensors").touch()
     return tmp_path
@@ -207,7 +208,7 @@ def test_an_exported_directory_tells_its_model_and_whether_it_is_in_fp8(director
     read = vllm_engine.read_exported(directory)
     assert dataclasses.replace(read.model, hf_extras="{}") == TINY
     assert not read.is_fp8
-    quantized = TINY.to_hf() | {"quantization_config": {"quant_method": "fp8"}}
+    quantized = families.to_hf(TINY) | {"quantization_config": {"quant_method": "fp8"}}
     (directory / "config.json").write_text(json.dumps(quantized))
     assert vllm_engine.read_exported(directory).is_fp8
 

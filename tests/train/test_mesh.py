@@ -16,6 +16,7 @@ from jmoe.train import layout as layouts
 from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
 from tests.train.training import (
+    GROUPED_QUERIES,
     Trainer,
     assert_same,
     batch,
@@ -108,11 +109,20 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
         ),
+        (
+            GROUPED_QUERIES,
+            "model.num_layers=1",
+            "model.num_dense_layers=0",
+            "model.mtp_depth=0",
+            "model.remat=block",
+            "mesh.zero_stage=3",
+        ),
     ],
     ids=[
         "sequence loss, quantile rule, masks, tied",
         "full queries, chunks, unrolled",
         "global batch's loss, z-loss, two MTP modules",
+        "grouped queries, recomputed, ZeRO-3",
     ],
 )
 def test_other_models_train_on_a_mesh_as_on_one_device(run, settings):
@@ -147,6 +157,14 @@ def test_an_exchange_that_only_gpus_have_is_refused_where_it_would_be_needed(run
     layouts.check_exchange(exchange, layouts.run_mesh(on(run, "data=16").mesh))
     with pytest.raises(ValueError, match="backend='ragged' needs GPUs"):
         layouts.check_exchange(exchange, layouts.run_mesh(on(run, "expert=16").mesh))
+
+
+def test_heads_of_keys_that_do_not_divide_are_refused_by_name(run):
+    changed = on(run, "tensor=4,data=4", GROUPED_QUERIES)
+    mesh = layouts.run_mesh(changed.mesh)
+    message = "/key/.*: dimension 'kv_heads' of size 2 must divide over tensor=4"
+    with pytest.raises(ValueError, match=message):
+        layouts.make_layout(Transformer(changed.model), mesh)
 
 
 def bytes_on_a_device(tree) -> int:

@@ -16,7 +16,7 @@ from jmoe.nn.model import Transformer, make_variables
 from jmoe.plan import hlo, traffic
 from jmoe.train import layout as layouts
 from jmoe.train.muon import SCALES, scale_by_muon
-from tests.train.training import Trainer, on, random_variables
+from tests.train.training import GROUPED_QUERIES, Trainer, on, random_variables
 
 MESHES = [
     "data=4",
@@ -173,9 +173,17 @@ def test_each_of_sixteen_devices_makes_a_sixteenth_of_the_experts_orthogonal(run
     assert 16 * multiplications(compiled(run, mesh, is_expert)) == alone
 
 
-@pytest.mark.parametrize("mesh", ["data=2,expert=4,tensor=2", "data=2,pipe=2,expert=4"])
-def test_training_with_muon_on_a_mesh_is_training_on_one_device(run, mesh):
-    variables = random_variables(run)
-    want = Trainer.of(run, variables).train(2)
-    got = Trainer.of(on(run, mesh), variables)
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("data=2,expert=4,tensor=2", []),
+        ("data=2,pipe=2,tensor=2,expert=2", [GROUPED_QUERIES]),
+    ],
+    ids=["latent attention", "grouped queries"],
+)
+def test_training_with_muon_on_a_mesh_is_training_on_one_device(run, mesh, settings):
+    changed = override(run, settings)
+    variables = random_variables(changed)
+    want = Trainer.of(changed, variables).train(2)
+    got = Trainer.of(on(changed, mesh), variables)
     got.train_beside(want)

@@ -22,6 +22,7 @@ from jmoe.train import layout as layouts
 from jmoe.train import pipelined, stages
 from jmoe.train import step as steps
 from tests.train.training import (
+    GROUPED_QUERIES,
     Trainer,
     assert_same,
     batch,
@@ -106,7 +107,7 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "pipeline.remat=stage",
             "model.remat=block",
             "model.num_dense_layers=0",
-            "model.attention.query_latent_dim=none",
+            GROUPED_QUERIES,
             "model.mtp_depth=0",
         ),
         (
@@ -118,7 +119,7 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
     ],
     ids=[
         "stages computed again, masks, tied",
-        "overlapped, blocks computed again",
+        "overlapped, grouped queries, blocks computed again",
         "global batch's loss, z-loss, two MTP modules",
     ],
 )

@@ -8,7 +8,13 @@ import pytest
 from jmoe.config import RunConfig, override
 from jmoe.ops import fp8
 from tests.programs import equations
-from tests.train.training import Trainer, batch, on, random_variables
+from tests.train.training import (
+    GROUPED_QUERIES,
+    Trainer,
+    batch,
+    on,
+    random_variables,
+)
 
 VOCAB, EXPERTS, LENGTH = 312, 56, 40  # like no other dimension of the model
 STEPS = 3
@@ -93,8 +99,12 @@ def test_embedding_head_router_norms_and_softmax_stay_as_they_are(run, variables
     assert (EXPERTS, hidden, 2 * cfg.moe.expert_mlp_dim) in shapes
 
 
-def test_inputs_of_the_layer_after_attention_are_kept_in_e5m6(run, variables):
-    trainer = Trainer.of(override(run, ["precision=fp8"]), variables)
+@pytest.mark.parametrize(
+    "settings", [[], [GROUPED_QUERIES]], ids=["latent attention", "grouped queries"]
+)
+def test_inputs_of_the_layer_after_attention_are_kept_in_e5m6(run, settings):
+    run = override(run, ["precision=fp8", *settings])
+    trainer = Trainer.of(run, random_variables(run))
     jaxpr = jax.make_jaxpr(trainer.step)(trainer.state, batch(run, seed=0)).jaxpr
     found = [e for e, _ in equations(jaxpr) if e.params.get("name") == "kept_in_e5m6"]
     attention = run.model.attention

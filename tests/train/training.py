@@ -24,6 +24,12 @@ KEEP = optax.GradientTransformation(
     init=lambda params: params, update=lambda gradients, *_: (gradients, gradients)
 )
 
+# Of everything that this kind of attention may have; two devices divide the heads.
+GROUPED_QUERIES = (
+    "model.attention={'kind': 'gqa', 'num_heads': 4, 'num_kv_heads': 2, 'head_dim': 12,"
+    " 'rope_dim': 8, 'qk_norm_eps': 1e-6, 'qkv_bias': True}"
+)
+
 TIES = 2  # choices of a step that a rounding may decide
 
 

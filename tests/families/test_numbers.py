@@ -1,0 +1,113 @@
+"""A tiny model of every family computes what transformers' does, both ways on disk."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jmoe import families
+from jmoe.config import records
+from jmoe.export import hf, names
+from tests import parity
+from tests.families.cases import TINY
+from tests.parity import by_expert, hf_tensors, relative_error
+
+transformers = pytest.importorskip("transformers", reason="compares with transformers")
+load_file = pytest.importorskip("safetensors.torch").load_file
+
+TOLERANCE = 1e-5
+
+
+def random_variables(cfg):
+    """Without what the family's files don't have."""
+    variables = parity.random_variables(cfg)
+    for path in names.absent(cfg):
+        *parents, last = path.split("/")
+        node = variables
+        for parent in parents:
+            node = node[parent]
+        node[last] *= 0
+    return variables
+
+
+@pytest.fixture(scope="module", params=TINY)
+def cfg(request):
+    return TINY[request.param]
+
+
+@pytest.fixture(scope="module")
+def measured(cfg):
+    """The same model on both sides: (jmoe's, transformers'), without MTP."""
+    cfg = records.override(cfg, ["mtp_depth=0"])
+    variables = random_variables(cfg)
+    tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 19))
+    theirs = parity.run_transformers(cfg, hf_tensors(variables, cfg), tokens_BT)
+    return parity.run_jmoe(cfg, variables, tokens_BT), theirs
+
+
+def test_logits_loss_and_all_gradients_are_equal(measured):
+    ours, theirs = measured
+    assert relative_error(ours.logits, theirs.logits) < TOLERANCE
+    assert relative_error(ours.loss, theirs.loss) < TOLERANCE
+    for name, gradient in theirs.gradients.items():
+        assert relative_error(ours.gradients[name], gradient) < TOLERANCE, name
+
+
+def test_every_router_chooses_the_same_experts_with_the_same_gates(measured):
+    ours, theirs = measured
+    assert ours.routing
+    for got, want in zip(ours.routing, theirs.routing, strict=True):
+        (got_NK, got_gate_NK), (want_NK, want_gate_NK) = map(by_expert, (got, want))
+        np.testing.assert_array_equal(got_NK, want_NK)
+        assert relative_error(got_gate_NK, want_gate_NK) < TOLERANCE
+
+
+def test_an_export_loads_with_no_missing_and_no_unexpected_key(cfg, tmp_path):
+    hf.save(tmp_path / "hf", cfg, random_variables(cfg), shard_bytes=20_000)
+    architecture = parity.architecture(cfg)
+    config = architecture.config_class.from_pretrained(tmp_path / "hf")
+    config.model_type = architecture.config_class.model_type
+    _, info = architecture.from_pretrained(
+        tmp_path / "hf", config=config, output_loading_info=True, dtype="auto"
+    )
+    mtp = f"model.layers.{cfg.num_layers}."  # which no family's class has
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith(mtp)]
+    assert not info["missing_keys"] and not info["mismatched_keys"] and not unexpected
+
+
+def test_what_transformers_saved_comes_back_byte_by_byte(cfg, tmp_path):
+    cfg = records.override(cfg, ["mtp_depth=0"])
+    model = parity.transformers_model(cfg, families.to_hf(cfg))
+    model.save_pretrained(tmp_path / "theirs")
+    got_cfg, variables = hf.load(tmp_path / "theirs")
+    hf.save(tmp_path / "ours", got_cfg, variables)
+    theirs, ours = (
+        load_file(tmp_path / side / "model.safetensors") for side in ("theirs", "ours")
+    )
+    assert theirs.keys() == ours.keys()
+    for name, x in theirs.items():
+        assert (x.dtype, x.tolist()) == (ours[name].dtype, ours[name].tolist()), name
+
+
+def test_variables_come_back_bit_by_bit_with_mtp_modules_and_stacked_layers(
+    cfg, tmp_path
+):
+    cfg = records.override(cfg, ["layer_loop=scan"])
+    variables = random_variables(cfg)
+    hf.save(tmp_path / "hf", cfg, variables)
+    got_cfg, got = hf.load(tmp_path / "hf")
+    assert dataclasses.replace(got_cfg, hf_extras="{}") == cfg
+    assert jax.tree.structure(got) == jax.tree.structure(variables)
+    jax.tree.map(np.testing.assert_array_equal, got, variables)
+
+
+def test_biases_that_the_files_cannot_hold_are_not_lost_in_silence(cfg, tmp_path):
+    absent = names.absent(cfg)
+    if not absent:
+        hf.save(tmp_path / "hf", cfg, parity.random_variables(cfg))
+        return
+    with pytest.raises(ValueError, match="no selection biases. Train without") as error:
+        hf.save(tmp_path / "hf", cfg, parity.random_variables(cfg))
+    assert absent[0] in str(error.value) and cfg.family in str(error.value)
+    assert not (tmp_path / "hf").exists()
