@@ -137,7 +137,7 @@ NAMED = {
     # tables that tell parts of a model apart: by a module's name, which is all that a
     # compiled program and a tree of weights have of it
     "jmoe/plan/memory.py": {
-        *"attention embedding experts project router shared".split()
+        *("attention", "embedding", "experts", "project", "router", "shared"),
     },
     "jmoe/plan/numerics.py": {"attention", "experts", "router"},
     "jmoe/evals/fp8_ranges.py": {"down", "gate_up"},
