@@ -285,7 +285,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE blocks of the main model; each MTP module adds one of its own."""
+        """The MoE blocks of the main model; each MTP module adds one of its own."""
         return self.num_layers - self.num_dense_layers
 
     @property
@@ -300,7 +300,7 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """The shape called `name`; ValueError lists the known ones."""
+        """Returns the shape called `name`; ValueError lists the known ones."""
         from jmoe.config import presets  # presets are made of these records
 
         return checks.lookup(presets.MODELS, name, "model preset")()

@@ -78,7 +78,7 @@ class Scored(NamedTuple):
 
 
 def top2_sum(score_NGJ: jax.Array) -> jax.Array:
-    """The sum of a group's best two scores, [N, G]; of a group of one, its score."""
+    """Returns the sum of a group's best two scores, [N, G]; a lone one's score."""
     if score_NGJ.shape[-1] == 1:
         return score_NGJ[..., 0]
 
@@ -100,7 +100,7 @@ GROUP_SCORE = {"top2_sum": top2_sum, "max": functools.partial(jnp.max, axis=-1)}
 def limit_to_groups(
     biased_NE: jax.Array, cfg: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Biased scores, -inf outside of each token's best groups, and group scores [N, G].
+    """Returns biased scores, -inf outside of best groups, and group scores [N, G].
 
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
     """
@@ -115,7 +115,7 @@ def limit_to_groups(
 
 
 def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:
-    """Combine weights [N, K] from the raw scores of the chosen experts."""
+    """Returns combine weights [N, K] from the raw scores of the chosen experts."""
     gate_NK = jnp.take_along_axis(score_NE, expert_NK, axis=-1)
     if cfg.normalize_gates:
         gate_NK = gate_NK / (gate_NK.sum(-1, keepdims=True) + GATE_EPSILON)
@@ -170,7 +170,7 @@ def selection_margins(
     group_NG: jax.Array,
     cfg: RouterConfig,
 ) -> jax.Array:
-    """How far each expert is above the point where the token's choice of it flips."""
+    """Returns how far each expert is above where a token's choice of it flips."""
     expert_N = bias.selection_threshold(reachable_NE, cfg.top_k)
     group_N = bias.selection_threshold(group_NG, cfg.groups_per_token)
     margin_NG = jnp.repeat(group_NG - group_N[:, None], cfg.group_size, axis=-1)

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
     ) -> Output:
-        """All logits on one device, for short sequences and small vocabularies."""
+        """Returns one device's logits, for short sequences and small vocabularies."""
         features = self.features(tokens_BT, segment_BT, is_real_BT)
 
         def logits(hidden_BTD):
@@ -171,7 +171,7 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
-    """Where the biases are in `router_state`, in the order of the load's layers."""
+    """Returns where the biases are in `router_state`, in the order of loads' layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
         layers = [("moe", *tail)]
@@ -181,7 +181,7 @@ def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
 
 
 def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
-    """Every MoE layer's selection bias, float32 [L, E]."""
+    """Returns every MoE layer's selection bias, float32 [L, E]."""
     found = []
     for path in bias_paths(cfg):
         leaf = router_state
@@ -205,7 +205,7 @@ def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
 
 
 def _by_router(values: dict[str, jax.Array], cfg: ModelConfig) -> dict[str, Any]:
-    """A tree that holds, beside each router's bias, its rows of each [L, E]."""
+    """Returns a tree that holds, beside each router's bias, its rows of each [L, E]."""
     state: dict[str, Any] = {}
     row = 0
     for path in bias_paths(cfg):

@@ -37,7 +37,7 @@ SCORES = {
 
 
 def _spread(load_E: jax.Array | None) -> losses.Spread:
-    """Where a batch's tokens lie; a sequence's are on the devices of `tensor`.
+    """Says where a batch's tokens lie; a sequence's are on the devices of `tensor`.
 
     Args:
       load_E: the whole step's, where it is known; None: a step is this microbatch.

@@ -51,7 +51,7 @@ class Features(NamedTuple):
 
 
 class Tail(nn.Module):
-    """From the last layer's output to `Features`, with what MTP modules measured."""
+    """Leads from the last layer's output to `Features`, with MTP modules' measures."""
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
@@ -106,7 +106,7 @@ def prepare(
     *,
     scanned: bool,
 ) -> type[nn.Module]:
-    """`block`, which gathers its parameters and recomputes what it should."""
+    """Returns `block`, which gathers its parameters and recomputes what it should."""
     if gather_layer is not None:
         gather = functools.partial(gather_layer, name)
         block = nn.map_variables(

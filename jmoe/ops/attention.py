@@ -54,12 +54,12 @@ class _Blocks(NamedTuple):
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
     def cut_queries(self, x_BTH: jax.Array) -> jax.Array:
-        """[B, T, H, ...] as [s, B, K, group * block, ...]."""
+        """Returns [B, T, H, ...] as [s, B, K, group * block, ...]."""
         x = self.cut(x_BTH, HEADS_FIRST[: x_BTH.ndim + 1])
         return x.reshape(*x.shape[:2], -1, self.group * self.size, *x.shape[4:])
 
     def join_queries(self, x: jax.Array, length: int) -> jax.Array:
-        """What `cut_queries` made of [B, length, H, ...]."""
+        """Returns what `cut_queries` made of [B, length, H, ...]."""
         x = x.reshape(*x.shape[:2], -1, self.size, *x.shape[4:])
         return self.join(x, HEADS_FIRST[: x.ndim], length)
 

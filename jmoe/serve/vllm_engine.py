@@ -184,8 +184,10 @@ def _bytes(gib: float) -> int:
 
 
 def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
-    """Which cores each rank computes on, as in "0,1|2,3"; by itself vLLM wants a NUMA
-    node for each. Replicas that share a machine share its cores out in number only.
+    """Returns which cores each rank computes on, as in "0,1|2,3".
+
+    By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
+    cores out in number only.
     """
     ranks = serving.engine.num_devices * serving.max_replicas
     share = max(len(host.cores) // ranks, 1)
