@@ -54,7 +54,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jmoe.config import RunConfig, override, presets
-from jmoe.train import run_files, runtime
+from jmoe.monitor import run_files
+from jmoe.train import runtime
 from jmoe.train.loop import train
 
 RESULTS = pathlib.Path(__file__).parent / "results"

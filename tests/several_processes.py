@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jmoe.parallel import lines, meeting, processes
+from jmoe.parallel import channel, processes, rendezvous
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECRET = b"only these processes know it"
@@ -56,7 +56,7 @@ def start(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),  # of two alike, the last one counts
         "PYTHONPATH": str(root),
-        lines.SECRET: SECRET.decode(),
+        channel.SECRET: SECRET.decode(),
     }
     return subprocess.Popen(
         [sys.executable, *arguments],
@@ -128,7 +128,7 @@ def together(function: Callable[[Any], Any], *values: Any) -> list[Any]:
     address = free_address()
 
     def live(index: int) -> Any:
-        group = meeting.meet(address, len(values), index, 20.0, SECRET)
+        group = rendezvous.join(address, len(values), index, 20.0, SECRET)
         with processes.membership(group):
             return function(values[index])
 

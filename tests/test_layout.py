@@ -12,7 +12,7 @@ import pytest
 
 from jmoe.balance import dropping
 from jmoe.config import attention, model, run
-from jmoe.ops import fp8, rope
+from jmoe.ops import fp8, grouped, rope
 from jmoe.parallel import exchange
 from jmoe.train import muon, optimizer, schedules
 
@@ -29,6 +29,7 @@ LAYERS = (
     "families",
     "data",
     "checkpoint",
+    "monitor",
     "train",
     "decode",
     "evals",
@@ -140,6 +141,7 @@ def test_a_new_flag_is_a_decision():
         (run.OPTIMIZERS, optimizer.OPTIMIZERS),
         (run.MUON_SCALES, muon.SCALES),
         (run.PRECISIONS, ["native", *fp8.RECIPES]),
+        (model.EXPERT_BACKENDS, grouped.BACKENDS),
         (model.EXCHANGES, exchange.BACKENDS),
         (model.WIRE_DTYPES, exchange.WIRES),
         (model.DROP_ORDERS, dropping.DROP_ORDERS),
@@ -150,6 +152,7 @@ def test_a_new_flag_is_a_decision():
         "optimizers",
         "muon_scales",
         "precisions",
+        "expert_backends",
         "exchanges",
         "wire_dtypes",
         "drop_orders",

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from experiments.benchmarks import faults_runs
 from experiments.benchmarks.report import ROOT, Figure
 from experiments.benchmarks.workers import cores
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 from tests.faults import starts
 
 IMPORTS = ("jmoe.train.loop", "jmoe.decode.generate", "jmoe.decode.on_mesh")
@@ -34,7 +34,7 @@ SHARES = {"starting": 0.1, "training": 0.4, "ending": 0.1, "line": 0.4}
 LINES_OF = (
     "jmoe/checkpoint/*.py",
     "jmoe/data/durable.py",
-    "jmoe/train/metrics_log.py",
+    "jmoe/monitor/metrics_log.py",
 )
 _AFTER_A_STEP_S = 0.3  # at most; a save takes about as long
 _STEPS_BEYOND = 12  # the checkpoint, at most, of a moment in training

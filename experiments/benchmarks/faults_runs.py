@@ -16,7 +16,7 @@ from jmoe.checkpoint import manifest
 from jmoe.checkpoint.pieces import Pieces
 from jmoe.config import RunConfig, override
 from jmoe.data import durable
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 from tests import smallest_run
 from tests.train import whole_runs

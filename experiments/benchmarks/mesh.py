@@ -8,9 +8,9 @@ is the price of dividing the step. They copy what real devices have each their o
 rows at a time.
 
 Three layers of the `bench_s` shape, in float32, with AdamW. On the mesh the experts
-recompute their activations (`blocks_remat`), as the room for stored ones would be for
-all devices' tokens. Of two exchanges, the padded all-to-all sends each peer as many
-slots as there are tokens, which can't overflow; the other gathers all tokens.
+recompute their activations (`moe.remat`), as stored ones would take memory for all
+devices' tokens. Of two exchanges, the padded all-to-all sends each peer as many slots
+as there are tokens, which can't overflow; the other gathers all tokens.
 
 They take turns, as in the suite `train_cpu`. As in the suite `pipeline`, the second of
 a turn's steps counts, and several devices have their memory in huge pages (one isn't
@@ -80,7 +80,11 @@ def measure(workload: Workload, rounds: int) -> Mapping[str, Sequence[Turn]]:
 
 
 def on_mesh(workload: Workload, exchange: str) -> Workload:
-    settings = [f"moe.exchange.backend={exchange}", "moe.backend=blocks_remat"]
+    settings = [
+        f"moe.exchange.backend={exchange}",
+        "moe.backend=blocks",
+        "moe.remat=activations",
+    ]
     return dataclasses.replace(workload, model=override(workload.model, settings))
 
 

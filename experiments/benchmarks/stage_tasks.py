@@ -29,6 +29,7 @@ from jmoe.parallel.schedule.ticks import as_ticks
 from jmoe.train import pipelined, stages
 from jmoe.train.layout import WHOLE, born, make_layout, on_mesh, put_batch, run_mesh
 from jmoe.train.losses import normalisers, prediction_losses, sum_losses
+from jmoe.train.microbatch import Microbatch
 from jmoe.train.runtime import step_after_step
 
 _CALLS = 3
@@ -77,13 +78,13 @@ def alone(workload: Workload, ranks: int) -> Tasks:
     variables = born(layout, functools.partial(make_variables, model, 0))
     batch = jax.tree.map(jnp.asarray, _microbatches(workload))
     norms = normalisers(batch, run)
-    pieces = pipelined.Pieces(model, run, layout, gpipe(1, 1), norms)
+    staged = pipelined.StagedModel(model, run, layout, gpipe(1, 1), norms)
 
     def lose(features, batch):
         return prediction_losses(features, batch, run, norms).main, ()
 
     params, router_state = variables["params"], variables["router_state"]
-    whole = pieces.model(params, router_state, batch, lose)
+    whole = staged.model(params, router_state, Microbatch(batch), lose)
     passes = _passes(whole)
     stages_of = list(_instructions(run, ranks, workload.length))
 

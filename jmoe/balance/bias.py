@@ -71,7 +71,7 @@ def sign(
     rate: float | jax.Array,
     margin_EM: jax.Array | None = None,
 ) -> jax.Array:
-    """The paper's rule: a fixed step up below the mean load, down above it."""
+    """Steps up below the mean load, down above it, by one size: the paper's rule."""
     return bias_E + rate * _direction(load_E)
 
 
@@ -82,7 +82,10 @@ def sign_centered(
     rate: float | jax.Array,
     margin_EM: jax.Array | None = None,
 ) -> jax.Array:
-    """`sign` without the step's mean, which moves no choice but lets the bias drift."""
+    """Steps by `sign` without the step's mean.
+
+    That mean moves no choice but lets the bias drift.
+    """
     direction_E = _direction(load_E)
     return bias_E + rate * (direction_E - direction_E.mean(-1, keepdims=True))
 
@@ -128,12 +131,12 @@ MARGIN_RULES = frozenset({"quantile"})  # histograms are computed for these alon
 
 
 def update_rule(name: str) -> UpdateRule:
-    """The rule called `name`; ValueError lists the known ones."""
+    """Returns the rule called `name`; ValueError lists the known ones."""
     return checks.lookup(UPDATE_RULES, name, "update rule")
 
 
 def selection_threshold(score_TE: jax.Array, top_k: int) -> jax.Array:
-    """The score at which a token's choice of its `top_k` largest would flip.
+    """Returns the score at which a token's choice of its `top_k` largest would flip.
 
     With biased scores as `score_TE`, the margins are `score_TE - threshold_T[:, None]`.
     Where groups of experts are chosen first, an expert needs both, so that
@@ -158,7 +161,9 @@ def selection_threshold(score_TE: jax.Array, top_k: int) -> jax.Array:
 
 
 def bin_edges(num_bins: int) -> np.ndarray:
-    """The edges of `margin_histogram`'s bins: float32 [num_bins + 1], from -1 to 1.
+    """Returns the edges of `margin_histogram`'s bins: float32 [num_bins + 1].
+
+    They go from -1 to 1.
 
     Uniform in u, where margin = u / (9 - 8 |u|). So they are narrowest around 0, where
     margins decide. 0 itself is an edge: bins from `num_bins // 2` on count the load.
@@ -207,7 +212,7 @@ def _check_bins(num_bins: int) -> None:
 
 
 def _mean_load(load_E: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The mean load as an int32 and a float32 in [0, 1), each of shape [..., 1].
+    """Returns the mean load as an int32 and a float32 in [0, 1), each [..., 1].
 
     The total of a large batch may not fit in int32; quotients and remainders do.
     """
@@ -218,7 +223,7 @@ def _mean_load(load_E: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _direction(load_E: jax.Array) -> jax.Array:
-    """sign(mean - load) as float32, compared exactly.
+    """Returns sign(mean - load) as float32, compared exactly.
 
     Integers are below the mean where they are below it rounded up, and above it where
     they are above it rounded down. Float32 would call 2**24 + 1 balanced among 2**24.
@@ -230,7 +235,10 @@ def _direction(load_E: jax.Array) -> jax.Array:
 
 
 def _fair_quantile(margin_EM: jax.Array, load_E: jax.Array) -> jax.Array:
-    """The margin that as many tokens exceed as the mean load has, interpolated."""
+    """Returns the margin that as many tokens exceed as the mean load has.
+
+    It is interpolated.
+    """
     whole, rest = _mean_load(load_E)
     tail_EM = jax.lax.cumsum(margin_EM, axis=margin_EM.ndim - 1, reverse=True)
     surplus_EM = (tail_EM - whole[..., None]) - rest[..., None]

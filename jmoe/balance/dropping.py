@@ -1,14 +1,14 @@
-"""How much room visiting tokens find, and which of them go without.
+"""Capacities of peers, and which of the tokens that visit them are dropped.
 
 Experts are divided over P peers. A token *visits* each peer that hosts one of its
-chosen experts, once, however many of them are there. A peer has room for a fixed number
-of visits; those beyond it are dropped, with all the choices that they stand for. What
-is left of the token keeps its gates: they are not scaled up again.
+chosen experts, once, however many of them are there. A peer's *capacity* is a fixed
+number of visits; those beyond it are dropped, with all the choices that they stand for.
+What is left of the token keeps its gates: they are not scaled up again.
 
-The room is enough for everything, or a capacity factor times a peer's balanced load:
+It is enough for everything, or a capacity factor times a peer's balanced load:
 the visits that it gets if all experts are alike (GShard, arXiv 2006.16668, section 2.2,
 has it for each expert). If a token may choose from few groups of experts (DeepSeek-V3's
-node-limited routing), it visits few peers, and they need little room.
+node-limited routing), it visits few peers, and they need little capacity.
 
 Shapes: N token, K choice of a token, P peer, V most visits of a token.
 """
@@ -40,7 +40,10 @@ class Visits(NamedTuple):
 
 
 def most_visits(router: RouterConfig, peers: int) -> int:
-    """V: how many of `peers`, which divide the experts evenly, one token can need."""
+    """Returns V: how many of `peers` one token can need.
+
+    They divide the experts evenly.
+    """
     per_peer = router.num_experts // peers
     starts = range(0, router.num_experts, router.group_size)
     ends = (start + router.group_size - 1 for start in starts)
@@ -65,7 +68,7 @@ def expected_visits(router: RouterConfig, peers: int) -> Fraction:
 
 
 def _missed(router: RouterConfig, first: int, hosted: int) -> int:
-    """How many choices, of groups and of experts, have none of `hosted` experts."""
+    """Returns how many choices of groups and experts have none of `hosted` experts."""
     # Of so many groups, which host so many of these experts: how many choices.
     ways = collections.Counter({(0, 0): 1})
     for start in range(0, router.num_experts, router.group_size):
@@ -81,47 +84,53 @@ def _missed(router: RouterConfig, first: int, hosted: int) -> int:
     )
 
 
-def send_room(
+def send_capacity(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
-    """C: visits of its `num_tokens` that a device can pay to one peer.
+    """Returns C: visits of its `num_tokens` that a device can pay to one peer.
 
     `factor`, the capacity factor, is a multiple of the balanced load. All visits fit if
-    it is None, or leaves room for as many.
+    it is None, or makes a capacity of as many.
     """
-    return _room(factor, num_tokens, router, peers)
+    return _capacity(factor, num_tokens, router, peers)
 
 
-def receive_room(
+def receive_capacity(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
-    """R: visits that a peer can receive from all devices, of `num_tokens` each."""
-    return _room(factor, peers * num_tokens, router, peers)
+    """Returns R: visits that a peer can receive from all devices.
+
+    Each has `num_tokens`.
+    """
+    return _capacity(factor, peers * num_tokens, router, peers)
 
 
-def _room(
+def _capacity(
     factor: float | None, num_tokens: int, router: RouterConfig, peers: int
 ) -> int:
-    """A peer's, of the visits that so many tokens pay to it."""
-    if factor is None or has_room_for_all(factor, router, peers):
+    """Returns a peer's capacity, of the visits that so many tokens pay to it."""
+    if factor is None or is_dropless(factor, router, peers):
         return num_tokens
-    return math.ceil(num_tokens * _room_for_each(factor, router, peers))
+    return math.ceil(num_tokens * _capacity_per_token(factor, router, peers))
 
 
-def has_room_for_all(factor: float, router: RouterConfig, peers: int) -> bool:
-    """Returns whether each peer has room for all tokens with this capacity factor."""
-    return _room_for_each(factor, router, peers) >= 1
+def is_dropless(factor: float, router: RouterConfig, peers: int) -> bool:
+    """Returns whether this capacity factor lets each peer hold all tokens."""
+    return _capacity_per_token(factor, router, peers) >= 1
 
 
-def _room_for_each(factor: float, router: RouterConfig, peers: int) -> Fraction:
-    """Of a peer, for each token; exactly, as 1.1 x 50 is above 55 in floating point."""
+def _capacity_per_token(factor: float, router: RouterConfig, peers: int) -> Fraction:
+    """Returns a peer's capacity as a share of all tokens.
+
+    It is exact, as 1.1 x 50 is above 55 in floating point.
+    """
     return Fraction(str(factor)) * expected_visits(router, peers) / peers
 
 
 def find_visits(
     expert_NK: jax.Array, gate_NK: jax.Array, router: RouterConfig, peers: int
 ) -> Visits:
-    """The visits that tokens need for their choices.
+    """Returns the visits that tokens need for their choices.
 
     Args:
       expert_NK: int32 in [0, E]; E is nobody, whom no peer hosts.
@@ -142,7 +151,7 @@ def find_visits(
 
 
 def count_visits(visits: Visits, peers: int) -> jax.Array:
-    """How many visits each peer gets, int32 [P]."""
+    """Returns how many visits each peer gets, int32 [P]."""
     return _is_visited(visits, peers).sum(0, dtype=jnp.int32)
 
 
@@ -153,20 +162,23 @@ def _is_visited(visits: Visits, peers: int) -> jax.Array:
 DropOrder = Callable[[Visits, int], jax.Array]
 """`order(visits, peers)`: int32 [N, V], each visit's rank among those to its peer.
 
-Ranks count from 0. Where there is room for n visits, those of rank n and more go. Empty
-visits have any rank.
+Ranks count from 0. With a capacity of n, visits of rank n and more go. Empty visits
+have any rank.
 """
 
 
 def by_position(visits: Visits, peers: int) -> jax.Array:
-    """Later tokens go first."""
+    """Ranks visits by position, so that later tokens go first."""
     rank_NP = jnp.cumsum(_is_visited(visits, peers), axis=0, dtype=jnp.int32) - 1
     peer_NV = jnp.minimum(visits.peer_NV, peers - 1)
     return jnp.take_along_axis(rank_NP, peer_NV, axis=1)
 
 
 def by_score(visits: Visits, peers: int) -> jax.Array:
-    """Visits whose gates have the lowest sum go first; of equals, later tokens."""
+    """Ranks visits so that those whose gates have the lowest sum go first.
+
+    Of equals, later tokens go first.
+    """
     peer_X, gate_X = visits.peer_NV.ravel(), visits.gate_NV.ravel()
     index_X = jnp.arange(peer_X.size, dtype=jnp.int32)
     sorted_X, _, from_X = lax.sort((peer_X, -gate_X, index_X), num_keys=2)
@@ -181,25 +193,28 @@ DROP_ORDERS: dict[str, DropOrder] = {"score": by_score, "position": by_position}
 
 
 def dropped_choices(visits: Visits, is_kept_NV: jax.Array) -> jax.Array:
-    """How many (token, expert) choices are lost with the other visits. int32."""
+    """Returns how many (token, expert) choices, int32, are lost with other visits."""
     return jnp.where(is_kept_NV, 0, visits.choices_NV).sum(dtype=jnp.int32)
 
 
-def share_room(count_S: jax.Array, room: int) -> jax.Array:
-    """How many visits each of S senders may pay to a peer with `room`, int32 [S].
+def share_capacity(count_P: jax.Array, capacity: int) -> jax.Array:
+    """Returns how many visits each sender may pay to one peer, int32 [P].
 
-    All of them where there is room. Otherwise none may pay more than one above another
-    who wanted as many: the room is divided evenly between those that want more than an
+    All of them where they fit. Otherwise none may pay more than one above another who
+    wanted as many: the capacity is divided evenly between those that want more than an
     even share, and of what is left over, the first senders get one each.
+
+    Args:
+      count_P: how many each wants to pay.
     """
-    senders = count_S.shape[0]
-    sorted_S = jnp.sort(count_S)
-    before_S = jnp.cumsum(sorted_S) - sorted_S
+    senders = count_P.shape[0]
+    sorted_P = jnp.sort(count_P)
+    before_P = jnp.cumsum(sorted_P) - sorted_P
     # Were the i least wanting served in full, this is what each of the others gets. No
     # i gives too much, and one of them gives all there is.
-    level = ((room - before_S) // (senders - jnp.arange(senders))).max()
-    allowed_S = jnp.minimum(count_S, level)
-    wants_more_S = count_S > level
-    left_over = room - allowed_S.sum()
-    gets_one_S = wants_more_S & (jnp.cumsum(wants_more_S) <= left_over)
-    return (allowed_S + gets_one_S).astype(jnp.int32)
+    level = ((capacity - before_P) // (senders - jnp.arange(senders))).max()
+    allowed_P = jnp.minimum(count_P, level)
+    wants_more_P = count_P > level
+    left_over = capacity - allowed_P.sum()
+    gets_one_P = wants_more_P & (jnp.cumsum(wants_more_P) <= left_over)
+    return (allowed_P + gets_one_P).astype(jnp.int32)

@@ -28,19 +28,19 @@ Array = jax.Array | np.ndarray
 
 
 def max_violation(load_LE: Array) -> jax.Array:
-    """MaxVio averaged over the layers; from 0 (balanced) to E - 1. Scalar."""
+    """Returns MaxVio averaged over layers, a scalar from 0 (balanced) to E - 1."""
     return max_violation_L(load_LE).mean()
 
 
 def max_violation_L(load_LE: Array) -> jax.Array:
-    """MaxVio of each layer."""
+    """Returns MaxVio of each layer."""
     load_LE = jnp.asarray(load_LE, jnp.float32)
     mean_L = load_LE.mean(-1)
     return (load_LE.max(-1) - mean_L) / jnp.where(mean_L > 0, mean_L, 1)
 
 
 def load_entropy(load_LE: Array) -> jax.Array:
-    """Entropy [L] of the load over the experts, relative to log E: 1 is balanced."""
+    """Returns the load's entropy over experts [L], relative to log E: 1 is balanced."""
     load_LE = jnp.asarray(load_LE, jnp.float32)
     num_experts = load_LE.shape[-1]
     if num_experts == 1:
@@ -52,18 +52,21 @@ def load_entropy(load_LE: Array) -> jax.Array:
 
 
 def dead_experts(load_LE: Array) -> jax.Array:
-    """How many experts of each layer nobody chose: int32 [L]."""
+    """Returns how many experts of each layer nobody chose: int32 [L]."""
     return (jnp.asarray(load_LE) == 0).sum(-1, dtype=jnp.int32)
 
 
 def drop_rate(dropped: Array, routed: Array) -> jax.Array:
-    """The fraction of the choices in `routed` that were dropped, elementwise."""
+    """Returns the fraction of the choices in `routed` that were dropped.
+
+    It is elementwise.
+    """
     routed = jnp.asarray(routed, jnp.float32)
     return jnp.asarray(dropped, jnp.float32) / jnp.maximum(routed, 1)
 
 
 def load_metrics(load_LE: Array, dropped_L: Array) -> dict[str, jax.Array]:
-    """What a training step reports of its experts' load, each of shape [L].
+    """Returns what a training step reports of its experts' load, each of shape [L].
 
     Args:
       load_LE: how many (token, choice) pairs chose each expert.

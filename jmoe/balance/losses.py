@@ -135,7 +135,7 @@ def _count(expert_TK: jax.Array, num_experts: int) -> jax.Array:
 
 
 def _share(score_TE: jax.Array, expert_TK: jax.Array, load_E: jax.Array) -> jax.Array:
-    """The part that these tokens have in the loss of all that `load_E` counts."""
+    """Returns what these tokens add to the loss of all that `load_E` counts."""
     num_experts, top_k = score_TE.shape[-1], expert_TK.shape[-1]
     is_real_T = expert_TK[:, 0] < num_experts
     load_E = load_E.astype(jnp.float32)

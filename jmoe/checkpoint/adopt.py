@@ -35,7 +35,10 @@ class Array:
 def description(
     shape: Sequence[int], chunk_shape: Sequence[int], dtype: np.dtype
 ) -> str:
-    """The text of `.zarray`. A chunk's file is named by its place: "0.3.0"."""
+    """Returns the text of `.zarray`.
+
+    A chunk's file is named by its place: "0.3.0".
+    """
     zarr = {
         "chunks": list(chunk_shape),
         "compressor": None,

@@ -42,7 +42,7 @@ class DamagedCheckpointError(ValueError):
 
 
 def flatten(tree: Any) -> dict[str, Any]:
-    """A pytree's leaves by name, in its order: {"params/embed/kernel": ...}."""
+    """Returns a pytree's leaves by name, in its order: {"params/embed/kernel": ...}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {
         jax.tree_util.keystr(path, simple=True, separator="/"): leaf
@@ -53,7 +53,10 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Dtype and shape of each array or `jax.ShapeDtypeStruct`: "float32[64,8]"."""
+    """Returns dtype and shape of each array or `jax.ShapeDtypeStruct`, as text.
+
+    Say, "float32[64,8]".
+    """
     return {
         name: f"{array.dtype}[{','.join(map(str, array.shape))}]"
         for name, array in arrays.items()
@@ -61,7 +64,7 @@ def describe(arrays: Mapping[str, Any]) -> dict[str, str]:
 
 
 def parse(described: str) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of what `describe` says of an array."""
+    """Returns dtype and shape of what `describe` says of an array."""
     dtype, _, dims = described.rstrip("]").partition("[")
     return dtype, tuple(int(size) for size in dims.split(",") if size)
 
@@ -89,7 +92,7 @@ def write(
 
 
 def read(directory: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files have their full size.
+    """Returns the manifest of a checkpoint whose files have their full size.
 
     Raises:
       DamagedCheckpointError: the manifest was altered or is another step's, or a file
@@ -109,7 +112,7 @@ def read(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _read_own(directory: pathlib.Path) -> dict[str, Any]:
-    """The manifest as it was written; only its files remain to be looked at."""
+    """Returns the manifest as it was written; only its files remain to be looked at."""
     try:
         manifest = json.loads((directory / FILE_NAME).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -126,7 +129,10 @@ def _read_own(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def _is_well_formed(manifest: Any) -> bool:
-    """Of older manifests, which have no sum of their own, no more can be said."""
+    """Returns whether a manifest is well-formed.
+
+    Of older manifests, which have no sum of their own, no more can be said.
+    """
     if not isinstance(manifest, dict):
         return False
     if not _FIELDS.keys() <= manifest.keys() <= _KINDS.keys():
@@ -140,7 +146,7 @@ def _is_well_formed(manifest: Any) -> bool:
 
 
 def _own_crc(manifest: Mapping[str, Any]) -> int:
-    """CRC-32 of what a manifest says, however it is laid out as text."""
+    """Returns CRC-32 of what a manifest says, however it is laid out as text."""
     return zlib.crc32(json.dumps(manifest, sort_keys=True).encode())
 
 
@@ -153,7 +159,7 @@ def check_sums(directory: pathlib.Path, files: Mapping[str, Sequence[int]]) -> N
 def compare(
     directory: pathlib.Path,
     files: Mapping[str, Sequence[int]],
-    parts: Iterable[sums.Part],
+    parts: Iterable[sums.Checksum],
 ) -> None:
     """Raises DamagedCheckpointError for a file of which other bytes were read.
 
@@ -203,7 +209,7 @@ def check_arrays(
 
 
 def _readable_as(expected: str, found: str) -> bool:
-    """Same shape, and the same dtype or both floating point."""
+    """Returns whether shapes are the same, and dtypes are, or are both floating."""
     dtype, _, shape = expected.partition("[")
     stored_dtype, _, stored_shape = found.partition("[")
     return shape == stored_shape and (

@@ -37,7 +37,7 @@ class Pieces:
         return self._manifest["files"]
 
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
-        """`array[index]` of leading dimensions."""
+        """Returns `array[index]` of leading dimensions."""
         if name not in self._opened:
             self._opened[name] = tensorstore.open(self._spec(name)).result()
         return self._opened[name][index].read().result()

@@ -82,7 +82,7 @@ class Store:
         self._remover = removal.Remover()
 
     def latest_step(self) -> int | None:
-        """The newest whole checkpoint; warns of newer ones that are damaged.
+        """Returns the newest whole checkpoint; warns of newer ones that are damaged.
 
         Returns None where nothing was ever saved.
 
@@ -217,7 +217,7 @@ class Store:
         return treedef.unflatten(arrays[name] for name in wanted), position, found
 
     def locate(self, step: Which = None) -> pathlib.Path:
-        """The directory of the newest whole checkpoint, or of `step`'s, or the best.
+        """Returns the directory of the newest whole checkpoint, `step`'s or the best.
 
         For reading in part (`jmoe.checkpoint.pieces`); sums aren't compared.
 
@@ -283,7 +283,7 @@ class Store:
         return self._directory / str(step)
 
     def _steps(self) -> list[int]:
-        """Steps that have a directory, whole or not, newest first."""
+        """Returns steps that have a directory, whole or not, newest first."""
         names = (path.name for path in self._directory.glob("*") if path.is_dir())
         steps = (int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
         return sorted(steps, reverse=True)
@@ -300,7 +300,7 @@ class Store:
         )
 
     def _number(self, step: Which) -> int | None:
-        """That of the best checkpoint, where this is asked for."""
+        """Returns the step of the best checkpoint, where this is asked for."""
         if step != BEST:
             return step
         paths = map(self._path, self._steps())
@@ -317,7 +317,9 @@ class Store:
     def _choose(
         self, step: int | None, expected: Mapping[str, str], ignore: Collection[str]
     ) -> tuple[int, dict[str, Any]]:
-        """The step to read and the loader's position; each process reads some files.
+        """Returns the step to read and the loader's position.
+
+        Each process reads some files.
 
         All processes have the same parts to compare, and come to the same end.
         """
@@ -349,7 +351,10 @@ class Store:
         expected: Mapping[str, str],
         ignore: Collection[str],
     ) -> tuple[int, dict[str, Any], dict[str, list[int]]]:
-        """Step, position and files of the newest that may be whole, before `passed`."""
+        """Returns step, position and files of the newest that may be whole.
+
+        It comes before `passed`.
+        """
         if step is not None:
             self._require(step)
         for candidate in self._steps() if step is None else [step]:

@@ -28,7 +28,7 @@ _ONE = 1 << 31
 _X8 = 1 << 23
 
 
-class Part(NamedTuple):
+class Checksum(NamedTuple):
     """How many bytes of a file were read, in a row, and their sum; None if it is gone.
 
     JSON makes a list of it, which will do as well.
@@ -41,7 +41,7 @@ class Part(NamedTuple):
 
 def read(
     directory: pathlib.Path, sizes: Mapping[str, int], index: int = 0, count: int = 1
-) -> list[Part]:
+) -> list[Checksum]:
     """Reads share `index` of `count` equal shares of all bytes of these files.
 
     Args:
@@ -53,10 +53,10 @@ def read(
     blocks = list(_blocks(sizes, index, count))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         parts = pool.map(lambda block: _read_block(directory, *block), blocks)
-        return [Part(name, *pair) for name, pair in join(parts).items()]
+        return [Checksum(name, *pair) for name, pair in join(parts).items()]
 
 
-def join(parts: Iterable[Part]) -> dict[str, tuple[int, int | None]]:
+def join(parts: Iterable[Checksum]) -> dict[str, tuple[int, int | None]]:
     """Returns size and sum of each file of which there are parts, in their order."""
     files: dict[str, tuple[int, int | None]] = {}
     for name, size, crc in parts:
@@ -111,7 +111,7 @@ def collect(directory: pathlib.Path) -> dict[str, list[int]]:
 def _blocks(
     sizes: Mapping[str, int], index: int, count: int
 ) -> Iterator[tuple[str, int, int]]:
-    """Name, start and stop of what one thread reads at a time."""
+    """Yields name, start and stop of what one thread reads at a time."""
     total = sum(sizes.values())
     first, last = total * index // count, total * (index + 1) // count
     at = 0
@@ -122,7 +122,7 @@ def _blocks(
         at += size
 
 
-def _read_block(directory: pathlib.Path, name: str, start: int, stop: int) -> Part:
+def _read_block(directory: pathlib.Path, name: str, start: int, stop: int) -> Checksum:
     crc, at = 0, start
     try:
         with (directory / name).open("rb", buffering=0) as file:
@@ -131,8 +131,8 @@ def _read_block(directory: pathlib.Path, name: str, start: int, stop: int) -> Pa
                 crc = zlib.crc32(chunk, crc)  # while other threads run
                 at += len(chunk)
     except FileNotFoundError:  # as another process removed it
-        return Part(name, 0, None)
-    return Part(name, at - start, crc)
+        return Checksum(name, 0, None)
+    return Checksum(name, at - start, crc)
 
 
 @functools.lru_cache(1 << 12)

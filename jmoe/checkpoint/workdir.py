@@ -35,6 +35,7 @@ FREE = (
     "model.family",
     "model.remat",
     "model.moe.backend",
+    "model.moe.remat",
     "model.moe.exchange",
     "model.attention.block_size",
     "data.cache_dir",
@@ -45,7 +46,9 @@ _TOKENIZER = "data.tokenizer"
 
 
 def check_run(workdir: pathlib.Path, run: RunConfig) -> bool:
-    """Whether `workdir` holds a run that `run` can go on with; changes nothing.
+    """Returns whether `workdir` holds a run that `run` can go on with.
+
+    Changes nothing.
 
     Raises:
       ValueError: a family that isn't known; `workdir` is a file, or holds something
@@ -132,7 +135,7 @@ def check_shared(path: pathlib.Path, timeout_s: float = 60.0) -> None:
 
 
 def read_run(workdir: pathlib.Path) -> RunConfig:
-    """The record in a workdir's `config.json`.
+    """Returns the record in a workdir's `config.json`.
 
     Raises:
       FileNotFoundError: there is none.
@@ -142,7 +145,7 @@ def read_run(workdir: pathlib.Path) -> RunConfig:
 
 
 def read_record(path: pathlib.Path) -> RunConfig:
-    """The record in a file; raises as `read_run` does."""
+    """Returns the record in a file; raises as `read_run` does."""
     try:
         return from_dict(RunConfig, json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
@@ -164,7 +167,7 @@ def _write(workdir: pathlib.Path, run: RunConfig) -> None:
 
 
 def _changes(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
-    """Dotted name -> (old, new) of the values that differ between nested dicts.
+    """Returns dotted name -> (old, new) of values that differ between nested dicts.
 
     Lists of one length count as dicts by index.
     """
@@ -184,7 +187,7 @@ def _is_in(name: str, fields: tuple[str, ...]) -> bool:
 
 
 def _is_own_tokenizer(workdir: pathlib.Path, given: str) -> bool:
-    """Whether the file `given` is what the run keeps a copy of, and goes by."""
+    """Returns whether the file `given` is what the run keeps a copy of."""
     try:
         path = checks.local_path("tokenizer", given)
         return filecmp.cmp(path, workdir / tokenizer.FILE, shallow=False)

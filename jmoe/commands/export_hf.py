@@ -65,11 +65,11 @@ def export(workdir: pathlib.Path, out: pathlib.Path) -> None:
     """Writes `out` as the flags say."""
     from jmoe.checkpoint.retention import parse_which
     from jmoe.export.export_run import export_run
-    from jmoe.export.progress import Progress
+    from jmoe.export.progress import TransferProgress
     from jmoe.export.torch_file import export_torch
 
     writer = {"safetensors": export_run, "pt": export_torch}[_FORMAT.value]
-    with Progress(f"to {out}") as progress:
+    with TransferProgress(f"to {out}") as progress:
         writer(
             workdir,
             out,

@@ -40,11 +40,11 @@ _SET = flags.DEFINE_multi_string(
 def main(argv: list[str]) -> int:
     runtime.set_up(argv)
     from jmoe.export.import_run import import_run
-    from jmoe.export.progress import Progress
+    from jmoe.export.progress import TransferProgress
 
     workdir = runtime.path(_WORKDIR)
     runtime.start_jax()
-    with Progress(f"to {workdir}") as progress:
+    with TransferProgress(f"to {workdir}") as progress:
         import_run(
             runtime.path(_MODEL),
             workdir,

@@ -87,7 +87,7 @@ def _make(name: str) -> timeline.Timeline:
 
 
 def memory() -> None:
-    """Of all of a model's weights, without making one."""
+    """Shows what all of a model's weights take, without making one."""
     from jmoe.config import ModelConfig
     from jmoe.plan import memory as plan
 

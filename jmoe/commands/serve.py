@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_config(exported: vllm_engine.Exported) -> ServeConfig:
-    """--set over the defaults, which depend on the model."""
+    """Returns what --set says over the defaults, which depend on the model."""
     cfg = ServeConfig(name=exported.directory.name)
     if _MTP.value:
         draft_tokens = max(exported.model.mtp_depth, 1)

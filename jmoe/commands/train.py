@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
 
 
 def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
-    """The run that a preset or an experiment file describes, with overrides."""
+    """Returns the run that a preset or an experiment file describes, with overrides."""
     if name.endswith(".json"):
         run = workdirs.read_record(checks.local_path("experiment", name))
     elif not name.endswith(".py"):
@@ -85,7 +85,7 @@ def read_experiment(name: str, assignments: Sequence[str]) -> RunConfig:
 
 
 def _run_file(path: pathlib.Path) -> Any:
-    """What a file's get_config() returns; None if it has none."""
+    """Returns what a file's get_config() returns; None if it has none."""
     if not path.is_file():
         raise FileNotFoundError(f"experiment={str(path)!r} is not a file.")
     try:
@@ -99,7 +99,7 @@ def _run_file(path: pathlib.Path) -> Any:
 
 
 def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
-    """Short completions, as far as the model has positions for them."""
+    """Returns short completions, as far as the model has positions for them."""
     from jmoe.decode.generate import generate
     from jmoe.decode.on_mesh import make_next_logits
 

@@ -8,7 +8,8 @@ DeepSeek-V3 (arXiv 2412.19437); `jmoe.families` maps them to Hugging Face's.
 import dataclasses
 import json
 import math
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jmoe.config import checks
 from jmoe.config.attention import AttentionConfig
@@ -18,15 +19,8 @@ SCORES = ("sigmoid", "softmax")
 GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
-EXPERT_BACKENDS = (
-    "auto",
-    "blocks",
-    "blocks_remat",
-    "ragged",
-    "blocks_apart",
-    "blocks_remat_apart",
-    "ragged_apart",
-)
+EXPERT_BACKENDS = ("auto", "blocks", "ragged")
+EXPERT_REMATS = ("none", "activations")
 EXCHANGES = ("padded", "ragged", "gather")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
@@ -134,6 +128,14 @@ class ExchangeConfig:
             )
 
 
+_BACKENDS_OF_0_1 = {
+    "blocks_remat": {"backend": "blocks", "remat": "activations"},
+    "blocks_apart": {"backend": "blocks"},
+    "blocks_remat_apart": {"backend": "blocks", "remat": "activations"},
+    "ragged_apart": {"backend": "ragged"},
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DenseConfig:
     """One MLP that every token visits."""
@@ -148,18 +150,36 @@ class DenseConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-    """Fine-grained routed experts beside shared ones that every token visits."""
+    """Fine-grained routed experts beside shared ones that every token visits.
+
+    `backend` is that of the grouped matmul, by default the platform's; `remat` is what
+    of the experts a backward pass computes again, which `ragged` always does with their
+    activations. See ops/grouped.py.
+    """
 
     kind: str = "moe"
     router: RouterConfig
     expert_mlp_dim: int
     num_shared_experts: int = 1
-    backend: str = "auto"  # of the grouped matmul: the platform's; see ops/grouped.py
+    backend: str = "auto"
+    remat: str = "none"
     exchange: ExchangeConfig = ExchangeConfig()
 
     def __post_init__(self):
         checks.at_least(self, expert_mlp_dim=1, num_shared_experts=0)
-        checks.one_of(self, kind=("moe",), backend=EXPERT_BACKENDS)
+        checks.one_of(self, kind=("moe",), backend=EXPERT_BACKENDS, remat=EXPERT_REMATS)
+
+    @classmethod
+    def updated(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a record's fields, of which jmoe 0.1 may have written some.
+
+        Its names of backends said, besides, what they computed again, and whether they
+        were a pipeline's.
+        """
+        name = values.get("backend")
+        if name not in _BACKENDS_OF_0_1:
+            return values
+        return {**values, **_BACKENDS_OF_0_1[name]}
 
 
 FeedForwardConfig = DenseConfig | MoEConfig

@@ -32,6 +32,9 @@ def from_dict(
 ) -> Record:
     """Builds the record `cls`; ValueError names the field that doesn't fit.
 
+    A class may have `updated`, which is given what an earlier version may have written
+    and returns the fields of this one.
+
     Args:
       path: of the record in another one, with a dot at its end.
       others: records that could stand in its place.
@@ -39,6 +42,7 @@ def from_dict(
     if not isinstance(values, Mapping):
         what = path.removesuffix(".")
         raise ValueError(f"{what or 'It'} must be a record of {cls.__name__}.")
+    values = getattr(cls, "updated", lambda values: values)(values)
     hints = typing.get_type_hints(cls)
     fields = dataclasses.fields(cls)  # type: ignore[arg-type]
     known = [field.name for field in fields]

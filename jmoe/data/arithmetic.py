@@ -14,7 +14,7 @@ _SEED = 20240612
 
 
 def documents() -> Iterator[str]:
-    """Sheets of problems of one kind, in a fixed order."""
+    """Yields sheets of problems of one kind, in a fixed order."""
     rng = random.Random(_SEED)
     for _ in range(NUM_SHEETS):
         problem = rng.choice(_KINDS)
@@ -22,7 +22,7 @@ def documents() -> Iterator[str]:
 
 
 def _number(rng: random.Random, max_digits: int) -> int:
-    """Every length up to `max_digits` is as likely as any other."""
+    """Returns a number; every length up to `max_digits` is as likely as any other."""
     return rng.randrange(10 ** rng.randint(1, max_digits))
 
 

@@ -1,7 +1,7 @@
 """Arrays of one dimension on disk: written by plain writes, read through maps, with
 sums that tell whether they are still what was written.
 
-Shapes: S numbers.
+Shapes: N numbers.
 """
 
 import concurrent.futures
@@ -44,9 +44,9 @@ def write(
     written = 0
     with durable.naming(path), path.open("wb", buffering=_BUFFER_BYTES) as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for part_S in parts:
-            file.write(np.ascontiguousarray(part_S, dtype).data)
-            written += len(part_S)
+        for part_N in parts:
+            file.write(np.ascontiguousarray(part_N, dtype).data)
+            written += len(part_N)
     assert written == length
 
 
@@ -65,7 +65,7 @@ def seal(path: pathlib.Path) -> Seal:
 
 
 def is_untouched(path: pathlib.Path, sealed: Seal) -> bool:
-    """Whether the file has its size and its time, so that it needn't be read."""
+    """Returns whether the file has its size and its time, and needn't be read."""
     stat = path.stat()
     return (stat.st_size, stat.st_mtime_ns) == (sealed.size, sealed.mtime_ns)
 

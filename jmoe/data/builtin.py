@@ -29,19 +29,19 @@ Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documents(domains: tuple[str, ...] = BUILTIN_DOMAINS) -> Iterator[str]:
-    """The documents of these domains, one domain after the other."""
+    """Yields the documents of these domains, one domain after the other."""
     for domain in domains:
         yield from _DOMAINS[domain]()
 
 
 def domains(path: str) -> tuple[str, ...]:
-    """Those that a source's path means: "builtin" all, "builtin:code" one."""
+    """Returns the domains that a path means: "builtin" all, "builtin:code" one."""
     domain = path.partition(":")[2]
     return (domain,) if domain else BUILTIN_DOMAINS
 
 
 def fingerprint(domains: tuple[str, ...] = BUILTIN_DOMAINS) -> str:
-    """A key that changes whenever the documents of these domains may change."""
+    """Returns a key that changes whenever these domains' documents may change."""
     recipe = [pathlib.Path(file) for file in (__file__, arithmetic.__file__)]
     contents = (path.read_bytes() for path in [*recipe, *_library_files()])
     return cache.key(sys.version, *domains, *contents)
@@ -76,7 +76,7 @@ def split_docstrings(name: str, source: str) -> tuple[str, str]:
 
 
 def _documented(name: str, node: Definition) -> Iterator[tuple[str, Definition]]:
-    """The definitions that have a docstring, under their dotted names."""
+    """Yields the definitions that have a docstring, under their dotted names."""
     if ast.get_docstring(node, clean=False) is not None:
         yield name, node
     for child in node.body:
@@ -86,7 +86,7 @@ def _documented(name: str, node: Definition) -> Iterator[tuple[str, Definition]]
 
 @functools.cache
 def _modules() -> tuple[tuple[str, str], ...]:
-    """Code and documentation of every module of the standard library."""
+    """Returns code and documentation of every module of the standard library."""
     return tuple(
         split_docstrings(name, path.read_text(encoding="utf-8"))
         for path, name in _library_files().items()
@@ -95,7 +95,7 @@ def _modules() -> tuple[tuple[str, str], ...]:
 
 @functools.cache
 def _library_files() -> dict[pathlib.Path, str]:
-    """The library's source files, sorted, and their dotted module names."""
+    """Returns the library's source files, sorted, and their dotted module names."""
     root = pathlib.Path(sysconfig.get_path("stdlib"))
     found = {}
     for folder, subfolders, files in os.walk(root):
@@ -108,7 +108,7 @@ def _library_files() -> dict[pathlib.Path, str]:
 
 
 def _topics() -> Iterator[str]:
-    """The topics of `help()`, less those that a longer one repeats."""
+    """Yields the topics of `help()`, less those that a longer one repeats."""
     seen = set()
     for topic in sorted(pydoc_data.topics.topics.values(), key=len, reverse=True):
         paragraphs = {part for part in topic.split("\n\n") if len(part) > 80}

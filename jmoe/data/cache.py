@@ -33,7 +33,7 @@ Flaw = Callable[[pathlib.Path], str | None]
 
 
 def directory(cfg: DataConfig) -> pathlib.Path:
-    """`cfg.cache_dir`, or the user's cache directory where that is empty.
+    """Returns `cfg.cache_dir`, or the user's cache directory where that is empty.
 
     Raises:
       ValueError: it is no path of this machine, or the user has no home directory.
@@ -52,7 +52,7 @@ def directory(cfg: DataConfig) -> pathlib.Path:
 
 
 def key(*parts: str | int | float | bytes) -> str:
-    """A file name that stands for exactly these parts."""
+    """Returns a file name that stands for exactly these parts."""
     digest = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode()
@@ -61,7 +61,9 @@ def key(*parts: str | int | float | bytes) -> str:
 
 
 def holds(path: pathlib.Path, flaw: Flaw) -> bool:
-    """Whether `path` is there and whole; what is damaged is removed, with a warning.
+    """Returns whether `path` is there and whole.
+
+    What is damaged is removed, with a warning.
 
     Args:
       flaw: what is wrong with a directory that was found, such as a file that was cut
@@ -81,7 +83,7 @@ def holds(path: pathlib.Path, flaw: Flaw) -> bool:
 def made_once(
     path: pathlib.Path, make: Callable[[pathlib.Path], None], flaw: Flaw
 ) -> pathlib.Path:
-    """The directory `path`, filled by `make(directory)` unless it is there and whole.
+    """Returns the directory `path`, filled by `make(directory)` unless it is whole.
 
     It is made aside and renamed into place, so that no reader ever sees half of it,
     and of several processes making it at once the first wins.

@@ -8,12 +8,12 @@ that shuffles them, keeps copies together, and makes the validation set a prefix
 Where a model's texts open with another token than the one that ends them, a separator
 is both, and the ending one closes the last document.
 
-    token.npy    [S], uint16, or int32 for a vocabulary beyond 65536
-    start.npy    [N] int64, where each document's separator is
-    hash.npy     [N] uint64, ascending
+    token.npy    [N], uint16, or int32 for a vocabulary beyond 65536
+    start.npy    [M] int64, where each document's separator is
+    hash.npy     [M] uint64, ascending
     corpus.json  what was skipped, and the seals of these files (`jmoe.data.arrays`)
 
-Shapes: N documents, S stored tokens.
+Shapes: M documents, N stored tokens.
 """
 
 import json
@@ -42,9 +42,9 @@ class Corpus(NamedTuple):
 
     name: str
     key: str  # stands for the source's text and the tokenizer
-    token_S: np.ndarray
-    start_N: np.ndarray
-    hash_N: np.ndarray
+    token_N: np.ndarray
+    start_M: np.ndarray
+    hash_M: np.ndarray
 
 
 def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpus:
@@ -74,7 +74,7 @@ def tokenize(text: Text, tokenizer: Tokenizer, directory: pathlib.Path) -> Corpu
 def split(
     corpus: Corpus, validation_fraction: float, sequence_length: int
 ) -> dict[str, np.ndarray]:
-    """The tokens to train on and those to validate on, of different documents.
+    """Returns tokens to train on and tokens to validate on, of different documents.
 
     Validation takes the documents whose hash, as a number from 0 to 1, lies below
     `validation_fraction`, whatever the source; and the next ones too where those
@@ -83,22 +83,22 @@ def split(
     Raises:
       ValueError: the source is too small for a sequence of each.
     """
-    end_N1 = np.append(corpus.start_N, len(corpus.token_S) - 1)
+    end_M1 = np.append(corpus.start_M, len(corpus.token_N) - 1)
     num_validation = max(
-        int(np.searchsorted(corpus.hash_N, np.uint64(validation_fraction * 2**64))),
-        int(np.searchsorted(end_N1, sequence_length)),
+        int(np.searchsorted(corpus.hash_M, np.uint64(validation_fraction * 2**64))),
+        int(np.searchsorted(end_M1, sequence_length)),
     )
-    if num_validation <= len(corpus.hash_N):
-        copy = corpus.hash_N[num_validation - 1]
-        num_validation = int(np.searchsorted(corpus.hash_N, copy, side="right"))
-        end = end_N1[num_validation]
-        if len(corpus.token_S) - end > sequence_length:
+    if num_validation <= len(corpus.hash_M):
+        copy = corpus.hash_M[num_validation - 1]
+        num_validation = int(np.searchsorted(corpus.hash_M, copy, side="right"))
+        end = end_M1[num_validation]
+        if len(corpus.token_N) - end > sequence_length:
             return {
-                "train": corpus.token_S[end:],
-                "validation": corpus.token_S[: end + 1],
+                "train": corpus.token_N[end:],
+                "validation": corpus.token_N[: end + 1],
             }
     raise ValueError(
-        f"{corpus.name}: {len(corpus.hash_N)} documents of {len(corpus.token_S)} "
+        f"{corpus.name}: {len(corpus.hash_M)} documents of {len(corpus.token_N)} "
         "tokens in all are too few for one sequence to train on and one to validate "
         f"on, with sequence_length={sequence_length} and "
         f"validation_fraction={validation_fraction}."
@@ -106,7 +106,7 @@ def split(
 
 
 def _flaw(path: pathlib.Path) -> str | None:
-    """What of the files isn't as it was written; None if nothing."""
+    """Returns what of the files isn't as it was written; None if nothing."""
     try:
         description = json.loads((path / _DESCRIPTION).read_text())
         seals = {name: arrays.Seal(*description["files"][name]) for name in _FILES}
@@ -179,27 +179,27 @@ def _order(
     path: pathlib.Path, parts: Sequence[Part], dtype: np.dtype, eos_id: int
 ) -> None:
     """Writes the documents of all parts in the order of their hashes."""
-    counts = [len(part.length_N) for part in parts]
-    part_N = np.repeat(np.arange(len(parts)), counts)
-    length_N = np.concatenate([part.length_N for part in parts])
-    hash_N = np.concatenate([part.hash_N for part in parts])
-    first_N = np.concatenate(  # where in its part a document is
-        [np.cumsum(part.length_N) - part.length_N for part in parts]
+    counts = [len(part.length_M) for part in parts]
+    part_M = np.repeat(np.arange(len(parts)), counts)
+    length_M = np.concatenate([part.length_M for part in parts])
+    hash_M = np.concatenate([part.hash_M for part in parts])
+    first_M = np.concatenate(  # where in its part a document is
+        [np.cumsum(part.length_M) - part.length_M for part in parts]
     )
-    order_N = np.argsort(hash_N, kind="stable")
+    order_M = np.argsort(hash_M, kind="stable")
 
     def documents() -> Iterator[np.ndarray]:
-        for document in order_N:
-            start = first_N[document]
-            token_S = parts[int(part_N[document])].token_S
-            yield token_S[start : start + length_N[document]]
+        for document in order_M:
+            start = first_M[document]
+            token_N = parts[int(part_M[document])].token_N
+            yield token_N[start : start + length_M[document]]
         yield np.array([eos_id], dtype)
 
-    start_N = np.cumsum(length_N[order_N]) - length_N[order_N]
-    total = int(length_N.sum()) + 1
+    start_M = np.cumsum(length_M[order_M]) - length_M[order_M]
+    total = int(length_M.sum()) + 1
     arrays.write(path / "token.npy", dtype, total, documents())
-    arrays.write(path / "start.npy", np.int64, len(start_N), [start_N])
-    arrays.write(path / "hash.npy", np.uint64, len(hash_N), [hash_N[order_N]])
+    arrays.write(path / "start.npy", np.int64, len(start_M), [start_M])
+    arrays.write(path / "hash.npy", np.uint64, len(hash_M), [hash_M[order_M]])
 
 
 def _warn_of_skipped(text: Text, description: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ def _record(path: pathlib.Path, stamp: _Stamp, digest: str) -> dict[str, Any]:
 
 
 def _recall(entry: pathlib.Path, path: pathlib.Path, stamp: _Stamp) -> str | None:
-    """What was kept of this file as it is; None if that is missing or damaged."""
+    """Returns what was kept of this file as it is; None if missing or damaged."""
     try:
         found = json.loads(entry.read_bytes())
         digest = found["sha256"]

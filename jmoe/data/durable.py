@@ -55,7 +55,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
+    """Writes UTF-8 as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 

@@ -6,7 +6,7 @@ _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
 def count(number: float) -> str:
-    """A count, in full up to four digits: 792, 4,096, 45.2k, 193.5M, 671.0B."""
+    """Returns a count, in full up to four digits: 792, 4,096, 45.2k, 671.0B."""
     if abs(number) >= 10_000:
         for unit, letter in _UNITS:
             if abs(number) >= unit:
@@ -15,5 +15,5 @@ def count(number: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds, with days before them if need be: 0:02:31."""
+    """Returns hours, minutes and seconds, after days if need be: 0:02:31."""
     return str(datetime.timedelta(seconds=round(seconds)))

@@ -19,7 +19,7 @@ import numpy as np
 
 from jmoe.config.data import DataConfig
 from jmoe.data import cache, corpus, text
-from jmoe.data.packing import Batch, Rows, as_batch
+from jmoe.data.packing import Batch, PackedRows, as_batch
 from jmoe.data.tokenizer import Tokenizer
 
 SPLITS = ("train", "validation")
@@ -47,7 +47,10 @@ class Loader(Iterator[Batch]):
         return batch
 
     def get_state(self) -> dict[str, int | str]:
-        """Where the next batch begins, in JSON's types; the same on every process."""
+        """Returns where the next batch begins, in JSON's types.
+
+        It is the same on every process.
+        """
         return {
             "sequences": self._position * self._batch_size,
             "data": self._fingerprint,
@@ -146,7 +149,7 @@ def validation_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> list[Batch]:
-    """The first batches of the held-out documents, always the same ones.
+    """Returns the first batches of the held-out documents, always the same ones.
 
     Sources are mixed as in training. Arguments and errors are those of `make_loader`.
     """
@@ -183,16 +186,16 @@ def _mixture(
     sequence_length: int,
     seed: int,
 ) -> grain.MapDataset:
-    """Endless rows of all streams, each in its own order of every epoch.
+    """Returns endless rows of all streams, each in its own order of every epoch.
 
     Grain takes the sources in turn, so that any stretch of rows has the shares that
     the weights ask for, to within a row and 1%.
     """
     children = np.random.SeedSequence(seed).spawn(len(streams))
     endless = [
-        grain.MapDataset.source(Rows(stream_S, sequence_length))
+        grain.MapDataset.source(PackedRows(stream_N, sequence_length))
         .shuffle(seed=int(child.generate_state(1)[0]))
         .repeat(_EPOCHS)
-        for stream_S, child in zip(streams, children, strict=True)
+        for stream_N, child in zip(streams, children, strict=True)
     ]
     return grain.MapDataset.mix(endless, weights)

@@ -5,7 +5,7 @@ last. Row i is `stream[i * T : (i + 1) * T + 1]` for T predicted tokens: rows ov
 one token, so that in an epoch every token but the stream's first, and the fewer than T
 at its end, is predicted exactly once.
 
-Shapes: B rows; T tokens of a row, the last of them predicted only; S of the stream.
+Shapes: B rows; T tokens of a row, the last of them predicted only; N of the stream.
 """
 
 from typing import NamedTuple
@@ -34,19 +34,19 @@ class Batch(NamedTuple):
 PADDING = -1
 
 
-class Rows:
+class PackedRows:
     """Random access to the rows of a stream, as Grain asks for it."""
 
-    def __init__(self, stream_S: np.ndarray, sequence_length: int):
-        self._stream_S = stream_S
+    def __init__(self, stream_N: np.ndarray, sequence_length: int):
+        self._stream_N = stream_N
         self._stride = sequence_length
 
     def __len__(self) -> int:
-        return (len(self._stream_S) - 1) // self._stride
+        return (len(self._stream_N) - 1) // self._stride
 
     def __getitem__(self, index: int) -> np.ndarray:
         start = index * self._stride
-        return self._stream_S[start : start + self._stride + 1].astype(np.int32)
+        return self._stream_N[start : start + self._stride + 1].astype(np.int32)
 
 
 def as_batch(tokens_BT: np.ndarray, eos_id: int) -> Batch:

@@ -4,7 +4,7 @@ from after a process was killed.
 A part is three files of plain numbers, and a report that is written when they are on
 the disk. They are written by plain writes: `jmoe.data.durable` says why.
 
-Shapes: N documents in the order of reading, S their tokens.
+Shapes: M documents in the order of reading, N their tokens.
 """
 
 import array
@@ -39,9 +39,9 @@ class Report(NamedTuple):
 class Part(NamedTuple):
     """The tokens of a piece, each document's after its separator."""
 
-    token_S: np.ndarray
-    length_N: np.ndarray
-    hash_N: np.ndarray
+    token_N: np.ndarray
+    length_M: np.ndarray
+    hash_M: np.ndarray
 
 
 class Parts:
@@ -65,7 +65,7 @@ class Parts:
         self.dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32)
 
     def report(self, number: int) -> Report | None:
-        """That of a finished part; None if it isn't there whole."""
+        """Returns the report of a finished part; None if it isn't there whole."""
         token, length, hashes, report = self._paths(number)
         with contextlib.suppress(OSError, ValueError, TypeError):
             found = Report(**json.loads(report.read_text()))
@@ -76,7 +76,7 @@ class Parts:
         return None
 
     def read(self, number: int) -> Part:
-        """A part that holds documents; its tokens are read when they are touched."""
+        """Returns a part that holds documents; its tokens are read when touched."""
         token, length, hashes, _ = self._paths(number)
         return Part(
             np.memmap(token, self.dtype, mode="r"),
@@ -113,7 +113,7 @@ class Parts:
         return made
 
     def _read(self, piece: Piece, skipped: readers.Skipped) -> Iterator[list[str]]:
-        """Documents in groups large enough to keep every thread busy."""
+        """Yields documents in groups large enough to keep every thread busy."""
         batch, size = [], 0
         for document in readers.documents(
             piece, self.text_field, self.on_corrupt, skipped
@@ -127,7 +127,7 @@ class Parts:
             yield batch
 
     def _encode(self, piece: Piece, batch: list[str]) -> list[np.ndarray]:
-        """The tokens of each document, after its separator."""
+        """Returns the tokens of each document, after its separator."""
         try:
             every = self.tokenizer.encode_batch(batch)
         except ValueError as error:

@@ -97,7 +97,7 @@ class Progress:
         )
 
     def _time_left(self) -> str:
-        """From the pace of this attempt."""
+        """Returns the time left, from the pace of this attempt."""
         done = self._done - self._found
         if not done:
             return "-:--:--"

@@ -66,7 +66,7 @@ class Record(NamedTuple):
 
 
 def suffix(path: pathlib.Path) -> str:
-    """The key of `READERS` for this file; ValueError where there is none."""
+    """Returns the key of `READERS` for this file; ValueError where there is none."""
     for known in READERS:
         if path.name.endswith(known) and path.is_file():
             return known
@@ -74,7 +74,7 @@ def suffix(path: pathlib.Path) -> str:
 
 
 def pieces(path: pathlib.Path) -> list[Piece]:
-    """The pieces of a file, in order, of about PIECE_BYTES where it can be divided.
+    """Returns the pieces of a file, in order, of about PIECE_BYTES if it is divided.
 
     Raises:
       ValueError: of the file's kind there is no reader.
@@ -125,7 +125,7 @@ def documents(
     policy: str = "refuse",
     skipped: Skipped | None = None,
 ) -> Iterator[str]:
-    """The documents of a piece, in order, without the blank ones.
+    """Yields the documents of a piece, in order, without the blank ones.
 
     Args:
       policy: a key of POLICIES, for bytes that aren't UTF-8, a record without text in
@@ -158,7 +158,7 @@ def _read_builtin(piece: Piece, _: str) -> Iterator[Record]:
 
 
 def _read_divided(piece: Piece, _: str) -> Iterator[Record]:
-    """What is between separators, from the first that begins in the piece."""
+    """Yields what is between separators, from the first that begins in the piece."""
     with _open(piece) as file:
         if piece.start:
             file.seek(max(0, piece.start - len(_SEPARATOR)))
@@ -173,7 +173,7 @@ def _read_divided(piece: Piece, _: str) -> Iterator[Record]:
 
 
 def _read_passages(piece: Piece, _: str) -> Iterator[Record]:
-    """Passages that end with a line, or with a character where that is very long."""
+    """Yields passages that end with a line, or a character if that is very long."""
     with _open(piece) as file:
         offset = _passage_start(file, piece.start)
         end = math.inf if piece.stop is None else _passage_start(file, piece.stop)
@@ -223,7 +223,7 @@ def _read_rows(piece: Piece, field: str) -> Iterator[Record]:
 
 
 def _read_records(piece: Piece, field: str) -> Iterator[Record]:
-    """JSON records where the first one is a JSON object, and else plain text."""
+    """Yields JSON records where the first is a JSON object, and else plain text."""
     reader = ArrayRecordReader(piece.path)
     total = reader.num_records()
     stop = total if piece.stop is None else piece.stop
@@ -247,7 +247,7 @@ def _open(piece: Piece) -> io.BufferedIOBase:
 
 
 def _split(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
-    """What is between separators, from here on, and where in the file it begins."""
+    """Yields what is between separators from here on, and where in the file it is."""
     rest, offset = b"", file.tell()
     while chunk := file.read(_CHUNK_BYTES):
         *parts, rest = (rest + chunk).split(_SEPARATOR)
@@ -258,7 +258,7 @@ def _split(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
 
 
 def _passage_start(file: io.BufferedIOBase, near: int) -> int:
-    """The first line's or, of a very long one, character's that begins there."""
+    """Returns where the first line, or character of a very long one, begins there."""
     if near == 0:
         return file.tell()
     file.seek(near)
@@ -292,7 +292,7 @@ def _has_separator(piece: Piece) -> bool:
 
 
 def _text_between(part: bytes, offset: int) -> str:
-    """Without the line ends beside separators."""
+    """Returns the text without the line ends beside separators."""
     return _decode(part, offset).strip("\r\n")
 
 

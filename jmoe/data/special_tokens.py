@@ -55,7 +55,7 @@ class SpecialTokens(NamedTuple):
 
 
 def read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
-    """The files beside a tokenizer.json that belong to it, byte for byte."""
+    """Returns the files that belong to a tokenizer.json, byte for byte."""
     paths = [directory / name for name in SIDECARS]
     paths += sorted((directory / TEMPLATES).glob("*.jinja"))
     return {
@@ -66,7 +66,7 @@ def read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def guessed(backend: tokenizers.Tokenizer) -> int | None:
-    """The end of a text in a vocabulary that comes with no word about it."""
+    """Returns the end of a text in a vocabulary that comes with no word about it."""
     ids = (backend.token_to_id(name) for name in END_OF_TEXT)
     return next((token for token in ids if token is not None), None)
 
@@ -74,7 +74,7 @@ def guessed(backend: tokenizers.Tokenizer) -> int | None:
 def find(
     backend: tokenizers.Tokenizer, sidecars: Mapping[str, bytes]
 ) -> SpecialTokens | None:
-    """The special tokens that the sidecars say; without them, one that is guessed.
+    """Returns the special tokens that the sidecars say, or one that is guessed.
 
     What opens a text is the `bos_token` if `add_bos_token` is true, and else what the
     post-processor of tokenizer.json puts before it: often nothing.
@@ -106,7 +106,7 @@ def find(
 
 
 def _leading(processor: Mapping[str, Any] | None) -> Iterator[int]:
-    """The ids that a post-processor of tokenizer.json puts before a text."""
+    """Yields the ids that a post-processor of tokenizer.json puts before a text."""
     if processor is None:
         return
     kind = processor["type"]
@@ -122,7 +122,7 @@ def _leading(processor: Mapping[str, Any] | None) -> Iterator[int]:
 
 
 def _id(backend: tokenizers.Tokenizer, token: Any, key: str) -> int:
-    """Of a token, which is its text or an object that holds its text."""
+    """Returns the id of a token, which is its text or an object that holds its text."""
     name = token.get("content") if isinstance(token, Mapping) else token
     found = backend.token_to_id(name) if isinstance(name, str) else None
     if found is None:
@@ -131,7 +131,7 @@ def _id(backend: tokenizers.Tokenizer, token: Any, key: str) -> int:
 
 
 def _ids(given: Any) -> list[int]:
-    """Of one id, of several, or of none."""
+    """Returns the ids of one, of several, or of none."""
     ids = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(token, int) and token >= 0 for token in ids):
         raise ValueError(

@@ -81,13 +81,13 @@ def open_sources(cfg: DataConfig) -> list[Text]:
 
 
 def document_hash(document: str) -> int:
-    """64 bits, uniform, and the same for the same text wherever it is found."""
+    """Returns 64 bits, uniform, and the same for the same text wherever it is."""
     digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def _find(path: str) -> list[pathlib.Path]:
-    """The files that a path means, in a fixed order; none for the embedded corpus."""
+    """Returns a path's files, in a fixed order; none for the embedded corpus."""
     if path in BUILTIN_PATHS:
         return []
     pattern = checks.local_path("path", path)

@@ -130,7 +130,7 @@ class Tokenizer:
         return cache.key(self._backend.to_str(), *told)
 
     def encode(self, document: str) -> list[int]:
-        """Token ids, with no separator before or after.
+        """Returns token ids, with no separator before or after.
 
         Raises:
           ValueError: a part of the document has no token.
@@ -138,7 +138,7 @@ class Tokenizer:
         return self.encode_batch([document])[0]
 
     def encode_batch(self, documents: Sequence[str]) -> list[list[int]]:
-        """`encode` of each, in parallel."""
+        """Encodes each as `encode` does, in parallel."""
         try:
             encoded = self._backend.encode_batch_fast(
                 list(documents), add_special_tokens=False
@@ -153,11 +153,14 @@ class Tokenizer:
         return ids
 
     def prompt(self, text: str) -> list[int]:
-        """The ids of a text to go on from: at least one."""
+        """Returns the ids of a text to go on from: at least one."""
         return [*self.opening, *self.encode(text)] or [self.eos_id]
 
     def decode(self, token_ids: Iterable[int]) -> str:
-        """The text, separators spelled out; ids beyond the vocabulary vanish."""
+        """Returns the text, separators spelled out.
+
+        Ids beyond the vocabulary vanish.
+        """
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
 
     def save(self, path: str | pathlib.Path) -> None:
@@ -165,7 +168,7 @@ class Tokenizer:
         durable.write_bytes(pathlib.Path(path), self.files[FILE])
 
     def backend_json(self) -> str:
-        """A tokenizer.json that encodes as this one does."""
+        """Returns a tokenizer.json that encodes as this one does."""
         return self._backend.to_str()
 
     def _refuse_loss(self, document: str) -> None:
@@ -194,7 +197,7 @@ class Tokenizer:
 
 
 def load_tokenizer(cfg: DataConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a run, trained now if it has to be.
+    """Returns the tokenizer of a run, trained now if it has to be.
 
     Args:
       cfg: names the tokenizer, and the sources to train it on.
@@ -216,7 +219,7 @@ def load_tokenizer(cfg: DataConfig, vocab_size: int) -> Tokenizer:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens, the separator being 0."""
+    """Trains a byte-level BPE of at most `vocab_size` tokens, the separator being 0."""
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 1
     if vocab_size < smallest:
@@ -243,7 +246,7 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
 
 
 def _trained(cfg: DataConfig, vocab_size: int) -> pathlib.Path:
-    """The cached tokenizer.json for these sources and this size."""
+    """Returns the cached tokenizer.json for these sources and this size."""
     sources = text.open_sources(cfg)
     shares = [source.weight for source in cfg.sources]
     key = cache.key(
@@ -271,7 +274,7 @@ def _flaw(directory: pathlib.Path) -> str | None:
 
 
 def _sample(source: text.Text, num_characters: int) -> list[str]:
-    """The documents of the highest hashes: a uniform sample, whatever their order.
+    """Returns documents of the highest hashes: a uniform sample, in whatever order.
 
     The lowest hashes are for validation, so the tokenizer doesn't see those documents
     unless the source is smaller than the sample.

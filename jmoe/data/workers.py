@@ -98,7 +98,7 @@ class _Worker:
         )
 
     def end(self) -> None:
-        """At once; what it was making is left unfinished."""
+        """Ends at once; what it was making is left unfinished."""
         self._process.kill()
         self._process.communicate()
 
@@ -115,14 +115,14 @@ class _Worker:
 
 
 def _count_cores() -> int:
-    """Those that this process may use."""
+    """Returns how many cores this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Of a process that finds jmoe where this one has found it."""
+    """Returns that of a process that finds jmoe where this one has found it."""
     roots = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, roots)),
@@ -166,7 +166,7 @@ def _work() -> NoReturn:
 
 
 def _listen(tasks: "queue.SimpleQueue[Any]") -> None:
-    """Until there is nobody to work for."""
+    """Works until there is nobody to work for."""
     for line in sys.stdin:
         tasks.put(json.loads(line))
     os._exit(0)

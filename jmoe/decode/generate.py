@@ -39,7 +39,7 @@ def generate(
     stop_ids: Collection[int] = (),
     next_logits: NextLogits | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, up to and without the first of `stop_ids`.
+    """Returns each prompt's new tokens, up to and without the first of `stop_ids`.
 
     Each number of prompts, size and number of new tokens is a program of its own; all
     are freed when there are too many (`jmoe.train.compiled`).

@@ -24,7 +24,7 @@ from jmoe.train.weights import gather_weights, with_gathers
 
 
 def make_next_logits(run: RunConfig, layout: Layout) -> NextLogits:
-    """Of variables as a run's state has them, and of any numbers of B and S.
+    """Returns a function of variables as a run's state has them, for any B and S.
 
     Tokens, positions and the logits are whole on all devices.
     """
@@ -52,7 +52,7 @@ def make_next_logits(run: RunConfig, layout: Layout) -> NextLogits:
 
 
 def _hidden_states(run: RunConfig, layout: Layout):
-    """Of this device's positions, after the final norm, [B, S, D]."""
+    """Returns a function to this device's positions after the final norm, [B, S, D]."""
     if run.mesh.pipe > 1:
         return pipelined.make_hidden_states(Transformer(run.model), run, layout)
     model = with_gathers(Transformer(run.model), run, layout)
@@ -67,7 +67,7 @@ def _hidden_states(run: RunConfig, layout: Layout):
 
 
 def _head(params: Any, run: RunConfig, layout: Layout) -> jax.Array:
-    """This device's part of the output kernel, [D, V]."""
+    """Returns this device's part of the output kernel, [D, V]."""
     name = "embedding" if run.model.tie_embeddings else "head"
     own = layout._replace(placements={name: layout.placements[name]})
     weight = gather_weights({name: params[name]}, own, run)[name]

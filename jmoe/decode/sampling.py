@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def sample(
     logits_BV: jax.Array, key: jax.Array, temperature: float, top_p: float
 ) -> jax.Array:
-    """One token a row, int32 [B].
+    """Returns one token a row, int32 [B].
 
     Args:
       temperature: divides the logits; 0 takes the most likely token.

@@ -43,14 +43,14 @@ from jmoe.train.trained import Trained
 
 
 class Fractions(NamedTuple):
-    """Of one tensor, or of those of all layers of a scan."""
+    """Counts numbers of one tensor, or of that of all layers of a scan."""
 
     flushed: float
     saturated: float
 
 
 def fp8_ranges(trained: Trained) -> dict[str, dict[str, Fractions]]:
-    """`{module: {tensor: Fractions}}` for the first batch of the validation text.
+    """Returns `{module: {tensor: Fractions}}` for the validation text's first batch.
 
     Tensors are x, w and dy of linear layers and routed experts, and what is between
     experts' products: h, which is kept for the backward pass, its gradient dh, and act.
@@ -103,7 +103,7 @@ class Tally:
         return found
 
     def intercept(self, call: Callable[..., Any], args: Any, kwargs: Any, context: Any):
-        """For `nn.intercept_methods`."""
+        """Counts what a linear layer multiplies; for `nn.intercept_methods`."""
         watched = {Linear: self._linear, RoutedExperts: self._experts}
         watch = watched.get(type(context.module))
         if watch is None or context.method_name != "__call__":
@@ -179,7 +179,7 @@ class Tally:
 
 
 def count(x: jax.Array, block: fp8.Block, *, power_of_two: bool = False) -> jax.Array:
-    """[4] int32: flushed, others than zero, saturated, and all numbers of x."""
+    """Returns int32 [4]: flushed, others than zero, saturated, all numbers of x."""
     data = fp8.quantize(x, block, power_of_two=power_of_two).data.astype(jnp.float32)
     is_other = x != 0
     of_each = (is_other & (data == 0), is_other, jnp.abs(data) == fp8.LARGEST)
@@ -188,7 +188,7 @@ def count(x: jax.Array, block: fp8.Block, *, power_of_two: bool = False) -> jax.
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _watched(see: Callable[[jax.Array], None], y: jax.Array) -> jax.Array:
-    """y, whose gradient is shown to `see`."""
+    """Returns y, whose gradient is shown to `see`."""
     return y
 
 

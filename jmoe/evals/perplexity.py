@@ -27,7 +27,7 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(trained: Trained, form: str = "native") -> Perplexity:
-    """Of the first `train.eval_batches` of the run's validation text.
+    """Returns that of the first `train.eval_batches` of a run's validation text.
 
     On one device, whatever the run's mesh. Products are by the run's `precision`.
 
@@ -50,7 +50,7 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
 
     @jax.jit
     def sums(params, router_state, batch):
-        """Of a batch, nats and targets."""
+        """Returns a batch's nats and targets."""
         norms = normalisers(batch, run)
         losses, _ = microbatch_losses(model, params, router_state, batch, run, norms)
         return losses.main * norms.targets[0], norms.targets[0]

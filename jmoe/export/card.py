@@ -17,7 +17,7 @@ from jmoe.data.formatting import count
 from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export.numerics import BLOCK
-from jmoe.train.run_files import Run
+from jmoe.monitor.run_files import Run
 from jmoe.train.trained import TOKENIZER
 
 CARD = "README.md"
@@ -49,7 +49,7 @@ _FIGURES = {
 def config_json(
     cfg: ModelConfig, *, dtype: str, is_fp8: bool, tokenizer: Tokenizer | None
 ) -> dict[str, Any]:
-    """`config.json` of weights in `dtype`, those of products in FP8 if `is_fp8`."""
+    """Returns `config.json` of weights in `dtype`, with products in FP8 if `is_fp8`."""
     extras = json.loads(cfg.hf_extras)
     for key in ("auto_map", "quantization_config"):  # of code and weights elsewhere
         extras.pop(key, None)
@@ -61,14 +61,14 @@ def config_json(
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What opens and what ends a text, as Hugging Face's files say it."""
+    """Returns what opens and what ends a text, as Hugging Face's files say it."""
     stops = list(tokenizer.stop_ids)
     opening = {"bos_token_id": tokenizer.opening[0]} if tokenizer.opening else {}
     return opening | {"eos_token_id": stops if len(stops) > 1 else stops[0]}
 
 
 def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
-    """The files beside the weights that a tokenizer gives, by name.
+    """Returns the files beside the weights that a tokenizer gives, by name.
 
     One that came with a model keeps its files byte for byte, and gets no others: how a
     chat is written and how to sample are the model's. One that came alone is described
@@ -97,7 +97,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
 
 
 def _opens_with(token: str, token_id: int) -> dict[str, Any]:
-    """A post-processor that puts one token before a text."""
+    """Returns a post-processor that puts one token before a text."""
     special = {"SpecialToken": {"id": token, "type_id": 0}}
     first = {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
@@ -110,7 +110,7 @@ def _opens_with(token: str, token_id: int) -> dict[str, Any]:
 
 
 def model_card(cfg: ModelConfig, run: Run, step: int, *, written_as: str) -> str:
-    """README.md: what the model is, what its run measured, how to load it."""
+    """Returns README.md: what the model is, its run measured, how to load it."""
     router = cfg.moe.router
     architecture = families.lookup(cfg.family).architecture
     parameters = ""
@@ -151,7 +151,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50)[0]))
 
 
 def _measured(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, str]:
-    """The last value of each figure up to `step`."""
+    """Returns the last value of each figure up to `step`."""
     found = {}
     for key, what in _FIGURES.items():
         values = [row[key] for row in rows if key in row and row["step"] <= step]
@@ -161,7 +161,7 @@ def _measured(rows: Sequence[Mapping[str, Any]], step: int) -> dict[str, str]:
 
 
 def _figure(value: int | float | str) -> str:
-    """As text; what isn't finite is a word in a run's files, and stays one."""
+    """Returns text; what isn't finite is a word in a run's files, and stays one."""
     if isinstance(value, str):
         return f"{value}: the run has diverged"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -8,7 +8,7 @@ import rich.table
 from jmoe.config import ModelConfig
 from jmoe.data.formatting import count
 from jmoe.export import names, published, write
-from jmoe.export.layout import CODES, Entry
+from jmoe.export.layout import CODES, FileEntry
 from jmoe.export.numerics import FLOAT32
 from jmoe.export.write import Plan
 
@@ -17,7 +17,7 @@ PUBLISHED = ("v3", "fp8")
 
 
 def plan_preset(model: str, dtype: str) -> Plan:
-    """The plan of a preset with float32 parameters.
+    """Returns the plan of a preset with float32 parameters.
 
     Raises:
       ValueError: no such preset or type; or the plan is that of a published checkpoint,
@@ -35,8 +35,8 @@ def plan_preset(model: str, dtype: str) -> Plan:
 
 
 def table(made: Plan) -> rich.table.Table:
-    """A row for each kind of tensor: name, type, shape, how many, how large."""
-    kinds: dict[tuple, list[Entry]] = {}
+    """Returns a row for each kind of tensor: name, type, shape, number, size."""
+    kinds: dict[tuple, list[FileEntry]] = {}
     for entry in made.entries:
         name = re.sub(r"\d+", "N", entry.name)
         kinds.setdefault((name, entry.dtype, entry.shape), []).append(entry)
@@ -53,7 +53,7 @@ def table(made: Plan) -> rich.table.Table:
 
 
 def summary(made: Plan) -> str:
-    """In one line: tensors, parameters, bytes, files."""
+    """Returns one line: tensors, parameters, bytes, files."""
     entries = made.entries
     parameters = sum(
         math.prod(entry.shape) for entry in entries if entry.name in made.dtypes

@@ -20,11 +20,11 @@ from jmoe.export import card, layout, names, safetensors, sources, write
 from jmoe.export.files import Directory
 from jmoe.export.numerics import FLOAT8
 from jmoe.export.sources import Source
-from jmoe.export.write import Plan, Progress
-from jmoe.train import run_files
+from jmoe.export.write import Advance, Plan
+from jmoe.monitor import run_files
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
-Started = Callable[[int], Progress]  # is told how many bytes will be written
+Started = Callable[[int], Advance]  # is told how many bytes will be written
 
 
 def export_run(
@@ -71,7 +71,7 @@ def export_run(
 def make_plan(
     cfg: ModelConfig, source: Source, *, dtype: str | None, shard_bytes: int
 ) -> Plan:
-    """The files of `source`'s weights, once they are known to be those of `cfg`.
+    """Returns the files of `source`'s weights, once they are known to be `cfg`'s.
 
     Raises:
       ValueError: files of its family can't describe the model; leaves are missing,
@@ -89,10 +89,10 @@ def write_directory(
     made: Plan,
     source: Source,
     tokenizer: Tokenizer | None,
-    progress: Progress,
+    progress: Advance,
     texts: Mapping[str, str] = types.MappingProxyType({}),
 ) -> None:
-    """All files, those in `texts` as they are given, then the directory's name.
+    """Writes all files, those in `texts` as they are, then the directory's name.
 
     The weights are compared with their sums meanwhile, which reads them into the page
     cache for the conversion too.

@@ -100,7 +100,7 @@ class Files:
     def read(
         self, path: pathlib.Path, offset: int, length: int, buffers: "Buffers"
     ) -> memoryview:
-        """`length` bytes, past the page cache if they are many; valid till the next."""
+        """Returns `length` bytes, past the page cache if many; valid till the next."""
         fd, direct_fd = self._opened(path)
         start = offset // PAGE * PAGE
         data = buffers.get(offset - start + length + PAGE, 0)
@@ -115,7 +115,7 @@ class Files:
         return data[offset - start : offset - start + length]
 
     def mapped(self, path: pathlib.Path) -> np.ndarray:
-        """The file's bytes, read when they are touched."""
+        """Returns the file's bytes, read when they are touched."""
         with self._lock:
             if path not in self._maps:
                 self._maps[path] = np.memmap(path, np.uint8, mode="r")
@@ -208,7 +208,7 @@ class Directory:
             )
 
     def has(self, name: str, size: int) -> bool:
-        """Whether an earlier attempt finished this file, and it is as it was."""
+        """Returns whether an earlier attempt finished this file, which is as it was."""
         row = self._whole.get(name)
         path = self.partial / name
         if row is None or row["size"] != size or not path.is_file():
@@ -217,7 +217,7 @@ class Directory:
 
     @contextlib.contextmanager
     def writing(self, name: str, size: int) -> Iterator[File]:
-        """A new file of the directory, whole when the context ends; else there is none.
+        """Yields a new file of the directory, whole when the context ends; else none.
 
         Data is on the disk before the journal says so: a note is always true.
         """
@@ -235,15 +235,15 @@ class Directory:
             self._whole[name] = row
 
     def sums(self, name: str) -> list[list[int]]:
-        """Of a whole file, each piece's offset, length and CRC-32."""
+        """Returns each piece's offset, length and CRC-32, of a whole file."""
         return self._whole[name]["sums"]
 
     def write_text(self, name: str, text: str) -> None:
-        """`write_bytes` of UTF-8."""
+        """Writes UTF-8 as `write_bytes` does."""
         self.write_bytes(name, text.encode())
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """A small file, written anew in every attempt."""
+        """Writes a small file, anew in every attempt."""
         path = self.partial / name
         path.parent.mkdir(parents=True, exist_ok=True)
         with _explained(self.partial, len(content)):
@@ -260,13 +260,13 @@ class Directory:
 
 
 class Buffers:
-    """For each thread a buffer that begins at a page and is used again."""
+    """Gives each thread a buffer that begins at a page and is used again."""
 
     def __init__(self):
         self._local = threading.local()
 
     def get(self, size: int, remainder: int) -> memoryview:
-        """`size` bytes at an address with this remainder modulo `PAGE`."""
+        """Returns `size` bytes at an address with this remainder modulo `PAGE`."""
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size + PAGE:
             buffer = mmap.mmap(-1, max(size + PAGE, _KEPT_BYTES))
@@ -353,7 +353,7 @@ def _names(directory: pathlib.Path) -> list[str]:
 
 
 def _read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The journal's rows; a last one that was cut short doesn't count."""
+    """Returns the journal's rows; a last one that was cut short doesn't count."""
     rows = []
     with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
         for line in path.read_text().splitlines():

@@ -96,7 +96,7 @@ def load(
 
 
 def _placed(reader: Reader, shardings: Any) -> dict[str, jax.sharding.Sharding]:
-    """Where each leaf goes."""
+    """Returns where each leaf goes."""
     if shardings is None:
         default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return dict.fromkeys(reader.leaves, default)
@@ -118,7 +118,7 @@ def _read(
     path: str,
     index: tuple[slice, ...],
 ) -> np.ndarray:
-    """A device's part of a leaf, its layers and experts read side by side."""
+    """Returns a device's part of a leaf, layers and experts read side by side."""
     leaf = reader.leaves[path]
     bounds = [part.indices(n) for part, n in zip(index, leaf.shape, strict=True)]
     whole = tuple(slice(start, stop) for start, stop, _ in bounds)
@@ -136,7 +136,7 @@ def _read(
 
 
 def _leads(leaf: Leaf, whole: Slices) -> Iterator[Slices]:
-    """The part's layers and experts one by one."""
+    """Yields the part's layers and experts one by one."""
     lead = whole[: leaf.num_lead]
     ranges = (range(part.start, part.stop) for part in lead)
     for place in itertools.product(*ranges):
@@ -144,7 +144,7 @@ def _leads(leaf: Leaf, whole: Slices) -> Iterator[Slices]:
 
 
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """{"params/head": x} as {"params": {"head": x}}."""
+    """Returns {"params/head": x} as {"params": {"head": x}}."""
     nested: dict[str, Any] = {}
     for path, leaf in flat.items():
         *parents, name = path.split("/")

@@ -34,12 +34,12 @@ from jmoe.export import layout, names, work
 from jmoe.export.files import Buffers, Directory
 from jmoe.export.read import Leaf, Reader, Slices
 from jmoe.export.work import Budget
-from jmoe.export.write import Progress
+from jmoe.export.write import Advance
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 ARRAYS = "arrays"  # where chunks wait until all are there
 
-Started = Callable[[int], Progress]  # is told how many bytes will be written
+Started = Callable[[int], Advance]  # is told how many bytes will be written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def import_run(
 def make_run(
     reader: Reader, workdir: pathlib.Path, assignments: Sequence[str]
 ) -> RunConfig:
-    """The run's record: the model's, and defaults that `assignments` change.
+    """Returns the run's record: the model's, and defaults that `assignments` change.
 
     Raises:
       ValueError: an assignment is malformed, or would make it another model.
@@ -132,7 +132,7 @@ def make_run(
 
 
 def _said_by(cfg: ModelConfig) -> dict[str, bytes]:
-    """generation_config.json, as transformers makes it of a config.json alone."""
+    """Returns generation_config.json as transformers makes it of config.json alone."""
     said = json.loads(cfg.hf_extras)
     ids = {key: said[key] for key in ("bos_token_id", "eos_token_id") if key in said}
     if ids.get("eos_token_id") is None:
@@ -141,7 +141,7 @@ def _said_by(cfg: ModelConfig) -> dict[str, bytes]:
 
 
 def chunks(path: str, leaf: Leaf) -> Iterator[Chunk]:
-    """The leaf's files: one if it is small, else of a layer's (some) experts each."""
+    """Yields the leaf's files: one if it is small, else of a layer's (some) experts."""
     shape = chunk_shape(leaf)
     counts = [size // part for size, part in zip(leaf.shape, shape, strict=True)]
     for place in itertools.product(*map(range, counts)):
@@ -171,7 +171,10 @@ def chunk_shape(leaf: Leaf) -> tuple[int, ...]:
 def _write_arrays(
     directory: Directory, reader: Reader, started: Started
 ) -> dict[str, adopt.Array]:
-    """Every leaf as a directory of chunks. MTP's copies are compared meanwhile."""
+    """Writes every leaf as a directory of chunks.
+
+    MTP's copies are compared meanwhile.
+    """
     plan = {path: list(chunks(path, leaf)) for path, leaf in reader.leaves.items()}
     every = list(itertools.chain(*plan.values()))
     total = sum(chunk.nbytes for chunk in every)
@@ -190,7 +193,7 @@ def _write_chunks(
     directory: Directory,
     reader: Reader,
     every: Sequence[Chunk],
-    progress: Progress,
+    progress: Advance,
 ) -> None:
     buffers, budget = Buffers(), Budget()
 
@@ -218,7 +221,7 @@ def _write_chunk(
 def _describe(
     directory: Directory, path: str, leaf: Leaf, own: Sequence[Chunk]
 ) -> adopt.Array:
-    """The leaf as a directory that is an array."""
+    """Describes the leaf as a directory that is an array."""
     where = f"{ARRAYS}/{path}"
     text = adopt.description(leaf.shape, chunk_shape(leaf), leaf.dtype)
     directory.write_text(f"{where}/{adopt.DESCRIPTION}", text)

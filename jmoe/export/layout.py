@@ -50,7 +50,7 @@ class Unit:
         return x.reshape(len(x), -1) if tensor.transposed else x.reshape(tensor.shape)
 
 
-class Entry(NamedTuple):
+class FileEntry(NamedTuple):
     """One array of a safetensors file."""
 
     name: str
@@ -68,7 +68,7 @@ class Shard:
 
     file: str
     units: tuple[Unit, ...]
-    entries: Mapping[str, Entry]
+    entries: Mapping[str, FileEntry]
     offsets: Mapping[str, int]  # in the file
     header: bytes
     size: int
@@ -107,23 +107,23 @@ def _unit(group: Sequence[Tensor]) -> Unit:
     return Unit(first.path, index, tuple(group))
 
 
-def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[Entry]:
-    """The tensor, and its block scales if it is FP8."""
-    yield Entry(tensor.name, dtype, tensor.shape)
+def entries(tensor: Tensor, dtype: np.dtype) -> Iterator[FileEntry]:
+    """Yields the tensor, and its block scales if it is FP8."""
+    yield FileEntry(tensor.name, dtype, tensor.shape)
     if dtype == FLOAT8:
         shape = tuple(map(numerics.blocks, tensor.shape))
-        yield Entry(tensor.name + SCALE, FLOAT32, shape)
+        yield FileEntry(tensor.name + SCALE, FLOAT32, shape)
 
 
 def shards(
     all_units: Iterable[Unit], dtypes: Mapping[str, np.dtype], shard_bytes: int
 ) -> list[Shard]:
-    """Files of about `shard_bytes`, in the order of the units.
+    """Returns files of about `shard_bytes`, in the order of the units.
 
     Args:
       dtypes: of each tensor, by its name.
     """
-    groups: list[list[tuple[Unit, list[Entry]]]] = [[]]
+    groups: list[list[tuple[Unit, list[FileEntry]]]] = [[]]
     filled = 0
     for unit in all_units:
         own = [entry for t in unit.tensors for entry in entries(t, dtypes[t.name])]
@@ -140,7 +140,7 @@ def shards(
     return [_shard(*pair) for pair in zip(names, groups, strict=True)]
 
 
-def _shard(file: str, group: Sequence[tuple[Unit, Sequence[Entry]]]) -> Shard:
+def _shard(file: str, group: Sequence[tuple[Unit, Sequence[FileEntry]]]) -> Shard:
     found = [entry for _, own in group for entry in own]
     found.sort(key=lambda entry: -entry.dtype.itemsize)
     described, starts, end = {}, {}, 0
@@ -164,7 +164,10 @@ def _shard(file: str, group: Sequence[tuple[Unit, Sequence[Entry]]]) -> Shard:
 
 
 def _header(described: Mapping[str, object]) -> bytes:
-    """With blanks behind the JSON, as the format allows, up to a page's end."""
+    """Returns the header with blanks behind the JSON up to a page's end.
+
+    The format allows them.
+    """
     metadata = {"__metadata__": {"format": "pt"}}
     text = json.dumps(metadata | dict(described), separators=(",", ":")).encode()
     text += b" " * (-(len(text) + 8) % PAGE)
@@ -172,7 +175,7 @@ def _header(described: Mapping[str, object]) -> bytes:
 
 
 def index_json(files: Sequence[Shard]) -> str:
-    """What says which file holds which tensor."""
+    """Returns what says which file holds which tensor."""
     weight_map = {name: shard.file for shard in files for name in shard.entries}
     total = sum(e.nbytes for shard in files for e in shard.entries.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

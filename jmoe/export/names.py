@@ -57,7 +57,7 @@ class Tensor:
 
     @property
     def index(self) -> tuple[int | slice, ...]:
-        """Of the piece in the leaf."""
+        """The index of the piece in the leaf."""
         lead = tuple(i for i in (self.layer, self.expert) if i is not None)
         return lead if self.half is None else (*lead, ALL, self.half)
 
@@ -96,12 +96,12 @@ def redundant(cfg: ModelConfig) -> list[Tensor]:
 
 @functools.lru_cache(maxsize=4)
 def abstract_leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """The model's variables by path, without their values."""
+    """Returns the model's variables by path, without their values."""
     return manifest.flatten(abstract_variables(cfg))
 
 
 def abstract_variables(cfg: ModelConfig) -> Any:
-    """The model's variables, without their values."""
+    """Returns the model's variables, without their values."""
     return jax.eval_shape(functools.partial(make_variables, Transformer(cfg), seed=0))
 
 
@@ -133,7 +133,7 @@ def _expand(cfg: ModelConfig) -> Iterator[Tensor]:
 
 
 def _blocks(cfg: ModelConfig) -> Iterator[tuple[str, int | None]]:
-    """Where each layer is: in which module, and where in its stack."""
+    """Yields where each layer is: in which module, and where in its stack."""
     for name, stack in cfg.stacks.items():
         for position in range(stack.num_layers):
             if cfg.layer_loop == "scan":
@@ -165,7 +165,7 @@ def _block_rows(
 def _rows(
     leaves: Leaves, ours: str, *theirs: str, layer: int | None = None
 ) -> Iterator[Tensor]:
-    """What a row of a table stands for; nothing where either side has no such thing."""
+    """Yields what a row of a table stands for; nothing where a side has no such."""
     for path in (f"{collection}/{ours}" for collection in COLLECTIONS):
         if path not in leaves or not theirs:
             continue

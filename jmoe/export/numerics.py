@@ -74,19 +74,19 @@ _CASTS: dict[tuple[np.dtype, np.dtype], Callable[[np.ndarray], np.ndarray]] = {
 
 
 def cast(x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`x` as `dtype`, rounded to nearest; `x` itself if it has that type."""
+    """Returns `x` as `dtype`, rounded to nearest; `x` itself if it has that type."""
     return x if x.dtype == dtype else _CASTS[x.dtype, np.dtype(dtype)](x)
 
 
 def copy(out: np.ndarray, x: np.ndarray) -> None:
-    """`out[:] = x`, converted to the type of `out`."""
+    """Sets `out[:] = x`, converted to the type of `out`."""
     for start in range(0, len(x), _rows(x)):
         rows = slice(start, start + _rows(x))
         out[rows] = cast(x[rows], out.dtype)
 
 
 def transpose(out_OI: np.ndarray, x_IO: np.ndarray) -> None:
-    """`out[:] = x.T`, converted to the type of `out`."""
+    """Sets `out[:] = x.T`, converted to the type of `out`."""
     raw_OI = _raw(out_OI)
     for start in range(0, len(x_IO), _PANEL_ROWS):
         rows = slice(start, start + _PANEL_ROWS)
@@ -96,7 +96,7 @@ def transpose(out_OI: np.ndarray, x_IO: np.ndarray) -> None:
 def quantize_transposed(
     out_OI: np.ndarray, scale_out: np.ndarray, x_IO: np.ndarray
 ) -> None:
-    """The e4m3 weights and block scales of `x.T`.
+    """Writes the e4m3 weights and block scales of `x.T`.
 
     Args:
       out_OI: e4m3, is written.
@@ -123,7 +123,7 @@ def dequantize_transposed(
     scale: np.ndarray,
     origin: tuple[int, int] = (0, 0),
 ) -> None:
-    """`out[:] = (x * scale).T`, each block of e4m3 with its own scale.
+    """Sets `out[:] = (x * scale).T`, each block of e4m3 with its own scale.
 
     Args:
       out_OI: float32 or bfloat16, is written.
@@ -152,7 +152,7 @@ def is_finite(x: np.ndarray) -> bool:
 
 
 def blocks(size: int) -> int:
-    """How many blocks cover a dimension."""
+    """Returns how many blocks cover a dimension."""
     return -(-size // BLOCK)
 
 
@@ -161,5 +161,5 @@ def _rows(x: np.ndarray) -> int:
 
 
 def _raw(x: np.ndarray) -> np.ndarray:
-    """The bits, which numpy moves faster than numbers it doesn't know."""
+    """Returns the bits, which numpy moves faster than numbers it doesn't know."""
     return x.view(f"u{x.itemsize}")

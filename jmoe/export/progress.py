@@ -9,7 +9,7 @@ import rich.progress
 from jmoe.data.formatting import duration
 
 
-class Progress:
+class TransferProgress:
     """A bar while it is entered; where nobody watches, one line at the end.
 
     Args:
@@ -25,7 +25,7 @@ class Progress:
         is_watched = self._out.file.isatty() and not self._out.is_dumb_terminal
         self._bar = _bar(self._out) if is_watched else None
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "TransferProgress":
         return self
 
     def start(self, total: int):

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from jmoe.export.layout import CODES, Entry
+from jmoe.export.layout import CODES, FileEntry
 
 TENSORS = 91_991  # in model.safetensors.index.json
 BYTES = 688_586_727_753
@@ -60,8 +60,8 @@ RULES = (
 )
 
 
-def differences(entries: Iterable[Entry]) -> list[str]:
-    """Where a plan differs from V3's published checkpoint; empty if nowhere."""
+def differences(entries: Iterable[FileEntry]) -> list[str]:
+    """Returns where a plan differs from V3's published checkpoint; empty if nowhere."""
     entries = list(entries)
     expected = dict(_expected())
     any_of = re.compile("|".join(f"(?P<r{n}>{p})" for n, p in enumerate(expected)))
@@ -95,7 +95,7 @@ def differences(entries: Iterable[Entry]) -> list[str]:
 
 
 def _expected():
-    """For each pattern, type, shape and count, with the block scales."""
+    """Yields for each pattern type, shape and count, with the block scales."""
     for rule in RULES:
         wide = "F32" if rule.pattern.endswith("bias") else "BF16"
         code = "F8_E4M3" if rule.is_fp8 else wide

@@ -117,7 +117,7 @@ class Reader:
         self.close()
 
     def fill(self, out: np.ndarray, path: str, index: Slices) -> None:
-        """`out[:] = leaf[index]`; may be called from several threads.
+        """Sets `out[:] = leaf[index]`; may be called from several threads.
 
         Args:
           index: a slice for each of the leaf's dimensions, with start and stop.
@@ -136,7 +136,7 @@ class Reader:
                 self._fill_piece(out[place], tensor, inner, leaf.shape[-1])
 
     def read(self, path: str, index: Slices) -> np.ndarray:
-        """`leaf[index]` as a new array."""
+        """Returns `leaf[index]` as a new array."""
         shape = [part.stop - part.start for part in index]
         out = np.empty(shape, self.leaves[path].dtype)
         self.fill(out, path, index)
@@ -153,7 +153,7 @@ class Reader:
                 )
 
     def raw(self, found: Found) -> np.ndarray:
-        """A tensor as it is in its file, mapped into memory."""
+        """Returns a tensor as it is in its file, mapped into memory."""
         assert found.dtype is not None
         data = self._files.mapped(found.file)
         data = data[found.offset : found.offset + found.nbytes]
@@ -176,7 +176,7 @@ class Reader:
     def _fill_piece(
         self, out: np.ndarray, tensor: Tensor, inner: Slices, per_head: int
     ) -> None:
-        """The part `inner` of one tensor's piece."""
+        """Fills the part `inner` of one tensor's piece."""
         if tensor.half is not None:
             halves = inner[1]
             if not halves.start <= tensor.half < halves.stop:
@@ -210,7 +210,7 @@ class Reader:
         numerics.dequantize_transposed(out, x, scale, origin)
 
     def _part(self, name: str, rows: slice, columns: slice | None = None) -> np.ndarray:
-        """Some rows, and of these some columns, of a tensor, which must be finite."""
+        """Returns some rows and columns of a tensor, which must be finite."""
         found = self.found[name]
         assert found.dtype is not None
         if columns is not None and columns != slice(0, found.shape[1]):
@@ -247,7 +247,7 @@ class Reader:
         return leaves
 
     def _dtype(self, tensors: Sequence[Tensor], dtype: str | None) -> np.dtype:
-        """Of a leaf made of these: the widest that they have, unless told."""
+        """Returns the dtype of a leaf made of these: the widest, unless told."""
         stored = {self.found[tensor.name].dtype for tensor in tensors}
         if tensors[0].is_float32:
             return FLOAT32
@@ -306,7 +306,7 @@ def check(
 
 
 def _scale_leaf(leaf: Leaf) -> Leaf:
-    """The block scales of a leaf that stays FP8, as a leaf of their own."""
+    """Returns the block scales of a leaf that stays FP8, as a leaf of their own."""
     tensors = {
         place: [
             dataclasses.replace(
@@ -326,7 +326,7 @@ def _scale_leaf(leaf: Leaf) -> Leaf:
 
 
 def _lead(leaf: Leaf, index: Slices) -> tuple[Places, Places, Slices]:
-    """(Place in the part, number) of its layers and experts; the other slices."""
+    """Returns (place in the part, number) of layers and experts; the other slices."""
     rest = list(index)
     found: list[Places] = []
     for exists in (leaf.is_stacked, leaf.has_experts):

@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """The directory's config.json.
+    """Returns the directory's config.json.
 
     Raises:
       FileNotFoundError: there is no such directory, or no config.json in it.
@@ -55,7 +55,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def read_headers(directory: pathlib.Path) -> dict[str, Found]:
-    """Every tensor of the directory by name, from its index or its only file.
+    """Returns every tensor by name, from the directory's index or its only file.
 
     Raises:
       FileNotFoundError: there are no weights, or not all files of the index.
@@ -90,7 +90,7 @@ def read_headers(directory: pathlib.Path) -> dict[str, Found]:
 
 
 def read_header(path: pathlib.Path) -> dict[str, Found]:
-    """The tensors of one file; ValueError if it isn't a whole safetensors file."""
+    """Returns one file's tensors; ValueError if it isn't a whole safetensors file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -114,7 +114,7 @@ def read_header(path: pathlib.Path) -> dict[str, Found]:
 
 
 def split_experts(found: Mapping[str, Found]) -> dict[str, Found]:
-    """With each expert's tensors by name where a file holds those of a layer as one.
+    """Returns tensors with each expert's by name where a file has a layer's as one.
 
     `experts.gate_up_proj` [experts, 2 * mlp, hidden] and `experts.down_proj` [experts,
     hidden, mlp] are what transformers 5 has in memory, and writes on request. Every
@@ -161,7 +161,7 @@ def _found(path: pathlib.Path, start: int, row: Mapping[str, Any]) -> Found:
 def _check_extent(
     path: pathlib.Path, size: int, start: int, tensors: Mapping[str, Found]
 ) -> None:
-    """The tensors fill the file, one after the other."""
+    """Checks that the tensors fill the file, one after the other."""
     end = start
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1][1:3]):
         if tensor.offset != end:

@@ -35,7 +35,7 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def read(self, path: str, index: Index) -> np.ndarray:
-        """A part of a leaf."""
+        """Returns a part of a leaf."""
 
     @abc.abstractmethod
     def check(self) -> None:
@@ -56,7 +56,7 @@ class InMemory(Source):
         return np.asarray(self._leaves[path])[index]
 
     def check(self) -> None:
-        """Nothing to compare with."""
+        """Does nothing, as there is nothing to compare with."""
 
 
 class Stored(Source):
@@ -79,5 +79,5 @@ class Stored(Source):
 
 
 def scales_path(path: str) -> str:
-    """Where the block scales of the FP8 leaf at `path` are."""
+    """Returns where the block scales of the FP8 leaf at `path` are."""
     return f"{SCALES}/{path.partition('/')[2]}"

@@ -38,7 +38,7 @@ def export_torch(workdir: pathlib.Path, out: pathlib.Path, **options: Any) -> No
 
 
 def _mapped(directory: pathlib.Path) -> dict[str, Any]:
-    """The directory's tensors, read when they are touched."""
+    """Returns the directory's tensors, read when they are touched."""
     import torch
 
     maps: dict[pathlib.Path, np.ndarray] = {}

@@ -14,7 +14,7 @@ import numpy as np
 
 from jmoe.export import layout, numerics, sources, work
 from jmoe.export.files import PAGE, Buffers, Directory
-from jmoe.export.layout import SCALE, Entry, Shard, Unit
+from jmoe.export.layout import SCALE, FileEntry, Shard, Unit
 from jmoe.export.names import Tensor
 from jmoe.export.numerics import BFLOAT16, FLOAT8, FLOAT32
 from jmoe.export.sources import Source
@@ -23,7 +23,7 @@ from jmoe.export.work import Budget
 SHARD_BYTES = 5_000_000_000
 
 FORMATS = ("float32", "bfloat16", "fp8")  # what a checkpoint may be written in
-Progress = Callable[[int], None]  # is told of bytes written
+Advance = Callable[[int], None]  # is told of bytes written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Plan:
         return sum(shard.size for shard in self.shards)
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[FileEntry]:
         return [entry for shard in self.shards for entry in shard.entries.values()]
 
 
@@ -84,7 +84,7 @@ def identity(made: Plan, source: Source) -> str:
     return digest.hexdigest()
 
 
-def write(directory: Directory, made: Plan, source: Source, progress: Progress) -> None:
+def write(directory: Directory, made: Plan, source: Source, progress: Advance) -> None:
     """Writes every shard that `directory` doesn't have whole already.
 
     Raises:
@@ -116,14 +116,14 @@ def write(directory: Directory, made: Plan, source: Source, progress: Progress) 
 
 
 def _memory(unit: Unit, source: Source) -> int:
-    """What a unit takes while it is read and converted, at most."""
+    """Returns what a unit takes while it is read and converted, at most."""
     return 2 * source.dtypes[unit.path].itemsize * sum(t.size for t in unit.tensors)
 
 
 def _encoded(
     unit: Unit, shard: Shard, source: Source, buffers: Buffers
 ) -> Iterator[tuple[int, memoryview]]:
-    """The unit's bytes, a contiguous run of the file at a time."""
+    """Yields the unit's bytes, a contiguous run of the file at a time."""
     runs = _runs(unit, shard)
     size = sum(-(-length // PAGE) + 1 for _, length, _ in runs) * PAGE
     buffer, at = buffers.get(size, 0), 0
@@ -141,15 +141,15 @@ def _encoded(
     yield from data
 
 
-def _runs(unit: Unit, shard: Shard) -> list[tuple[int, int, list[Entry]]]:
-    """Offset, length and entries of each stretch of the file that is the unit's."""
+def _runs(unit: Unit, shard: Shard) -> list[tuple[int, int, list[FileEntry]]]:
+    """Returns offset, length and entries of each stretch of the file of the unit."""
     names = [name for t in unit.tensors for name in (t.name, t.name + SCALE)]
     own = sorted(
         (shard.offsets[name], shard.entries[name])
         for name in names
         if name in shard.entries
     )
-    runs: list[tuple[int, int, list[Entry]]] = []
+    runs: list[tuple[int, int, list[FileEntry]]] = []
     for offset, entry in own:
         if runs and runs[-1][0] + runs[-1][1] == offset:
             start, length, before = runs.pop()
@@ -195,7 +195,7 @@ def _encode_kept(
     piece: np.ndarray,
     scale: np.ndarray,
 ) -> None:
-    """From weights that are FP8 already, to FP8 or to a wider type."""
+    """Converts weights that are FP8 already, to FP8 or to a wider type."""
     if out.dtype == FLOAT8:
         numerics.transpose(out, piece)
         numerics.transpose(arrays[tensor.name + SCALE], scale)

@@ -1,7 +1,9 @@
 """A pre-norm transformer block: attention, then a feed-forward layer.
 
 It maps the residual stream to itself and returns what it measured, so that it can be
-the body of a scan over layers.
+the body of a scan over layers. Each is told its number, counted from 0 through the
+model's layers and then its MTP modules: what differs by layer, such as noise, follows
+from it.
 
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
@@ -14,8 +16,9 @@ from flax import linen as nn
 from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
 from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
+from jmoe.nn.measured import Measured
 from jmoe.nn.mixers import MIXERS, Rotation
-from jmoe.nn.router import Stats
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import dot
 
 
@@ -23,19 +26,18 @@ class Positions(NamedTuple):
     """What blocks know of a batch's positions besides their hidden states.
 
     rotation: see `jmoe.nn.mixers`. segment_BT: int32, the documents that attention is
-    confined to; None: it isn't. is_real_BT: bool, where there is a token to be routed
-    to experts; None: everywhere.
+    confined to; None: it isn't. tokens: what feed-forward layers are told.
     """
 
     rotation: Rotation
     segment_BT: jax.Array | None = None
-    is_real_BT: jax.Array | None = None
+    tokens: Tokens = Tokens()
 
 
 class Block(nn.Module):
-    """Of any kind of attention and any of feed-forward, by their records.
+    """A block of any kind of attention and any of feed-forward, by their records.
 
-    Returns the stats of a mixture of experts too; None of a dense layer.
+    Returns what it measured too, and is told its number.
     """
 
     mixer: AttentionConfig
@@ -43,6 +45,7 @@ class Block(nn.Module):
     norm_eps: float
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @classmethod
     def of(
@@ -50,6 +53,7 @@ class Block(nn.Module):
         cfg: ModelConfig,
         feed_forward: FeedForwardConfig,
         dot_general: DotGeneral = dot.dot_general,
+        apart: bool = False,
         name: str | None = None,
     ) -> "Block":
         """Returns a block of the model with this feed-forward."""
@@ -59,19 +63,20 @@ class Block(nn.Module):
             cfg.norm_eps,
             cfg.init_std,
             dot_general,
+            apart,
             name=name,
         )
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, Stats | None]:
+        self, x_BSD: jax.Array, positions: Positions, number: jax.Array
+    ) -> tuple[jax.Array, Measured]:
         normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
         own = self.init_std, self.dot_general
         mix = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
         x_BSD += mix(normed_BSD, positions.rotation, positions.segment_BT)
         normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
         kind = FEED_FORWARDS[self.feed_forward.kind]
-        feed_forward = kind.module(self.feed_forward, *own, name=kind.name)
-        out_BSD, stats = feed_forward(normed_BSD, positions.is_real_BT)
-        return x_BSD + out_BSD, stats
+        feed_forward = kind.module(self.feed_forward, *own, self.apart, name=kind.name)
+        out_BSD, measured = feed_forward(normed_BSD, positions.tokens.of_layer(number))
+        return x_BSD + out_BSD, measured

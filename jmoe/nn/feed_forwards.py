@@ -11,16 +11,19 @@ from flax import linen as nn
 
 from jmoe.config import DenseConfig, MoEConfig
 from jmoe.nn.linear import DotGeneral
+from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.moe import MoE, SwiGLU
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 
 
 class FeedForward(NamedTuple):
     """What there is to know of a kind.
 
-    module: of the kind's record, the standard deviation of new weights and a
-      `dot_general`; maps hidden states [B, S, D] and which positions are real, bool
-      [B, T] or None, to [B, S, D] and what it measured.
+    module: of the kind's record, the standard deviation of new weights, a
+      `dot_general`, and whether a pipeline's backward passes come apart
+      (`moe.RoutedExperts`); maps hidden states [B, S, D], and what it is told of the
+      tokens, to [B, S, D] and what it measured.
     name: of its parameters in a block's.
     cost: of the record and the hidden dimension, a token's operations in a forward
       pass.
@@ -37,15 +40,16 @@ class Dense(nn.Module):
     cfg: DenseConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # it has no loop
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, is_real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, None]:
-        del is_real_BT  # every position visits it
+        self, x_BSD: jax.Array, tokens: Tokens = UNTOLD
+    ) -> tuple[jax.Array, Measured]:
+        del tokens  # every position visits it
         mlp = SwiGLU(self.cfg.mlp_dim, self.init_std, self.dot_general)
         nn.share_scope(self, mlp)
-        return mlp(x_BSD), None
+        return mlp(x_BSD), NOTHING
 
 
 def _dense_cost(cfg: DenseConfig, hidden_dim: int) -> float:

@@ -24,20 +24,23 @@ from jmoe.config.model import Stack
 from jmoe.nn import mixers
 from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral
+from jmoe.nn.measured import Measured, join
+from jmoe.nn.measured import stack as stack_measured
+from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import Parameter, normal_param, records
-from jmoe.nn.router import Stats
-from jmoe.nn.tail import Features, GatherLayer, Tail, join_stats, prepare
+from jmoe.nn.tail import Features, GatherLayer, Tail, prepare
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
 
 
 class Output(NamedTuple):
-    """float32 logits [B, T, V], those of the MTP modules, and the layers' stats."""
+    """float32 logits [B, T, V], those of the MTP modules, and what layers measured."""
 
     logits: jax.Array
     mtp_logits: tuple[jax.Array, ...]
-    stats: Stats
+    measured: Measured
 
 
 class Transformer(nn.Module):
@@ -70,8 +73,7 @@ class Transformer(nn.Module):
             return jnp.dot(hidden_BTD, head_DV, preferred_element_type=jnp.float32)
 
         mtp_logits = tuple(map(logits, features.mtp_BSD))
-        assert features.stats is not None, "a model has a MoE layer"
-        return Output(logits(features.hidden_BSD), mtp_logits, features.stats)
+        return Output(logits(features.hidden_BSD), mtp_logits, features.measured)
 
     @nn.compact
     def features(
@@ -79,6 +81,7 @@ class Transformer(nn.Module):
         tokens_BT: jax.Array,
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
+        noise: Noise | None = None,
     ) -> Features:
         """Returns the final hidden states.
 
@@ -86,6 +89,7 @@ class Transformer(nn.Module):
           segment_BT: int32, documents that attention is confined to; None: it isn't.
           is_real_BT: bool, False for padding, which follows a row's last token, visits
             no expert and is in no count; None: there is no padding.
+          noise: where random numbers come from, in training; None: there are none.
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
@@ -94,41 +98,56 @@ class Transformer(nn.Module):
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, is_real_BT)
+        positions = Positions(rotation, segment_BT, Tokens(is_real_BT, noise))
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
-        measured = []
+        found, first = [], 0
         for name, stack in cfg.stacks.items():
-            x_BSD, stats = self._layers(name, stack, x_BSD, positions)
-            measured.append(stats)
+            x_BSD, measured = self._layers(name, stack, first, x_BSD, positions)
+            found.append(measured)
+            first += stack.num_layers
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
         features = tail(x_BSD, table_VD, tokens_BT, positions)
-        return features._replace(stats=join_stats(*measured, features.stats))
+        return features._replace(measured=join(*found, features.measured))
 
     def _layers(
-        self, name: str, stack: Stack, x_BSD: jax.Array, positions: Positions
-    ) -> tuple[jax.Array, Any]:
-        """Blocks in a row; their stats stacked along a new first dimension."""
+        self,
+        name: str,
+        stack: Stack,
+        first: int,
+        x_BSD: jax.Array,
+        positions: Positions,
+    ) -> tuple[jax.Array, Measured]:
+        """Returns what blocks in a row compute, and what they measured, stacked.
+
+        Args:
+          first: the number of the first of them.
+        """
         gather = None if self.is_initializing() else self.gather_layer
+        number_L = first + jnp.arange(stack.num_layers)
         if self.cfg.layer_loop == "scan":
             scanned: Any = nn.scan(
                 prepare(Block, name, self.cfg, gather, scanned=True),
                 variable_axes={"params": 0, "router_state": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,  # type: ignore[arg-type]
+                in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]
                 length=stack.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            layers = scanned.of(self.cfg, stack.feed_forward, self.dot_general, name)
-            return layers(x_BSD, positions)
+            layers = scanned.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=name
+            )
+            return layers(x_BSD, positions, number_L)
         measured = []
         for i in range(stack.num_layers):
             own_name = f"{name}_{i}"
             block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
-            layer = block.of(self.cfg, stack.feed_forward, self.dot_general, own_name)
-            x_BSD, stats = layer(x_BSD, positions)
-            measured.append(stats)
-        return x_BSD, jax.tree.map(lambda *x: jnp.stack(x), *measured)
+            layer = block.of(
+                self.cfg, stack.feed_forward, self.dot_general, name=own_name
+            )
+            x_BSD, found = layer(x_BSD, positions, number_L[i])
+            measured.append(found)
+        return x_BSD, stack_measured(measured)
 
 
 def init_variables(model: Transformer, seed: int) -> Any:
@@ -157,7 +176,7 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
-    """Where the biases are in `router_state`, in the order of the stats' layers."""
+    """Where the biases are in `router_state`, in the order of the load's layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
         layers = [("moe", *tail)]

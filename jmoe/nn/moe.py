@@ -14,8 +14,10 @@ from flax import linen as nn
 
 from jmoe.config import MoEConfig
 from jmoe.nn.linear import DotGeneral, Linear, weight
+from jmoe.nn.measured import Measured
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
-from jmoe.nn.router import Router, Stats
+from jmoe.nn.router import Router
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot, fp8, grouped
 from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.swiglu import after_swiglu
@@ -54,11 +56,13 @@ class RoutedExperts(nn.Module):
     """The routed experts' weights, applied to each token's chosen ones.
 
     They multiply by the recipe of `dot_general` (`fp8.recipe_of`), or in x's dtype.
+    `apart` is for a pipeline, as in `jmoe.ops.grouped`.
     """
 
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False
 
     @nn.compact
     def __call__(
@@ -88,10 +92,13 @@ class RoutedExperts(nn.Module):
             of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
             x, expert, gate = of_group
             recipe = fp8.recipe_of(self.dot_general)
-            routed_mlp = grouped.BACKENDS[grouped.backend_name(cfg.backend)]
-            hosts = collectives.axis_size("expert")
-            weights = gate_up_ED2F, down_EFD
-            y = routed_mlp(x, expert, gate, *weights, recipe=recipe, hosts=hosts)
+            y = grouped.BACKENDS[cfg.backend](
+                *(x, expert, gate, gate_up_ED2F, down_EFD),
+                recipe=recipe,
+                hosts=collectives.axis_size("expert"),
+                remat=cfg.remat == "activations",
+                apart=self.apart,
+            )
             return collectives.reduce_scatter(y, "tensor", 0)
 
         return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
@@ -102,30 +109,29 @@ def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
 
 
 class MoE(nn.Module):
-    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way.
-
-    `is_real_BT`, bool, of all positions: which are routed; None: all.
-    """
+    """Shared experts for every token plus `top_k` routed ones, [B, S, D] each way."""
 
     cfg: MoEConfig
     init_std: float
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `RoutedExperts`
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, is_real_BT: jax.Array | None = None
-    ) -> tuple[jax.Array, Stats]:
+        self,
+        x_BSD: jax.Array,
+        tokens: Tokens = UNTOLD,
+    ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         router = Router(cfg.router, self.init_std, name="router")
-        is_real_BS = is_real_BT
-        if is_real_BT is not None:
-            is_real_BS = collectives.local_part(is_real_BT, "tensor", 1)
-        routing, stats = router(x_BSD, is_real_BS)
-        experts = RoutedExperts(cfg, self.init_std, self.dot_general, name="experts")
+        routing, measured = router(x_BSD, tokens)
+        experts = RoutedExperts(
+            cfg, self.init_std, self.dot_general, self.apart, name="experts"
+        )
         x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
         routed = experts(x_ND, *routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)
-        stats = stats._replace(
+        load = measured.load._replace(
             dropped_sending=routed.dropped_sending,
             dropped_receiving=routed.dropped_receiving,
         )
@@ -134,4 +140,4 @@ class MoE(nn.Module):
             mlp_dim = cfg.num_shared_experts * cfg.expert_mlp_dim
             shared = SwiGLU(mlp_dim, self.init_std, self.dot_general, name="shared")
             out_BSD += shared(x_BSD)
-        return out_BSD, stats
+        return out_BSD, measured._replace(load=load)

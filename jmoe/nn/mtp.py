@@ -16,7 +16,7 @@ from flax import linen as nn
 from jmoe.config import ModelConfig
 from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
-from jmoe.nn.router import Stats
+from jmoe.nn.measured import Measured
 from jmoe.ops import dot
 
 
@@ -25,6 +25,7 @@ class MTPModule(nn.Module):
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -32,8 +33,13 @@ class MTPModule(nn.Module):
         previous_BSD: jax.Array,
         embedded_BSD: jax.Array,
         positions: Positions,
-    ) -> tuple[jax.Array, jax.Array, Stats]:
-        """Returns the next depth's hidden state, its norm for the head, and stats."""
+        number: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, Measured]:
+        """Returns the next depth's hidden state, its norm for the head, and measures.
+
+        Args:
+          number: its block's (`jmoe.nn.block`).
+        """
         cfg = self.cfg
         joined = jnp.concatenate(
             [
@@ -50,7 +56,6 @@ class MTPModule(nn.Module):
             formats=(),
             name="project",
         )
-        block = Block.of(cfg, cfg.moe, self.dot_general, name="block")
-        hidden_BSD, stats = block(project(joined), positions)
-        assert stats is not None, "its block is a MoE block"
-        return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), stats
+        block = Block.of(cfg, cfg.moe, self.dot_general, self.apart, name="block")
+        hidden_BSD, measured = block(project(joined), positions, number)
+        return hidden_BSD, RMSNorm(cfg.norm_eps, name="norm")(hidden_BSD), measured

@@ -1,6 +1,6 @@
 """Which experts a token visits, and with what weight.
 
-Shapes: B batch, T position (this device's), D hidden, E expert, G group, S = E / G
+Shapes: B batch, T position (this device's), D hidden, E expert, G group, J = E / G
 experts a group, K = top_k chosen experts, N = B * T.
 
 DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): the choice is by `score + bias`, within
@@ -19,33 +19,15 @@ from jax import lax
 
 from jmoe.balance import bias, losses
 from jmoe.config import RouterConfig
+from jmoe.nn.measured import PER_MICROBATCH, PER_STEP, PER_TOKEN, Load, Loss, Measured
 from jmoe.nn.parameter import MATRIX, Parameter, boxed, normal_param
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
 GATE_EPSILON = 1e-20  # DeepSeek's, in the division by the gates' sum
-
-
-class Stats(NamedTuple):
-    """What one MoE layer measured; `Transformer` stacks them along a layer dimension.
-
-    load_E: int32, choices of each expert. dropped_sending, dropped_receiving: int32,
-    choices not computed, by where there was no room. margin_EM: int32 histogram for the
-    quantile rule, with M = 0 for the other rules. auxiliary_loss: float32, unweighted,
-    this microbatch's (`balance.losses`). z_loss: float32, the sum over its tokens.
-
-    Tokens that aren't real are in none of them. On a mesh, all are of this device's
-    tokens, and the step sums them over all devices.
-    """
-
-    load_E: jax.Array
-    dropped_sending: jax.Array
-    dropped_receiving: jax.Array
-    margin_EM: jax.Array
-    auxiliary_loss: jax.Array
-    z_loss: jax.Array
 
 
 class Routing(NamedTuple):
@@ -58,10 +40,10 @@ class Routing(NamedTuple):
     gate_NK: jax.Array
 
 
-def top2_sum(score_NGS: jax.Array) -> jax.Array:
+def top2_sum(score_NGJ: jax.Array) -> jax.Array:
     """The sum of a group's best two scores, [N, G]; of a group of one, its score."""
-    if score_NGS.shape[-1] == 1:
-        return score_NGS[..., 0]
+    if score_NGJ.shape[-1] == 1:
+        return score_NGJ[..., 0]
 
     def best_two(these, those):
         (best, second), (other, its_second) = these, those
@@ -69,8 +51,8 @@ def top2_sum(score_NGS: jax.Array) -> jax.Array:
         return lax.max(best, other), second
 
     # `top_k` would sort each group, which takes more than ten times as long.
-    least = jnp.array(-jnp.inf, score_NGS.dtype)
-    pair = score_NGS, jnp.full_like(score_NGS, least)
+    least = jnp.array(-jnp.inf, score_NGJ.dtype)
+    pair = score_NGJ, jnp.full_like(score_NGJ, least)
     best_NG, second_NG = lax.reduce(pair, (least, least), best_two, (2,))
     return best_NG + second_NG
 
@@ -85,14 +67,14 @@ def limit_to_groups(
 
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
     """
-    biased_NGS = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
-    group_NG = GROUP_SCORE[cfg.group_score](biased_NGS)
+    biased_NGJ = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
+    group_NG = GROUP_SCORE[cfg.group_score](biased_NGJ)
     if cfg.groups_per_token == cfg.num_groups:
         return biased_NE, group_NG
     _, kept_NX = lax.top_k(group_NG, cfg.groups_per_token)
     kept_NG = (kept_NX[:, :, None] == jnp.arange(cfg.num_groups)).any(1)
-    reachable_NGS = jnp.where(kept_NG[:, :, None], biased_NGS, -jnp.inf)
-    return reachable_NGS.reshape(biased_NE.shape), group_NG
+    reachable_NGJ = jnp.where(kept_NG[:, :, None], biased_NGJ, -jnp.inf)
+    return reachable_NGJ.reshape(biased_NE.shape), group_NG
 
 
 def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:
@@ -179,8 +161,10 @@ class Router(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, is_real_BT: jax.Array | None = None
-    ) -> tuple[Routing, Stats]:
+        self,
+        x_BTD: jax.Array,
+        tokens: Tokens = UNTOLD,
+    ) -> tuple[Routing, Measured]:
         cfg = self.cfg
         shape = (x_BTD.shape[-1], cfg.num_experts)
         record = Parameter(
@@ -201,15 +185,28 @@ class Router(nn.Module):
         logit_BTE: jax.Array = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         score_NE = score_BTE.reshape(-1, cfg.num_experts)
+        is_real_BT = tokens.is_real_BS
         is_real_N = None if is_real_BT is None else is_real_BT.reshape(-1)
         routing, margin_EM = route(score_NE, bias_E, cfg, is_real_N)
+        load_E, none = count(routing.expert_NK, cfg.num_experts), jnp.int32(0)
+        load = Load(load_E, none, none, margin_EM)
         expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
-        auxiliary = losses.AUXILIARY_LOSSES[cfg.auxiliary_loss](
-            score_BTE, expert_BTK, _spread(self.get_variable("router_state", "load"))
-        )
-        z_loss = jnp.float32(0.0)
+        lost = self._losses(logit_BTE, score_BTE, expert_BTK, is_real_BT)
+        return routing, Measured(load, lost, {})
+
+    def _losses(self, logit_BTE, score_BTE, expert_BTK, is_real_BT) -> dict[str, Loss]:
+        """Returns those that the configuration asks for."""
+        cfg, found = self.cfg, {}
+        if cfg.auxiliary_loss != "none":
+            spread = _spread(self.get_variable("router_state", "load"))
+            loss = losses.AUXILIARY_LOSSES[cfg.auxiliary_loss]
+            of_step = cfg.auxiliary_loss in losses.OF_WHOLE_STEPS
+            found["aux_loss"] = Loss(
+                loss(score_BTE, expert_BTK, spread),
+                cfg.auxiliary_weight,
+                PER_STEP if of_step else PER_MICROBATCH,
+            )
         if cfg.z_loss_weight:
             z_loss = losses.router_z(logit_BTE, is_real_BT)
-        load_E = count(routing.expert_NK, cfg.num_experts)
-        none = jnp.int32(0)
-        return routing, Stats(load_E, none, none, margin_EM, auxiliary, z_loss)
+            found["router_z_loss"] = Loss(z_loss, cfg.z_loss_weight, PER_TOKEN)
+        return found

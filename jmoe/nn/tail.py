@@ -19,8 +19,8 @@ from jmoe.config import ModelConfig
 from jmoe.nn import mtp
 from jmoe.nn.block import Positions
 from jmoe.nn.linear import DotGeneral, RMSNorm
+from jmoe.nn.measured import Measured, join, stack
 from jmoe.nn.parameter import MATRIX, Parameter, normal_param
-from jmoe.nn.router import Stats
 from jmoe.ops import dot, masks
 from jmoe.parallel.vocabulary import embed
 
@@ -41,21 +41,22 @@ class Features(NamedTuple):
     hidden_BSD: after the final norm. mtp_BSD: the same of each MTP module; positions
     that don't reach a token to embed (`ops.masks`), such as the last `depth` of all,
     visit no experts and mean nothing. head_DV: the output kernel, in the dtype that it
-    is held in. stats: of MoE layers, stacked [L, ...]; None of no layers.
+    is held in. measured: by the layers, stacked [L, ...].
     """
 
     hidden_BSD: jax.Array
     mtp_BSD: tuple[jax.Array, ...]
     head_DV: jax.Array
-    stats: Stats | None
+    measured: Measured
 
 
 class Tail(nn.Module):
-    """From the last layer's output to `Features`, with the stats of the MTP modules."""
+    """From the last layer's output to `Features`, with what MTP modules measured."""
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
     gather_layer: GatherLayer | None = None
+    apart: bool = False  # see `moe.RoutedExperts`
 
     @nn.compact
     def __call__(
@@ -68,35 +69,33 @@ class Tail(nn.Module):
         cfg = self.cfg
         hidden_BSD = RMSNorm(cfg.norm_eps, name="final_norm")(x_BSD)
         previous, mtp_BSD, measured = hidden_BSD, [], []
-        is_real_BT = positions.is_real_BT
+        is_real_BT = positions.tokens.is_real_BT
         if is_real_BT is None:
             is_real_BT = jnp.ones(tokens_BT.shape, bool)
         gather = None if self.is_initializing() else self.gather_layer
         for depth in range(1, cfg.mtp_depth + 1):
             name = f"mtp_{depth - 1}"
             block = prepare(mtp.MTPModule, name, cfg, gather, scanned=False)
-            module = block(cfg, self.dot_general, name=name)
+            module = block(cfg, self.dot_general, self.apart, name=name)
             shifted_BT = masks.shift_left(tokens_BT, depth)
             embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
-            previous, normed, stats = module(
-                previous, embedded, positions._replace(is_real_BT=reaching_BT)
+            told = positions.tokens._replace(is_real_BT=reaching_BT)
+            previous, normed, found = module(
+                previous,
+                embedded,
+                positions._replace(tokens=told),
+                jnp.int32(cfg.num_layers + depth - 1),
             )
             mtp_BSD.append(normed)
-            measured.append(jax.tree.map(lambda x: x[None], stats))
+            measured.append(stack([found]))
         if cfg.tie_embeddings:
             head_DV = table_VD.T
         else:
             record = Parameter(dims=("embed", "vocab"), matrix=MATRIX)
             shape = table_VD.shape[::-1]
             head_DV = normal_param(self, "head", shape, cfg.init_std, record)
-        return Features(hidden_BSD, tuple(mtp_BSD), head_DV, join_stats(*measured))
-
-
-def join_stats(*parts: Stats | None) -> Stats | None:
-    """Those of all layers, of parts that have been stacked along the layers."""
-    found = [stats for stats in parts if stats is not None]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *found) if found else None
+        return Features(hidden_BSD, tuple(mtp_BSD), head_DV, join(*measured))
 
 
 def prepare(

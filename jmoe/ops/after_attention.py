@@ -47,7 +47,7 @@ def kept_in_e5m6(x_MK: jax.Array, block: blocks.Block) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fp8_attention_dot(x: jax.Array, w_KN: jax.Array, recipe: fp8.Recipe) -> jax.Array:
-    """`x @ w`, [..., N] of x [..., K], in x's dtype, which keeps x in e5m6."""
+    """Returns `x @ w`, [..., N] of x [..., K], in x's dtype, and keeps x in e5m6."""
     return _forward(x, w_KN, recipe)[0]
 
 

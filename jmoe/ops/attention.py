@@ -37,11 +37,11 @@ class _Blocks(NamedTuple):
     group: int  # heads that share one of keys and values
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """Query and key block of every pair on or below the diagonal."""
+        """Returns query and key block of every pair on or below the diagonal."""
         return np.tril_indices(self.count)
 
     def cut(self, x_BT: Any, dims: tuple[int, ...]) -> jax.Array:
-        """[B, T, ...] as [B, s, block, ...], transposed to `dims`."""
+        """Returns [B, T, ...] as [B, s, block, ...], transposed to `dims`."""
         batch, length = x_BT.shape[:2]
         missing = [(0, 0), (0, self.count * self.size - length)]
         x_BT = jnp.pad(x_BT, missing + [(0, 0)] * (x_BT.ndim - 2))
@@ -49,7 +49,7 @@ class _Blocks(NamedTuple):
         return x_BT.reshape(shape).transpose(dims)
 
     def join(self, x: jax.Array, dims: tuple[int, ...], length: int) -> jax.Array:
-        """What `cut` made of [B, length, ...], with the same `dims`."""
+        """Returns what `cut` made of [B, length, ...], with the same `dims`."""
         x = x.transpose(np.argsort(dims))
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
@@ -80,7 +80,7 @@ def attention(
     scale: float,
     block_size: int,
 ) -> jax.Array:
-    """Softmax attention to earlier positions of the same segment, [B, T, H, V].
+    """Returns softmax attention to earlier positions of the same segment, [B, T, H, V].
 
     Head h has the keys and values of head h // (H / K).
 
@@ -103,7 +103,7 @@ def attention(
 
 
 def _fits(qk_dim: int, value_dim: int) -> bool:
-    """Whether kernels have shared memory for these."""
+    """Returns whether kernels have enough shared memory for these dimensions."""
     return qk_dim <= MAX_KERNEL_QK_DIM and value_dim <= MAX_KERNEL_VALUE_DIM
 
 
@@ -119,7 +119,7 @@ def _attend(q, k, v, segment, blocks):
 
 
 def _forward(q, k, v, segment, blocks):
-    """Output and its float32 level, in blocks as the arguments are.
+    """Returns the output and its float32 level, in blocks as the arguments are.
 
     The level is the log-sum-exp of a row's scaled logits, divided by the scale: where
     logits lie, before they are scaled.
@@ -156,7 +156,7 @@ def _forward(q, k, v, segment, blocks):
 
 
 def _logits(q, k, segment, i, j, blocks):
-    """Not scaled: that costs nothing where they are read."""
+    """Returns logits that aren't scaled: that costs nothing where they are read."""
     logits = jnp.einsum(
         "bhqd,bhkd->bhqk", q[i], k[j], preferred_element_type=jnp.float32
     )

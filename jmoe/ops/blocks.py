@@ -28,12 +28,12 @@ TENSOR: Block = (WHOLE, WHOLE)
 
 
 def transposed(block: Block) -> Block:
-    """Of a matrix's blocks, those of its transpose; so it need not be transposed."""
+    """Returns the blocks of a matrix's transpose, which need not be transposed."""
     return (*(1,) * (2 - len(block)), *block)[::-1]
 
 
 def num_blocks(dim: int) -> int:
-    """How many blocks cover `dim` elements; the last one may be shorter."""
+    """Returns how many blocks cover `dim` elements; the last one may be shorter."""
     return -(-dim // BLOCK)
 
 
@@ -48,7 +48,10 @@ def scale_of(largest: jax.Array, format: Format, power_of_two: bool) -> jax.Arra
 
 
 def _round_up(scale: jax.Array) -> jax.Array:
-    """To a power of two: the bits of a positive float32 are in its numbers' order."""
+    """Returns each number rounded up to a power of two.
+
+    The bits of a positive float32 are in its numbers' order.
+    """
     bits = lax.bitcast_convert_type(scale, jnp.int32)
     mantissa = (1 << 23) - 1
     up = (bits + mantissa) & ~mantissa
@@ -58,7 +61,7 @@ def _round_up(scale: jax.Array) -> jax.Array:
 
 
 def scaled(x: jax.Array, block: Block, format: Format, power_of_two: bool):
-    """Tiles of x divided by their scales; the scales; the tiles' axes.
+    """Returns tiles of x divided by their scales; the scales; the tiles' axes.
 
     Above the format's largest number by a rounding at most, which a conversion rounds
     away.
@@ -78,7 +81,7 @@ def rounded(
 
 
 def cut(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
-    """[..., n, size, ...] for the block's dimensions, filled with zeros; its axes.
+    """Returns [..., n, size, ...] for the block's dimensions, filled with zeros; axes.
 
     A dimension whose blocks are single elements stays one.
     """
@@ -98,7 +101,7 @@ def cut(x: jax.Array, block: Block) -> tuple[jax.Array, tuple[int, ...]]:
 
 
 def join(tiles: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax.Array:
-    """What `cut` made of an array of this shape."""
+    """Returns what `cut` made of an array of this shape."""
     merged = list(tiles.shape)
     for axis in reversed(axes):
         merged[axis - 1 : axis + 1] = [merged[axis - 1] * merged[axis]]
@@ -106,7 +109,7 @@ def join(tiles: jax.Array, axes: Sequence[int], shape: Sequence[int]) -> jax.Arr
 
 
 def block_of(shape: Sequence[int], scale_shape: Sequence[int]) -> Block:
-    """That of all dimensions, as the shape of an array's scales tells it."""
+    """Returns the block of all dimensions, as the shape of an array's scales has it."""
 
     def size(dim: int, count: int) -> int:
         if count == num_blocks(dim):

@@ -21,12 +21,12 @@ HOPPER = "9.0"
 
 @functools.cache
 def has_plugin() -> bool:
-    """Whether it is installed; it is not imported."""
+    """Returns whether JAX's GPU plugin is installed; it is not imported."""
     return importlib.util.find_spec(PLUGIN) is not None
 
 
 def suit(devices: Iterable[Any]) -> bool:
-    """Whether those of the `jax.Device`s that are GPUs can run the kernels."""
+    """Returns whether those `jax.Device`s that are GPUs can run the kernels."""
     # Only GPUs have this attribute.
     return all(getattr(x, "compute_capability", HOPPER) == HOPPER for x in devices)
 
@@ -37,7 +37,7 @@ def by_platform(
     *operands: Any,
     fits: bool = True,
 ) -> Any:
-    """The kernel's result if it can be compiled, `fits`, and on a Hopper.
+    """Returns the kernel's result if it can be compiled, `fits`, and on a Hopper.
 
     Otherwise the reference's, of the same shapes. The kernel is imported by `kernel`
     when it is traced, as its module can't be where the plugin is missing.

@@ -33,7 +33,7 @@ def dot_general(
     precision: Precision = None,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> jax.Array:
-    """`jax.lax.dot_general`; if it is that of a linear layer, then by `linear`."""
+    """Computes `jax.lax.dot_general`; if it is a linear layer's, then by `linear`."""
     (of_x, of_w), batch = dimension_numbers
     sums = tuple(of_x), tuple(of_w), *map(tuple, batch)
     is_linear = sums == ((x.ndim - 1,), (0,), (), ())
@@ -44,7 +44,7 @@ def dot_general(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: jax.Array, w: jax.Array, precision: Precision = None) -> jax.Array:
-    """`x @ w`, [..., N...] of x [..., K] and w [K, N...], in x's dtype.
+    """Returns `x @ w`, [..., N...] of x [..., K] and w [K, N...], in x's dtype.
 
     w is converted to it; its gradient has w's dtype, and is rounded to no other.
     """
@@ -52,7 +52,7 @@ def linear(x: jax.Array, w: jax.Array, precision: Precision = None) -> jax.Array
 
 
 def like(w: jax.Array) -> jax.Array:
-    """No elements, of w's dtype: what a backward pass is to return gradients as."""
+    """Returns an array without elements, of the dtype that w's gradient is to have."""
     return jnp.zeros(0, w.dtype)
 
 
@@ -90,7 +90,7 @@ linear.defvjp(_forward, _backward)
 
 
 def outer(x_MK: jax.Array, dy_MN: jax.Array, **options: Any) -> jax.Array:
-    """`x.T @ dy`, [K, N]: the sum of the rows' outer products.
+    """Returns `x.T @ dy`, [K, N]: the sum of the rows' outer products.
 
     Args:
       options: of `jax.lax.dot_general`.

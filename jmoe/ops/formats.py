@@ -33,7 +33,7 @@ class Format(NamedTuple):
 
     @property
     def smallest_step(self) -> float:
-        """That between subnormal numbers."""
+        """The difference of neighbouring subnormal numbers."""
         return self.smallest_normal * 2.0**-self.mantissa_bits
 
 
@@ -62,7 +62,7 @@ def to_e4m3(x: jax.Array) -> jax.Array:
 
 
 def _to_e4m3_by_bits(x: jax.Array) -> jax.Array:
-    """As XLA for CPUs does, in 0.4 of its time."""
+    """Converts as XLA for CPUs does, in 0.4 of its time."""
     x = nearest(x, E4M3)
     bits = lax.bitcast_convert_type(x, jnp.int32)
     cut = 23 - E4M3.mantissa_bits  # bits of float32's mantissa

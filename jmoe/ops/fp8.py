@@ -57,13 +57,13 @@ class Quantized(NamedTuple):
 
     @property
     def mT(self) -> "Quantized":
-        """Of the transpose, whose blocks are transposed too."""
+        """The transposed matrix, whose blocks are transposed too."""
         return Quantized(self.data.mT, self.scale.mT)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Which numbers share a scale; the last dimension is the one that is summed.
+    """Says which numbers share a scale; the last dimension is the one that is summed.
 
     power_of_two: whether scales are rounded up to one. Those of the inputs after
     attention (`jmoe.ops.after_attention`) and of the experts always are.
@@ -103,7 +103,7 @@ def of_tokens(recipe: Recipe | None) -> Recipe | None:
 def quantize(
     x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
 ) -> Quantized:
-    """Blocks along the last dimensions; the last one of each may be shorter.
+    """Quantizes by blocks along the last dimensions; the last one may be shorter.
 
     In a bfloat16 matrix's rows or columns, it is a kernel when compiled for a Hopper.
     """
@@ -130,7 +130,7 @@ def quantize(
 
 
 def has_kernel(x: jax.Array, block: Block) -> bool:
-    """Whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
+    """Returns whether `jmoe.ops.kernels.fp8_quantize` can quantize a matrix's rows."""
     is_matrix = x.ndim == 2 and x.size > 0 and x.dtype == jnp.bfloat16
     return is_matrix and block == ROW
 
@@ -139,7 +139,7 @@ def has_kernel(x: jax.Array, block: Block) -> bool:
 def rounded(
     x: jax.Array, block: Block = ROW, *, power_of_two: bool = False
 ) -> jax.Array:
-    """What is left of x once quantized: `dequantize(quantize(x))`, bit for bit.
+    """Returns what is left of x once quantized: `dequantize(quantize(x))`, bit for bit.
 
     It never is e4m3, conversions to which take CPUs longer than all the rest.
     """
@@ -148,7 +148,7 @@ def rounded(
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`data * scale`, multiplied in float32 and then converted."""
+    """Returns `data * scale`, multiplied in float32 and then converted."""
     block = blocks.block_of(x.data.shape, x.scale.shape)
     tiles, axes = blocks.cut(x.data.astype(jnp.float32), block)
     product = tiles * jnp.expand_dims(x.scale, axes)
@@ -156,7 +156,7 @@ def dequantize(x: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def to_bits(x: Quantized) -> Quantized:
-    """With uint8 for e4m3, to be kept: until `from_bits`, it can only be moved.
+    """Returns e4m3 as uint8, to be kept: until `from_bits`, it can only be moved.
 
     When a loop writes a part of an array of e4m3, XLA for CPUs converts all of it, and
     back.
@@ -181,7 +181,7 @@ class Roundings(NamedTuple):
 
 
 def roundings(recipe: Recipe | None) -> Roundings:
-    """Those of a recipe; None: everything is left as it is."""
+    """Returns a recipe's roundings; None leaves everything as it is."""
 
     if recipe is None:
         return Roundings(*[lambda x: x] * 3)
@@ -190,7 +190,7 @@ def roundings(recipe: Recipe | None) -> Roundings:
 
 
 def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`a @ b.T`, [M, N], of a [M, K] and b [N, K], summed in float32.
+    """Returns `a @ b.T`, [M, N], of a [M, K] and b [N, K], summed in float32.
 
     Both operands have what is summed last, as tensor cores take e4m3. Where a has ROW
     scales and b ROW or SQUARE ones, and the `gpu` extra is installed, it is a kernel
@@ -201,7 +201,7 @@ def matmul(a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 
 
 def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """`x.T @ dy`, [K, N], of x [M, K] and dy [M, N].
+    """Returns `x.T @ dy`, [K, N], of x [M, K] and dy [M, N].
 
     It is the same kernel, of the transposes; elsewhere it is `dot.outer`.
     """
@@ -211,7 +211,7 @@ def outer(x: Quantized, dy: Quantized, dtype: jax.typing.DTypeLike) -> jax.Array
 def _product(
     a: Quantized, b: Quantized, dtype: jax.typing.DTypeLike, *, summed: int
 ) -> jax.Array:
-    """Over dimension `summed` of both."""
+    """Returns the product over dimension `summed` of both."""
 
     def summed_last(a, b):
         return (a, b) if summed == 1 else (a.mT, b.mT)
@@ -242,7 +242,9 @@ def _is_for_kernel(a: Quantized, b: Quantized) -> bool:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fp8_dot(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
-    """`x @ w`, [..., N...] of x [..., K], in x's dtype; all three products are FP8.
+    """Returns `x @ w`, [..., N...] of x [..., K], in x's dtype.
+
+    All three products are FP8.
 
     Any sizes will do: blocks at the ends are shorter. A w [K, N...] of several output
     dimensions is quantized as the matrix that they make together, after it was
@@ -252,7 +254,10 @@ def fp8_dot(x: jax.Array, w: jax.Array, recipe: Recipe) -> jax.Array:
 
 
 def forward(x: jax.Array, w: jax.Array, recipe: Recipe):
-    """The product, and what `backward` is given: first x as [M, K], quantized, bits."""
+    """Returns the product and what `backward` is given.
+
+    The latter begins with x as [M, K], quantized, as bits.
+    """
     x_MK = recipe.quantize(x.reshape(-1, x.shape[-1]), recipe.activations)
     y_MN, of_weights = multiply(x_MK, w, recipe, x.dtype)
     y = y_MN.reshape(*x.shape[:-1], *w.shape[1:])
@@ -260,7 +265,7 @@ def forward(x: jax.Array, w: jax.Array, recipe: Recipe):
 
 
 def backward(recipe: Recipe, saved: Any, dy: jax.Array):
-    """The gradients of x and w."""
+    """Returns the gradients of x and w."""
     x_MK, *of_weights = saved
     x_MK = dequantize(from_bits(x_MK), jnp.float32)
     x_MK = recipe.quantize(x_MK, transposed(recipe.activations))
@@ -270,7 +275,7 @@ def backward(recipe: Recipe, saved: Any, dy: jax.Array):
 def multiply(
     x_MK: Quantized, w: jax.Array, recipe: Recipe, dtype: jax.typing.DTypeLike
 ) -> tuple[jax.Array, Any]:
-    """The product, [M, N] in `dtype`, and what `gradients` is given of the weights."""
+    """Returns the product, [M, N] in `dtype`, and what `gradients` reads of weights."""
     w_KN = w.astype(dtype).reshape(w.shape[0], -1)
     quantized = recipe.quantize(w_KN, recipe.weights)
     like_w = jnp.zeros((0, *w.shape[1:]), w.dtype)
@@ -278,7 +283,10 @@ def multiply(
 
 
 def gradients(recipe: Recipe, x_MK: Quantized, of_weights: Any, dy: jax.Array):
-    """Those of x and w, of x with blocks along M; x's has dy's leading dimensions."""
+    """Returns the gradients of x and w, of x with blocks along M.
+
+    That of x has dy's leading dimensions.
+    """
     w, like_w = of_weights
     outputs = like_w.shape[1:]
     lead = dy.shape[: dy.ndim - len(outputs)]
@@ -324,7 +332,10 @@ class DotGeneral:
 
 
 def dot_general(precision: str) -> Callable[..., jax.Array]:
-    """What linear layers multiply by: one of RECIPES, or "native", in x's dtype."""
+    """Returns what linear layers multiply by: one of RECIPES, or "native".
+
+    The latter multiplies in x's dtype.
+    """
     return dot.dot_general if precision == "native" else DotGeneral(RECIPES[precision])
 
 

@@ -6,7 +6,8 @@ gate and up halves.
 All backends share one signature,
 
     routed_mlp(
-        x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe=None, hosts=1
+        x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD,
+        recipe=None, hosts=1, *, remat, apart,
     ) -> y_TD
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
@@ -14,10 +15,16 @@ are dropless, cost time in proportion to T * K and not to E, and let gradients f
 x, the gates and the weights. A token's experts are distinct, except that any number of
 its choices may be expert E, "nobody", and contribute nothing: that is how a device
 skips the experts that other devices host. With all experts on `hosts` devices, about
-one choice in as many is not nobody's; room is made for that, and any number is right.
+one choice in as many is not nobody's; buffers are sized for that, and any number is
+right.
 
 Products have x's dtype, to which weights are converted. An expert's gradient is summed
 in float32 over all of its rows, and has its weights' own dtype.
+
+With `remat`, a backward pass computes the gate and up activations again, rather than
+reading what the forward pass stored. With `apart`, nothing that x's gradient needs
+waits for the weights' gradients, which a pipeline's schedule puts off; without, one
+loop yields all gradients.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
 [E, F, D]; that is for inference, without gradients.
@@ -26,35 +33,30 @@ With a `recipe` (`jmoe.ops.fp8`), all products are FP8, by its blocks. Gate and 
 one matrix; what is summed over an expert's rows has blocks from its first row on, or
 its first of each part that a backend computes at a time.
 
-The `blocks` backends are for CPUs (`jmoe.ops.grouped_blocks`), the `ragged` ones for
-Hopper GPUs (`jmoe.ops.grouped_ragged`); "auto" is the one of the platform that JAX
-computes on. In those whose names end with `_apart`, nothing that x's gradient needs
-waits for the weights'.
+`blocks` is for CPUs (`jmoe.ops.grouped_blocks`). `ragged` is for Hopper GPUs
+(`jmoe.ops.grouped_ragged`), and always computes activations again. `auto` is the one of
+the platform that JAX computes on.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from jmoe.ops.grouped_blocks import (
-    RoutedMLP,
-    routed_mlp_blocks,
-    routed_mlp_blocks_apart,
-    routed_mlp_blocks_remat,
-    routed_mlp_blocks_remat_apart,
-)
-from jmoe.ops.grouped_ragged import routed_mlp_ragged, routed_mlp_ragged_apart
+from jmoe.ops.grouped_blocks import routed_mlp_blocks
+from jmoe.ops.grouped_ragged import routed_mlp_ragged
+
+RoutedMLP = Callable[..., jax.Array]
+
+
+def routed_mlp_auto(*operands: Any, **options: Any) -> jax.Array:
+    """Returns what the backend of JAX's default platform does."""
+    is_cpu = jax.default_backend() == "cpu"
+    return (routed_mlp_blocks if is_cpu else routed_mlp_ragged)(*operands, **options)
+
 
 BACKENDS: dict[str, RoutedMLP] = {
+    "auto": routed_mlp_auto,
     "blocks": routed_mlp_blocks,
-    "blocks_remat": routed_mlp_blocks_remat,
     "ragged": routed_mlp_ragged,
-    "blocks_apart": routed_mlp_blocks_apart,
-    "blocks_remat_apart": routed_mlp_blocks_remat_apart,
-    "ragged_apart": routed_mlp_ragged_apart,
 }
-
-
-def backend_name(name: str) -> str:
-    """A name in BACKENDS: what "auto" is here, or the name itself."""
-    if name != "auto":
-        return name
-    return "blocks" if jax.default_backend() == "cpu" else "ragged"

@@ -1,35 +1,33 @@
-"""Routed experts by a loop over blocks of rows: the backends for CPUs.
+"""Routed experts by a loop over blocks of rows: the backend for CPUs.
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), M task, B rows of
-a block, S rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
+a block, R rows of one compiled size. The contract is that of `jmoe.ops.grouped`.
 
 Rows are sorted by expert, and a loop takes one *task* after another: up to a block of
 rows of one expert, whose whole chain (gather, three products, activation) runs in the
 smallest compiled size that holds them. So padding is small, a task's intermediate
 arrays stay in the cache, and an expert's weights are read once. Results are added to
 their tokens' rows. The loop is sequential: sums have one order, and results repeat to
-the bit. `blocks` stores the gate and up activations for the backward pass, in room for
-all N rows, nobody's too; `blocks_remat` computes them again, which is two ninths more
-work and no room.
+the bit. The gate and up activations are stored for the backward pass, in an array for
+all N rows, nobody's too; with `remat` they are computed again, which is two ninths more
+work and no memory.
 
-A backward pass is one loop, which yields all gradients. With `blocks_apart` and
-`blocks_remat_apart` it is two: the first yields those of x and the gates and stores
-that of h, in room for all N rows; the second yields the weights'. So nothing that x's
-gradient needs waits for the weights', which a pipeline's schedule puts off. Neither
-repeats the other's products: h, where the forward pass stored none, the first stores.
+A backward pass is one loop, which yields all gradients. With `apart` it is two: the
+first yields those of x and the gates and stores that of h, for all N rows; the second
+yields the weights'. Neither repeats the other's products: h, where the forward pass
+stored none, the first stores.
 
 FP8 is computed here as products of what is left of the operands once quantized. Then
 the gate and up activations are stored as FP8 too, and SwiGLU is computed again from
-these; a backward pass that computes them again rounds them alike, so that all backends
-have the same gradients.
+these; a backward pass that computes them again rounds them alike, so that neither
+`remat` nor `apart` changes a gradient.
 
 Weights that are kept in fewer bits (`jmoe.ops.stored`) are dequantized in the task, one
 expert's at a time.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,13 +52,12 @@ from jmoe.ops.rows import Rows, sort_rows
 from jmoe.ops.swiglu import swiglu
 
 Recipe = fp8.Recipe | None
-RoutedMLP = Callable[..., jax.Array]
 
 Kept = jax.Array | fp8.Quantized
 """Gate and up activations [N, X], with a recipe in FP8 (`fp8.to_bits`)."""
 
 
-class Saved(NamedTuple):
+class BlockResiduals(NamedTuple):
     """What the backward pass is given; it gathers the rest."""
 
     x_TD: jax.Array  # what was left of it once quantized
@@ -73,7 +70,32 @@ class Saved(NamedTuple):
     kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
 
-def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
+def routed_mlp_blocks(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    gate_up_ED2F: stored.Weight,
+    down_EFD: stored.Weight,
+    recipe: Recipe = None,
+    hosts: int = 1,
+    *,
+    remat: bool = False,
+    apart: bool = False,
+) -> jax.Array:
+    """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
+    del hosts  # a loop over the rows that there are needs no array for more
+    weights = gate_up_ED2F, down_EFD
+    return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _compute(*operands):
+    return _forward(*operands)[0]
+
+
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, apart):
+    del apart
+    stores = not remat
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
     block = block_rows(len(x_TD))
@@ -94,11 +116,11 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            h_SX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
-            act_SF = left.activations(swiglu(h_SX))
-            gate_S1 = cut(gate_N, start, size)[:, None]
-            y_BD = pad(gate_S1 * _dot(act_SF, down_FD, 1, 0), block)
-            return pad(h_SX, block) if stores else None, y_BD
+            h_RX = _dot(take(x_TD, token_B[:size]), gate_up_DX, 1, 0)
+            act_RF = left.activations(swiglu(h_RX))
+            gate_R1 = cut(gate_N, start, size)[:, None]
+            y_BD = pad(gate_R1 * _dot(act_RF, down_FD, 1, 0), block)
+            return pad(h_RX, block) if stores else None, y_BD
 
         h_BX, y_BD = in_smallest_size(tasks.rows_M[i], block, chain)
         if stores:
@@ -107,16 +129,25 @@ def _forward(stores, x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe):
         return add_own(y_TD, token_B, y_BD, tasks.rows_M[i]), h_NX
 
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
-    room = (rows.token_N.size, 2 * mlp_dim)
-    h_NX = zeros_after(x_TD, room, x_TD.dtype) if stores else None
+    shape = (rows.token_N.size, 2 * mlp_dim)
+    h_NX = zeros_after(x_TD, shape, x_TD.dtype) if stores else None
     y_TD, h_NX = lax.fori_loop(0, tasks.count, run, (y_TD, h_NX))
     kept_NX = _keep(recipe, h_NX) if stores else None
     weights = gate_up_EDX, down_EFD
-    saved = Saved(x_TD, gate_TK, gate_N, *weights, like, rows, kept_NX)
+    saved = BlockResiduals(x_TD, gate_TK, gate_N, *weights, like, rows, kept_NX)
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, saved: Saved, dy_TD):
+def _backward(recipe: Recipe, remat: bool, apart: bool, saved: BlockResiduals, dy_TD):
+    del remat
+    gradients = _in_two_loops if apart else _in_one_loop
+    return gradients(recipe, saved, dy_TD)
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _in_one_loop(recipe: Recipe, saved: BlockResiduals, dy_TD):
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -128,19 +159,19 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            x_SD = take(x_TD, token_B[:size])
-            own_S1 = (jnp.arange(size) < own)[:, None]
-            dy_SD = take(dy_TD, token_B[:size])
-            h_SX, _ = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
-            act_SF, d_h_SX, d_gate_S = _through_mlp(
-                recipe, h_SX, gate_S1, dy_SD, down_FD
+            x_RD = take(x_TD, token_B[:size])
+            own_R1 = (jnp.arange(size) < own)[:, None]
+            dy_RD = take(dy_TD, token_B[:size])
+            h_RX, _ = _hidden(recipe, h_NX, start, x_RD, gate_up_DX)
+            gate_R1 = _own_gates(gate_N, start, own_R1, x_RD.dtype)
+            act_RF, d_h_RX, d_gate_R = _through_mlp(
+                recipe, h_RX, gate_R1, dy_RD, down_FD
             )
             return (
-                pad(_input_gradient(recipe, d_h_SX, gate_up_DX), block),
-                pad(d_gate_S, block),
-                _outer(recipe, own_S1, x_SD, d_h_SX),
-                _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
+                pad(_input_gradient(recipe, d_h_RX, gate_up_DX), block),
+                pad(d_gate_R, block),
+                _outer(recipe, own_R1, x_RD, d_h_RX),
+                _outer(recipe, own_R1, act_RF * gate_R1, dy_RD),
             )
 
         dx_BD, d_gate_B, d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
@@ -160,14 +191,14 @@ def _backward(recipe: Recipe, saved: Saved, dy_TD):
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
 
-def _backward_apart(recipe: Recipe, saved: Saved, dy_TD):
+def _in_two_loops(recipe: Recipe, saved: BlockResiduals, dy_TD):
     dx_TD, d_gate_N, kept_NX, d_h_NX = _input_gradients(recipe, saved, dy_TD)
     d_weights = _weight_gradients(recipe, saved, kept_NX, d_h_NX, dy_TD)
     return _gradients(saved, dx_TD, d_gate_N, *d_weights)
 
 
-def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
-    """Of x and the gates; h as it is kept, and its gradient."""
+def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
+    """Returns gradients of x and the gates; h as it is kept; and h's gradient."""
     x_TD, gate_TK, gate_N, gate_up_EDX, _, _, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
@@ -183,13 +214,13 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
         gate_up_DX, down_FD = (_of_expert(w, expert, x_TD.dtype) for w in weights)
 
         def chain(size):
-            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            h_SX, made_SX = _hidden(recipe, h_NX, start, x_SD, gate_up_DX)
-            gate_S1 = cut(gate_N, start, size)[:, None].astype(dy_SD.dtype)
-            _, d_h_SX, d_gate_S = _through_mlp(recipe, h_SX, gate_S1, dy_SD, down_FD)
-            dx_SD = _input_gradient(recipe, d_h_SX, gate_up_DX)
-            made = (d_h_SX,) if stores else (made_SX, d_h_SX)
-            return tuple(pad(x, block) for x in (dx_SD, d_gate_S, *made))
+            x_RD, dy_RD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            h_RX, made_RX = _hidden(recipe, h_NX, start, x_RD, gate_up_DX)
+            gate_R1 = cut(gate_N, start, size)[:, None].astype(dy_RD.dtype)
+            _, d_h_RX, d_gate_R = _through_mlp(recipe, h_RX, gate_R1, dy_RD, down_FD)
+            dx_RD = _input_gradient(recipe, d_h_RX, gate_up_DX)
+            made = (d_h_RX,) if stores else (made_RX, d_h_RX)
+            return tuple(pad(x, block) for x in (dx_RD, d_gate_R, *made))
 
         dx_BD, d_gate_B, *made_BX = in_smallest_size(own, block, chain)
         return (
@@ -213,7 +244,9 @@ def _input_gradients(recipe: Recipe, saved: Saved, dy_TD):
     return dx_TD, d_gate_N, kept_NX, d_h_NX
 
 
-def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD):
+def _weight_gradients(
+    recipe: Recipe, saved: BlockResiduals, kept_NX: Kept, d_h_NX, dy_TD
+):
     h_NX: Any = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
     x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, _ = saved
@@ -224,15 +257,15 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
         token_B = cut(rows.token_N, start, block)
 
         def chain(size):
-            own_S1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
-            x_SD, dy_SD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
-            gate_S1 = _own_gates(gate_N, start, own_S1, x_SD.dtype)
-            h_SX = cut(h_NX, start, size)
-            act_SF = activations(swiglu(h_SX))
-            d_h_SX = jnp.where(own_S1, cut(d_h_NX, start, size), 0)
+            own_R1 = (jnp.arange(size) < own)[:, None]  # the rest, the next expert owns
+            x_RD, dy_RD = (take(x, token_B[:size]) for x in (x_TD, dy_TD))
+            gate_R1 = _own_gates(gate_N, start, own_R1, x_RD.dtype)
+            h_RX = cut(h_NX, start, size)
+            act_RF = activations(swiglu(h_RX))
+            d_h_RX = jnp.where(own_R1, cut(d_h_NX, start, size), 0)
             return (
-                _outer(recipe, own_S1, x_SD, d_h_SX),
-                _outer(recipe, own_S1, act_SF * gate_S1, dy_SD),
+                _outer(recipe, own_R1, x_RD, d_h_RX),
+                _outer(recipe, own_R1, act_RF * gate_R1, dy_RD),
             )
 
         d_gate_up_DX, d_down_FD = in_smallest_size(own, block, chain)
@@ -248,8 +281,8 @@ def _weight_gradients(recipe: Recipe, saved: Saved, kept_NX: Kept, d_h_NX, dy_TD
     return over_experts(run, rows.size_E, gate_TK.shape, carry)
 
 
-def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
-    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+def _gradients(saved: BlockResiduals, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
+    """Returns gradients of x, (no) choices, gates and weights, for `jax.custom_vjp`."""
     num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
     of_gate_up, of_down = saved.like
     d_gate_up_ED2F = d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim)
@@ -263,7 +296,7 @@ def _gradients(saved: Saved, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
 
 
 def _rounded(recipe: Recipe, w_EIO: stored.Weight) -> stored.Weight:
-    """As FP8 leaves it; one that is stored in fewer bits, as it is."""
+    """Returns weights as FP8 leaves them; those stored in fewer bits, as they are."""
     if isinstance(w_EIO, stored.FewerBits):
         return w_EIO
     return fp8.roundings(recipe).weights(w_EIO)
@@ -278,86 +311,53 @@ def _keep(recipe: Recipe, h_NX: jax.Array) -> Kept:
 
 
 def _read(kept_NX: Kept | None, dtype: Any) -> jax.Array | None:
-    """All rows at once: in a task, each use of some would convert them again."""
+    """Returns all rows: in a task, each use of some would convert them again."""
     if isinstance(kept_NX, fp8.Quantized):
         return fp8.dequantize(fp8.from_bits(kept_NX), dtype)
     return kept_NX
 
 
-def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_SD, gate_up_DX):
-    """The gate and up activations of S rows: as they are kept, and to be kept."""
+def _hidden(recipe: Recipe, h_NX: jax.Array | None, start, x_RD, gate_up_DX):
+    """Returns the gate and up activations of R rows: as they are kept; to be kept."""
     if h_NX is not None:
-        h_SX = cut(h_NX, start, x_SD.shape[0])
-        return h_SX, h_SX
-    h_SX = _dot(x_SD, gate_up_DX, 1, 0)
-    return h_SX if recipe is None else recipe.round(h_SX, fp8.ROW), h_SX
+        h_RX = cut(h_NX, start, x_RD.shape[0])
+        return h_RX, h_RX
+    h_RX = _dot(x_RD, gate_up_DX, 1, 0)
+    return h_RX if recipe is None else recipe.round(h_RX, fp8.ROW), h_RX
 
 
-def _through_mlp(recipe: Recipe, h_SX, gate_S1, dy_SD, down_FD):
-    """Activations, as they were multiplied; gradients of h and of the gates."""
-    act_SF, pull = jax.vjp(swiglu, h_SX)
-    act_SF = fp8.roundings(recipe).activations(act_SF)
-    d_act_SF = _input_gradient(recipe, dy_SD, down_FD)
+def _through_mlp(recipe: Recipe, h_RX, gate_R1, dy_RD, down_FD):
+    """Returns activations as they were multiplied; gradients of h and of the gates."""
+    act_RF, pull = jax.vjp(swiglu, h_RX)
+    act_RF = fp8.roundings(recipe).activations(act_RF)
+    d_act_RF = _input_gradient(recipe, dy_RD, down_FD)
     # <dy, act @ down> is <dy @ down.T, act>: no need of the stored output.
-    d_gate_S = (d_act_SF * act_SF).astype(jnp.float32).sum(-1)
-    (d_h_SX,) = pull(d_act_SF * gate_S1)
-    return act_SF, d_h_SX, d_gate_S
+    d_gate_R = (d_act_RF * act_RF).astype(jnp.float32).sum(-1)
+    (d_h_RX,) = pull(d_act_RF * gate_R1)
+    return act_RF, d_h_RX, d_gate_R
 
 
-def _input_gradient(recipe: Recipe, dy_SO, w_IO):
-    return _dot(fp8.roundings(recipe).gradients(dy_SO), w_IO, 1, 1)
+def _input_gradient(recipe: Recipe, dy_RO, w_IO):
+    return _dot(fp8.roundings(recipe).gradients(dy_RO), w_IO, 1, 1)
 
 
-def _own_gates(gate_N, start, own_S1, dtype: Any) -> jax.Array:
-    """[S, 1], zero for rows that another task owns: so are the gradients from them."""
-    gate_S1 = cut(gate_N, start, len(own_S1))[:, None]
-    return jnp.where(own_S1, gate_S1, 0).astype(dtype)
+def _own_gates(gate_N, start, own_R1, dtype: Any) -> jax.Array:
+    """Returns gates [R, 1], zero for rows of another task: so are their gradients."""
+    gate_R1 = cut(gate_N, start, len(own_R1))[:, None]
+    return jnp.where(own_R1, gate_R1, 0).astype(dtype)
 
 
-def _outer(recipe: Recipe, own_S1, x_SI, dy_SO):
-    """The sum of the rows' outer products, float32, to be added to other tasks'.
+def _outer(recipe: Recipe, own_R1, x_RI, dy_RO):
+    """Returns the sum of the rows' outer products, float32, to add to other tasks'.
 
     x or dy is zero in rows that aren't own.
     """
     if recipe is not None:  # the others don't take part in the scales either
-        x_SI, dy_SO = (jnp.where(own_S1, x, 0) for x in (x_SI, dy_SO))
-        x_SI = recipe.round(x_SI, fp8.transposed(recipe.activations))
-        dy_SO = recipe.round(dy_SO, fp8.transposed(recipe.gradients))
-    return dot.outer(x_SI, dy_SO, preferred_element_type=jnp.float32)
-
-
-def _backend(stores: bool, backward: Callable[..., Any]) -> RoutedMLP:
-    """A `blocks` backend of this module's contract.
-
-    Its y_TD has x's dtype and is summed in float32; the gates are float32.
-
-    Args:
-      stores: whether the 2 N F gate and up activations are kept for the backward pass.
-      backward: `_backward` or `_backward_apart`.
-    """
-
-    forward = functools.partial(_forward, stores)
-
-    def output(*operands):
-        return forward(*operands)[0]
-
-    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5,))
-    compute.defvjp(forward, backward)
-
-    def routed_mlp(
-        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
-    ):
-        del hosts  # a loop over the rows that there are makes no room
-        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe)
-
-    return routed_mlp
+        x_RI, dy_RO = (jnp.where(own_R1, x, 0) for x in (x_RI, dy_RO))
+        x_RI = recipe.round(x_RI, fp8.transposed(recipe.activations))
+        dy_RO = recipe.round(dy_RO, fp8.transposed(recipe.gradients))
+    return dot.outer(x_RI, dy_RO, preferred_element_type=jnp.float32)
 
 
 def _dot(a: jax.Array, b: jax.Array, contract_a: int, contract_b: int) -> jax.Array:
     return lax.dot_general(a, b, (((contract_a,), (contract_b,)), ((), ())))
-
-
-routed_mlp_blocks = _backend(True, _backward)
-routed_mlp_blocks_remat = _backend(False, _backward)
-routed_mlp_blocks_apart = _backend(True, _backward_apart)
-routed_mlp_blocks_remat_apart = _backend(False, _backward_apart)

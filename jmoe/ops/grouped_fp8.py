@@ -28,7 +28,7 @@ from jmoe.ops.rows import DOT_TRANSPOSED, OUTER, num_row_tiles, row_tiles
 def dot(
     x: Quantized, w: Quantized, size_E: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """[M, N] of x [M, K] and w [E, N, K]; nobody's rows have anything."""
+    """Returns [M, N] of x [M, K] and w [E, N, K]; nobody's rows have anything."""
     (M, K), (E, N, _) = x.shape, w.shape
     of_blocks = (M, num_blocks(K)), (E, num_blocks(N), num_blocks(K))
     fits = (x.scale.shape, w.scale.shape) == of_blocks
@@ -49,7 +49,7 @@ def outer(
     recipe: Recipe,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """[E, I, O] in `dtype`; both operands are quantized here, along the rows.
+    """Returns [E, I, O] in `dtype`; both operands are quantized here, along the rows.
 
     A block is what an expert has of a tile of 128 rows.
     """
@@ -72,7 +72,7 @@ def outer(
 def _along_rows(
     x_MI: jax.Array, tile_T4: jax.Array, recipe: Recipe, block: fp8.Block
 ) -> Quantized:
-    """[I, P] of the tiles' own rows, one tile after another."""
+    """Returns [I, P] of the tiles' own rows, one tile after another."""
 
     def kernel(x_MI, tile_T4):
         from jmoe.ops.kernels import fp8_quantize

@@ -8,9 +8,9 @@ Rows are sorted by expert, and one kernel multiplies each expert's rows by its w
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
 taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. In `ragged` it has room for the rows of balanced experts, all of
-them where no other device has experts, and no less than T. A loop takes as many
-segments of T more as there are. No array is longer than a segment, and what is nobody's
+with communication. It holds the rows of balanced experts, all of them where no other
+device has experts, and no less than T. A loop takes as many segments of T more as there
+are. No array is longer than a segment, and what is nobody's
 is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
@@ -18,12 +18,11 @@ MLP stores nothing, and a layer that is recomputed does not run it: only its inp
 asked for. Results go back to their tokens by gathers, as each choice knows its row; a
 scatter would add in any order.
 
-In `ragged`, one loop yields all gradients of the segments after the first. In
-`ragged_apart`, one yields those of x and the gates, and another the weights', which a
-pipeline's schedule puts off. What both need of the first segment is computed once. Of a
-later one it is computed in each loop, so that no array need hold it for all: seven
-products instead of five. All segments have T rows: in one long segment, XLA puts little
-between the start and the end of a collective.
+One loop yields all gradients of the segments after the first. With `apart`, one yields
+those of x and the gates, and another the weights'. What both need of the first segment
+is computed once. Of a later one it is computed in each loop, so that no array need hold
+it for all: seven products instead of five. There all segments have T rows: in one long
+segment, XLA puts little between the start and the end of a collective.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
@@ -63,7 +62,7 @@ class Lengths(NamedTuple):
     later: int
 
 
-class Plan(NamedTuple):
+class RowPlan(NamedTuple):
     """`rows`, with spare ones to whole segments; the row of each choice; those owned.
 
     Rows from `owned` on are nobody's.
@@ -84,7 +83,7 @@ class Segment(NamedTuple):
     size_E: jax.Array
 
 
-class Saved(NamedTuple):
+class Residuals(NamedTuple):
     """What the backward pass is given; it computes the rest again.
 
     like: of the weights, `stored.like`.
@@ -95,7 +94,7 @@ class Saved(NamedTuple):
     gate_up_EDX: Weight
     down_EFD: Weight
     like: tuple[jax.Array, jax.Array]
-    plan: Plan
+    plan: RowPlan
 
 
 class Middle(NamedTuple):
@@ -106,13 +105,38 @@ class Middle(NamedTuple):
     d_gate_M: jax.Array
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
+def routed_mlp_ragged(
+    x_TD: jax.Array,
+    expert_TK: jax.Array,
+    gate_TK: jax.Array,
+    gate_up_ED2F: stored.Weight,
+    down_EFD: stored.Weight,
+    recipe: Recipe = None,
+    hosts: int = 1,
+    *,
+    remat: bool = True,
+    apart: bool = False,
+) -> jax.Array:
+    """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
+    del remat  # the backward pass always computes activations again
+    lengths = _lengths(expert_TK.shape, hosts, apart)
+    weights = gate_up_ED2F, down_EFD
+    return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _compute(*operands):
+    return _forward(*operands)[0]
+
+
+def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, apart):
+    del apart
     plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
     gate_up_EDX, down_EFD = (
         _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
     )
-    saved = Saved(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
+    saved = Residuals(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
 
     def output(segment):
         act_MF = _activations(*_hidden(recipe, saved, segment), segment)
@@ -123,7 +147,15 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths):
     return y_TD.astype(x_TD.dtype), saved
 
 
-def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+def _backward(recipe: Recipe, lengths: Lengths, apart: bool, saved: Residuals, dy_TD):
+    gradients = _in_two_loops if apart else _in_one_loop
+    return gradients(recipe, lengths, saved, dy_TD)
+
+
+_compute.defvjp(_forward, _backward)
+
+
+def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
@@ -136,7 +168,7 @@ def _backward(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
 
 
-def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.Array):
+def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     plan = saved.plan
     first = _cut(plan, 0, lengths.first)
 
@@ -167,52 +199,18 @@ def _backward_apart(recipe: Recipe, lengths: Lengths, saved: Saved, dy_TD: jax.A
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _backend(
-    backward: Callable[[Recipe, Lengths, Saved, jax.Array], Any],
-    lengths_of: Callable[[tuple[int, ...], int], Lengths],
-) -> Callable[..., jax.Array]:
-    """A `ragged` backend of `jmoe.ops.grouped`'s contract.
-
-    Its y_TD has x's dtype and is summed in float32; the gates are float32.
-    """
-
-    def output(*operands):
-        return _forward(*operands)[0]
-
-    compute: Any = jax.custom_vjp(output, nondiff_argnums=(5, 6))
-    compute.defvjp(_forward, backward)
-
-    def routed_mlp(
-        x_TD, expert_TK, gate_TK, gate_up, down, recipe: Recipe = None, hosts: int = 1
-    ):
-        lengths = lengths_of(expert_TK.shape, hosts)
-        return compute(x_TD, expert_TK, gate_TK, gate_up, down, recipe, lengths)
-
-    return routed_mlp
-
-
-def _of_balanced(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
+def _lengths(shape_TK: tuple[int, ...], hosts: int, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
-    balanced = -(-tokens * top_k // hosts)
+    balanced = 0 if apart else -(-tokens * top_k // hosts)
     return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
-
-
-def _of_tokens(shape_TK: tuple[int, ...], hosts: int) -> Lengths:
-    del hosts
-    length = _whole_tiles(shape_TK[0])
-    return Lengths(length, length)
 
 
 def _whole_tiles(rows: int) -> int:
     return -(-rows // TILE) * TILE
 
 
-routed_mlp_ragged = _backend(_backward, _of_balanced)
-routed_mlp_ragged_apart = _backend(_backward_apart, _of_tokens)
-
-
 def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
-    """As products take it: matrices [E, I, O] in `dtype`, or quantized."""
+    """Returns weights as products take them: [E, I, O] in `dtype`, or quantized."""
     w_EIO = stored.as_matrices(w, dtype)
     if recipe is None:
         return stored.as_array(w_EIO, dtype)
@@ -221,15 +219,15 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
     return recipe.quantize(stored.as_array(w_EIO, dtype), recipe.weights)
 
 
-def _hidden(recipe: Recipe, saved: Saved, segment: Segment):
-    """The gate and up activations, and the rows' gates."""
+def _hidden(recipe: Recipe, saved: Residuals, segment: Segment):
+    """Returns the gate and up activations, and the rows' gates."""
     x_MD = _spread(saved.x_TD, segment)
     h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
 
 def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Array:
-    """Weighed; zeros in nobody's rows."""
+    """Returns weighed activations; zeros in nobody's rows."""
     # Masked here, so that neither what follows nor its gradient takes in nobody's rows:
     # in the weights' gradients, they count even times zero.
     is_owned_M1 = segment.is_owned_M[:, None]
@@ -238,7 +236,7 @@ def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Ar
     return (jax.nn.silu(gate_MF) * up_MF * gate_M[:, None]).astype(h_MX.dtype)
 
 
-def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
+def _middle(recipe: Recipe, saved: Residuals, dy_TD: jax.Array, segment: Segment):
     activations = functools.partial(_activations, segment=segment)
     act_MF, pull = jax.vjp(activations, *_hidden(recipe, saved, segment))
     dy_MD = _spread(dy_TD, segment)
@@ -247,17 +245,19 @@ def _middle(recipe: Recipe, saved: Saved, dy_TD: jax.Array, segment: Segment):
     )
 
 
-def _input_gradients(recipe: Recipe, saved: Saved, middle: Middle, segment: Segment):
-    """Of x and the gates."""
+def _input_gradients(
+    recipe: Recipe, saved: Residuals, middle: Middle, segment: Segment
+):
+    """Returns the gradients of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
     dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
     return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
 
 
 def _weight_gradients(
-    recipe: Recipe, saved: Saved, dy_TD: jax.Array, middle: Middle, segment: Segment
+    recipe: Recipe, saved: Residuals, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
-    """Of one segment, no narrower than the weights are."""
+    """Returns one segment's gradients, no narrower than the weights are."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
     dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
     outer = functools.partial(_outer, recipe, segment=segment)
@@ -265,8 +265,8 @@ def _weight_gradients(
     return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
 
 
-def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
-    """As `jax.custom_vjp` wants them: of x, the choices, the gates and the weights."""
+def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
+    """Returns gradients of x, (no) choices, gates and weights, for `jax.custom_vjp`."""
     d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
     of_gate_up, of_down = saved.like
     return (
@@ -279,36 +279,36 @@ def _results(saved: Saved, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
 
 
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
-    """x, which cannot be read before `other` is there."""
+    """Returns x, which cannot be read before `other` is there."""
     return lax.optimization_barrier((x, other))[0]
 
 
 def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
-    """How many segments these rows need, besides the first."""
+    """Returns how many segments these rows need, besides the first."""
     return -(-(rows - lengths.first) // lengths.later)
 
 
-def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> Plan:
+def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> RowPlan:
     most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
     spare = most - expert_TK.size
     rows = sort_rows(expert_TK, num_experts, spare=spare)
     choice_N = rows.choice_N[: expert_TK.size]
     index_N = jnp.arange(expert_TK.size, dtype=jnp.int32)
     row_N = jnp.zeros_like(choice_N).at[choice_N].set(index_N, unique_indices=True)
-    return Plan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
+    return RowPlan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
 
 
 def _over_segments(
-    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any]
+    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any]
 ) -> Any:
-    """The sum of a tree of arrays over all segments that have rows."""
+    """Returns the sum of a tree of arrays over all segments that have rows."""
     return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
 
 
 def _add_later(
-    plan: Plan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
+    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
 ) -> Any:
-    """`_over_segments`, where that of the first segment is at hand."""
+    """Adds later segments' results to those of the first, as `_over_segments` does."""
 
     def add(i, total):
         segment = _cut(plan, lengths.first + i * lengths.later, lengths.later)
@@ -319,7 +319,7 @@ def _add_later(
     return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
 
 
-def _cut(plan: Plan, row: jax.Array | int, length: int) -> Segment:
+def _cut(plan: RowPlan, row: jax.Array | int, length: int) -> Segment:
     start = jnp.asarray(row, jnp.int32)
     choice_M, token_M = (
         lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
@@ -333,12 +333,12 @@ def _cut(plan: Plan, row: jax.Array | int, length: int) -> Segment:
 
 
 def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
-    """Each row's token; nobody's rows have some token's."""
+    """Returns each row's token; nobody's rows have some token's."""
     return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
 
 
-def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
-    """Each choice's row of an array [M, ...], float32; zeros where it isn't there."""
+def _collect(rows: jax.Array, plan: RowPlan, segment: Segment) -> jax.Array:
+    """Returns each choice's row of [M, ...], float32; zeros where it isn't there."""
     local_TK = plan.row_TK - segment.start
     inside_TK = (local_TK >= 0) & (local_TK < segment.size_E.sum())
     picked = rows.at[jnp.where(inside_TK, local_TK, 0)].get(mode="promise_in_bounds")
@@ -347,7 +347,7 @@ def _collect(rows: jax.Array, plan: Plan, segment: Segment) -> jax.Array:
 
 
 def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.Array:
-    """Each expert's rows times its weights, [M, O] in x's dtype.
+    """Returns each expert's rows times its weights, [M, O] in x's dtype.
 
     What nobody's rows have must be finite, and the result has anything there.
     """
@@ -360,7 +360,7 @@ def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.A
 def _dot_transposed(
     recipe: Recipe, dy_MO: jax.Array, w_EIO: Any, segment: Segment
 ) -> jax.Array:
-    """Each expert's rows times its weights' transpose, likewise."""
+    """Returns each expert's rows times its weights' transpose, as `_dot` does."""
     if recipe is None:
         return _product("dot_transposed", dy_MO, w_EIO, segment.size_E)
     dy = recipe.quantize(dy_MO, recipe.gradients)
@@ -374,7 +374,7 @@ def _outer(
     segment: Segment,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
+    """Returns each expert's sum of outer products of its rows, [E, I, O] in `dtype`.
 
     One of the operands must be zero in nobody's rows, and the other finite.
     """

@@ -50,7 +50,7 @@ class Packed:
 
 @functools.partial(jax.jit, static_argnames="group")
 def quantize(w: jax.Array, group: int = GROUP) -> Packed:
-    """Of [..., K, N]; the last group may be shorter.
+    """Quantizes [..., K, N]; the last group may be shorter.
 
     Raises:
       ValueError: there is no matrix, or a group has no inputs.
@@ -72,7 +72,7 @@ def quantize(w: jax.Array, group: int = GROUP) -> Packed:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantize(w: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """[..., K, N]: `level * scale`, multiplied in float32 and then converted."""
+    """Returns [..., K, N]: `level * scale`, multiplied in float32, then converted."""
     level = _unpack(w.data)[..., : w.num_inputs, :]
     tiles = _tiles(level.astype(jnp.float32), w.group)
     product = tiles * w.scale[..., None, :].astype(jnp.float32)
@@ -81,7 +81,7 @@ def dequantize(w: Packed, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def _best_scale(tiles: jax.Array) -> jax.Array:
-    """That of each group, [..., G, 1, N], float32 with bfloat16's precision."""
+    """Returns each group's scale, [..., G, 1, N], float32 of bfloat16's precision."""
     highest, lowest = (f(tiles, -2, keepdims=True) for f in (jnp.max, jnp.min))
     largest = jnp.where(highest > -lowest, highest, lowest)
 
@@ -107,12 +107,12 @@ def _scale(largest: jax.Array, span: float) -> jax.Array:
 
 
 def _levels(tiles: jax.Array, scale: jax.Array) -> jax.Array:
-    """The nearest there are, float32; anything where the scale isn't finite."""
+    """Returns the nearest levels, float32; anything where the scale isn't finite."""
     return jnp.clip(jnp.round(tiles / scale), LOWEST, HIGHEST)
 
 
 def _pack(level: jax.Array) -> jax.Array:
-    """uint8 [..., P, N] of whole numbers [..., K, N]."""
+    """Returns uint8 [..., P, N] of whole numbers [..., K, N]."""
     *lead, num_inputs, outputs = level.shape
     padding = [(0, 0)] * len(lead) + [(0, num_inputs % 2), (0, 0)]
     code = (jnp.pad(level, padding) - LOWEST).astype(jnp.uint8)
@@ -121,14 +121,14 @@ def _pack(level: jax.Array) -> jax.Array:
 
 
 def _unpack(data: jax.Array) -> jax.Array:
-    """Whole numbers, int8 [..., 2 P, N]."""
+    """Returns whole numbers, int8 [..., 2 P, N]."""
     *lead, _, outputs = data.shape
     pairs = jnp.stack([data & 15, data >> 4], axis=-2)
     return pairs.reshape(*lead, -1, outputs).astype(jnp.int8) + LOWEST
 
 
 def _tiles(x: jax.Array, group: int) -> jax.Array:
-    """[..., G, group, N], filled with zeros."""
+    """Returns [..., G, group, N], filled with zeros."""
     *lead, num_inputs, outputs = x.shape
     padding = [(0, 0)] * len(lead) + [(0, -num_inputs % group), (0, 0)]
     return jnp.pad(x, padding).reshape(*lead, -1, group, outputs)

@@ -7,8 +7,8 @@ each position once for all heads.
 
 The softmax is computed a block of positions at a time, as in `jmoe.ops.attention`.
 
-Shapes: B sequence, H head, S position, X latent and rotated dimension, C the latent's,
-K position of a block.
+Shapes: B sequence, H head, S position of the cache, X latent and rotated dimension, C
+the latent's, K position of a block.
 """
 
 import functools
@@ -35,7 +35,7 @@ def latent_decode(
     value_dim: int,
     scale: float,
 ) -> jax.Array:
-    """Each head's mean of the cache's values, [B, H, value_dim] in q's dtype.
+    """Returns each head's mean of the cache's values, [B, H, value_dim] in q's dtype.
 
     In bfloat16, where the `gpu` extra is installed, it is a kernel when compiled for a
     Hopper GPU (`jmoe.ops.by_platform`). It has no gradient.

@@ -18,15 +18,15 @@ class MatrixDims:
 
     @property
     def both(self) -> tuple[int, ...]:
-        """Inputs, then outputs."""
+        """The dimensions of inputs, then those of outputs."""
         return self.fan_in + self.fan_out
 
     def batch(self, ndim: int) -> tuple[int, ...]:
-        """The dimensions that number matrices, of an array of `ndim`."""
+        """Returns the dimensions that number matrices, of an array of `ndim`."""
         return tuple(dim for dim in range(-ndim, 0) if dim not in self.both)
 
     def sizes(self, shape: Sequence[int]) -> tuple[int, int]:
-        """How many inputs and outputs one matrix has, of an array of this shape."""
+        """Returns how many inputs and outputs a matrix has, of an array's shape."""
         fan_in, fan_out = (
             math.prod(shape[dim] for dim in dims)
             for dims in (self.fan_in, self.fan_out)

@@ -1,6 +1,6 @@
 """The nearest matrix with orthogonal rows or columns, roughly, by products alone.
 
-Shapes: N matrix, R rows, C columns, S the fewer of the two.
+Shapes: N matrix, R rows, C columns, M the fewer of the two.
 
 Jordan's quintic iteration (kellerjordan.github.io/posts/muon): of a matrix U S V^T it
 makes U f(S) V^T, where f is five times s -> a s + b s^3 + c s^5. The coefficients are
@@ -28,8 +28,8 @@ def newton_schulz(x_NRC: jax.Array) -> jax.Array:
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + EPSILON)
 
     def iterate(_: int, x: jax.Array) -> jax.Array:
-        gram_NSS = x @ x.mT
-        return a * x + (b * gram_NSS + c * gram_NSS @ gram_NSS) @ x
+        gram_NMM = x @ x.mT
+        return a * x + (b * gram_NMM + c * gram_NMM @ gram_NMM) @ x
 
     x = jax.lax.fori_loop(0, STEPS, iterate, x)
     return x.mT if is_tall else x

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, epsilon: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + epsilon) * scale` over the last dimension.
+    """Returns `x / sqrt(mean(x^2) + epsilon) * scale` over the last dimension.
 
     The mean runs in float32; the result has x's dtype.
     """

@@ -15,7 +15,7 @@ from jmoe.config.attention import YarnConfig, yarn_mscale
 def inverse_frequencies(
     rope_dim: int, theta: float, yarn: YarnConfig | None
 ) -> np.ndarray:
-    """Radians a position for each pair, float32 [P].
+    """Returns radians a position for each pair, float32 [P].
 
     YaRN (section 3.2) divides by `factor` the frequencies that turn fewer than
     `beta_slow` times over the original context, leaves those that turn more than
@@ -37,7 +37,7 @@ def inverse_frequencies(
 
 
 def amplitude(yarn: YarnConfig | None) -> float:
-    """What YaRN multiplies cos and sin with; 1 when the softmax scale carries it."""
+    """Returns what YaRN multiplies cos and sin with; 1 if the softmax scale has it."""
     if yarn is None:
         return 1.0
     if yarn.mscale and yarn.mscale_all_dim:
@@ -50,7 +50,7 @@ def amplitude(yarn: YarnConfig | None) -> float:
 def rotation(
     position_BT: jax.Array, rope_dim: int, theta: float, yarn: YarnConfig | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Float32 cos and sin of every position's angles, each [..., P]."""
+    """Returns float32 cos and sin of every position's angles, each [..., P]."""
     frequency_P = inverse_frequencies(rope_dim, theta, yarn)
     angle_BTP = position_BT[..., None].astype(jnp.float32) * frequency_P
     scale = amplitude(yarn)

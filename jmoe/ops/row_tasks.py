@@ -1,6 +1,6 @@
 """Sorted rows in tasks: a task is up to B rows of one expert.
 
-Shapes: N row, E expert, M task, B rows of a block, S rows of one compiled size, I input
+Shapes: N row, E expert, M task, B rows of a block, R rows of one compiled size, I input
 and O output dimension.
 
 A loop takes one task after another. What a task computes has the smallest compiled size
@@ -29,7 +29,10 @@ class Tasks(NamedTuple):
 
 
 def block_rows(num_tokens: int) -> int:
-    """B: no more than BLOCK, nor than compiled sizes for one row of each token need."""
+    """Returns B, rows of a block.
+
+    It is no more than BLOCK, nor than compiled sizes for one row of each token need.
+    """
     return min(BLOCK, STEP * max(1, -(-num_tokens // STEP)))
 
 
@@ -59,7 +62,9 @@ def first_rows(size_E: jax.Array) -> jax.Array:
 
 
 def over_experts(run, size_E: jax.Array, shape_TK: tuple[int, ...], carry):
-    """`run(expert, start, own, carry, write)` for all tasks, each expert's first first.
+    """Calls `run(expert, start, own, carry, write)` for all tasks.
+
+    Each expert's first task comes first.
 
     Most experts have one task: it writes the weights' gradient, without reading it.
     """
@@ -85,7 +90,7 @@ def over_experts(run, size_E: jax.Array, shape_TK: tuple[int, ...], carry):
 def zeros_after(
     x_TD: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """Zeros that cannot be made before x is.
+    """Returns zeros that cannot be made before x is.
 
     XLA makes constant zeros of one shape once, copies them for each layer, and all of
     that at the start of a step, where they stay: as much memory again as the gradients.
@@ -95,7 +100,7 @@ def zeros_after(
 
 
 def in_smallest_size(rows: jax.Array, block: int, chain: Callable[[int], Any]) -> Any:
-    """`chain(size)` for the smallest compiled size of at least `rows` rows."""
+    """Returns `chain(size)` for the smallest compiled size of at least `rows` rows."""
     branches = [functools.partial(chain, s) for s in range(STEP, block + 1, STEP)]
     return lax.switch((rows - 1) // STEP, branches)
 

@@ -14,7 +14,10 @@ from jax import lax
 
 
 def _dimensions(left: int, right: int, *, experts: Sequence[int]) -> Any:
-    """Of a `lax.ragged_dot_general` over these two; rows are the left's first."""
+    """Returns dimension numbers of a `lax.ragged_dot_general` over these two.
+
+    Rows are the left's first.
+    """
     return lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(([left], [right]), ([], [])),
         lhs_ragged_dimensions=[0],
@@ -42,7 +45,9 @@ class Rows(NamedTuple):
 def sort_rows(
     expert_TK: jax.Array, num_experts: int, *, spare: int, by_keys: bool = False
 ) -> Rows:
-    """An expert's rows keep the order of their tokens; `spare` rows are added.
+    """Sorts rows by expert, each expert's in the order of their tokens.
+
+    `spare` rows are added.
 
     Args:
       by_keys: sort numbers that hold expert and row, where an int32 can. It takes CPUs
@@ -65,7 +70,7 @@ ROW_TILE = 128
 
 
 def row_tiles(size_E: jax.Array, num_rows: int, *, aligned: int) -> jax.Array:
-    """Tiles of ROW_TILE rows, each of one expert, that together have all of its rows.
+    """Returns tiles of ROW_TILE rows, each of one expert, that have all of its rows.
 
     [T, 4] int32: the expert, the tile's first row, and from which to before which row
     it is the expert's. Its tiles start at the last multiple of `aligned`, which divides
@@ -92,7 +97,7 @@ def row_tiles(size_E: jax.Array, num_rows: int, *, aligned: int) -> jax.Array:
 
 
 def num_row_tiles(size_E: jax.Array, *, aligned: int) -> jax.Array:
-    """Of each expert."""
+    """Returns how many tiles each expert has."""
     end_E = jnp.cumsum(size_E)
     start_E = (end_E - size_E) // aligned * aligned
     return jnp.where(size_E > 0, -(-(end_E - start_E) // ROW_TILE), 0)

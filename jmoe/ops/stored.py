@@ -15,7 +15,7 @@ Weight = jax.Array | FewerBits
 
 
 def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """What it stands for."""
+    """Returns the array that w stands for."""
     if isinstance(w, fp8.Quantized):
         return fp8.dequantize(w, dtype)
     if isinstance(w, int4.Packed):
@@ -24,7 +24,7 @@ def as_array(w: Weight, dtype: jax.typing.DTypeLike) -> jax.Array:
 
 
 def as_matrices(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
-    """Experts' weights, an array's in `dtype` and with its outputs in one dimension.
+    """Returns experts' weights, an array's in `dtype` with outputs in one dimension.
 
     [E, I, O]; one in fewer bits stays as it is.
     """
@@ -35,5 +35,5 @@ def as_matrices(w: Weight, dtype: jax.typing.DTypeLike) -> Weight:
 
 
 def like(w: Weight) -> jax.Array:
-    """`dot.like` of an array; nothing asks for a gradient of one in fewer bits."""
+    """Returns `dot.like` of an array; weights in fewer bits have no gradient."""
     return jnp.zeros(0) if isinstance(w, FewerBits) else dot.like(w)

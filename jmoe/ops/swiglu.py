@@ -18,7 +18,7 @@ from jmoe.ops import fp8
 
 
 def swiglu(h: jax.Array) -> jax.Array:
-    """`silu(gate) * up`, [..., F] of [..., X]."""
+    """Returns `silu(gate) * up`, [..., F] of [..., X]."""
     return _gated(*jnp.split(h, 2, axis=-1))
 
 
@@ -27,7 +27,7 @@ def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def after_swiglu(dot_general: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A linear layer's `dot_general` of h [..., 2, F]: its product with SwiGLU of h."""
+    """Returns a linear layer's `dot_general` of h [..., 2, F]: of SwiGLU of h."""
     recipe = fp8.recipe_of(dot_general)
 
     def product(h: jax.Array, w_FN: jax.Array, dimension_numbers: Any) -> jax.Array:
@@ -42,7 +42,7 @@ def after_swiglu(dot_general: Callable[..., jax.Array]) -> Callable[..., jax.Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def fp8_swiglu_dot(h: jax.Array, w_FN: jax.Array, recipe: fp8.Recipe) -> jax.Array:
-    """`fp8.fp8_dot(swiglu(h), w)`, [..., N] of h [..., X], which keeps h in FP8."""
+    """Returns `fp8.fp8_dot(swiglu(h), w)`, [..., N] of h [..., X]; keeps h in FP8."""
     return _forward(h, w_FN, recipe)[0]
 
 

@@ -29,9 +29,10 @@ def axis_size(axes: Axes) -> int:
     return size
 
 
-def axis_index(axis: str) -> jax.Array | int:
-    """Returns this device's place along `axis`."""
-    return lax.axis_index(axis) if _present(axis) else 0
+def axis_index(axes: Axes) -> jax.Array | int:
+    """Returns this device's place along `axes`, of which the last is the innermost."""
+    axes = _present(axes)
+    return lax.axis_index(axes) if axes else 0
 
 
 def share(size: int, axis: str, what: str) -> int:

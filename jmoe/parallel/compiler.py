@@ -16,5 +16,5 @@ GPU_OPTIONS: dict[str, Any] = {
 
 
 def options(platform: str) -> dict[str, Any]:
-    """`compiler_options` of `jax.jit` for devices of this platform."""
+    """Returns `compiler_options` of `jax.jit` for devices of this platform."""
     return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}

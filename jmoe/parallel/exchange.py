@@ -44,8 +44,8 @@ to a result nor to a gradient. The contract of `jmoe.ops.grouped`.
 class Exchanged(NamedTuple):
     """The experts' weighted sums, and int32 counts of choices that were not computed.
 
-    Of this device's tokens: there was no room in the buffers that it sends from, or
-    none in those that its peers receive into.
+    The counts are of this device's tokens, by whose capacity was too small: that of the
+    buffers it sends from, or of those its peers receive into.
     """
 
     y_ND: jax.Array
@@ -61,7 +61,7 @@ def exchange(
     cfg: ExchangeConfig,
     router: RouterConfig,
 ) -> Exchanged:
-    """Each token's chosen experts, weighed and summed, wherever they are.
+    """Returns each token's chosen experts, weighed and summed, wherever they are.
 
     On one device `experts` is called as it is. On more, each of `cfg.chunks` parts of
     the tokens makes its own way, so that one's can overlap with another's computation.
@@ -114,7 +114,7 @@ def _exchange_chunk(
 def _of_own_experts(
     local_RK: jax.Array, gate_RK: jax.Array, own: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Choices of this device's experts, from 0 to `own`; all others are of nobody.
+    """Returns choices of this device's experts, 0 to `own`; others are nobody's.
 
     Where a device has fewer experts than a token has choices, a column for each of them
     holds as much, and the grouped matmul has fewer rows to sort and to make room for.
@@ -142,7 +142,7 @@ AS_IT_IS = Wire(lambda x_NX: x_NX, lambda x_NX, dim, dtype: x_NX)
 
 
 def _to_bytes(x_NX: jax.Array) -> jax.Array:
-    """e4m3 numbers, followed by the bytes of their scales, powers of two: uint8."""
+    """Returns uint8: e4m3 numbers, then the bytes of their scales, powers of two."""
     data, scale = fp8.quantize(x_NX, power_of_two=True)
     parts = [jax.lax.bitcast_convert_type(part, jnp.uint8) for part in (data, scale)]
     return jnp.concatenate([part.reshape(len(x_NX), -1) for part in parts], axis=1)
@@ -211,22 +211,22 @@ def padded(
     cfg: ExchangeConfig,
     router: RouterConfig,
 ) -> Path:
-    """C slots for each peer, of which those without a visit travel empty."""
+    """Moves C slots to each peer, of which those without a visit travel empty."""
     peers, tokens = collectives.axis_size(AXIS), len(expert_NK)
-    room = dropping.send_room(cfg.capacity_factor, tokens, router, peers)
+    capacity = dropping.send_capacity(cfg.capacity_factor, tokens, router, peers)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
     rank_NV = _rank(visits, cfg, peers)
-    is_kept_NV = slots.keep(visits, rank_NV, jnp.full(peers, room))
-    first_P = jnp.arange(peers) * room
-    route = slots.assign(visits, rank_NV, is_kept_NV, first_P, peers * room)
+    is_kept_NV = slots.keep(visits, rank_NV, jnp.full(peers, capacity))
+    first_P = jnp.arange(peers) * capacity
+    route = slots.assign(visits, rank_NV, is_kept_NV, first_P, peers * capacity)
 
     def there(x_NX, route):
-        x_PCX = slots.place(x_NX, route).reshape(peers, room, -1)
-        return collectives.all_to_all(x_PCX, AXIS, 0, 0).reshape(peers * room, -1)
+        x_PCX = slots.place(x_NX, route).reshape(peers, capacity, -1)
+        return collectives.all_to_all(x_PCX, AXIS, 0, 0).reshape(peers * capacity, -1)
 
     def back(y_RX, route):
-        y_PCX = collectives.all_to_all(y_RX.reshape(peers, room, -1), AXIS, 0, 0)
-        return slots.collect(y_PCX.reshape(peers * room, -1), route)
+        y_PCX = collectives.all_to_all(y_RX.reshape(peers, capacity, -1), AXIS, 0, 0)
+        return slots.collect(y_PCX.reshape(peers * capacity, -1), route)
 
     dropped = dropping.dropped_choices(visits, is_kept_NV)
     return Path(there, back, route, dropped, jnp.int32(0))
@@ -239,9 +239,9 @@ def ragged_rows(
     router: RouterConfig,
     all_to_all: Callable[..., jax.Array] = jax.lax.ragged_all_to_all,
 ) -> Path:
-    """As many rows as there are visits, of which a peer may not take all."""
+    """Moves as many rows as there are visits, of which a peer may not take all."""
     peers, tokens = collectives.axis_size(AXIS), len(expert_NK)
-    rows = dropping.receive_room(cfg.capacity_factor, tokens, router, peers)
+    rows = dropping.receive_capacity(cfg.capacity_factor, tokens, router, peers)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
     count_P = dropping.count_visits(visits, peers)
     count_PP = collectives.all_gather(count_P[None], AXIS, 0)
@@ -252,7 +252,7 @@ def ragged_rows(
     held = slots.assign(visits, rank_NV, is_kept_NV, layout.there.from_P, send_rows)
 
     def send(rows_X, sizes, arriving):
-        """What arrives, followed by zeros."""
+        """Returns what arrives, followed by zeros."""
         arrived = jnp.zeros((arriving, *rows_X.shape[1:]), rows_X.dtype)
         return all_to_all(rows_X, arrived, *sizes, axis_name=AXIS)
 
@@ -274,7 +274,7 @@ def gather(
     cfg: ExchangeConfig,
     router: RouterConfig,
 ) -> Path:
-    """All tokens to all devices, which always have room for them."""
+    """Moves all tokens to all devices, whose capacity is always enough."""
 
     def there(x_NX, route):
         return collectives.all_gather(x_NX, AXIS, 0)
@@ -286,7 +286,7 @@ def gather(
 
 
 def _rank(visits: dropping.Visits, cfg: ExchangeConfig, peers: int) -> jax.Array:
-    """Who goes first if there is no room; the order of tokens if there always is."""
+    """Returns each visit's rank, by which it is dropped; by position if none can be."""
     order = "position" if cfg.capacity_factor is None else cfg.drop_order
     return dropping.DROP_ORDERS[order](visits, peers)
 

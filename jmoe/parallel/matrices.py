@@ -71,7 +71,10 @@ def _round_items(
     shares: Sequence[collectives.Axes],
     round_bytes: int,
 ) -> int:
-    """How many items a round takes: as many as make each device's matrices as many."""
+    """Returns how many items a round takes.
+
+    It is as many as make each device's matrices as many.
+    """
     item = x_B.shape[1:]
     devices = _devices(shares)
     matrices = math.prod(item[dim] for dim in dims.batch(len(item)))
@@ -87,7 +90,7 @@ def _apply(
     dims: MatrixDims,
     shares: Sequence[collectives.Axes],
 ) -> jax.Array:
-    """`function` of some items' matrices, of which this device has its shares."""
+    """Applies `function` to some items' matrices, of which this device has shares."""
     order = dims.batch(items_C.ndim) + dims.both
     ordered = items_C.transpose([dim + items_C.ndim for dim in order])
     x_N = ordered.reshape(-1, *ordered.shape[-len(dims.both) :])
@@ -112,5 +115,5 @@ def _row_major(x: jax.Array) -> jax.Array:
 
 
 def _devices(shares: Sequence[collectives.Axes]) -> int:
-    """How many devices have shares of the same matrices."""
+    """Returns how many devices have shares of the same matrices."""
     return math.prod(map(collectives.axis_size, shares))

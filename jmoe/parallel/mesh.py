@@ -14,7 +14,7 @@ TOKEN_AXES = (*BATCH_AXES, "tensor")  # and over which its tokens are, in a laye
 
 
 def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """All devices of all processes, or `devices`, in the shape of `cfg`.
+    """Returns a mesh of all processes' devices, or `devices`, in the shape of `cfg`.
 
     Devices are taken node by node, so that the innermost axes, which talk most, lie
     within a node where they fit.
@@ -35,7 +35,7 @@ def make_mesh(cfg: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def batch_part(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """Which part of a batch's sequences a process has, and of how many parts.
+    """Returns which part of a batch's sequences a process has, and of how many.
 
     The devices of a process have neighbouring sequences. Processes along whose devices
     only other axes are divided have the same ones, so that there may be fewer parts

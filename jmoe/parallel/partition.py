@@ -32,14 +32,17 @@ def partition(
         return before[end] - before[begin] + extra
 
     def ends(stage: int, begin: int) -> range:
-        """Each later stage has a layer, and the last one has all that are left."""
+        """Returns where a stage may end.
+
+        Each later stage has a layer, and the last one has all that are left.
+        """
         later = num_stages - 1 - stage
         most = len(costs) - later
         return range(begin + 1 if later else most, most + 1)
 
     @functools.cache
     def dearest(stage: int, begin: int) -> float:
-        """Of the stages from this one on, where they are cut best."""
+        """Returns the cost of the dearest stage from this one on, where cut best."""
         if stage == num_stages:
             return 0.0
         return min(
@@ -51,7 +54,7 @@ def partition(
 
     @functools.cache
     def evenest(stage: int, begin: int) -> tuple[float, Bounds]:
-        """The least sum of squares within the limit, and the ends that have it."""
+        """Returns the least sum of squares in the limit, and the ends that have it."""
         if stage == num_stages:
             return 0.0, ()
         options = []

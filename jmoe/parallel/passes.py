@@ -61,7 +61,7 @@ class Passes(NamedTuple):
 
 
 def split(layer: Layer, weights: Any, at_hand: Any, x: Any) -> Passes:
-    """The passes of `layer`, for arguments of these shapes and dtypes.
+    """Returns the passes of `layer`, for arguments of these shapes and dtypes.
 
     On a mesh, it is to be called inside of the `jax.shard_map` that they run in.
     """
@@ -173,7 +173,7 @@ class _Program(NamedTuple):
 
 
 def _flatten(traced: Any) -> _Program:
-    """The traced function, with the functions that it calls written out."""
+    """Returns the traced function, with the functions that it calls written out."""
     shapes: list[jax.ShapeDtypeStruct] = []
     operations: list[_Operation] = []
 
@@ -219,7 +219,7 @@ def _flatten(traced: Any) -> _Program:
 
 
 def _called(equation: Any) -> Any:
-    """The function that an equation does nothing but call."""
+    """Returns the function that an equation does nothing but call."""
     if equation.primitive.name not in _CALLS | _RECOMPUTED:
         return None
     jaxpr = equation.params["jaxpr"]
@@ -231,7 +231,9 @@ def _called(equation: Any) -> Any:
 def _by_dependence(
     program: _Program, x_ids: Iterable[int], d_output_ids: Iterable[int]
 ) -> tuple[list[_Operation], list[_Operation], list[_Operation]]:
-    """Operations that wait for nothing, for the input, for the output's gradient.
+    """Divides operations by what they wait for.
+
+    Some wait for nothing, some for the input, some for the output's gradient.
 
     What is computed again waits for that gradient: until then it isn't needed.
     """
@@ -256,7 +258,7 @@ def _lighten(
     makers: Sequence[_Operation],
     readers: Sequence[_Operation],
 ) -> tuple[list[int], list[_Operation]]:
-    """What to hand over instead of `values`, and the readers with the views to redo."""
+    """Returns what to hand over instead of `values`, and readers with views redone."""
     handed, again = set(values), []
 
     def bytes_of(i: int) -> int:
@@ -276,7 +278,7 @@ def _lighten(
 def _needed(
     operations: Sequence[_Operation], outputs: Iterable[int | _Constant]
 ) -> tuple[list[_Operation], list[_Operation]]:
-    """Of these operations those that the outputs need, and the others, in order."""
+    """Returns those of these operations that the outputs need, and the others."""
     wanted = _ids(outputs)
     needed, rest = [], []
     for op in reversed(operations):

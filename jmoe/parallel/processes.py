@@ -6,7 +6,7 @@
 
 A program that was started alone needs none of it: all functions here then do nothing,
 as if over a group of one. In a group they are calls that all processes make in the same
-order; they go over the host's network (`jmoe.parallel.meeting`), not over devices.
+order; they go over the host's network (`jmoe.parallel.rendezvous`), not over devices.
 
 A process that leaves `join` by an error ends the others with that error, where they
 wait for it the next time, and within GRACE_S wherever they are. One that dies ends the
@@ -30,8 +30,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import Any, NamedTuple, NoReturn
 
-from jmoe.parallel import lines, meeting
-from jmoe.parallel.door import split_address
+from jmoe.parallel import channel, rendezvous
+from jmoe.parallel.listener import split_address
 
 JOIN_TIMEOUT_S = 300.0
 GRACE_S = 10.0  # to end by oneself, after another process has failed
@@ -45,7 +45,7 @@ _SHUTDOWN_TIMEOUT_S = 10
 _VERSIONS = ("jmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _LISTED_DIFFERENCES = 8
 
-_ALONE = meeting.Group()
+_ALONE = rendezvous.ProcessGroup()
 _group = contextvars.ContextVar("group", default=_ALONE)
 
 
@@ -71,7 +71,7 @@ LAUNCHERS = (
 
 
 class Place(NamedTuple):
-    """Where processes meet, how many they are, and which of them this one is."""
+    """Says where processes meet, how many they are, and which of them this one is."""
 
     coordinator: str
     num_processes: int
@@ -79,36 +79,41 @@ class Place(NamedTuple):
 
 
 def index() -> int:
-    """Which process this is; 0 prints and writes for all."""
+    """Returns which process this is; 0 prints and writes for all."""
     return _group.get().index
 
 
 def count() -> int:
-    """How many processes there are."""
+    """Returns how many processes there are."""
     return _group.get().size
 
 
 def exchange(what: str, value: Any) -> list[Any]:
-    """The JSON values that all processes give, by process. Waits for all of them.
+    """Returns the JSON values that all processes give, by process.
+
+    Waits for all of them.
 
     Args:
       what: names the exchange in errors; the same on all processes.
 
     Raises:
-      ElsewhereError: another process failed; says which, and how.
+      RemoteError: another process failed; says which, and how.
       ConnectionError: another process has ended.
     """
     return _group.get().exchange(what, value)
 
 
 def from_first(what: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns on process 0, the only one to call it; a JSON value."""
+    """Returns what `make` returns on process 0, the only one to call it.
+
+    It is a JSON value.
+    """
     return exchange(what, make() if index() == 0 else None)[0]
 
 
 @contextlib.contextmanager
 def first_before_others(what: str) -> Iterator[None]:
-    """Process 0 goes through the block, then the others, who find what it made."""
+    """Lets process 0 go through the block, then the others, who find what it made."""
     if index() > 0:
         exchange(what, None)
     yield
@@ -117,7 +122,7 @@ def first_before_others(what: str) -> Iterator[None]:
 
 
 def any_signal(mine: int, *, ask: bool) -> int:
-    """The signal that stops the run: that of any process, or 0 if none has any.
+    """Returns the signal that stops the run: any process's, or 0 if none has any.
 
     Args:
       ask: whether to ask the others, which makes all wait for the slowest; the same on
@@ -154,9 +159,9 @@ def join(
         yield
         return
     timeout_s = JOIN_TIMEOUT_S if timeout_s is None else timeout_s
-    group = meeting.meet(*place, timeout_s, lines.read_secret())
+    group = rendezvous.join(*place, timeout_s, channel.read_secret())
     with membership(group):
-        group.watch(lambda loss: _end_in_time(group, loss))
+        group.watch(lambda failure: _end_in_time(group, failure))
         agree({"versions": _versions(), "code": code_fingerprint()})
         stop_jax = _start_jax(place, group, timeout_s)
         try:
@@ -167,19 +172,19 @@ def join(
             _abandon_jax()
             # An error of XLA's begins with its code, as UNKNOWN, INTERNAL, ABORTED.
             is_from_xla = re.match("[A-Z_]+: ", str(error)) is not None
-            loss = group.await_loss(_WORD_S) if is_from_xla else None
-            if loss is None:
+            failure = group.await_failure(_WORD_S) if is_from_xla else None
+            if failure is None:
                 raise
-            raise loss.as_error() from error
+            raise failure.as_error() from error
 
 
 @contextlib.contextmanager
-def membership(group: meeting.Group) -> Iterator[None]:
+def membership(group: rendezvous.ProcessGroup) -> Iterator[None]:
     """Makes `group` that of this thread; tells it of an error that ends the block."""
     token = _group.set(group)
     try:
         yield
-    except meeting.ElsewhereError:
+    except rendezvous.RemoteError:
         raise
     except BaseException as error:
         plain = isinstance(error, ValueError | OSError)
@@ -190,13 +195,13 @@ def membership(group: meeting.Group) -> Iterator[None]:
         group.close()
 
 
-def _end_in_time(group: meeting.Group, loss: meeting.Loss) -> None:
-    if loss.is_missing:
-        _end(loss.reason, MISSING)
+def _end_in_time(group: rendezvous.ProcessGroup, failure: rendezvous.Failure) -> None:
+    if failure.is_missing:
+        _end(failure.reason, MISSING)
 
     def end_if_here() -> None:
         if not group.has_left:
-            _end(loss.reason, FAILED_ELSEWHERE)
+            _end(failure.reason, FAILED_ELSEWHERE)
 
     timer = threading.Timer(GRACE_S, end_if_here)
     timer.daemon = True
@@ -240,7 +245,7 @@ def agree(what: Mapping[str, Any]) -> None:
 def code_fingerprint(
     package: pathlib.Path = pathlib.Path(__file__).parents[1],
 ) -> dict[str, str]:
-    """A short hash of each source file of a package, by default of jmoe."""
+    """Returns a short hash of each source file of a package, by default of jmoe."""
     return {
         path.relative_to(package.parent).as_posix(): hashlib.sha256(
             path.read_bytes()
@@ -299,7 +304,7 @@ def _launcher(environ: Mapping[str, str]) -> Launcher | None:
 
 
 def _coordinator(num_processes: int | None, process_id: int | None) -> str | None:
-    """Process 0's address, as far as JAX knows the launcher.
+    """Returns process 0's address, as far as JAX knows the launcher.
 
     JAX has no public function that tells it without connecting.
     """
@@ -312,7 +317,7 @@ def _coordinator(num_processes: int | None, process_id: int | None) -> str | Non
 
 
 def _start_jax(
-    place: Place, group: meeting.Group, timeout_s: float
+    place: Place, group: rendezvous.ProcessGroup, timeout_s: float
 ) -> Callable[[], None]:
     """Makes all processes' devices one set; returns what ends it, in good order."""
     import jax
@@ -320,13 +325,13 @@ def _start_jax(
     # It would take SIGTERM from us, and from the system.
     jax.config.update("jax_enable_preemption_service", False)
     if place.process_id == 0:
-        address = group.open_way_for_jax()
+        address = group.forward_jax()
     # JAX lets a process of some launchers see one GPU only, its own. But one that has
     # the host for itself has all of the host's GPUs.
     hosts = exchange("hosts", socket.gethostname())
     alone = hosts.count(hosts[place.process_id]) == 1
     if place.process_id > 0:
-        address = group.open_way_for_jax()
+        address = group.forward_jax()
     jax.distributed.initialize(
         address,
         place.num_processes,
@@ -358,7 +363,7 @@ def _versions() -> dict[str, str]:
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, str]:
-    """{"train": {"seed": 0}} as {"train.seed": "0"}; lists by index."""
+    """Returns {"train": {"seed": 0}} as {"train.seed": "0"}; lists by index."""
     if not isinstance(value, Mapping | list | tuple) or not value:
         return {name: json.dumps(value)}
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
@@ -369,11 +374,11 @@ def _flatten(value: Any, name: str = "") -> dict[str, str]:
 
 
 def _by_value(values: Sequence[str]) -> str:
-    """ "0 on processes 0-2, 1 on process 3"."""
+    """Returns, say, "0 on processes 0-2, 1 on process 3"."""
     indices: dict[str, list[int]] = {}
     for process, value in enumerate(values):
         indices.setdefault(value, []).append(process)
     return ", ".join(
-        f"{value} on process{'es' * (len(group) > 1)} {meeting.ranges(group)}"
+        f"{value} on process{'es' * (len(group) > 1)} {rendezvous.ranges(group)}"
         for value, group in indices.items()
     )

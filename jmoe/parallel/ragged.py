@@ -30,24 +30,24 @@ class Sizes(NamedTuple):
     receive_P: jax.Array
 
 
-class Layout(NamedTuple):
+class RoundTrip(NamedTuple):
     """The way to the experts' devices, and the way back."""
 
     there: Sizes
     back: Sizes
 
 
-def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> Layout:
-    """What `device` sends and receives, if each can receive `rows` and has counts.
+def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
+    """Returns what `device` sends and receives, if each can receive `rows`.
 
-    Senders whose rows a peer has no room for share the room (`share_room`).
+    Senders whose rows are beyond a peer's capacity share it (`share_capacity`).
     """
-    share = jax.vmap(dropping.share_room, in_axes=(1, None), out_axes=1)
+    share = jax.vmap(dropping.share_capacity, in_axes=(1, None), out_axes=1)
     size_PP = share(count_PP, rows)
     sent_from_PP = jnp.cumsum(size_PP, axis=1) - size_PP
     received_at_PP = jnp.cumsum(size_PP, axis=0) - size_PP
     to_others, from_others = size_PP[device], size_PP[:, device]
-    return Layout(
+    return RoundTrip(
         Sizes(sent_from_PP[device], to_others, received_at_PP[device], from_others),
         Sizes(
             received_at_PP[:, device], from_others, sent_from_PP[:, device], to_others

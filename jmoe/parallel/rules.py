@@ -35,7 +35,7 @@ RULES: Rules = (
 
 
 def table(rules: Rules) -> dict[str, str | None]:
-    """The rules by dimension; ValueError for a twice named one or an unknown axis."""
+    """Returns the rules by dimension; ValueError for one twice, or an unknown axis."""
     found: dict[str, str | None] = {}
     for dim, axis in rules:
         if dim in found:
@@ -50,7 +50,7 @@ def table(rules: Rules) -> dict[str, str | None]:
 
 
 def specs(boxed: Any, shape: Mapping[str, int], rules: Rules = RULES) -> Any:
-    """A `PartitionSpec` for each array of a tree of Linen's boxed variables.
+    """Returns a `PartitionSpec` for each array of a tree of Linen's boxed variables.
 
     Args:
       boxed: as `jax.eval_shape(model.init, ...)` returns it; what has no box is whole

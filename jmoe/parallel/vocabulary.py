@@ -32,7 +32,7 @@ AXIS = "tensor"
 def embed(
     table_VD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """The rows of all tokens, of which this device gets its positions, [B, S, D].
+    """Returns all tokens' rows, of which this device gets its positions, [B, S, D].
 
     In `dtype`. The table's gradient has the table's.
     """
@@ -47,7 +47,7 @@ def embed(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _rows(table_VD: jax.Array, index_BT: jax.Array, dtype: Any) -> jax.Array:
-    """The table's rows, converted; each row's gradient is summed in float32."""
+    """Returns the table's rows, converted; each row's gradient is summed in float32."""
     return table_VD[index_BT].astype(dtype)
 
 
@@ -70,7 +70,7 @@ _rows.defvjp(_rows_forward, _rows_backward)
 def next_logits(
     hidden_BSD: jax.Array, head_DV: jax.Array, last_B: jax.Array
 ) -> jax.Array:
-    """Float32 logits of what follows position `last_B` of all T, of all of V.
+    """Returns float32 logits [B, V] of what follows position `last_B`, of all of V.
 
     The same on each device of the tensor group. Its all-reduce is of [B, D] hidden
     states, its all-gather of the logits.
@@ -94,7 +94,7 @@ def linear_cross_entropy(
     weight_N: jax.Array,
     chunk: int,
 ) -> jax.Array:
-    """Float32 sum of `weight * -log softmax(x @ head)[target]`, in nats.
+    """Returns the float32 sum of `weight * -log softmax(x @ head)[target]`, in nats.
 
     Over the tokens of the whole tensor group, and the same on each of its devices. The
     head is converted to x's dtype; its gradient has its own.
@@ -117,7 +117,7 @@ def linear_cross_entropy(
 
 
 def _own(tokens: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Tokens as indices into this device's part of V, and which of them are in it."""
+    """Returns tokens as indices into this device's part of V, and which are in it."""
     local = tokens - collectives.axis_index(AXIS) * size
     here = (local >= 0) & (local < size)
     return jnp.where(here, local, 0), here
@@ -139,7 +139,7 @@ def _token_losses(x_RD, head_DV, target_R):
 
 
 def _chunks(chunk, *arrays):
-    """Each array as [chunks, chunk, ...], the last one filled with zeros."""
+    """Returns each array as [chunks, chunk, ...], the last one filled with zeros."""
     chunk = min(chunk, arrays[0].shape[0])
     count = -(-arrays[0].shape[0] // chunk)
 

@@ -51,13 +51,13 @@ class Placement:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The free axes that divide it, in the mesh's order."""
+        """The free axes that divide the parameter, in the mesh's order."""
         used = {axis for _, axes in self.parts for axis in axes}
         return tuple(axis for axis in MESH_AXES if axis in used)
 
     @property
     def stored(self) -> PartitionSpec:
-        """Its spec at rest."""
+        """The parameter's spec at rest."""
         besides = dict(self.parts)
         divided = (
             ((axis,) if axis else ()) + besides.get(dim, ())
@@ -66,13 +66,13 @@ class Placement:
         return PartitionSpec(*(axes or None for axes in divided))
 
     def of_layer(self) -> "Placement":
-        """That of one layer's parameter, where this is of a stack of layers."""
+        """The placement of one layer's parameter, where this is of a stack."""
         parts = tuple((dim - 1, axes) for dim, axes in self.parts)
         return Placement(PartitionSpec(*self.whole[1:]), parts, self.summed)
 
 
 def place(boxed: Any, shape: Mapping[str, int]) -> Any:
-    """A `Placement` for every parameter.
+    """Returns a `Placement` for every parameter.
 
     Args:
       boxed: Linen's boxed parameters, or their shapes.
@@ -95,7 +95,7 @@ def _place(
     whole: PartitionSpec,
     shape: Mapping[str, int],
 ) -> Placement:
-    """The placement that divides a parameter, of this size, by the most devices.
+    """Returns the placement that divides a parameter of this size by most devices.
 
     Of those that do, the one with the fewest parts, each of them a collective; then
     the one with the fewest dimensions that the rules divide too; then that of the
@@ -134,7 +134,7 @@ def _place(
 
 
 def _parts(dim_of: Mapping[str, int | None]) -> tuple[Part, ...]:
-    """From the dimension that each axis divides, if any, in the mesh's order.
+    """Returns parts from the dimension that each axis divides, in the mesh's order.
 
     `pipe` is a part's innermost axis, so that its ranks can swap what they have of
     one before anything is gathered (`gather_rows`).
@@ -156,7 +156,9 @@ def gather(x: jax.Array, placement: Placement) -> jax.Array:
 
 
 def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
-    """This device's part of the gradient summed over all tokens. Reduce-scatters.
+    """Returns this device's part of the gradient summed over all tokens.
+
+    Reduce-scatters.
 
     And an all-reduce of that part, over the axes that don't divide it.
     """
@@ -164,7 +166,7 @@ def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
 
 
 def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax.Array:
-    """The rows of a stack that this rank of `pipe` computes with, [R, ...].
+    """Returns the rows of a stack that this rank of `pipe` computes with, [R, ...].
 
     What `pipe` divides besides, all its ranks have a part of: they swap parts of each
     other's rows, in an all-to-all, before the rows that a rank needs are gathered. Its
@@ -186,10 +188,10 @@ def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax
 def reduce_rows(
     gradient: jax.Array, placement: Placement, index_PR: np.ndarray, size: int
 ) -> jax.Array:
-    """This device's part of a stack's gradient, from each rank's rows of it, [R, ...].
+    """Returns this device's part of a stack's gradient.
 
-    Rows that several ranks have are summed. Reduce-scatters, then an all-to-all; and an
-    all-reduce, as `reduce` has it.
+    It is made from each rank's rows of it, [R, ...]; rows that several ranks have are
+    summed. Reduce-scatters, then an all-to-all; and an all-reduce, as `reduce` has it.
 
     Args:
       size: of the stack.
@@ -220,7 +222,7 @@ def _reduce(gradient: jax.Array, parts: Sequence[Part]) -> jax.Array:
 
 
 def _without_pipe(placement: Placement) -> tuple[int | None, tuple[Part, ...]]:
-    """The dimension that `pipe` divides, if any, and the parts of the other axes."""
+    """Returns the dimension that `pipe` divides, if any, and the other axes' parts."""
     found = (dim for dim, axes in placement.parts if "pipe" in axes)
     others = (
         (dim, tuple(axis for axis in axes if axis != "pipe"))

@@ -65,7 +65,7 @@ class Program:
 
 
 def absent_devices(device: Device, count: int) -> Sequence[Any]:
-    """`count` devices in nodes of `NODE`, to make a mesh of and compile for.
+    """Returns `count` devices in nodes of `NODE`, to make a mesh of and compile for.
 
     Raises:
       ValueError: JAX's CUDA plugin, which compiles for GPUs, isn't installed.
@@ -83,7 +83,7 @@ def absent_devices(device: Device, count: int) -> Sequence[Any]:
 
 
 def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
-    """The training step of `run` for `run.mesh` made of `devices`."""
+    """Compiles the training step of `run` for `run.mesh` made of `devices`."""
     start = _now()
     step, state, batch = abstract_step(run, devices)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
@@ -91,7 +91,10 @@ def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
 
 
 def compile_optimizer(run: RunConfig, devices: Sequence[Any]) -> Program:
-    """The optimizer's part of the step alone; updates take the gradients' place."""
+    """Compiles the optimizer's part of the step alone.
+
+    Updates take the gradients' place.
+    """
     start = _now()
     model, optimizer, layout = _parts(run, devices)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
@@ -138,7 +141,7 @@ def _compile(
 def abstract_step(
     run: RunConfig, devices: Sequence[Any]
 ) -> tuple[TrainStep, TrainState, Any]:
-    """The step, and the shapes of its state and batch, which know where they lie."""
+    """Returns the step, and shapes of its state and batch that know where they lie."""
     model, optimizer, layout = _parts(run, devices)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
     step = make_train_step(model, optimizer, run, layout)
@@ -154,7 +157,7 @@ def _parts(
 
 
 def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
-    """One optimizer step's tokens and segments, [A, B, T + 1]."""
+    """Returns one optimizer step's tokens and segments, [A, B, T + 1]."""
     count = run.train.batch_size // run.train.microbatch_size
     shape = (count, run.train.microbatch_size, run.data.sequence_length + 1)
     sharding = layouts.batch_sharding(layout, len(shape))
@@ -163,7 +166,7 @@ def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
 
 
 def device_bytes(tree: Any) -> int:
-    """What one device holds of a tree of abstract arrays."""
+    """Returns what one device holds of a tree of abstract arrays."""
     parts = (
         jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
         for x in jax.tree.leaves(tree)
@@ -172,7 +175,7 @@ def device_bytes(tree: Any) -> int:
 
 
 def whole_bytes(tree: Any) -> int:
-    """What all of a tree of abstract arrays is, each of them once."""
+    """Returns what all of a tree of abstract arrays takes, each of them once."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

@@ -6,7 +6,7 @@ _MOVES_ONLY = ("parameter", "copy", "bitcast", "tuple", "get-tuple-element")
 
 
 def largest_in_loops(text: str) -> int:
-    """Bytes of the largest array that a loop copies each time; 0 if it copies none.
+    """Returns bytes of the largest array that a loop copies each time; 0 if none.
 
     A loop that can't update an array in place copies the whole of it.
     """
@@ -21,7 +21,7 @@ def largest_in_loops(text: str) -> int:
     return max(sizes, default=0)
 
 
-def _is_copy(program: hlo.Program, instruction: hlo.Instruction) -> bool:
+def _is_copy(program: hlo.HloModule, instruction: hlo.HloInstruction) -> bool:
     if instruction.opcode in ("copy", "copy-done"):
         return True
     if instruction.opcode != "fusion":

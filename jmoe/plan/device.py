@@ -21,7 +21,7 @@ class Device:
 
     @property
     def target_config(self) -> str:
-        """What XLA compiles for."""
+        """Returns what XLA compiles for."""
         return _HOPPER.format(**dataclasses.asdict(self))
 
 

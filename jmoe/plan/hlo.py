@@ -28,7 +28,7 @@ _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
 @dataclasses.dataclass(frozen=True)
-class Instruction:
+class HloInstruction:
     """`name = shape opcode(operands), attributes`; operands are names."""
 
     name: str
@@ -76,21 +76,21 @@ class Executed(NamedTuple):
     """
 
     name: str
-    instructions: Sequence[Instruction]
+    instructions: Sequence[HloInstruction]
     times: int
     op_name: str
     optional: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class HloModule:
     """Computations by name, and which of them is run."""
 
-    computations: Mapping[str, Sequence[Instruction]]
+    computations: Mapping[str, Sequence[HloInstruction]]
     entry: str
 
     def executed(self) -> Iterator[Executed]:
-        """All computations that aren't fused."""
+        """Yields all computations that aren't fused."""
         return self._executed(self.entry, 1, "", False)
 
     def _executed(self, name, times, op_name, optional):
@@ -104,8 +104,8 @@ class Program:
                         called, inner, instruction.op_name or op_name, differs
                     )
 
-    def gemms(self, instruction: Instruction) -> collections.Counter[str]:
-        """The matrix products that an instruction runs, by op_name.
+    def gemms(self, instruction: HloInstruction) -> collections.Counter[str]:
+        """Returns the matrix products that an instruction runs, by op_name.
 
         Those of its loops are included.
         """
@@ -119,17 +119,17 @@ class Program:
         return found
 
 
-def _is_gemm(instruction: Instruction) -> bool:
+def _is_gemm(instruction: HloInstruction) -> bool:
     if instruction.opcode != "custom-call":
         return instruction.opcode == "dot"
     target = _TARGET.search(instruction.attributes)
     return target is not None and target[1].startswith(_GEMM_CALLS)
 
 
-def parse(text: str) -> Program:
-    """ValueError: the text isn't a whole program."""
-    computations: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
+def parse(text: str) -> HloModule:
+    """Returns a program's computations; ValueError if the text isn't a whole one."""
+    computations: dict[str, list[HloInstruction]] = {}
+    current: list[HloInstruction] = []
     entry = None
     for line in text.splitlines():
         header = _COMPUTATION.match(line)
@@ -142,19 +142,19 @@ def parse(text: str) -> Program:
             current.append(_instruction(assigned[1], assigned[2]))
     if entry is None:
         raise ValueError("The text has no ENTRY computation: it is no whole program.")
-    return Program(computations, entry)
+    return HloModule(computations, entry)
 
 
-def _instruction(name: str, right: str) -> Instruction:
+def _instruction(name: str, right: str) -> HloInstruction:
     end = _closing(right) + 1 if right.startswith("(") else right.index(" ")
     opcode, _, rest = right[end:].strip().partition("(")
     close = _closing("(" + rest) - 1
     operands = tuple(_NAME.findall(rest[:close]))
-    return Instruction(name, right[:end], opcode, operands, rest[close + 1 :])
+    return HloInstruction(name, right[:end], opcode, operands, rest[close + 1 :])
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` starts with closes."""
+    """Returns where the parenthesis that `text` starts with closes."""
     depth = 0
     for bracket in re.finditer(r"[()]", text):
         depth += 1 if bracket[0] == "(" else -1
@@ -164,7 +164,7 @@ def _closing(text: str) -> int:
 
 
 def shape_bytes(shape: str) -> int:
-    """Of an array, or of all arrays of a tuple, as HLO writes them."""
+    """Returns the bytes of an array, or all arrays of a tuple, as HLO writes them."""
     bits = 0
     for dtype, dims in _SHAPE.findall(shape):
         size = math.prod(int(dim) for dim in dims.split(",") if dim)

@@ -31,7 +31,7 @@ PARTS = {
 }
 
 
-class Part(NamedTuple):
+class Footprint(NamedTuple):
     """How many weights, and what they take."""
 
     weights: int
@@ -39,12 +39,15 @@ class Part(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Of a weight, on average."""
+        """How many bits a weight takes on average."""
         return 8 * self.size / self.weights
 
 
 def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
-    """A new model's variables as inference keeps them; jit or `eval_shape` it."""
+    """Makes a new model's variables as inference keeps them.
+
+    Jit or `eval_shape` it.
+    """
     variables = make_variables(Transformer(cfg), seed=0)
     params = jax.tree.map(
         lambda record, x: x.astype(record.compute_dtype(cfg.dtype)),
@@ -54,8 +57,8 @@ def make_weights(cfg: ModelConfig, form: str) -> dict[str, Any]:
     return {**variables, "params": quantize_weights(params, cfg, form)}
 
 
-def weights(cfg: ModelConfig, form: str) -> dict[str, Part]:
-    """The parts of a model, the largest first, those of all its layers together."""
+def weights(cfg: ModelConfig, form: str) -> dict[str, Footprint]:
+    """Returns the parts of a model, the largest first, all layers' together."""
     kept = jax.eval_shape(functools.partial(make_weights, cfg, form))
     plain = jax.eval_shape(functools.partial(make_weights, cfg, "native"))
     counts, sizes = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0)
@@ -63,7 +66,9 @@ def weights(cfg: ModelConfig, form: str) -> dict[str, Part]:
         counts[_part(path)] += x.size
     for path, x in jax.tree.leaves_with_path(kept):
         sizes[_part(path)] += x.size * x.dtype.itemsize
-    parts = [(name, Part(counts[name], sizes[name])) for name in PARTS if counts[name]]
+    parts = [
+        (name, Footprint(counts[name], sizes[name])) for name in PARTS if counts[name]
+    ]
     return dict(sorted(parts, key=lambda part: -part[1].size))
 
 
@@ -79,9 +84,9 @@ def _part(path: Any) -> str:
     return next(part for part, of_part in PARTS.items() if names & of_part)
 
 
-def table(parts: dict[str, Part], title: str) -> rich.table.Table:
-    """The parts and their sum."""
-    total = Part(*map(sum, zip(*parts.values(), strict=True)))
+def table(parts: dict[str, Footprint], title: str) -> rich.table.Table:
+    """Returns the parts and their sum."""
+    total = Footprint(*map(sum, zip(*parts.values(), strict=True)))
     made = rich.table.Table(title=title, title_justify="left", show_footer=True)
     made.add_column("part", "all")
     for name, footer in [

@@ -37,7 +37,9 @@ class Overlap:
 
 
 def overlapped(collectives: Sequence[Collective]) -> list[Collective]:
-    """Those of the loop that takes a layer of one microbatch forward, another's back.
+    """Returns the collectives of the overlapped loop.
+
+    It takes a layer of one microbatch forward, and another's back.
 
     No other computation has collectives of both.
     """
@@ -48,13 +50,16 @@ def overlapped(collectives: Sequence[Collective]) -> list[Collective]:
 
 
 def crosses(collective: Collective) -> bool:
-    """Whether it spans a matrix product of the other microbatch."""
+    """Returns whether it spans a matrix product of the other microbatch."""
     spans = collective.spans or {}
     return any(spans.get(phase) for phase in OTHERS.get(collective.phase, ()))
 
 
 def overlaps(collectives: Sequence[Collective]) -> list[Overlap]:
-    """By phase, kind and axes, those of the overlapped loop, the heaviest first."""
+    """Returns the overlapped loop's collectives by phase, kind and axes.
+
+    The heaviest are first.
+    """
     groups: dict[tuple[str, str, tuple[str, ...]], list[Collective]] = {}
     for c in overlapped(collectives):
         groups.setdefault((c.phase, c.kind, c.axes), []).append(c)
@@ -73,12 +78,12 @@ def overlaps(collectives: Sequence[Collective]) -> list[Overlap]:
 
 
 def waiting(collectives: Sequence[Collective]) -> list[Collective]:
-    """Those between ranks of the pipeline that one of the ranks might skip."""
+    """Returns those between the pipeline's ranks that one of the ranks might skip."""
     return [c for c in collectives if c.optional and AXIS in c.axes]
 
 
 def row(c: Collective) -> dict[str, Any]:
-    """As JSON has it."""
+    """Returns a row as JSON has it."""
     return {
         "phase": c.phase,
         "kind": c.kind,

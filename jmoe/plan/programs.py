@@ -27,7 +27,7 @@ def run_on(
     exchange: ExchangeConfig,
     length: int = LENGTH,
 ) -> RunConfig:
-    """A run of `model` on `mesh`, with experts as GPUs want them."""
+    """Returns a run of `model` on `mesh`, with experts as GPUs want them."""
     moe = dataclasses.replace(model.moe, backend="ragged", exchange=exchange)
     sequences = mesh.batch_parts
     count = MICROBATCHES if mesh.pipe == 1 else 4 * mesh.pipe
@@ -45,12 +45,12 @@ def run_on(
 
 
 def exchange_with(capacity_factor: float) -> ExchangeConfig:
-    """Two chunks of tokens, of which one travels while the other computes."""
+    """Returns two chunks of tokens, of which one travels while the other computes."""
     return ExchangeConfig(chunks=2, capacity_factor=capacity_factor)
 
 
 def v2_lite(*, nodes: int) -> RunConfig:
-    """Experts within a node of 8, data over the nodes.
+    """Puts V2-Lite's experts within a node of 8, and data over the nodes.
 
     A chunk has 2,048 tokens, so that chance hardly ever brings a device 1.05 times as
     many visits as the next.
@@ -61,7 +61,7 @@ def v2_lite(*, nodes: int) -> RunConfig:
 
 
 def v2_lite_muon() -> RunConfig:
-    """`v2_lite` on two nodes, with Muon."""
+    """Returns `v2_lite` on two nodes, with Muon."""
     run = v2_lite(nodes=2)
     optimizer = dataclasses.replace(run.optimizer, name="muon")
     return dataclasses.replace(run, name="v2_lite_16_muon", optimizer=optimizer)
@@ -76,14 +76,14 @@ def on_two_nodes(name: str, mesh: MeshConfig) -> RunConfig:
 
 
 def v3_16() -> RunConfig:
-    """Too large for two nodes; how far, the program says."""
+    """Puts V3 on two nodes, for which it is too large; how far, the program says."""
     model, mesh = ModelConfig.preset("v3"), MeshConfig(expert=16)
     exchange = exchange_with(capacity_factor=1.05)
     return run_on(model, mesh, "v3_16", exchange=exchange)
 
 
 def v3_2048() -> RunConfig:
-    """As many GPUs as V3 was trained on, with no pipeline.
+    """Puts V3 on as many GPUs as it was trained on, with no pipeline.
 
     A chunk has 256 tokens, of which chance sends a device many more than the next.
     """
@@ -93,7 +93,7 @@ def v3_2048() -> RunConfig:
 
 
 def v3_2048_ep64() -> RunConfig:
-    """As many, and nothing but ZeRO to divide what isn't an expert.
+    """Puts V3 on as many; nothing but ZeRO divides what isn't an expert.
 
     No dimension has room for all devices, and so several are divided. It doesn't fit:
     each device sums whole gradients, of its experts and of all else, over microbatches.
@@ -112,7 +112,7 @@ def pipelined(
     stage_remat: str = "none",
     model: ModelConfig | None = None,
 ) -> RunConfig:
-    """V2-Lite, or another `model`, through a pipeline.
+    """Puts V2-Lite, or another `model`, through a pipeline.
 
     Args:
       remat: the model's; stage_remat: the pipeline's.
@@ -145,7 +145,10 @@ BY_TENSOR = MeshConfig(pipe=2, tensor=8)
 
 
 def _pipelines() -> Iterator[tuple[str, Callable[[], RunConfig]]]:
-    """Every schedule on one mesh, with all that F can leave to B; DualPipe on two."""
+    """Yields every schedule on one mesh, with all that F can leave to B.
+
+    DualPipe is there on two.
+    """
 
     def named(name: str, mesh: MeshConfig, schedule: str, **remat: str):
         return name, functools.partial(pipelined, name, mesh, schedule, **remat)

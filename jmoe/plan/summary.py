@@ -80,7 +80,7 @@ class Summary:
         return sorted(rows, key=lambda row: (order[row.phase], -row.sent_bytes))
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without the single collectives."""
+        """Returns it as JSON has it, without the single collectives."""
         return {
             "mesh": dict(self.run.mesh.shape),
             "sequences": self.run.train.batch_size,
@@ -98,13 +98,16 @@ class Summary:
 
 
 def hidden(collectives: Sequence[Collective]) -> float:
-    """The share of them, counted as often as they run, that spans a matrix product."""
+    """Returns the share of them that spans a matrix product.
+
+    Each counts as often as it runs.
+    """
     times = sum(c.times for c in collectives)
     return sum(c.times for c in collectives if c.gemms) / times if times else math.nan
 
 
 def summarise(run: RunConfig, device: Device, program: aot.Program) -> Summary:
-    """What the compiled step of `run` says."""
+    """Returns what the compiled step of `run` says."""
     return Summary(
         run=run,
         device=device,
@@ -118,19 +121,21 @@ def summarise(run: RunConfig, device: Device, program: aot.Program) -> Summary:
 
 
 def compile_run(run: RunConfig, device: Device = H20) -> Summary:
-    """The training step of `run`, compiled here for as many of `device` as it needs."""
+    """Compiles the training step of `run` for as many of `device` as it needs."""
     devices = aot.absent_devices(device, run.mesh.num_devices)
     return summarise(run, device, aot.compile_step(run, devices))
 
 
 def compile_optimizer(run: RunConfig, device: Device = H20) -> Summary:
-    """The optimizer's part of the step of `run`, compiled alone."""
+    """Compiles the optimizer's part of the step of `run` alone."""
     devices = aot.absent_devices(device, run.mesh.num_devices)
     return summarise(run, device, aot.compile_optimizer(run, devices))
 
 
 def held_ratio(memory: Memory) -> float:
-    """What a device holds at rest of weights, moments and gradients, over an even part.
+    """Returns what a device holds at rest, over an even part.
+
+    That is of weights, moments and gradients.
 
     A reduced gradient lies as its weight does, in float32 too.
     """
@@ -139,14 +144,14 @@ def held_ratio(memory: Memory) -> float:
 
 
 def optimizer_bytes(run: RunConfig, device: Device = H20) -> int:
-    """What the optimizer keeps on one device; nothing is compiled."""
+    """Returns what the optimizer keeps on one device; nothing is compiled."""
     devices = aot.absent_devices(device, run.mesh.num_devices)
     _, state, _ = aot.abstract_step(run, devices)
     return aot.device_bytes(state.opt_state)
 
 
 def apart(function: Callable[[RunConfig], T], run: RunConfig) -> T:
-    """`function(run)` in a process of its own."""
+    """Returns `function(run)` of a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(
         max_workers=1,
         mp_context=multiprocessing.get_context("spawn"),
@@ -161,7 +166,7 @@ def _mute() -> None:
 
 
 def once_a_device_bytes(run: RunConfig) -> float:
-    """What a device must send in a step's forward pass, to the experts, at least.
+    """Returns what a device must at least send to experts in a step's forward pass.
 
     Each token's hidden state, in the activations' dtype, once to each of the other
     devices that it visits on average if all experts are alike, in every MoE layer.
@@ -177,7 +182,7 @@ def once_a_device_bytes(run: RunConfig) -> float:
 
 
 def dispatch_ratio(summary: Summary) -> float:
-    """What goes to the experts, as a share of `once_a_device_bytes`.
+    """Returns what goes to the experts, as a share of `once_a_device_bytes`.
 
     With a capacity, buffers' empty slots travel too.
     """
@@ -190,7 +195,7 @@ def dispatch_ratio(summary: Summary) -> float:
 
 
 def batch_gathers(summary: Summary) -> list[Collective]:
-    """All-gathers in the passes over axes that divide a batch, but for small ones.
+    """Returns all-gathers in the passes over axes that divide a batch, but small ones.
 
     They would bring weights for every microbatch, or other devices' tokens. What is
     small is counts.
@@ -206,7 +211,7 @@ def batch_gathers(summary: Summary) -> list[Collective]:
 
 
 def gradient_sums(summary: Summary) -> list[Collective]:
-    """Reductions of parameters' gradients: reduce-scatters and all-reduces.
+    """Returns reductions of parameters' gradients: reduce-scatters and all-reduces.
 
     Devices that have other tokens have other gradients, so a gradient is reduced over
     axes that divide a batch; activations are over `tensor`, which divides positions,
@@ -223,7 +228,7 @@ def gradient_sums(summary: Summary) -> list[Collective]:
 
 
 def in_bfloat16(collectives: Sequence[Collective]) -> list[Collective]:
-    """Those of them that send anything in bfloat16."""
+    """Returns those of them that send anything in bfloat16."""
     return [
         c for c in collectives if any(shape.startswith("bf16[") for shape in c.shapes)
     ]

@@ -33,7 +33,7 @@ MAX_COST = 1_000_000
 LATER = "the other direction, or a later stage of the rank"
 
 
-class Part(NamedTuple):
+class TaskPart(NamedTuple):
     """What a task does at a time, as it is drawn; an overlapped pair has two."""
 
     kind: str  # F, B, W or BW
@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
     @property
     def colour(self) -> str:
-        """Between the kind's two colours, as #rrggbb."""
+        """The colour between the kind's two, as #rrggbb."""
         first, last = (
             [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
             for colour in COLOURS[self.kind]
@@ -59,12 +59,12 @@ class Part(NamedTuple):
 
     @property
     def ink(self) -> str:
-        """What can be read on that colour."""
+        """The colour that can be read on its own."""
         return "#ffffff" if self.is_later else "#1a202c"
 
 
-def parts(schedule: Schedule, rank: int, task: Task) -> list[Part]:
-    """F first, if there is one."""
+def parts(schedule: Schedule, rank: int, task: Task) -> list[TaskPart]:
+    """Returns a task's parts, F first if there is one."""
     forward, backward = task.forward, [p for p in task.passes if p.kind != "F"]
     groups = ([forward] if forward else [], backward)
     hosted = schedule.hosted(rank)
@@ -73,12 +73,14 @@ def parts(schedule: Schedule, rank: int, task: Task) -> list[Part]:
         _, stage, microbatch, direction = passes[0]
         place = hosted.index((stage, direction))
         kind = "".join(p.kind for p in passes)
-        found.append(Part(kind, microbatch, Fraction(place, max(len(hosted) - 1, 1))))
+        found.append(
+            TaskPart(kind, microbatch, Fraction(place, max(len(hosted) - 1, 1)))
+        )
     return found
 
 
 def parse_costs(spec: str) -> Costs:
-    """The costs that "forward=1,backward=2.5" describes, exactly.
+    """Returns the costs that "forward=1,backward=2.5" describes, exactly.
 
     Raises:
       ValueError: an item isn't cost=number, no such cost is known or it was given
@@ -105,7 +107,7 @@ def parse_costs(spec: str) -> Costs:
 def make(
     name: str, num_ranks: int, num_microbatches: int, costs: Costs, **options: int
 ) -> Timeline:
-    """The named schedule, checked and simulated.
+    """Makes the named schedule, checked and simulated.
 
     Raises:
       ValueError: see `jmoe.parallel.schedule.build`.
@@ -117,13 +119,13 @@ def make(
 
 
 def activations(timeline: Timeline) -> Fraction:
-    """The peak, in microbatches through 1 / ranks of the model."""
+    """Returns the peak, in microbatches through 1 / ranks of the model."""
     schedule = timeline.schedule
     return timeline.peak_activations * Fraction(schedule.num_ranks, schedule.num_stages)
 
 
 def table(timelines: Sequence[Timeline]) -> rich.table.Table:
-    """A row a schedule; what is best in a column is bold."""
+    """Returns a row a schedule; what is best in a column is bold."""
     out = rich.table.Table(title="Schedules compared", title_justify="left")
     out.add_column("schedule")
     for column in ("makespan", "bubble", "idle", "peak activations", "parameters"):
@@ -145,23 +147,23 @@ def table(timelines: Sequence[Timeline]) -> rich.table.Table:
 
 
 def share(timeline: Timeline) -> Fraction:
-    """Of the ranks' time in which they idle, all ranks together."""
+    """Returns the share of the ranks' time in which they idle, all ranks together."""
     whole = timeline.makespan * timeline.schedule.num_ranks
     return Fraction(sum(timeline.idle)) / Fraction(whole)
 
 
 def number(value: Fraction | float) -> str:
-    """Without decimals that are zeros."""
+    """Returns the number without decimals that are zeros."""
     return f"{float(value):.2f}".rstrip("0").rstrip(".")
 
 
 def kinds(timelines: Sequence[Timeline]) -> dict[str, str]:
-    """The `MEANINGS` of what occurs."""
+    """Returns the `MEANINGS` of what occurs."""
     orders = (tasks for t in timelines for tasks in t.schedule.tasks)
     found = {task.kind for tasks in orders for task in tasks}
     return {kind: said for kind, said in MEANINGS.items() if kind in found}
 
 
 def has_later(timelines: Sequence[Timeline]) -> bool:
-    """Whether any rank has more than one stage, which shades tell apart."""
+    """Returns whether any rank has more than one stage, which shades tell apart."""
     return any(len(t.schedule.hosted(0)) > 1 for t in timelines)

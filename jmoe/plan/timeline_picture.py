@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from jmoe.parallel.schedule import Span, Timeline
 from jmoe.plan.timeline import (
     LATER,
-    Part,
+    TaskPart,
     activations,
     has_later,
     kinds,
@@ -76,7 +76,7 @@ def draw(timelines: Sequence[Timeline], path: str | pathlib.Path) -> pathlib.Pat
         figure = Figure(figsize=(width, height), facecolor="white")
 
         def place(top: float, tall: float) -> Axes:
-            """Axes over the whole width of the drawing."""
+            """Returns axes over the whole width of the drawing."""
             return figure.add_axes(
                 (
                     _LEFT / width,
@@ -108,7 +108,11 @@ def _durations(timelines: Sequence[Timeline]) -> Iterator[Any]:
 
 
 def _draw_timeline(axes: Axes, timeline: Timeline, inches: float) -> None:
-    """Args: inches: of a unit of time."""
+    """Draws one timeline.
+
+    Args:
+      inches: of a unit of time.
+    """
     schedule = timeline.schedule
     ranks = schedule.num_ranks
     axes.set_ylim(ranks, 0)
@@ -141,9 +145,9 @@ def _draw_timeline(axes: Axes, timeline: Timeline, inches: float) -> None:
 
 
 def _draw_task(
-    axes: Axes, span: Span, found: list[Part], rank: int, inches: float
+    axes: Axes, span: Span, found: list[TaskPart], rank: int, inches: float
 ) -> None:
-    """A box, or two in a frame, one above the other, for what is overlapped."""
+    """Draws a box, or two in a frame, one above the other, for what is overlapped."""
     start, length = float(span.start), float(span.end - span.start)
     y, tall = rank + _GAP / _ROW / 2, (1 - _GAP / _ROW) / len(found)
     for i, part in enumerate(found):
@@ -165,13 +169,13 @@ def _draw_task(
 
 def _write(
     axes: Axes,
-    part: Part,
+    part: TaskPart,
     corner: tuple[float, float],
     inches: float,
     length: float,
     tall: float,
 ) -> None:
-    """The microbatch, as large as fits; it is left out where nobody could read it."""
+    """Writes the microbatch, as large as fits, or not where nobody could read it."""
     label = str(part.microbatch)
     fits = 72 * 0.8 * inches / (_DIGIT * len(label)), 72 * 0.85 * tall * _ROW
     size = min(_LARGEST_FONT, *fits)
@@ -190,7 +194,7 @@ def _write(
 def _place_key(
     timelines: Sequence[Timeline], inches: float
 ) -> list[tuple[str, str, float, int]]:
-    """Kind, text, where from the left, and on which line, of each entry."""
+    """Returns kind, text, where from the left, and on which line, of each entry."""
     entries = [*kinds(timelines).items()]
     if has_later(timelines):
         entries.append(("", f"dark: {LATER}"))
@@ -205,10 +209,12 @@ def _place_key(
 
 
 def _draw_key(axes: Axes, key: list[tuple[str, str, float, int]]) -> None:
-    """What colours mean; the axes' units are inches across and lines down."""
+    """Draws what colours mean; the axes' units are inches across and lines down."""
     axes.set_axis_off()
     for kind, said, left, line in key:
-        halves = [Part(name, 0, Fraction(0)).colour for name in kind.split("&") if name]
+        halves = [
+            TaskPart(name, 0, Fraction(0)).colour for name in kind.split("&") if name
+        ]
         if not kind:
             halves = ["#d3d7de", "#5a6473"]
         tall = 0.6 / len(halves)

@@ -8,7 +8,7 @@ from rich.style import Style
 from rich.text import Text
 
 from jmoe.parallel.schedule import Timeline
-from jmoe.plan.timeline import LATER, Part, has_later, kinds, number, parts
+from jmoe.plan.timeline import LATER, TaskPart, has_later, kinds, number, parts
 
 _WIDEST = 6  # columns for the shortest of tasks: more shows nothing more
 
@@ -16,7 +16,7 @@ _WIDEST = 6  # columns for the shortest of tasks: more shows nothing more
 def lines(
     timelines: Sequence[Timeline], console: rich.console.Console
 ) -> Iterator[Text]:
-    """What to print to show timelines on one scale, within the console's width.
+    """Yields what to print to show timelines on one scale, within the console's width.
 
     Where a task has too few columns, its microbatch is left out, or the task itself.
     """
@@ -45,7 +45,7 @@ def lines(
 
 
 def _scale(timelines: Sequence[Timeline], width: int) -> Fraction:
-    """Columns for a unit of time: whole ones for the shortest task, if it has any."""
+    """Returns columns for a unit of time: whole ones for the shortest task, if any."""
     spans = [span for t in timelines for spans in t.spans for span in spans]
     shortest = Fraction(min(filter(None, (end - start for _, start, end in spans))))
     scale = Fraction(width) / Fraction(max(t.makespan for t in timelines))
@@ -53,8 +53,8 @@ def _scale(timelines: Sequence[Timeline], width: int) -> Fraction:
     return min(columns, _WIDEST) / shortest if columns else scale
 
 
-def _letters(found: list[Part], room: int, digits: int) -> str:
-    """The most that has room, in small letters for the later of a rank's stages.
+def _letters(found: list[TaskPart], room: int, digits: int) -> str:
+    """Returns the most that fits, in small letters for the later of a rank's stages.
 
     All tasks of a kind say as much, whether rounding gave them a column more and
     whether their microbatch has all of the digits.
@@ -73,8 +73,11 @@ def _letters(found: list[Part], room: int, digits: int) -> str:
     return "&"[: room * (len(found) - 1)]
 
 
-def _blocks(found: list[Part], width: int) -> Text:
-    """Microbatches on their kind's colour; a pair is side by side and underlined."""
+def _blocks(found: list[TaskPart], width: int) -> Text:
+    """Returns microbatches on their kind's colour.
+
+    A pair is side by side and underlined.
+    """
     widths = [width] if len(found) == 1 else [width - width // 2, width // 2]
     text = Text()
     for part, columns in zip(found, widths, strict=True):
@@ -85,17 +88,17 @@ def _blocks(found: list[Part], width: int) -> Text:
     return text
 
 
-def _style(part: Part, underline: bool) -> Style:
+def _style(part: TaskPart, underline: bool) -> Style:
     return Style(color=part.ink, bgcolor=part.colour, underline=underline)
 
 
 def _key(timelines: Sequence[Timeline], plain: bool) -> Iterator[Text]:
-    """What colours or letters mean, as far as they occur."""
+    """Yields what colours or letters mean, as far as they occur."""
     for kind, meaning in kinds(timelines).items():
         text = Text(f"{kind:<5}" if plain else "")
         names = () if plain else kind.split("&")
         for name in names:
-            style = _style(Part(name, 0, Fraction(0)), underline=len(names) > 1)
+            style = _style(TaskPart(name, 0, Fraction(0)), underline=len(names) > 1)
             text.append("   "[: 4 // len(names)], style=style)
         yield text.append(f" {meaning}")
     if has_later(timelines):

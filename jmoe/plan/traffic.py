@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jmoe.plan import hlo
-from jmoe.plan.hlo import Instruction, Program
+from jmoe.plan.hlo import HloInstruction, HloModule
 
 KINDS = (
     "all-gather",
@@ -92,7 +92,7 @@ class Collective:
 
 
 def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
-    """Every collective of a program, in the order of the schedule.
+    """Returns every collective of a program, in the order of the schedule.
 
     Args:
       text: optimised HLO.
@@ -135,8 +135,8 @@ def collectives(text: str, mesh_shape: Mapping[str, int]) -> list[Collective]:
     return found
 
 
-def _spans(program: Program, between: Sequence[Instruction]) -> Mapping[str, int]:
-    """The matrix products of these instructions, by phase."""
+def _spans(program: HloModule, between: Sequence[HloInstruction]) -> Mapping[str, int]:
+    """Returns the matrix products of these instructions, by phase."""
     spans = collections.Counter()
     for instruction in between:
         for op_name, count in program.gemms(instruction).items():
@@ -144,8 +144,10 @@ def _spans(program: Program, between: Sequence[Instruction]) -> Mapping[str, int
     return dict(spans)
 
 
-def _collective(program: Program, instruction: Instruction) -> Instruction | None:
-    """The collective that an instruction is or starts, if any."""
+def _collective(
+    program: HloModule, instruction: HloInstruction
+) -> HloInstruction | None:
+    """Returns the collective that an instruction is or starts, if any."""
     kind = instruction.opcode.removesuffix("-start")
     if kind in KINDS:
         return dataclasses.replace(instruction, opcode=kind)
@@ -158,7 +160,7 @@ def _collective(program: Program, instruction: Instruction) -> Instruction | Non
 
 
 def _record(
-    collective: Instruction,
+    collective: HloInstruction,
     shapes: Sequence[str],
     mesh_shape: Mapping[str, int],
     executed: hlo.Executed,
@@ -187,7 +189,7 @@ def _record(
 
 
 def _phase(op_name: str) -> str:
-    """By the pipeline's scopes; elsewhere, by what differentiation says."""
+    """Returns the phase, by the pipeline's scopes or else by differentiation's."""
     scope = _PASS.search(op_name)
     if scope:
         return scope[1]
@@ -197,7 +199,7 @@ def _phase(op_name: str) -> str:
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
-    """The devices that talk to each other, [groups, members]."""
+    """Returns the devices that talk to each other, [groups, members]."""
     iota = _IOTA_GROUPS.search(attributes)
     if iota:
         shape, sizes, order = (_ints(part or "") for part in iota.groups())
@@ -227,7 +229,7 @@ def _groups_of_mesh(mesh: str, sizes: str, order: str, along: str) -> np.ndarray
 
 
 def _transposed(sizes: tuple[int, ...], order: tuple[int, ...]) -> np.ndarray:
-    """Devices, numbered in an array of `sizes`, with its dimensions in this order."""
+    """Returns devices, numbered in an array of `sizes`, with its dimensions so."""
     numbers = np.arange(math.prod(sizes)).reshape(sizes)
     return numbers.transpose(order) if order else numbers
 
@@ -239,7 +241,7 @@ def _ints(text: str) -> tuple[int, ...]:
 def _axes(
     groups: np.ndarray, mesh_shape: Mapping[str, int], *, pairwise: bool
 ) -> tuple[str, ...]:
-    """The axes along which the devices of a group differ."""
+    """Returns the axes along which the devices of a group differ."""
     sizes = tuple(mesh_shape.values())
     places = np.stack(np.unravel_index(groups, sizes))  # [axes, groups, members]
     differ = (places != places[:, :, :1]).any(axis=(1, 2))

@@ -81,7 +81,7 @@ class Replica:
         self._engine = AsyncLLM.from_engine_args(engine_args)
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Called by Ray Serve once the engine is there."""
+        """Builds the application; Ray Serve calls it once the engine is there."""
         from starlette.routing import Route
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
@@ -96,11 +96,11 @@ class Replica:
         return self._gate
 
     async def check_health(self) -> None:
-        """Called by Ray Serve, which replaces a replica where this raises."""
+        """Raises if it is ill; Ray Serve calls it, and replaces such a replica."""
         await self._engine.check_health()
 
     async def metrics(self) -> tuple[str, str]:
-        """This replica's name and Prometheus page."""
+        """Returns this replica's name and Prometheus page."""
         import prometheus_client
         from vllm.v1.metrics.prometheus import get_prometheus_registry
 

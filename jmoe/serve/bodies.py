@@ -104,7 +104,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _num_prompts(value: Any) -> int:
-    """A list of numbers is the tokens of one prompt."""
+    """Returns how many prompts: a list of numbers is the tokens of one."""
     if not isinstance(value, list) or all(isinstance(item, int) for item in value):
         return 1
     return len(value)

@@ -31,7 +31,7 @@ CLOSE = ("connection", "close")
 
 
 class Access(NamedTuple):
-    """Who may ask what.
+    """Says who may ask what.
 
     `digests` are SHA-256 of the keys, in hexadecimal; without any there is no need for
     one. `open_routes` need none.
@@ -97,7 +97,10 @@ class Front:
             raise Refused(405, f"{path} is for {ROUTES[path]}.", headers=allow)
 
     def _check_headers(self, scope: Any) -> None:
-        """The protocol bounds what it waits for, and takes what is there at once."""
+        """Checks the headers.
+
+        The protocol bounds what it waits for, and takes what is there at once.
+        """
         most = self._access.limits.header_kib
         size = len(scope["path"]) + len(scope["query_string"])
         size += sum(len(name) + len(value) for name, value in scope["headers"])

@@ -51,7 +51,7 @@ def _read_keys(cfg: ServeConfig, in_environment: str) -> list[str]:
 
 
 def _checked(where: str, keys: Iterable[str]) -> list[str]:
-    """Never shows a key."""
+    """Returns keys that are well-formed; its errors never show a key."""
     found = list(keys)
     for number, key in enumerate(found, 1):
         printable = key.isascii() and key.isprintable() and " " not in key

@@ -32,7 +32,7 @@ class Merged(Collector):
 
 
 def merge(pages: Mapping[str, str]) -> str:
-    """The page of all replicas.
+    """Returns the page of all replicas.
 
     Args:
       pages: by the replica's name, each in Prometheus's text format.

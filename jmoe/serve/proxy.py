@@ -35,7 +35,7 @@ def environment(access: Access) -> dict[str, str]:
 
 
 def put_front() -> list[Any]:
-    """Called by Ray in a proxy; returns Starlette middleware."""
+    """Returns Starlette middleware; Ray calls it in a proxy."""
     import uvicorn.config
     from starlette.middleware import Middleware
 
@@ -48,7 +48,7 @@ def put_front() -> list[Any]:
 
 
 def http_options(cfg: ServeConfig) -> dict[str, Any]:
-    """Arguments of Ray Serve's HTTPOptions."""
+    """Returns arguments of Ray Serve's HTTPOptions."""
     options: dict[str, Any] = {"host": cfg.host, "port": cfg.port}
     if cfg.tls_certificate is not None and cfg.tls_key is not None:
         certificate = checks.local_path("tls_certificate", cfg.tls_certificate)

@@ -10,7 +10,7 @@ QUEUE_FACTOR = 16  # requests that a replica holds, as a multiple of those it co
 
 
 def deployment_options(cfg: ServeConfig, engine: Engine, device: str) -> dict[str, Any]:
-    """Arguments of `ray.serve.deployment`.
+    """Returns arguments of `ray.serve.deployment`.
 
     On GPUs a replica is a group of bundles, one a GPU, packed on as few machines as
     hold it: vLLM's workers are Ray actors there. On CPUs they are its own processes.
@@ -43,6 +43,6 @@ def deployment_options(cfg: ServeConfig, engine: Engine, device: str) -> dict[st
 
 
 def needed(cfg: ServeConfig, device: str) -> tuple[str, int]:
-    """The resource that Ray must have for the first replicas, and how much of it."""
+    """Returns the resource, and how much, that Ray must have for the first replicas."""
     kind = "CPU" if device == "cpu" else "GPU"
     return kind, cfg.min_replicas * cfg.engine.num_devices

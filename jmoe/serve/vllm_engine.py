@@ -57,7 +57,7 @@ class Engine(NamedTuple):
 
 
 def this_host() -> Host:
-    """Of this machine.
+    """Returns what there is of this machine.
 
     Raises:
       ModuleNotFoundError: vLLM isn't installed.
@@ -104,7 +104,7 @@ def read_exported(directory: pathlib.Path) -> Exported:
 
 
 def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
-    """What vLLM gets, after everything that it would get wrong has been refused.
+    """Returns what vLLM gets, once everything that it would get wrong is refused.
 
     Raises:
       ValueError: sizes that don't divide, drafts without an MTP module, and what vLLM

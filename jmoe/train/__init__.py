@@ -1,1 +1,1 @@
-"""Optimizer, state, step, loop and what the user sees of them."""
+"""Optimizer, state, step and loop."""

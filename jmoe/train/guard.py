@@ -79,7 +79,7 @@ class Guard:
 
     @property
     def goes_on(self) -> bool:
-        """Whether the next step may follow on those that are known."""
+        """Returns whether the next step may follow on those that are known."""
         return self.verdict is None and self.spoilt is None
 
     @property
@@ -88,7 +88,7 @@ class Guard:
         return self.spoilt is None and (self.verdict is None or self._cfg.skips_steps)
 
     def loss_limit(self) -> np.float32 | None:
-        """Above which the next step is a spike; None: no loss is one.
+        """The loss above which the next step is a spike; None: no loss is one.
 
         Infinite until ENOUGH losses are known.
         """
@@ -120,7 +120,7 @@ class Guard:
             self._read_oldest()
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must have, of numbers that JSON can hold; catches up."""
+        """Returns what a checkpoint must have, of JSON's numbers; catches up."""
         self.catch_up()
         return {
             "skipped": self.skipped,

@@ -19,7 +19,7 @@ from jmoe.train.trained import CHECKPOINTS
 
 
 def go_on(workdir: pathlib.Path, run: RunConfig) -> tuple[RunConfig, str | None]:
-    """`run` with the horizon that it goes on with, and what that changes, in a line.
+    """Returns `run` with the horizon to go on with, and what changes, in a line.
 
     Raises:
       ValueError: more steps than the horizon has, and no decision what to do there;
@@ -43,7 +43,7 @@ def go_on(workdir: pathlib.Path, run: RunConfig) -> tuple[RunConfig, str | None]
 
 
 def values(run: RunConfig, step: int) -> dict[str, float]:
-    """The scheduled values of optimizer step `step`, by name."""
+    """Returns the scheduled values of optimizer step `step`, by name."""
     train, steps = run.train, run.horizon
     of_step = {
         "learning rate": schedules.learning_rate(run.optimizer.schedule, steps),
@@ -55,7 +55,7 @@ def values(run: RunConfig, step: int) -> dict[str, float]:
 
 
 def _change(recorded: RunConfig, run: RunConfig, step: int) -> str | None:
-    """What is otherwise than it was planned, at this step or beyond the horizon."""
+    """Says what is otherwise than planned, at this step or beyond the horizon."""
     before, after = values(recorded, step), values(run, step)
     plans = [
         f"{of.horizon} steps" + ", then held" * (of.train.steps > of.horizon)
@@ -70,7 +70,7 @@ def _change(recorded: RunConfig, run: RunConfig, step: int) -> str | None:
 
 
 def _choice(recorded: RunConfig, run: RunConfig, step: int) -> str:
-    """The two ways to go on beyond the recorded horizon."""
+    """Returns the two ways to go on beyond the recorded horizon."""
     steps, horizon = run.train.steps, recorded.horizon
     last = values(recorded, horizon - 1)
     held = ", ".join(f"{name} {value:.3g}" for name, value in last.items())

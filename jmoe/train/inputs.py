@@ -68,12 +68,12 @@ def open_inputs(run: RunConfig, mesh: Mesh, workdir: pathlib.Path | None) -> Inp
 
 
 def next_batch(loader: Loader, count: int) -> Batch:
-    """`count` microbatches, [A, B, T + 1]."""
+    """Returns `count` microbatches, [A, B, T + 1]."""
     return jax.tree.map(lambda *x: np.stack(x), *(next(loader) for _ in range(count)))
 
 
 def unigram_entropy(batches: Sequence[Batch], part: int = 0) -> float:
-    """Nats a token of the best predictor of these targets that ignores context.
+    """Returns nats a token of the targets' best predictor that ignores context.
 
     Args:
       part: which part of the batches this is, where several processes have one each.
@@ -88,7 +88,7 @@ def unigram_entropy(batches: Sequence[Batch], part: int = 0) -> float:
 
 
 def _load_tokenizer(run: RunConfig, workdir: pathlib.Path | None) -> Tokenizer:
-    """The run's own copy where it goes on, whatever has become of the original."""
+    """Returns a run's own copy where it goes on, whatever became of the original."""
     if workdir is not None and (workdir / TOKENIZER).exists():
         return Tokenizer.from_file(workdir / TOKENIZER)
     return load_tokenizer(run.data, run.model.vocab_size)

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 def make_layout(model: Transformer, mesh: Mesh) -> Layout:
-    """Where each parameter of `model` lies on `mesh`, and what it is.
+    """Returns where each parameter of `model` lies on `mesh`, and what it is.
 
     Raises:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
@@ -57,7 +57,7 @@ def make_layout(model: Transformer, mesh: Mesh) -> Layout:
 def on_mesh(
     function: Callable[..., Any], layout: Layout, in_specs: Any, out_specs: Any
 ) -> Callable[..., Any]:
-    """A function of whole arrays, from one of a device's parts of them."""
+    """Returns a function of whole arrays, from one of a device's parts of them."""
     if layout.mesh.size == 1:
         return function
     return jax.shard_map(
@@ -70,7 +70,7 @@ def on_mesh(
 
 
 def run_mesh(cfg: MeshConfig) -> Mesh:
-    """A run's mesh: of all devices, or of this process's first, if it is for one."""
+    """Returns a run's mesh: of all devices, or of this process's first if for one."""
     alone = cfg.num_devices == 1 and jax.process_count() == 1
     return make_mesh(cfg, jax.devices()[:1] if alone else None)
 
@@ -108,7 +108,7 @@ def shardings(layout: Layout, tree: Any) -> Any:
 
 
 def abstract(layout: Layout, make: Callable[[], Any]) -> Any:
-    """The arrays that `make` returns, as shapes that know where they lie."""
+    """Returns the arrays that `make` returns, as shapes that know where they lie."""
     shapes = jax.eval_shape(make)
     return jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
@@ -118,19 +118,19 @@ def abstract(layout: Layout, make: Callable[[], Any]) -> Any:
 
 
 def born(layout: Layout, make: Callable[[], Any]) -> Any:
-    """What `make` returns, each array made where it lies; waits for it."""
+    """Returns what `make` returns, each array made where it lies; waits for it."""
     where = shardings(layout, jax.eval_shape(make))
     # Done before the step compiles, or its memory would lie in the step's way.
     return jax.block_until_ready(jax.jit(make, out_shardings=where)())
 
 
 def batch_sharding(layout: Layout, ndim: int) -> NamedSharding:
-    """That of an array [..., B, T]: its sequences are divided."""
+    """Returns that of an array [..., B, T]: its sequences are divided."""
     return NamedSharding(layout.mesh, PartitionSpec(*(None,) * (ndim - 2), BATCH_AXES))
 
 
 def put_batch(layout: Layout, batch: Batch) -> Batch:
-    """This process's rows, [..., B, T], as its part of a global batch on the mesh."""
+    """Returns this process's rows, [..., B, T], as its part of a batch on the mesh."""
 
     def put(x: Any) -> jax.Array:
         sharding = batch_sharding(layout, x.ndim)
@@ -142,7 +142,7 @@ def put_batch(layout: Layout, batch: Batch) -> Batch:
 
 
 def put_whole(layout: Layout, tree: Any) -> Any:
-    """Host arrays, the same on every process, whole on every device of the mesh."""
+    """Puts host arrays, the same on every process, whole on every device."""
     sharding = NamedSharding(layout.mesh, WHOLE)
     # Where there are several processes, JAX counts it as implicit.
     with jax.transfer_guard_host_to_device("allow"):
@@ -152,6 +152,6 @@ def put_whole(layout: Layout, tree: Any) -> Any:
 
 
 def _names(path: Any) -> tuple[Any, ...]:
-    """The keys of a path, whatever kind of node each is of."""
+    """Returns the keys of a path, whatever kind of node each is of."""
     simple = functools.partial(jax.tree_util.keystr, simple=True)
     return tuple(simple((key,)) for key in path)

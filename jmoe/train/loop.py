@@ -25,24 +25,15 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, to_dict
 from jmoe.data import durable
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.monitor import report, run_files, starts
+from jmoe.monitor.console import Console
+from jmoe.monitor.metrics_log import MetricsLog
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import processes
-from jmoe.train import (
-    guard,
-    horizon,
-    report,
-    resume,
-    run_files,
-    saving,
-    stages,
-    starts,
-    stretch,
-)
+from jmoe.train import guard, horizon, resume, saving, stages, stretch
 from jmoe.train import layout as layouts
-from jmoe.train.console import Console
 from jmoe.train.inputs import open_inputs
-from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.roll_backs import RollBacks
 from jmoe.train.state import count_parameters, make_state
@@ -191,7 +182,7 @@ def _agree_on_run(run: RunConfig, workdir: pathlib.Path) -> None:
 
 
 def _keep_tokenizer(workdir: pathlib.Path, tokenizer: Tokenizer) -> None:
-    """Old or new, never half: a run that goes on trusts these files."""
+    """Copies it, old or new, never half: a run that goes on trusts these files."""
     for name, content in tokenizer.files.items():
         durable.make_directory((workdir / name).parent)
         durable.write_bytes(workdir / name, content)
@@ -224,7 +215,7 @@ def _show_header(
     )
     factor, router = run.model.moe.exchange.capacity_factor, run.model.moe.router
     peers = run.mesh.expert
-    if factor is not None and dropping.has_room_for_all(factor, router, peers):
+    if factor is not None and dropping.is_dropless(factor, router, peers):
         console.note(
             f"capacity_factor={factor} drops nothing: with expert={peers} it leaves "
             "room for all tokens."
@@ -236,7 +227,7 @@ def _show_header(
 
 
 def _devices(run: RunConfig) -> str:
-    """What the run is on, and the axes of its mesh that have several devices."""
+    """Says what the run is on, and the axes of its mesh that have several devices."""
     device = jax.devices()[0]
     kind = device.device_kind
     if device.platform == "cpu":

@@ -15,41 +15,40 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jmoe.balance.losses import OF_WHOLE_STEPS
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import PADDING, Batch
 from jmoe.nn import mixers
 from jmoe.nn.block import Positions
+from jmoe.nn.measured import PER_MICROBATCH, PER_TOKEN, Loss, Measured
 from jmoe.nn.model import Transformer
-from jmoe.nn.router import Stats
 from jmoe.nn.tail import Features
+from jmoe.nn.tokens import Tokens
 from jmoe.ops import masks
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.vocabulary import linear_cross_entropy
 from jmoe.train import schedules
+from jmoe.train.microbatch import Microbatch
 
 
 class Losses(NamedTuple):
     """Float32 shares of a step's losses, which sum to these.
 
-    main, mtp_D: means over their targets, in nats. auxiliary: unweighted, summed over
-    layers. router_z: the mean over tokens, summed over layers.
+    main, mtp_D: means over their targets, in nats. layers: what layers lose, by name,
+    unweighted, the sum over layers of a mean (`nn.measured.Loss.per`).
     """
 
     main: jax.Array
     mtp_D: jax.Array
-    auxiliary: jax.Array
-    router_z: jax.Array
+    layers: dict[str, Loss]
 
 
 class Normalisers(NamedTuple):
     """What a step's sums are divided by; the same on every device.
 
     targets: float32, how many tokens the main model, and then each MTP module, is to
-    predict. tokens: float32, how many are real. microbatches: over how many the
-    auxiliary loss is a mean.
+    predict. tokens: float32, how many are real. microbatches: how many there are.
     """
 
     targets: tuple[jax.Array, ...]
@@ -70,17 +69,16 @@ def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
         lambda n: jnp.maximum(n, 1).astype(jnp.float32),
         collectives.psum(count, BATCH_AXES),
     )
-    is_mean = run.model.moe.router.auxiliary_loss not in OF_WHOLE_STEPS
     microbatches = batch.tokens_BT.shape[0] if batch.tokens_BT.ndim == 3 else 1
-    return Normalisers(tuple(targets), tokens, microbatches if is_mean else 1)
+    return Normalisers(tuple(targets), tokens, microbatches)
 
 
 def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
-    """A function of a microbatch's losses and the step: what gradients are taken of."""
+    """Returns what gradients are taken of, from losses of a microbatch and the step."""
     mtp_weight = schedules.stepwise(run.train.mtp_weight, run.horizon)
 
     def objective(losses: Losses, step: jax.Array) -> jax.Array:
-        total = losses.main + layer_objective(losses, run)
+        total = losses.main + layer_objective(losses)
         if run.model.mtp_depth:
             total += mtp_weight(step) * losses.mtp_D.mean()
         return total
@@ -88,47 +86,57 @@ def make_objective(run: RunConfig) -> Callable[[Losses, jax.Array], jax.Array]:
     return objective
 
 
-def layer_objective(losses: Losses, run: RunConfig) -> jax.Array:
-    """Returns what MoE layers add to the objective, from `layer_losses`."""
-    router = run.model.moe.router
-    weighted = router.auxiliary_weight * losses.auxiliary
-    return weighted + router.z_loss_weight * losses.router_z
+def layer_objective(losses: Losses) -> jax.Array:
+    """Returns what layers add to the objective."""
+    weighted = [loss.weight * loss.value for loss in losses.layers.values()]
+    return jnp.float32(sum(weighted))
 
 
-def layer_losses(stats: Stats | None, run: RunConfig, norms: Normalisers) -> Losses:
-    """Returns this device's share of what MoE layers lose, of any number of them."""
-    losses = Losses(*[jnp.float32(0)] * 4)._replace(
-        mtp_D=jnp.zeros(run.model.mtp_depth)
+def layer_losses(measured: Measured, run: RunConfig, norms: Normalisers) -> Losses:
+    """Returns this device's share of what a stack of layers loses."""
+    divisors = {PER_TOKEN: norms.tokens, PER_MICROBATCH: norms.microbatches}
+    return Losses(
+        main=jnp.float32(0),
+        mtp_D=jnp.zeros(run.model.mtp_depth),
+        layers={
+            name: loss.replace(value=loss.value.sum() / divisors.get(loss.per, 1))
+            for name, loss in measured.losses.items()
+        },
     )
-    if stats is None:
-        return losses
-    return losses._replace(
-        auxiliary=stats.auxiliary_loss.sum() / norms.microbatches,
-        router_z=stats.z_loss.sum() / norms.tokens,
-    )
+
+
+def add_losses(first: Losses, second: Losses) -> Losses:
+    """Returns the sums of two parts' losses, where either may have some of its own."""
+    layers = {**first.layers, **second.layers}
+    for name in first.layers.keys() & second.layers.keys():
+        both = first.layers[name].value + second.layers[name].value
+        layers[name] = layers[name].replace(value=both)
+    return Losses(first.main + second.main, first.mtp_D + second.mtp_D, layers)
 
 
 def microbatch_losses(
     model: Transformer,
     params: Any,
     router_state: Any,
-    batch: Batch,
+    part: Microbatch,
     run: RunConfig,
     norms: Normalisers,
-) -> tuple[Losses, Stats]:
-    """Returns this device's share of a microbatch's losses, and its stats.
+) -> tuple[Losses, Measured]:
+    """Returns this device's share of a microbatch's losses, and what layers measured.
 
     Args:
-      batch: this device's sequences, [B, T + 1] tokens.
+      part: this device's sequences, [B, T + 1] tokens.
     """
+    batch = part.batch
     features: Any = model.apply(
         {"params": params, "router_state": router_state},
         inputs(batch),
         segments(batch, run),
         is_real(batch),
+        part.noise,
         method="features",
     )
-    return prediction_losses(features, batch, run, norms), features.stats
+    return prediction_losses(features, batch, run, norms), features.measured
 
 
 def inputs(batch: Batch) -> jax.Array:
@@ -136,7 +144,7 @@ def inputs(batch: Batch) -> jax.Array:
 
 
 def segments(batch: Batch, run: RunConfig) -> jax.Array | None:
-    """The inputs' documents, if attention is confined to them."""
+    """Returns the inputs' documents, if attention is confined to them."""
     return jnp.asarray(batch.segment_BT[..., :-1]) if run.data.segment_masks else None
 
 
@@ -145,10 +153,12 @@ def is_real(batch: Batch) -> jax.Array:
     return jnp.asarray(batch.segment_BT[..., :-1]) != PADDING
 
 
-def positions(batch: Batch, run: RunConfig) -> Positions:
+def positions(part: Microbatch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
+    batch = part.batch
     rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
-    return Positions(rotation, segments(batch, run), is_real(batch))
+    tokens = Tokens(is_real(batch), part.noise)
+    return Positions(rotation, segments(batch, run), tokens)
 
 
 def is_target(batch: Batch, depth: int, run: RunConfig) -> jax.Array:
@@ -169,10 +179,10 @@ def is_target(batch: Batch, depth: int, run: RunConfig) -> jax.Array:
 def prediction_losses(
     features: Features, batch: Batch, run: RunConfig, norms: Normalisers
 ) -> Losses:
-    """Returns this device's share of the losses; the layers' are those of the stats."""
+    """Returns this device's share of the losses, the layers' too."""
 
     def loss(hidden_BSD, depth):
-        """Of predicting, at position t, token t + 1 + depth."""
+        """Returns the loss of predicting, at position t, token t + 1 + depth."""
         tokens_BT = jnp.asarray(batch.tokens_BT)
         target_BT = masks.shift_left(tokens_BT, 1 + depth)[:, :-1]
         weight_BT = is_target(batch, depth, run) / norms.targets[depth]
@@ -185,7 +195,7 @@ def prediction_losses(
         )
         return total
 
-    losses = layer_losses(features.stats, run, norms)
+    losses = layer_losses(features.measured, run, norms)
     mtp = [loss(hidden_BSD, k) for k, hidden_BSD in enumerate(features.mtp_BSD, 1)]
     return losses._replace(
         main=loss(features.hidden_BSD, 0),
@@ -194,11 +204,13 @@ def prediction_losses(
 
 
 def sum_losses(losses: Losses) -> Losses:
-    """Of all devices' shares. Those of `tensor` have the loss of the same tokens."""
+    """Sums all devices' shares.
+
+    Those of `tensor` have the loss of the same tokens.
+    """
     of_tokens = (*BATCH_AXES, "pipe")
     return Losses(
         main=collectives.psum(losses.main, of_tokens),
         mtp_D=collectives.psum(losses.mtp_D, of_tokens),
-        auxiliary=collectives.psum(losses.auxiliary, MESH_AXES),
-        router_z=collectives.psum(losses.router_z, MESH_AXES),
+        layers=collectives.psum(losses.layers, MESH_AXES),
     )

@@ -49,7 +49,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
-    """Nesterov momentum, as matrices that are nearly orthogonal times `scale`.
+    """Turns updates into Nesterov momentum as nearly orthogonal matrices by `scale`.
 
     The momentum is an average, free of its bias to zero, of which the gradient is
     counted in once more, as `optax.contrib.muon` has it. All parameters must be hidden

@@ -15,7 +15,7 @@ from jmoe.train.muon import SCALES, scale_by_muon
 def make_optimizer(
     cfg: OptimizerConfig, horizon: int, layout: Layout
 ) -> optax.GradientTransformation:
-    """Clip by global norm, then the named optimizer on its schedule.
+    """Clips by global norm, then runs the named optimizer on its schedule.
 
     Args:
       horizon: the steps that the learning-rate schedule is stretched over.
@@ -46,7 +46,7 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 def adamw(
     cfg: OptimizerConfig, rate: optax.Schedule, layout: Layout
 ) -> optax.GradientTransformation:
-    """AdamW, with decay of the parameters that decay."""
+    """Returns AdamW, with decay of the parameters that decay."""
 
     def decays(params: Any) -> Any:
         return jax.tree.map(
@@ -68,7 +68,7 @@ def adamw(
 def muon(
     cfg: OptimizerConfig, rate: optax.Schedule, layout: Layout
 ) -> optax.GradientTransformation:
-    """Muon on hidden matrices, `adamw` on embedding, head, router and norms."""
+    """Returns Muon on hidden matrices, `adamw` on embedding, head, router and norms."""
     matrices = optax.chain(
         scale_by_muon(layout, SCALES[cfg.muon_scale]),
         optax.add_decayed_weights(cfg.weight_decay),

@@ -1,4 +1,4 @@
-"""A step's gradients, losses and stats, through a pipeline's stages.
+"""A step's gradients, losses and measures, through a pipeline's stages.
 
 A run's state knows nothing of stages: weights and moments lie as they do without a
 pipeline, whose axis divides them further, as ZeRO does. A step begins by handing each
@@ -13,7 +13,6 @@ Shapes: A accumulated microbatch, M microbatch of the pipeline, B sequence, T po
 R row (a layer that a rank has), L layer of a stack.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -22,19 +21,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.block import Block
+from jmoe.nn.measured import Measured, join
 from jmoe.nn.model import Transformer
 from jmoe.nn.parameter import Parameter
-from jmoe.nn.router import Stats
-from jmoe.nn.tail import REMAT_POLICIES, Features, Tail, join_stats
-from jmoe.ops import grouped
-from jmoe.parallel import collectives, pipeline, zero
+from jmoe.nn.tail import REMAT_POLICIES, Features, Tail
+from jmoe.parallel import collectives, pipeline, reductions, zero
 from jmoe.parallel.schedule import Schedule, gpipe
 from jmoe.parallel.schedule.ticks import as_ticks, forward_only
 from jmoe.parallel.vocabulary import embed
-from jmoe.train import stages
+from jmoe.train import microbatch, stages
 from jmoe.train.accumulated import (
     Gradients,
     Shares,
@@ -45,6 +43,7 @@ from jmoe.train.layout import Layout
 from jmoe.train.losses import (
     Losses,
     Normalisers,
+    add_losses,
     inputs,
     layer_losses,
     layer_objective,
@@ -53,44 +52,46 @@ from jmoe.train.losses import (
     positions,
     prediction_losses,
 )
-from jmoe.train.stages import Rows
+from jmoe.train.microbatch import Microbatch
+from jmoe.train.stages import RankLayers
 from jmoe.train.weights import gather_weights, reduce_gradients
 
 
 def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradients:
-    """As `accumulated.make_gradients`, by the run's schedule."""
+    """Returns what `accumulated.make_gradients` does, by the run's schedule."""
     objective = make_objective(run)
 
     def gradients(params, router_state, step, batch):
-        batch = _divided(batch, run)
-        count = batch.tokens_BT.shape[0]
+        given = batch.tokens_BT.shape[0]
+        count = run.pipeline.microbatches or given
+        parts = microbatch.divide(microbatch.of_step(batch, step, run), count)
         schedule = stages.make_schedule(run.pipeline, run.mesh.pipe, count)
-        norms = normalisers(batch, run)
-        pieces = Pieces(model, run, layout, schedule, norms)
+        norms = normalisers(parts.batch, run)
+        staged = StagedModel(model, run, layout, schedule, norms)
 
         def lose(features, batch):
             losses = prediction_losses(features, batch, run, norms)
-            return objective(losses, step), (losses, features.stats)
+            return objective(losses, step), (losses, features.measured)
 
-        if counts_first(batch, run):
-            _, stats = _evaluate(model, run, layout, params, router_state, batch)
-            router_state = with_step_loads(router_state, stats, run)
-        cut = pieces.model(params, router_state, batch, lose)
+        if counts_first(parts.batch, run):
+            _, found = _evaluate(model, run, layout, params, router_state, parts)
+            router_state = with_step_loads(router_state, found, run)
+        cut = staged.model(params, router_state, parts, lose)
         found = pipeline.train(
             as_ticks(schedule), cut, recompute=run.pipeline.remat == "stage"
         )
-        summed = pieces.reduce(found.shared, found.groups)
-        return summed, *pieces.measured(found)
+        summed = staged.reduce(found.shared, found.groups)
+        return summed, *staged.measured(found)
 
     return gradients
 
 
 def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
-    """As `accumulated.make_losses`, with forward passes of parts of the batch."""
+    """Does as `accumulated.make_losses`, with forward passes of parts of the batch."""
 
     def losses(params, router_state, batch):
-        batch = _for_forward(batch, run)
-        return _evaluate(model, run, layout, params, router_state, batch)
+        parts = _for_forward(batch, run)
+        return _evaluate(model, run, layout, params, router_state, parts)
 
     return losses
 
@@ -101,24 +102,26 @@ def _evaluate(
     layout: Layout,
     params: Any,
     router_state: Any,
-    batch: Batch,
-) -> tuple[Losses, Stats]:
-    """This device's share of losses and stats of [M, B, T + 1], forward only."""
-    norms, schedule = normalisers(batch, run), _forward_schedule(batch, run)
-    pieces = Pieces(model, run, layout, schedule, norms)
+    parts: Microbatch,
+) -> tuple[Losses, Measured]:
+    """Returns this device's share of losses and measures, by forward passes only."""
+    norms, schedule = normalisers(parts.batch, run), _forward_schedule(parts, run)
+    staged = StagedModel(model, run, layout, schedule, norms)
 
     def measure(features, batch):
         losses = prediction_losses(features, batch, run, norms)
-        return losses.main, (losses, features.stats)
+        return losses.main, (losses, features.measured)
 
-    cut = pieces.model(params, router_state, batch, measure)
-    return pieces.measured(pipeline.evaluate(as_ticks(schedule), cut))
+    cut = staged.model(params, router_state, parts, measure)
+    return staged.measured(pipeline.evaluate(as_ticks(schedule), cut))
 
 
 def make_hidden_states(
     model: Transformer, run: RunConfig, layout: Layout
 ) -> Callable[[Any, Any, jax.Array], jax.Array]:
-    """Inference: hidden states after the final norm, [B, S, D] of tokens [B, T].
+    """Returns a function to hidden states after the final norm, [B, S, D].
+
+    That is inference, of tokens [B, T].
 
     A function of params and router_state as they are stored and of this device's
     sequences, for the inside of `jax.shard_map` over the mesh. All ranks of `pipe` get
@@ -131,10 +134,12 @@ def make_hidden_states(
     def hidden_states(params, router_state, tokens_BT):
         padded: Any = jnp.pad(tokens_BT, ((0, 0), (0, 1)))  # as if with a last target
         unmasked: Any = jnp.zeros_like(padded)
-        batch = _for_forward(Batch(padded, unmasked), run)
-        schedule = _forward_schedule(batch, run)
-        pieces = Pieces(model, run, layout, schedule, normalisers(batch, run))
-        cut = pieces.model(params, router_state, batch, of_features)
+        parts = _for_forward(Batch(padded, unmasked), run)
+        schedule = _forward_schedule(parts, run)
+        staged = StagedModel(
+            model, run, layout, schedule, normalisers(parts.batch, run)
+        )
+        cut = staged.model(params, router_state, parts, of_features)
         hidden = pipeline.evaluate(as_ticks(schedule), cut).left
         hidden_BSD = hidden.reshape(-1, *hidden.shape[2:])
         return collectives.psum(hidden_BSD, pipeline.AXIS)
@@ -142,27 +147,18 @@ def make_hidden_states(
     return hidden_states
 
 
-def _for_forward(batch: Batch, run: RunConfig) -> Batch:
-    """[B, T + 1] as microbatches, about two for each rank."""
-    sequences, length = batch.tokens_BT.shape
-    count = math.gcd(sequences, 2 * run.mesh.pipe)
-    return jax.tree.map(lambda x: x.reshape(count, sequences // count, length), batch)
+def _for_forward(batch: Batch, run: RunConfig) -> Microbatch:
+    """Returns [B, T + 1] as microbatches, about two for each rank."""
+    count = math.gcd(batch.tokens_BT.shape[0], 2 * run.mesh.pipe)
+    whole = Microbatch(jax.tree.map(lambda x: x[None], batch))
+    return microbatch.divide(whole, count)
 
 
-def _forward_schedule(batch: Batch, run: RunConfig) -> Schedule:
-    return forward_only(gpipe(run.mesh.pipe, batch.tokens_BT.shape[0]))
+def _forward_schedule(parts: Microbatch, run: RunConfig) -> Schedule:
+    return forward_only(gpipe(run.mesh.pipe, parts.batch.tokens_BT.shape[0]))
 
 
-def _divided(batch: Batch, run: RunConfig) -> Batch:
-    """[A, B, T + 1] as the pipeline's microbatches."""
-    count, sequences, length = batch.tokens_BT.shape
-    wanted = run.pipeline.microbatches or count
-    assert wanted % count == 0 and count * sequences % wanted == 0  # see RunConfig
-    shape = (wanted, count * sequences // wanted, length)
-    return jax.tree.map(lambda x: x.reshape(shape), batch)
-
-
-class Pieces:
+class StagedModel:
     """A model's pieces for the ranks of a schedule, and what comes back from them."""
 
     def __init__(
@@ -175,17 +171,17 @@ class Pieces:
     ):
         self.run, self.layout, self.norms = run, layout, norms
         self.dot_general = model.dot_general
-        self.cfg = _apart(run.model)
+        self.cfg = run.model
         self.rows = stages.cut(run.model, schedule, run.data.sequence_length)
 
     def model(
         self,
         params: Any,
         router_state: Any,
-        batch: Batch,
+        parts: Microbatch,
         lose: Callable[[Features, Batch], tuple[jax.Array, Any]],
     ) -> pipeline.Model:
-        """What `pipeline` runs, with the weights that this rank computes with.
+        """Returns what `pipeline` runs, with the weights that this rank computes with.
 
         Args:
           lose: a microbatch's objective, and what is to be measured of it.
@@ -194,38 +190,43 @@ class Pieces:
         shared = {k: x for k, x in params.items() if k not in self.rows}
         shared = gather_weights(shared, self.layout, run)
 
-        def enter(shared, batch):
-            return embed(shared["embedding"], inputs(batch), cfg.dtype)
+        def state(name: str, rows: RankLayers) -> tuple[Any, jax.Array]:
+            """Returns what layers have besides weights: router state, and numbers."""
+            of_all = router_state.get(name, {}), jnp.asarray(rows.number_L)
+            return _own(of_all, rows)
 
-        def leave(shared, batch, x_BSD):
-            features: Any = Tail(cfg, self.dot_general).apply(
+        def enter(shared, part):
+            return embed(shared["embedding"], inputs(part.batch), cfg.dtype)
+
+        def leave(shared, part, x_BSD):
+            features: Any = Tail(cfg, self.dot_general, apart=True).apply(
                 {"params": shared, "router_state": router_state},
                 x_BSD,
                 shared["embedding"],
-                inputs(batch),
-                positions(batch, run),
+                inputs(part.batch),
+                positions(part, run),
             )
-            return lose(features, batch)
+            return lose(features, part.batch)
 
         return pipeline.Model(
             enter=enter,
             leave=leave,
             shared=shared,
             groups=[
-                pipeline.Group(
+                pipeline.LayerGroup(
                     layer=self._layer(name),
                     weights=self._gather(name, params[name]),
-                    state=_own(router_state.get(name, {}), rows),
+                    state=state(name, rows),
                     start=rows.start_PH,
                     count=rows.count_PH,
                 )
                 for name, rows in self.rows.items()
             ],
-            microbatches=batch,
+            microbatches=parts,
         )
 
     def reduce(self, shared: Any, groups: list[Any]) -> Any:
-        """This device's parts of the gradients, in the parameters' tree."""
+        """Returns this device's parts of the gradients, in the parameters' tree."""
         found = reduce_gradients(shared, self.layout, self.run)
         for (name, rows), gradients in zip(self.rows.items(), groups, strict=True):
             found[name] = jax.tree.map(
@@ -237,49 +238,43 @@ class Pieces:
             )
         return found
 
-    def measured(self, found: pipeline.Result) -> tuple[Losses, Stats]:
-        """This device's share of losses, and of the stats of all layers."""
-        of_all = jax.tree.map(lambda x_M: x_M.sum(0), found.left)
-        (losses, tail), stacks = of_all, []
+    def measured(self, found: pipeline.Result) -> tuple[Losses, Measured]:
+        """Returns this device's share of losses, and of what all layers measured."""
+        (losses, tail), stacks = reductions.along(found.left), []
         for (name, rows), of_rows in zip(
             self.rows.items(), found.measured, strict=True
         ):
-            index_R = _own_index(rows, instead=self._size(name))
             size = self._size(name)
-
-            def to_layers(x_R, index_R=index_R, size=size):
-                zeros = jnp.zeros((size, *x_R.shape[1:]), x_R.dtype)
-                return zeros.at[index_R].add(x_R, mode="drop")
-
-            if of_rows is not None:
-                stacks.append(jax.tree.map(to_layers, of_rows))
-        for stats in stacks:
-            of_stack = layer_losses(stats, self.run, self.norms)
-            losses = jax.tree.map(jnp.add, losses, of_stack)
-        joined = join_stats(*stacks, tail)
-        assert joined is not None, "a model has a MoE layer"
-        return losses, joined
+            index_R = _own_index(rows, instead=size)
+            stacks.append(reductions.place(of_rows, index_R, size))
+        for stack in stacks:
+            losses = add_losses(losses, layer_losses(stack, self.run, self.norms))
+        return losses, join(*stacks, tail)
 
     def _layer(self, name: str) -> Callable[..., Any]:
         run, cfg, norms = self.run, self.cfg, self.norms
-        block = Block.of(cfg, cfg.stacks[name].feed_forward, self.dot_general)
+        block = Block.of(
+            cfg, cfg.stacks[name].feed_forward, self.dot_general, apart=True
+        )
 
-        def layer(weights, state, batch, x_BSD):
+        def layer(weights, state, part, x_BSD):
+            router_state, number = state
             found: Any = block.apply(
-                {"params": weights, "router_state": state},
+                {"params": weights, "router_state": router_state},
                 x_BSD,
-                positions(batch, run),
+                positions(part, run),
+                number,
             )
-            y_BSD, stats = found
-            objective = layer_objective(layer_losses(stats, run, norms), run)
-            return (y_BSD, objective), stats
+            y_BSD, measured = found
+            objective = layer_objective(layer_losses(measured, run, norms))
+            return (y_BSD, objective), measured
 
         if cfg.remat == "none":
             return layer
         return jax.checkpoint(layer, policy=REMAT_POLICIES[cfg.remat])
 
     def _gather(self, name: str, stack: Any) -> Any:
-        """This rank's rows of a stack's weights, in the dtypes they compute in."""
+        """Returns this rank's rows of a stack's weights, in the compute dtypes."""
         index_PR, layout = self.rows[name].index_PR, self.layout
 
         def gather(
@@ -296,20 +291,12 @@ class Pieces:
         return self.cfg.stacks[name].num_layers
 
 
-def _apart(cfg: ModelConfig) -> ModelConfig:
-    """The model whose experts have no loop that is part of both B and W."""
-    apart = f"{grouped.backend_name(cfg.moe.backend)}_apart"
-    if apart not in grouped.BACKENDS:
-        return cfg
-    return dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, backend=apart))
-
-
-def _own(tree: Any, rows: Rows) -> Any:
+def _own(tree: Any, rows: RankLayers) -> Any:
     index_R = _own_index(rows, instead=0)
     return jax.tree.map(lambda x: x[index_R], tree)
 
 
-def _own_index(rows: Rows, *, instead: int) -> jax.Array:
-    """This rank's layers, and something else where it has fewer than there is room."""
+def _own_index(rows: RankLayers, *, instead: int) -> jax.Array:
+    """Returns this rank's layers, and something else where it has fewer than most."""
     index_PR = jnp.where(rows.index_PR < 0, instead, rows.index_PR)
     return index_PR[collectives.axis_index(pipeline.AXIS)]

@@ -53,7 +53,7 @@ def begin(
 
 
 def _holds_weights_only(store: Store) -> bool:
-    """Whether the checkpoint was imported, and has nothing of an optimizer."""
+    """Returns whether the checkpoint was imported, and has nothing of an optimizer."""
     stored = pieces.Pieces(store.locate()).shapes
     return not any(name.startswith("opt_state/") for name in stored)
 
@@ -64,7 +64,7 @@ def _restore_weights(
     abstract: TrainState,
     store: Store,
 ) -> TrainState:
-    """Imported weights, with the rest of a new run's state."""
+    """Returns imported weights, with the rest of a new run's state."""
     abstract_weights = {
         "params": abstract.params,
         "router_state": abstract.router_state,

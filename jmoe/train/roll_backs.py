@@ -17,8 +17,8 @@ from typing import Any
 
 from jmoe.data import durable
 from jmoe.data.loader import Loader
+from jmoe.monitor import run_files
 from jmoe.parallel import processes
-from jmoe.train import run_files
 from jmoe.train.guard import Spoilt
 
 
@@ -37,11 +37,11 @@ class RollBacks:
         )
 
     def count(self, step: int) -> int:
-        """How many the path to `step` has."""
+        """Returns how many the path to `step` has."""
         return sum(row["step"] < step for row in self._rows)
 
     def left_out(self, step: int) -> int:
-        """How many sequences the path to `step` leaves out."""
+        """Returns how many sequences the path to `step` leaves out."""
         ranges = (row["sequences"] for row in self._rows if row["step"] < step)
         return sum(end - begin for begin, end in ranges)
 
@@ -85,6 +85,6 @@ class RollBacks:
         )
 
     def _end(self, step: int) -> int | None:
-        """Where the data go on after `step`; None: where they are."""
+        """Returns where the data go on after `step`; None: where they are."""
         ends = [row["sequences"][1] for row in self._rows if row["step"] == step]
         return ends[-1] if ends else None

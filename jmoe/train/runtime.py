@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from jmoe.config import checks
-from jmoe.train import output
+from jmoe.monitor import output
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
@@ -75,7 +75,7 @@ def _answer(main: Callable[[list[str]], int], argv: list[str]) -> int:
 
 
 def set_up(argv: list[str]) -> None:
-    """What a script does first: refuses what is no flag, sets up memory and messages.
+    """Does what comes first: refuses what is no flag, sets up memory and messages.
 
     Raises:
       app.UsageError: there are arguments besides flags; absl shows it with the flags.
@@ -160,14 +160,14 @@ def keep_freed_memory() -> bool:
 
 
 def _virtual_devices() -> int:
-    """How many the environment asks XLA to make of the CPU."""
+    """Returns how many devices the environment asks XLA to make of the CPU."""
     flag = r"--xla_force_host_platform_device_count=(\d+)"
     asked = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
     return int(asked[-1]) if asked else 1  # of several alike, the last one counts
 
 
 def step_after_step() -> None:
-    """On CPU, makes a step return before the next one starts; call it before JAX runs.
+    """Makes a step on CPU return before the next starts; call it before JAX runs.
 
     JAX frees a step's temporaries a moment after it reports its results as ready. A
     step that starts within that moment allocates as much again, for good: 1.6 GB at
@@ -207,7 +207,7 @@ def log_warnings_only() -> None:
 
 
 def _is_not_raised_too(record: LogRecord) -> bool:
-    """Whether it isn't an exception, shown with its traceback, of Orbax."""
+    """Returns whether it isn't an exception, shown with traceback, of Orbax."""
     is_orbax = "orbax" in pathlib.PurePath(record.pathname).parts
     return not (is_orbax and record.exc_info)
 

@@ -48,7 +48,7 @@ class Saver:
         self._last = clock()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save at `step`; all processes ask at the same steps."""
+        """Returns whether to save at `step`; all processes ask at the same steps."""
         cfg = self._cfg
         if step % cfg.checkpoint_every == 0 or step == cfg.steps:
             return True

@@ -20,17 +20,20 @@ Schedule = Callable[[jax.Array], jax.Array]
 
 
 def constant(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """The peak, all the way."""
+    """Returns the peak, all the way."""
     return optax.constant_schedule(cfg.peak)
 
 
 def cosine(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Half a cosine from the peak to `end_fraction` of it."""
+    """Returns half a cosine from the peak to `end_fraction` of it."""
     return _half_cosine(cfg, steps - cfg.warmup_steps)
 
 
 def wsd(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """Warm-up, stable, decay (MiniCPM, arXiv 2404.06395): linear at the end."""
+    """Returns a rate that is stable, then decays linearly at the end.
+
+    Warm-up, stable, decay: MiniCPM, arXiv 2404.06395.
+    """
     decay = max(round(cfg.decay_fraction * steps), 1)
     fall = optax.linear_schedule(cfg.peak, cfg.peak * cfg.end_fraction, decay)
     turn = steps - decay - cfg.warmup_steps
@@ -38,7 +41,7 @@ def wsd(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
 
 
 def multi_step(cfg: ScheduleConfig, steps: int) -> optax.Schedule:
-    """DeepSeek-V3's (arXiv 2412.19437, section 4.2): see `ScheduleConfig`."""
+    """Returns DeepSeek-V3's (arXiv 2412.19437, section 4.2): see `ScheduleConfig`."""
     turns = [round(part * steps) - cfg.warmup_steps for part in cfg.boundaries]
     low = cfg.peak * cfg.end_fraction
     return optax.join_schedules(
@@ -66,7 +69,7 @@ SCHEDULES = {
 
 
 def learning_rate(cfg: ScheduleConfig, horizon: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the named schedule to the horizon's end."""
+    """Returns linear warm-up from 0, then the named schedule to the horizon's end."""
     after = SCHEDULES[cfg.name](cfg, horizon)
     if not cfg.warmup_steps:
         return _held(after, horizon)
@@ -76,7 +79,7 @@ def learning_rate(cfg: ScheduleConfig, horizon: int) -> optax.Schedule:
 
 
 def stepwise(cfg: StepwiseConfig, horizon: int) -> Schedule:
-    """`first` for the steps before `switch * horizon`, `last` from there."""
+    """Returns `first` for the steps before `switch * horizon`, `last` from there."""
     turn = round(cfg.switch * horizon)
 
     def value(step: jax.Array) -> jax.Array:
@@ -90,5 +93,5 @@ def _held(schedule: Callable[..., Any], horizon: int) -> Callable[..., Any]:
 
 
 def microbatches(cfg: TrainConfig, step: int) -> int:
-    """How many microbatches optimizer step `step` takes: the batch-size ramp."""
+    """Returns how many microbatches step `step` takes: the batch-size ramp."""
     return next(count for begin, count in reversed(cfg.ramp.items()) if begin <= step)

@@ -18,20 +18,22 @@ from jmoe.parallel.partition import partition
 from jmoe.parallel.schedule import Schedule, build
 
 
-class Rows(NamedTuple):
-    """Which layers of one stack the ranks have.
+class RankLayers(NamedTuple):
+    """Says which layers of one stack the ranks have.
 
-    index_PR: -1 where a rank has fewer than R. start_PH, count_PH: the rows of each
-    stage that a rank hosts.
+    number_L: the layers' numbers in the model. index_PR: which of them a rank has, -1
+    where it has fewer than R. start_PH, count_PH: the rows of each stage that a rank
+    hosts.
     """
 
+    number_L: np.ndarray
     index_PR: np.ndarray
     start_PH: np.ndarray
     count_PH: np.ndarray
 
 
 def check(run: RunConfig) -> None:
-    """That every step's microbatches fit the schedule, and the layers its stages.
+    """Checks that microbatches of each step fit the schedule, and layers its stages.
 
     Raises:
       ValueError: they don't.
@@ -43,13 +45,13 @@ def check(run: RunConfig) -> None:
 
 
 def make_schedule(cfg: PipelineConfig, ranks: int, microbatches: int) -> Schedule:
-    """ValueError: the schedule can't take as many ranks or microbatches."""
+    """Makes a run's schedule; ValueError for ranks or microbatches it can't take."""
     options = {"chunks": cfg.chunks} if cfg.schedule == "interleaved_1f1b" else {}
     return build(cfg.schedule, ranks, microbatches, **options)
 
 
-def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, Rows]:
-    """The rows of each stack, for stages that cost about the same.
+def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, RankLayers]:
+    """Returns the rows of each stack, for stages that cost about the same.
 
     Raises:
       ValueError: there are more stages than layers.
@@ -65,7 +67,9 @@ def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, Rows]:
     return found
 
 
-def _rows(schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int) -> Rows:
+def _rows(
+    schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int
+) -> RankLayers:
     found, start_PH, count_PH = [], [], []
     for rank in range(schedule.num_ranks):
         rows, starts, counts = [], [], []
@@ -79,11 +83,12 @@ def _rows(schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int) -> 
         count_PH.append(counts)
     most = max(map(len, found))
     index_PR = [rows + [-1] * (most - len(rows)) for rows in found]
-    return Rows(*map(np.array, (index_PR, start_PH, count_PH)))
+    number_L = np.arange(begin, end, dtype=np.int32)
+    return RankLayers(number_L, *map(np.array, (index_PR, start_PH, count_PH)))
 
 
 def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
-    """Of each layer, dense ones first: operations of its forward pass, for a token."""
+    """Returns operations of each layer's forward pass for a token, dense first."""
     return [
         _block_cost(cfg, stack.feed_forward, length)
         for stack in cfg.stacks.values()
@@ -92,7 +97,7 @@ def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
 
 
 def tail_cost(cfg: ModelConfig, length: int) -> float:
-    """Of what follows the layers: the logits, and the MTP modules with theirs."""
+    """Returns what follows the layers costs: logits, and MTP modules with theirs."""
     head = 2 * cfg.hidden_dim * cfg.vocab_size
     project = 4 * cfg.hidden_dim**2
     block = _block_cost(cfg, cfg.moe, length)

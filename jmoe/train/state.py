@@ -33,7 +33,7 @@ class TrainState:
 def make_state(
     model: Transformer, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
-    """A new model's state; jit or `eval_shape` it."""
+    """Makes a new model's state; jit or `eval_shape` it."""
     variables = make_variables(model, seed)
     return TrainState(
         step=jnp.int32(0),

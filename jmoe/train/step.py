@@ -31,7 +31,7 @@ from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer, read_biases, write_biases
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, reductions
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.train import accumulated, pipelined, schedules
 from jmoe.train.layout import WHOLE, Layout, on_mesh
@@ -56,7 +56,7 @@ def make_train_step(
     run: RunConfig,
     layout: Layout,
 ) -> TrainStep:
-    """A function of the state and a batch of [A, B, T + 1] tokens, laid out so.
+    """Returns a function of the state and a batch of [A, B, T + 1], laid out so.
 
     It may be given a third argument, a float32 scalar: a step whose loss is above it
     isn't taken either.
@@ -68,9 +68,10 @@ def make_train_step(
     gradients_of = _way_through(run).make_gradients(model, run, layout)
 
     def measure(params, router_state, step, batch):
-        """Gradients, losses and stats of the batch, from this device's part of it."""
-        gradients, losses, stats = gradients_of(params, router_state, step, batch)
-        return gradients, sum_losses(losses), collectives.psum(stats, MESH_AXES)
+        """Returns the batch's gradients, losses and measures, from a device's part."""
+        gradients, losses, measured = gradients_of(params, router_state, step, batch)
+        of_all = reductions.over_devices(measured, MESH_AXES)
+        return gradients, sum_losses(losses), of_all
 
     measure = on_mesh(
         measure,
@@ -82,16 +83,17 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, loss_limit: jax.Array | None = None
     ):
-        gradients, losses, stats = measure(
+        gradients, losses, measured = measure(
             state.params, state.router_state, state.step, batch
         )
+        counts = measured.load
         grad_norm = optax.tree.norm(gradients)
         is_taken = jnp.isfinite(losses.main) & jnp.isfinite(grad_norm)
         if loss_limit is not None:
             is_taken &= losses.main <= loss_limit
         rate, old_bias_LE = bias_rate(state.step), read_biases(state.router_state, cfg)
         bias_LE = bias_rule(
-            old_bias_LE, stats.load_E, rate=rate, margin_EM=stats.margin_EM
+            old_bias_LE, counts.load_E, rate=rate, margin_EM=counts.margin_EM
         )
         if run.train.skips_steps:
             bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
@@ -120,26 +122,25 @@ def make_train_step(
             "skipped": jnp.int32(~is_taken),
             "learning_rate": learning_rate(state.step),
             "bias_rate": rate,
-            "load_LE": stats.load_E,
+            "load_LE": counts.load_E,
             "bias_LE": bias_LE,
-            "max_vio": load.max_violation(stats.load_E),
+            "max_vio": load.max_violation(counts.load_E),
         }
-        dropped_L = stats.dropped_sending + stats.dropped_receiving
-        per_layer = load.load_metrics(stats.load_E, dropped_L)
+        dropped_L = counts.dropped_sending + counts.dropped_receiving
+        per_layer = load.load_metrics(counts.load_E, dropped_L)
         metrics |= {f"{name}_L": value_L for name, value_L in per_layer.items()}
         if cfg.mtp_depth:
             metrics["mtp_loss"] = losses.mtp_D
-        if cfg.moe.router.auxiliary_loss != "none":
-            metrics["aux_loss"] = losses.auxiliary
-        if cfg.moe.router.z_loss_weight:
-            metrics["router_z_loss"] = losses.router_z
+        metrics |= {name: loss.value for name, loss in losses.layers.items()}
+        reported = reductions.values(measured.metrics)
+        metrics |= {f"{name}_L": value_L for name, value_L in reported.items()}
         return new_state, metrics
 
     return train_step
 
 
 def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Both as they are, but schedules count the step: their values follow from it."""
+    """Returns both as they are, but with the step counted that schedules follow."""
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)
@@ -151,18 +152,18 @@ def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
 
 
 def _way_through(run: RunConfig) -> Any:
-    """How microbatches go through the layers: one by one, or as in a pipeline."""
+    """Returns how microbatches go through layers: one by one, or as in a pipeline."""
     return pipelined if run.mesh.pipe > 1 else accumulated
 
 
 def make_eval_step(model: Transformer, run: RunConfig, layout: Layout) -> EvalStep:
-    """A function of params, router_state and a batch of [B, T + 1] tokens."""
+    """Returns a function of params, router_state and a batch of [B, T + 1] tokens."""
     losses_of = _way_through(run).make_losses(model, run, layout)
 
     def eval_step(params: Any, router_state: Any, batch: Batch) -> Evaluation:
-        losses, stats = losses_of(params, router_state, batch)
+        losses, measured = losses_of(params, router_state, batch)
         targets = normalisers(batch, run).targets[0]
-        load_LE = collectives.psum(stats.load_E, MESH_AXES)
+        load_LE = collectives.psum(measured.load.load_E, MESH_AXES)
         return Evaluation(sum_losses(losses).main * targets, targets, load_LE)
 
     in_specs = (layout.stored, WHOLE, PartitionSpec(BATCH_AXES))

@@ -50,7 +50,7 @@ class StopSignals:
         self.close()
 
     def close(self) -> None:
-        """From now on signals act as before."""
+        """Makes signals act as before, from now on."""
         if not self._before:
             return
         for number, handler in self._before.items():

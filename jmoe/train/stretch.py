@@ -20,6 +20,7 @@ import jmoe.train.step as steps
 from jmoe.balance import load
 from jmoe.config import RunConfig
 from jmoe.data.packing import Batch
+from jmoe.monitor.meter import Meter
 from jmoe.nn.model import Transformer
 from jmoe.parallel import compiler, processes
 from jmoe.train import layout as layouts
@@ -27,7 +28,6 @@ from jmoe.train import schedules
 from jmoe.train.ahead import Ahead
 from jmoe.train.guard import Guard
 from jmoe.train.inputs import Inputs, next_batch
-from jmoe.train.meter import Meter
 from jmoe.train.roll_backs import RollBacks
 from jmoe.train.saving import Saver
 from jmoe.train.state import TrainState
@@ -61,7 +61,7 @@ def compile_steps(
 
 
 class End(NamedTuple):
-    """Where a stretch has ended. signal: the number of what stopped it, or 0."""
+    """Says where a stretch has ended. signal: the number of what stopped it, or 0."""
 
     state: TrainState
     step: int
@@ -115,10 +115,10 @@ class Stretch:
             if not watch.goes_on:
                 break
             if _is_due(cfg.eval_every, step, cfg.steps):
-                with meter.paused(state):
+                with meter.paused(state.step):
                     loss = self._evaluate(step, state, log)
             if self.saver.is_due(step):
-                with meter.paused(state):
+                with meter.paused(state.step):
                     log.sync()
                     self.saver.save(step, state, watch, loss)
             asks = step % cfg.signal_every == 0
@@ -128,7 +128,7 @@ class Stretch:
         return End(state, step, stop)
 
     def _tokens(self, step: int) -> int:
-        """What the run was trained on until `step`, where the loader stands."""
+        """Returns what the run was trained on until `step`, where the loader is."""
         sequences = int(self.inputs.loader.get_state()["sequences"])
         length = self.run.data.sequence_length
         return (sequences - self.back.left_out(step)) * length
@@ -162,7 +162,7 @@ class Stretch:
 def evaluate(
     eval_step: steps.EvalStep, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, Any]:
-    """Validation loss, perplexity and global MaxVio, on the host."""
+    """Returns validation loss, perplexity and global MaxVio, on the host."""
     parts, ahead = [], Ahead()
     for batch in batches:
         parts.append(eval_step(state.params, state.router_state, batch))

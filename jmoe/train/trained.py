@@ -89,7 +89,7 @@ def reconfigured(trained: Trained, assignments: Sequence[str]) -> Trained:
 
 
 def quantized(trained: Trained, form: str) -> Trained:
-    """With its weights in one of `jmoe.nn.quantized.FORMS`; itself where it's native.
+    """Returns it with weights in one of `jmoe.nn.quantized.FORMS`; native: itself.
 
     Raises:
       ValueError: there is no such form.

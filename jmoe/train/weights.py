@@ -86,7 +86,7 @@ def with_gathers(model: Transformer, run: RunConfig, layout: Layout) -> Transfor
 def gather_in_layer(
     x: jax.Array, placement: zero.Placement, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """One float32 weight, gathered in `dtype`, and float32 again.
+    """Gathers one float32 weight in `dtype`, and returns it in float32 again.
 
     That costs nothing where a product converts it back to `dtype`, and gives it a
     float32 gradient, of which this device gets its part: a reduce-scatter in float32.
@@ -108,7 +108,7 @@ def gather_in_layer(
 def _gather(
     x: jax.Array, placement: zero.Placement, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    """In `dtype`, if there is anything to gather."""
+    """Gathers in `dtype`, if there is anything to gather."""
     return zero.gather(x.astype(dtype), placement) if placement.axes else x
 
 

@@ -1,4 +1,4 @@
-"""Visits, room and drops against counting one by one."""
+"""Visits, capacity and drops against counting one by one."""
 
 import functools
 import itertools
@@ -111,18 +111,21 @@ def test_balanced_visits_are_the_mean_over_all_choices_that_a_token_can_make(dat
 
 def test_room_is_a_factor_of_the_balanced_load_and_never_more_than_everything():
     one = RouterConfig(num_experts=16, top_k=1)
-    assert dropping.send_room(1.0, 128, one, 8) == 128 // 8
-    assert dropping.receive_room(1.0, 128, one, 8) == 128
-    assert dropping.send_room(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 40
-    assert dropping.receive_room(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 320
-    assert dropping.send_room(1.0, 100, PLAIN, 8) == 45  # 3.6 visits of a token
-    assert dropping.send_room(1.0, 101, PLAIN, 8) == 46  # 45.45, rounded up
+    assert dropping.send_capacity(1.0, 128, one, 8) == 128 // 8
+    assert dropping.receive_capacity(1.0, 128, one, 8) == 128
+    assert dropping.send_capacity(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 40
+    assert dropping.receive_capacity(1.25, 128, ALL_OF_TWO_GROUPS, 8) == 320
+    assert dropping.send_capacity(1.0, 100, PLAIN, 8) == 45  # 3.6 visits of a token
+    assert dropping.send_capacity(1.0, 101, PLAIN, 8) == 46  # 45.45, rounded up
     # In floating point, 1.1 x 50 is above 55.
-    assert dropping.send_room(1.1, 200, ALL_OF_TWO_GROUPS, 8) == 55
-    for room, most in ((dropping.send_room, 128), (dropping.receive_room, 1024)):
-        assert room(None, 128, PLAIN, 8) == most
-        assert room(9.0, 128, PLAIN, 8) == most
-        assert room(2.0, 128, PLAIN, 8) < most
+    assert dropping.send_capacity(1.1, 200, ALL_OF_TWO_GROUPS, 8) == 55
+    for capacity, most in (
+        (dropping.send_capacity, 128),
+        (dropping.receive_capacity, 1024),
+    ):
+        assert capacity(None, 128, PLAIN, 8) == most
+        assert capacity(9.0, 128, PLAIN, 8) == most
+        assert capacity(2.0, 128, PLAIN, 8) < most
 
 
 @pytest.mark.parametrize("peers", [1, 4, 16])
@@ -188,14 +191,14 @@ def test_dropped_choices_are_those_of_visits_that_exist_and_are_not_kept():
     assert got == want > 0 and got.dtype == jnp.int32
 
 
-SHARE = jax.jit(dropping.share_room)
+SHARE = jax.jit(dropping.share_capacity)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 20), min_size=4, max_size=4), st.integers(0, 90))
-def test_room_is_shared_evenly_and_used_up(counts, room):
-    allowed = np.asarray(SHARE(np.array(counts, np.int32), room))
-    assert allowed.sum() == min(room, sum(counts))
+def test_capacity_is_shared_evenly_and_used_up(counts, capacity):
+    allowed = np.asarray(SHARE(np.array(counts, np.int32), capacity))
+    assert allowed.sum() == min(capacity, sum(counts))
     assert (0 <= allowed).all() and (allowed <= counts).all()
     unserved = allowed < counts
     if unserved.any():

@@ -11,6 +11,7 @@ from jmoe.config.model import (
     DenseConfig,
     ExchangeConfig,
     ModelConfig,
+    MoEConfig,
     RouterConfig,
 )
 
@@ -79,9 +80,9 @@ def attention(**changes):
         ("moe.num_shared_experts=-1", "num_shared_experts=-1 must be at least 0."),
         (
             "moe.backend=dense",
-            "backend='dense' is not one of 'auto', 'blocks', 'blocks_remat', 'ragged', "
-            "'blocks_apart', 'blocks_remat_apart', 'ragged_apart'.",
+            "backend='dense' is not one of 'auto', 'blocks', 'ragged'.",
         ),
+        ("moe.remat=block", "remat='block' is not one of 'none', 'activations'."),
         (
             "moe.exchange.backend=nccl",
             "backend='nccl' is not one of 'padded', 'ragged', 'gather'.",
@@ -262,3 +263,19 @@ def test_yarn_sharpens_attention_by_its_squared_temperature(
     plain, scaled = attention(), attention(yarn=yarn)
     ratio = scaled.softmax_scale / plain.softmax_scale
     assert ratio == pytest.approx(temperature**2)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "remat"),
+    [
+        ("blocks_remat", "blocks", "activations"),
+        ("blocks_apart", "blocks", "none"),
+        ("blocks_remat_apart", "blocks", "activations"),
+        ("ragged_apart", "ragged", "none"),
+    ],
+)
+def test_a_backend_of_jmoe_0_1_is_read_as_what_it_was(name, backend, remat):
+    values = records.to_dict(ModelConfig.preset("tiny").moe) | {"backend": name}
+    del values["remat"]  # which 0.1 hasn't written
+    got = records.from_dict(MoEConfig, values)
+    assert (got.backend, got.remat) == (backend, remat)

@@ -20,9 +20,9 @@ def tokenize(cfg, tokenizer, tmp_path):
 
 
 def documents_in(tokens: corpus.Corpus, tokenizer) -> list[str]:
-    ends = np.append(tokens.start_N, len(tokens.token_S) - 1)
+    ends = np.append(tokens.start_M, len(tokens.token_N) - 1)
     return [
-        tokenizer.decode(tokens.token_S[start + 1 : end])
+        tokenizer.decode(tokens.token_N[start + 1 : end])
         for start, end in zip(ends[:-1], ends[1:], strict=True)
     ]
 
@@ -35,8 +35,8 @@ def test_every_document_is_stored_once_between_separators(
     (source,) = text.open_sources(cfg)
     tokens = tokenize(cfg, tokenizer, tmp_path)
     assert sorted(documents_in(tokens, tokenizer)) == sorted(source.documents())
-    separators = np.flatnonzero(tokens.token_S == tokenizer.eos_id)
-    assert separators.tolist() == [*tokens.start_N, len(tokens.token_S) - 1]
+    separators = np.flatnonzero(tokens.token_N == tokenizer.eos_id)
+    assert separators.tolist() == [*tokens.start_M, len(tokens.token_N) - 1]
 
 
 def test_documents_are_ordered_by_their_hashes_whatever_order_they_came_in(
@@ -50,7 +50,7 @@ def test_documents_are_ordered_by_their_hashes_whatever_order_they_came_in(
         tokens = tokenize(data_config(path), tokenizer, tmp_path)
         stored.append(documents_in(tokens, tokenizer))
     assert stored[0] == stored[1] == sorted(documents, key=text.document_hash)
-    assert tokens.hash_N.tolist() == sorted(map(text.document_hash, documents))
+    assert tokens.hash_M.tolist() == sorted(map(text.document_hash, documents))
 
 
 def test_a_large_vocabulary_is_stored_in_more_bits(data_config, tmp_path):
@@ -60,7 +60,7 @@ def test_a_large_vocabulary_is_stored_in_more_bits(data_config, tmp_path):
     tokens = tokenize(
         data_config(tmp_path / "a.txt"), Tokenizer(backend, eos_id=70_000), tmp_path
     )
-    assert tokens.token_S.tolist() == [70_000, 69_999, 70_000]
+    assert tokens.token_N.tolist() == [70_000, 69_999, 70_000]
 
 
 def test_what_was_tokenised_is_found_again(
@@ -70,7 +70,7 @@ def test_what_was_tokenised_is_found_again(
     first = tokenize(cfg, tokenizer, tmp_path)
     monkeypatch.setattr(corpus, "_make", lambda *_: pytest.fail("written again"))
     again = tokenize(cfg, tokenizer, tmp_path)
-    assert np.array_equal(first.token_S, again.token_S)
+    assert np.array_equal(first.token_N, again.token_N)
     assert first.key == again.key
 
 
@@ -150,9 +150,9 @@ def corpora(draw):
     return corpus.Corpus(
         name="some.txt",
         key="",
-        token_S=np.arange(lengths.sum() + 1),
-        start_N=np.cumsum(lengths) - lengths,
-        hash_N=np.sort(np.array(hashes, np.uint64)) * np.uint64(2**64 // 41),
+        token_N=np.arange(lengths.sum() + 1),
+        start_M=np.cumsum(lengths) - lengths,
+        hash_M=np.sort(np.array(hashes, np.uint64)) * np.uint64(2**64 // 41),
     )
 
 
@@ -163,26 +163,26 @@ def test_a_split_keeps_documents_whole_and_copies_together(tokens, fraction, len
     except ValueError:
         assume(False)
     train, validation = streams["train"], streams["validation"]
-    assert np.array_equal([*validation[:-1], *train], tokens.token_S)
+    assert np.array_equal([*validation[:-1], *train], tokens.token_N)
     assert min(len(train), len(validation)) > length
-    first = np.searchsorted(tokens.start_N, train[0])
-    assert tokens.start_N[first] == train[0] == validation[-1]
-    assert tokens.hash_N[first] > tokens.hash_N[first - 1]
-    below = tokens.hash_N < fraction * 2**64
+    first = np.searchsorted(tokens.start_M, train[0])
+    assert tokens.start_M[first] == train[0] == validation[-1]
+    assert tokens.hash_M[first] > tokens.hash_M[first - 1]
+    below = tokens.hash_M < fraction * 2**64
     assert not below[first:].any()
     if not below[first - 1]:  # taken only to fill a sequence
-        copies = tokens.hash_N == tokens.hash_N[first - 1]
-        assert tokens.start_N[np.argmax(copies)] < length
+        copies = tokens.hash_M == tokens.hash_M[first - 1]
+        assert tokens.start_M[np.argmax(copies)] < length
 
 
 @given(corpora(), st.integers(1, 60))
 def test_a_split_is_refused_only_where_there_is_none(tokens, length):
-    ends = np.append(tokens.start_N, len(tokens.token_S) - 1)
-    changes = np.flatnonzero(np.diff(tokens.hash_N)) + 1
+    ends = np.append(tokens.start_M, len(tokens.token_N) - 1)
+    changes = np.flatnonzero(np.diff(tokens.hash_M)) + 1
     possible = [
         end
         for end in ends[changes]
-        if end >= length and len(tokens.token_S) - end > length
+        if end >= length and len(tokens.token_N) - end > length
     ]
     if possible:
         assert corpus.split(tokens, 1e-9, length)

@@ -12,7 +12,7 @@ from jmoe.config.data import DataConfig, SourceConfig
 from jmoe.data import corpus, text
 from jmoe.data import tokenizer as tokenizer_lib
 from jmoe.data.loader import make_loader, validation_batches
-from jmoe.data.packing import Rows
+from jmoe.data.packing import PackedRows
 from jmoe.data.tokenizer import load_tokenizer
 
 
@@ -124,7 +124,7 @@ def test_an_epoch_holds_every_row_once_and_the_next_in_another_order(
     cfg = data_config(write_source("fish", 40))
     (source,) = text.open_sources(cfg)
     tokens = corpus.tokenize(source, tokenizer, tmp_path / "cache")
-    rows = Rows(corpus.split(tokens, 0.2, 16)["train"], 16)
+    rows = PackedRows(corpus.split(tokens, 0.2, 16)["train"], 16)
     drawn = draw(make_loader(cfg, tokenizer, batch_size=1), 2 * len(rows))
     order = [tuple(batch.tokens_BT[0].tolist()) for batch in drawn]
     first, second = order[: len(rows)], order[len(rows) :]

@@ -4,20 +4,20 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jmoe.data.packing import Rows, as_batch
+from jmoe.data.packing import PackedRows, as_batch
 
 
 @given(st.integers(2, 200), st.integers(1, 20))
 def test_every_token_after_the_first_is_predicted_once_and_in_order(size, length):
-    stream_S = np.arange(size, dtype=np.uint16)
-    rows = Rows(stream_S, length)
+    stream_N = np.arange(size, dtype=np.uint16)
+    rows = PackedRows(stream_N, length)
     predicted = [int(token) for i in range(len(rows)) for token in rows[i][1:]]
     assert predicted == list(range(1, 1 + len(rows) * length))
     assert size - 1 - len(predicted) < length  # only a tail too short for a row is left
 
 
 def test_each_target_is_the_next_input():
-    rows = Rows(np.arange(9, dtype=np.uint16), 4)
+    rows = PackedRows(np.arange(9, dtype=np.uint16), 4)
     assert [rows[i].tolist() for i in range(2)] == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]]
     assert rows[0].dtype == np.int32
 

@@ -93,10 +93,10 @@ def test_documents_are_stored_with_what_ends_and_what_opens_a_text(
         tokenizer = Tokenizer.from_file(path)
         tokens = corpus.tokenize(source, tokenizer, tmp_path / "cache")
         first, second = sorted([[0], [1, 0]], key=len)
-        stored = tokens.token_S.tolist()
+        stored = tokens.token_N.tolist()
         one, other = [3, *opening, *first], [3, *opening, *second]
         assert stored in ([*one, *other, 3], [*other, *one, 3])
-        assert [stored[start] for start in tokens.start_N] == [3, 3]
+        assert [stored[start] for start in tokens.start_M] == [3, 3]
         keys.add(tokens.key)
     assert len(keys) == 2
 

@@ -6,7 +6,7 @@ import pytest
 
 from jmoe.config import ModelConfig
 from jmoe.export.card import model_card
-from jmoe.train.run_files import Run
+from jmoe.monitor.run_files import Run
 
 
 @pytest.mark.parametrize(

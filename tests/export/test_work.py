@@ -9,7 +9,7 @@ import time
 import pytest
 import rich.console
 
-from jmoe.export.progress import Progress
+from jmoe.export.progress import TransferProgress
 from jmoe.export.work import Budget, each
 
 
@@ -55,7 +55,7 @@ def test_progress_shows_bytes_and_their_rate(watched):
         file=out, force_terminal=watched, width=120, highlight=False
     )
     out.isatty = lambda: watched
-    with Progress("to there", console) as progress:
+    with TransferProgress("to there", console) as progress:
         advance = progress.start(4_000_000_000)
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             list(pool.map(advance, [1_000_000] * 4000))
@@ -67,7 +67,7 @@ def test_progress_shows_bytes_and_their_rate(watched):
 def test_progress_that_failed_says_nothing_of_success():
     out = io.StringIO()
     with pytest.raises(OSError):
-        with Progress("to there", rich.console.Console(file=out)) as progress:
+        with TransferProgress("to there", rich.console.Console(file=out)) as progress:
             progress.start(10)
             raise OSError("full")
     assert out.getvalue() == ""

@@ -170,14 +170,15 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.router.z_loss_weight": 1e-3,
     "moe.expert_mlp_dim": 32,
     "moe.num_shared_experts": 0,
+    "moe.backend": "blocks",
+    "moe.remat": "activations",
     "moe.exchange.backend": "ragged",
     "moe.exchange.capacity_factor": 1.5,
     "moe.exchange.drop_order": "position",
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
-# There is only one:
-UNCHANGEABLE = {"family", "attention.kind", "moe.kind", "moe.backend"}
+UNCHANGEABLE = {"family", "attention.kind", "moe.kind"}  # there is only one
 
 
 YARN = {"factor": 4.0, "original_positions": 256}
@@ -217,7 +218,7 @@ def test_a_changed_field_survives_the_round_trip(path):
 
 
 def test_the_changes_cover_every_field():
-    assert set(leaves(tiny_with_yarn())) == set(CHANGES) | UNCHANGEABLE
+    assert set(leaves(tiny_with_yarn())) - UNCHANGEABLE == set(CHANGES)
 
 
 @pytest.mark.parametrize("name", FILES)

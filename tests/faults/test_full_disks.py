@@ -41,7 +41,7 @@ def test_tokenising_ends_with_the_file_wherever_the_disk_is_full_and_goes_on(
         assert names <= {f"{whole.key}.partial"}  # parts, if there are any
         assert not names or os.listdir(cache / "corpora" / f"{whole.key}.partial")
         again = corpus.tokenize(source, tokenizer, cache)
-        assert np.array_equal(again.token_S, whole.token_S)
+        assert np.array_equal(again.token_N, whole.token_N)
         assert os.listdir(cache / "corpora") == [again.key]
 
 

@@ -139,16 +139,16 @@ def kernels_of(dot_general):
     return len(re.findall(r'custom_call_target="mosaic_gpu\w*"', text))
 
 
-@pytest.mark.parametrize("backend", ["ragged", "ragged_apart"])
-def test_routed_experts_products_are_kernels(backend):
+@pytest.mark.parametrize("apart", [False, True])
+def test_routed_experts_products_are_kernels(apart):
     """Of the first segment and in the loop over later ones: two, then all six."""
     experts, tokens, choices, hidden, mlp = 8, 1024, 4, 2048, 1408
 
     def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):
         def output(x_TD, gate_TK, gate_up, down):
-            routed_mlp = grouped.BACKENDS[backend]
-            options = {"recipe": fp8.RECIPES["fp8"], "hosts": choices}
-            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down, **options)
+            options = {"recipe": fp8.RECIPES["fp8"], "hosts": choices, "apart": apart}
+            routed_mlp = functools.partial(grouped.BACKENDS["ragged"], **options)
+            return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down)
 
         y_TD, pull = jax.vjp(output, x_TD, gate_TK, gate_up, down)
         return y_TD, *pull(dy_TD)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jmoe.config import DenseConfig, FeedForwardConfig
 from jmoe.nn.feed_forwards import FEED_FORWARDS
+from jmoe.nn.measured import NOTHING
 from jmoe.nn.moe import SwiGLU
 
 
@@ -21,5 +22,5 @@ def test_a_dense_layer_is_a_swiglu_with_its_parameters_and_measures_nothing():
     layer = FEED_FORWARDS["dense"].module(DenseConfig(mlp_dim=12), 0.5)
     variables = layer.init(jax.random.key(1), x_BSD)
     got, measured = layer.apply(variables, x_BSD)
-    assert measured is None and got.any()
+    assert measured == NOTHING and got.any()
     np.testing.assert_array_equal(got, SwiGLU(12, 0.5).apply(variables, x_BSD))

@@ -76,7 +76,8 @@ def test_loop_and_remat_change_neither_loss_nor_gradients_nor_counts(
     for assignments in (UNROLL, variant):
         _, variables, _, compiled = build(*assignments)
         (value, output), gradients = compiled(variables, TOKENS_BT, SEGMENT_BT)
-        results.append((value, unstack(gradients["params"]), output.stats.load_E))
+        load_LE = output.measured.load.load_E
+        results.append((value, unstack(gradients["params"]), load_LE))
     (want, want_tree, want_LE), (got, got_tree, got_LE) = results
     assert relative_error(got, want) < 2e-6
     errors = jax.tree.map(relative_error, got_tree, want_tree)
@@ -113,11 +114,11 @@ def test_stats_and_biases_come_in_the_order_of_the_layers(build, loop):
     # The MTP module's positions, but for those that no token of their document follows.
     followed = (SEGMENT_BT[:, 1:] == SEGMENT_BT[:, :-1]).sum()
     seen_L1 = np.array([[B * T], [B * T], [followed]])
-    np.testing.assert_array_equal(output.stats.load_E, seen_L1 * favours_LE)
-    for counts in output.stats[:3]:
+    np.testing.assert_array_equal(output.measured.load.load_E, seen_L1 * favours_LE)
+    for counts in output.measured.load[:3]:
         assert counts.dtype == jnp.int32
-    assert output.stats.dropped_sending.tolist() == [0] * 3
-    assert output.stats.dropped_receiving.tolist() == [0] * 3
+    assert output.measured.load.dropped_sending.tolist() == [0] * 3
+    assert output.measured.load.dropped_receiving.tolist() == [0] * 3
 
 
 @pytest.mark.parametrize("loop", config.LAYER_LOOPS)

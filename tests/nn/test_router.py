@@ -16,9 +16,11 @@ from jmoe.config.model import GROUP_SCORES, RouterConfig
 from jmoe.config.model import SCORES as SCORE_NAMES
 from jmoe.nn import router
 from jmoe.nn.router import GROUP_SCORE, SCORES, Router, route
+from jmoe.nn.tokens import Tokens
 
 E, G, K, D = 12, 4, 3, 16
 CFG = RouterConfig(num_experts=E, top_k=K, num_groups=G, groups_per_token=2)
+Z_LOSS = dataclasses.replace(CFG, z_loss_weight=1.0)
 SHARP = 3.0  # standard deviation of the logits: scores far apart
 EXAMPLES = settings(deadline=None, max_examples=25)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -78,14 +80,14 @@ def test_choices_and_gates_follow_the_definitions(score, group_score, normalize)
         gate_scale=2.5,
     )
     state, x_BTD = variables(), tokens()
-    (expert_NK, gate_NK), stats = apply(cfg, state, x_BTD)
+    (expert_NK, gate_NK), measured = apply(cfg, state, x_BTD)
     logit_NE = x_BTD.reshape(-1, D).astype(np.float64) @ state["params"]["kernel"]
     for n, logit_E in enumerate(np.asarray(logit_NE, np.float64)):
         want = oracle(logit_E, np.asarray(state["router_state"]["bias"]), cfg)
         got = dict(zip(expert_NK[n].tolist(), gate_NK[n].tolist(), strict=True))
         assert got == pytest.approx(want, rel=1e-5)
     load_E = np.bincount(expert_NK.ravel(), minlength=E)
-    np.testing.assert_array_equal(stats.load_E, load_E)
+    np.testing.assert_array_equal(measured.load.load_E, load_E)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 32])
@@ -171,10 +173,10 @@ def test_gates_pass_on_the_gradients_of_their_closed_form(normalize):
 
 def test_equal_scores_go_to_the_first_experts_in_equal_shares():
     state = jax.tree.map(jnp.zeros_like, variables())
-    (expert_NK, gate_NK), stats = apply(CFG, state, tokens())
+    (expert_NK, gate_NK), measured = apply(CFG, state, tokens())
     assert np.sort(expert_NK).tolist() == [[0, 1, 2]] * 20
     np.testing.assert_allclose(gate_NK, 1 / K, rtol=1e-6)
-    assert stats.load_E.tolist() == [20] * K + [0] * (E - K)
+    assert measured.load.load_E.tolist() == [20] * K + [0] * (E - K)
 
 
 def test_scores_of_zero_give_gates_of_zero():
@@ -192,9 +194,10 @@ def test_counts_are_exact_integers(choices):
 
 def test_a_bfloat16_model_is_routed_in_float32():
     x_BTD = jnp.asarray(tokens(), jnp.bfloat16)
-    (expert_NK, gate_NK), stats = apply(CFG, variables(), x_BTD)
-    want, _ = apply(CFG, variables(), x_BTD.astype(jnp.float32))
-    assert gate_NK.dtype == stats.auxiliary_loss.dtype == jnp.float32
+    (expert_NK, gate_NK), measured = apply(Z_LOSS, variables(), x_BTD)
+    want, _ = apply(Z_LOSS, variables(), x_BTD.astype(jnp.float32))
+    z_loss = measured.losses["router_z_loss"].value
+    assert gate_NK.dtype == z_loss.dtype == jnp.float32
     np.testing.assert_array_equal(expert_NK, want.expert_NK)
     np.testing.assert_array_equal(gate_NK, want.gate_NK)
 
@@ -221,24 +224,30 @@ def test_margins_are_positive_exactly_where_an_expert_is_chosen(seed, groups):
 @pytest.mark.parametrize("rule", bias.UPDATE_RULES)
 def test_only_rules_that_need_margins_pay_for_them(rule):
     cfg = dataclasses.replace(CFG, update_rule=rule)
-    _, stats = apply(cfg, variables(), tokens())
-    assert stats.margin_EM.dtype == jnp.int32
+    load = apply(cfg, variables(), tokens())[1].load
+    assert load.margin_EM.dtype == jnp.int32
     if rule in bias.MARGIN_RULES:
-        middle = stats.margin_EM.shape[1] // 2
-        np.testing.assert_array_equal(stats.margin_EM[:, middle:].sum(1), stats.load_E)
+        middle = load.margin_EM.shape[1] // 2
+        np.testing.assert_array_equal(load.margin_EM[:, middle:].sum(1), load.load_E)
     else:
-        assert stats.margin_EM.shape == (E, 0)
+        assert load.margin_EM.shape == (E, 0)
 
 
 @pytest.mark.parametrize("name", losses.AUXILIARY_LOSSES)
 def test_the_auxiliary_loss_is_that_of_the_raw_scores(name):
-    cfg = dataclasses.replace(CFG, auxiliary_loss=name)
+    cfg = dataclasses.replace(CFG, auxiliary_loss=name, auxiliary_weight=0.5)
     state, x_BTD = variables(), tokens()
-    routing, stats = apply(cfg, state, x_BTD)
+    routing, measured = apply(cfg, state, x_BTD)
+    if name == "none":
+        assert not measured.losses
+        return
     score_BTE = nn.sigmoid(x_BTD @ state["params"]["kernel"])
     expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], K)
     want = losses.AUXILIARY_LOSSES[name](score_BTE, expert_BTK)
-    np.testing.assert_allclose(stats.auxiliary_loss, want, rtol=1e-6)
+    found = measured.losses["aux_loss"]
+    np.testing.assert_allclose(found.value, want, rtol=1e-6)
+    assert found.weight == 0.5
+    assert found.per == ("step" if name == "global_batch" else "microbatch")
 
 
 def test_the_config_knows_the_same_scores():
@@ -253,15 +262,15 @@ def test_tokens_that_are_not_real_choose_nobody_and_are_in_no_count(loss):
     )
     x_BTD, is_real_BT = tokens(), np.ones((2, 10), bool)
     is_real_BT[:, 7:] = False
-    got, stats = Router(cfg, 1.0).apply(variables(), x_BTD, is_real_BT)
+    got, measured = Router(cfg, 1.0).apply(variables(), x_BTD, Tokens(is_real_BT))
     want, wanted = apply(cfg, variables(), x_BTD[:, :7])
     expert_BTK, gate_BTK = (x.reshape(2, 10, K) for x in got)
     assert (expert_BTK[:, 7:] == E).all()
     np.testing.assert_array_equal(expert_BTK[:, :7], want.expert_NK.reshape(2, 7, K))
     np.testing.assert_allclose(gate_BTK[:, :7], want.gate_NK.reshape(2, 7, K), 1e-6)
-    for name, value in wanted._asdict().items():
-        np.testing.assert_allclose(getattr(stats, name), value, rtol=1e-5, err_msg=name)
-    assert stats.margin_EM.sum() == E * 14
+    same = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(same, measured, wanted)
+    assert measured.load.margin_EM.sum() == E * 14
 
 
 def test_a_loss_of_whole_steps_counts_what_the_step_did():
@@ -270,6 +279,7 @@ def test_a_loss_of_whole_steps_counts_what_the_step_did():
     _, want = apply(cfg, alone, x_BTD)
     _, twice = apply(cfg, alone, np.concatenate([x_BTD, x_BTD]))
     # The same tokens again are a second microbatch: each has half of the loss.
-    state = {"load": twice.load_E, **alone["router_state"]}
+    state = {"load": twice.load.load_E, **alone["router_state"]}
     _, got = apply(cfg, alone | {"router_state": state}, x_BTD)
-    np.testing.assert_allclose(2 * got.auxiliary_loss, want.auxiliary_loss, rtol=1e-6)
+    half, whole = (x.losses["aux_loss"].value for x in (got, want))
+    np.testing.assert_allclose(2 * half, whole, rtol=1e-6)

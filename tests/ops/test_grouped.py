@@ -6,13 +6,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from jax.extend import core
 
 from jmoe.ops import fp8, grouped, grouped_blocks, row_tasks
 
-ALL_BACKENDS = pytest.mark.parametrize("backend", grouped.BACKENDS)
+NAMES = "blocks blocks_remat ragged blocks_apart blocks_remat_apart ragged_apart"
+BACKENDS = {
+    name: functools.partial(
+        grouped.BACKENDS[name.split("_")[0]],
+        remat="remat" in name,
+        apart="apart" in name,
+    )
+    for name in NAMES.split()
+}
+ALL_BACKENDS = pytest.mark.parametrize("backend", BACKENDS)
 E, D, F = 7, 12, 6
 NOBODY = E
 
@@ -80,7 +87,7 @@ def compare(got, want, tolerance):
 def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
     expert_TK = jnp.asarray(CHOICES[case], jnp.int32)
     arrays = floats(expert_TK.shape)
-    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
+    got = value_and_gradients(BACKENDS[backend], expert_TK, *arrays)
     compare(got, value_and_gradients(dense, expert_TK, *arrays), 2e-6)
 
 
@@ -88,7 +95,7 @@ def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
 def test_bfloat16_differs_from_float32_by_its_rounding(backend):
     expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
     arrays = floats(expert_TK.shape, jnp.bfloat16)
-    got = value_and_gradients(grouped.BACKENDS[backend], expert_TK, *arrays)
+    got = value_and_gradients(BACKENDS[backend], expert_TK, *arrays)
     kept = {name: x.dtype for name, x in got.items()}
     assert kept == dict.fromkeys(got, jnp.bfloat16) | {"gates": jnp.float32}
     arrays32 = [x.astype(jnp.float32) for x in arrays]
@@ -104,7 +111,7 @@ def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
 
     In a pipeline, segments of an overload add to a sum in the weights' dtype.
     """
-    routed_mlp = functools.partial(grouped.BACKENDS[backend], hosts=2)
+    routed_mlp = functools.partial(BACKENDS[backend], hosts=2)
     _, _, _, *weights = floats((1, 3), jnp.bfloat16)
 
     def gradients(tokens, dtype):
@@ -132,7 +139,7 @@ def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     dy_TD, x_TD, gate_TK, *weights = floats(expert_TK.shape)
     got = value_and_gradients(
-        grouped.BACKENDS[backend], expert_TK, dy_TD, x_TD, 0 * gate_TK, *weights
+        BACKENDS[backend], expert_TK, dy_TD, x_TD, 0 * gate_TK, *weights
     )
     ones_T1 = jnp.ones((len(x_TD), 1))
     y_KTD = jnp.stack([dense(x_TD, e[:, None], ones_T1, *weights) for e in expert_TK.T])
@@ -140,7 +147,7 @@ def test_a_gate_of_zero_has_the_gradient_of_its_experts_output(backend):
     assert not any(got[name].any() for name in ("y", "x", "gate_up", "down"))
 
 
-BLOCKS = [name for name in grouped.BACKENDS if not name.startswith("ragged")]
+BLOCKS = [name for name in BACKENDS if not name.startswith("ragged")]
 
 
 def one_by_one(recipe, expert_TK, dy_TD, x_TD, gate_TK, gate_up_ED2F, down_EFD):
@@ -195,7 +202,7 @@ def off_by(got, want):
 def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
     expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
+    routed_mlp = functools.partial(BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
     got = value_and_gradients(routed_mlp, expert_TK, *arrays)
     want = one_by_one("fp8", expert_TK, *arrays)
     # A sum in another order may be rounded to the neighbouring e4m3 number.
@@ -209,7 +216,7 @@ def test_fp8_experts_are_those_that_multiply_all_their_rows_at_once(backend):
 def test_tokens_that_came_in_fp8_are_not_rounded_again(backend, dtype):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     _, x_TD, *arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = functools.partial(grouped.BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
+    routed_mlp = functools.partial(BACKENDS[backend], recipe=fp8.RECIPES["fp8"])
     x_TD, gate_TK, *weights = (x.astype(dtype) for x in (x_TD, *arrays))
     arrived_TD = fp8.dequantize(fp8.quantize(x_TD, power_of_two=True), dtype)
     assert (arrived_TD != x_TD).any()
@@ -227,7 +234,7 @@ def test_with_a_recipe_the_activations_are_kept_in_fp8_or_not_at_all(backend, ke
 
     def kept_with(recipe):
         def output(x, gates, gate_up, down):
-            of_backend = grouped.BACKENDS[backend]
+            of_backend = BACKENDS[backend]
             return of_backend(x, expert_TK, gates, gate_up, down, recipe=recipe)
 
         leaves = jax.tree.leaves(jax.vjp(output, *arrays)[1])
@@ -244,7 +251,7 @@ def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(c
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
     whole, apart = (
         value_and_gradients(
-            functools.partial(grouped.BACKENDS[name], recipe=fp8.RECIPES["fp8"]),
+            functools.partial(BACKENDS[name], recipe=fp8.RECIPES["fp8"]),
             expert_TK,
             *arrays,
         )
@@ -262,9 +269,7 @@ def test_fp8_experts_by_segments_have_the_same_outputs_and_gradients_near_them(c
 def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe, backend):
     expert_TK = jnp.asarray(CHOICES["random"], jnp.int32)
     arrays = floats(expert_TK.shape, hidden=200, mlp=150)
-    routed_mlp = functools.partial(
-        grouped.BACKENDS[backend], recipe=fp8.RECIPES[recipe]
-    )
+    routed_mlp = functools.partial(BACKENDS[backend], recipe=fp8.RECIPES[recipe])
     got = value_and_gradients(routed_mlp, expert_TK, *arrays)
     off = off_by(got, value_and_gradients(dense, expert_TK, *arrays))
     assert 1e-2 < min(off.values()) and max(off.values()) < 0.12
@@ -278,7 +283,7 @@ def equations(backend):
 
     expert_TK = CHOICES["random"]
     routed_mlp = functools.partial(
-        grouped.BACKENDS[backend],
+        BACKENDS[backend],
         hosts=expert_TK.shape[1],  # `ragged` has a loop, too
     )
 
@@ -365,36 +370,3 @@ def test_a_layers_gradients_take_no_memory_before_their_turn():
 
     gradient_bytes = 4 * 8 * 256 * 3 * 128
     assert temporary_bytes(3) - temporary_bytes(1) < gradient_bytes
-
-
-MOST = 3 * row_tasks.BLOCK  # rows of one expert
-BLOCKS_OF = [row_tasks.block_rows(tokens) for tokens in (1, 70, MOST)]
-plan_tasks = jax.jit(row_tasks.plan_tasks, static_argnums=(1, 2))
-
-
-def test_a_block_is_no_larger_than_the_tokens_need():
-    assert BLOCKS_OF == [32, 96, 256]
-
-
-@settings(deadline=None, max_examples=30)
-@given(
-    st.lists(st.integers(0, MOST), min_size=5, max_size=5), st.sampled_from(BLOCKS_OF)
-)
-@example([0] * 5, 32)
-@example([96, 0, 192, 1, 97], 96)
-@example([256, 0, 512, 1, 257], 256)
-@example([MOST] * 5, 256)
-def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes, block):
-    # The rest of the rows is nobody's.
-    tasks = plan_tasks(np.array(sizes, np.int32), 5 * MOST, block)
-    count = int(tasks.count)
-    assert count == sum(-(-size // block) for size in sizes)
-    own = [np.array(x)[:count] for x in (tasks.expert_M, tasks.start_M, tasks.rows_M)]
-    covered = [
-        (expert, row)
-        for expert, start, rows in zip(*own, strict=True)
-        for row in range(start, start + rows)
-    ]
-    owner = np.repeat(np.arange(5), sizes)
-    assert covered == list(zip(owner, range(sum(sizes)), strict=True))
-    assert own[2].max(initial=0) <= block

@@ -71,8 +71,10 @@ def test_node_limited_routing_finds_room_in_smaller_buffers(backend):
         expert_NK, *arrays()
     )
     compare(got, oracle(expert_NK, *arrays()))
-    rooms = [dropping.send_room(1.0, 48, router, 4) for router in (ROUTER, LIMITED)]
-    assert rooms == [35, 24]
+    capacities = [
+        dropping.send_capacity(1.0, 48, router, 4) for router in (ROUTER, LIMITED)
+    ]
+    assert capacities == [35, 24]
 
 
 @pytest.mark.parametrize("chunks", [2, 3])

@@ -1,4 +1,4 @@
-"""Which choices an exchange drops when room is limited, counted one by one."""
+"""Which choices an exchange drops when capacity is limited, counted one by one."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -54,9 +54,9 @@ def test_beyond_their_capacity_senders_drop_the_last_of_the_order_and_no_more(or
     cfg = ExchangeConfig(capacity_factor=1.0, drop_order=order)
     expert_NK, (dy, x, gate_NK, *weights) = skewed_choices(), arrays()
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
-    room = dropping.send_room(1.0, TOKENS // 4, ROUTER, 4)
-    assert room == 35  # of 48 tokens, of which 0.728 visit each device
-    kept_NK = kept_choices(expert_NK, gate_NK, 4, order, lambda device, peer: room)
+    capacity = dropping.send_capacity(1.0, TOKENS // 4, ROUTER, 4)
+    assert capacity == 35  # of 48 tokens, of which 0.728 visit each device
+    kept_NK = kept_choices(expert_NK, gate_NK, 4, order, lambda device, peer: capacity)
     want = oracle(np.where(kept_NK, expert_NK, 16), dy, x, gate_NK, *weights)
     compare(got, want)
     lost = (~kept_NK).reshape(4, -1).sum(1)
@@ -69,11 +69,13 @@ def test_ragged_receivers_drop_what_is_beyond_their_share_and_no_more(order):
     cfg = ExchangeConfig(backend="ragged", capacity_factor=1.0, drop_order=order)
     expert_NK, (dy, x, gate_NK, *weights) = skewed_choices(), arrays()
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, dy, x, gate_NK, *weights)
-    room = dropping.receive_room(1.0, TOKENS // 4, ROUTER, 4)
-    assert room == 140
+    capacity = dropping.receive_capacity(1.0, TOKENS // 4, ROUTER, 4)
+    assert capacity == 140
     is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
     count_SP = is_visit_SNP.any(2).sum(1).astype(np.int32)
-    share_SP = [dropping.share_room(count_S, room) for count_S in jnp.array(count_SP.T)]
+    share_SP = [
+        dropping.share_capacity(count_S, capacity) for count_S in jnp.array(count_SP.T)
+    ]
     kept_NK = kept_choices(
         expert_NK, gate_NK, 4, order, lambda device, peer: share_SP[peer][device]
     )
@@ -87,10 +89,10 @@ def test_a_capacity_that_suffices_drops_nothing_and_one_less_does():
     expert_NK = random_choices()
     is_visit_SNP = (expert_NK // 4).reshape(4, 48, 4, 1) == np.arange(4)
     fullest = is_visit_SNP.any(2).sum(1).max()
-    for room, dropped in ((fullest, False), (fullest - 1, True)):
+    for capacity, dropped in ((fullest, False), (fullest - 1, True)):
         balanced = 48 * dropping.expected_visits(ROUTER, 4) / 4
-        cfg = ExchangeConfig(capacity_factor=float((room - 0.5) / balanced))
-        assert dropping.send_room(cfg.capacity_factor, 48, ROUTER, 4) == room
+        cfg = ExchangeConfig(capacity_factor=float((capacity - 0.5) / balanced))
+        assert dropping.send_capacity(cfg.capacity_factor, 48, ROUTER, 4) == capacity
         got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
         assert (sum(drops(got)) > 0) == dropped
 
@@ -99,5 +101,5 @@ def test_the_capacity_of_a_chunk_is_that_of_its_tokens():
     cfg = ExchangeConfig(capacity_factor=1.0, chunks=2)
     expert_NK = np.tile([0, 1, 2, 3], (TOKENS, 1)).astype(np.int32)
     got = on_mesh(MESHES["expert=4"], cfg, ROUTER)(expert_NK, *arrays())
-    room = dropping.send_room(1.0, TOKENS // 4 // 2, ROUTER, 4)
-    np.testing.assert_array_equal(got[-2], [2 * 4 * (24 - room)] * 4)
+    capacity = dropping.send_capacity(1.0, TOKENS // 4 // 2, ROUTER, 4)
+    np.testing.assert_array_equal(got[-2], [2 * 4 * (24 - capacity)] * 4)

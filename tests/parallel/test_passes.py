@@ -205,16 +205,15 @@ def block(request, remat):
     path = pathlib.Path(__file__).parents[1] / "smallest_run.py"
     cfg = runpy.run_path(str(path))["get_config"]().model
     # Experts take 32 rows at a time, and that is to be no size of a weight.
-    settings = ["hidden_dim=36", "moe.backend=blocks_apart", *BLOCKS[request.param]]
-    cfg = override(cfg, settings)
-    module = Block.of(cfg, cfg.stacks[request.param].feed_forward)
+    cfg = override(cfg, ["hidden_dim=36", "moe.backend=blocks", *BLOCKS[request.param]])
+    module = Block.of(cfg, cfg.stacks[request.param].feed_forward, apart=True)
     sequences, length = 3, 20
     x = jax.random.normal(jax.random.key(0), (sequences, length, cfg.hidden_dim))
     segments = jnp.broadcast_to(jnp.arange(length) >= 10, (sequences, length))
     segments = segments.astype(jnp.int32)
     rng = np.random.default_rng(0)
     positions = Positions(rotation(cfg.attention, length), segments)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions)
+    boxed = jax.eval_shape(module.init, jax.random.key(0), x, positions, jnp.int32(1))
     variables = jax.tree.map(
         lambda s: jnp.asarray(0.2 * rng.normal(size=s.shape), s.dtype),
         meta.unbox(boxed),
@@ -223,9 +222,9 @@ def block(request, remat):
     def layer(params, at_hand, x):
         state, positions = at_hand
         variables = {"params": params, "router_state": state}
-        y, stats = module.apply(variables, x, positions)
-        auxiliary = stats.auxiliary_loss if stats else jnp.float32(0)
-        return (y, auxiliary), stats
+        y, measured = module.apply(variables, x, positions, jnp.int32(1))
+        auxiliary = sum(loss.value for loss in measured.losses.values())
+        return (y, jnp.float32(auxiliary)), measured
 
     at_hand = (variables.get("router_state", {}), positions)
     layer = jax.checkpoint(layer) if remat == "block" else layer

@@ -20,13 +20,13 @@ orders = st.sampled_from(sorted(dropping.DROP_ORDERS))
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
-def assign(expert_NK, gate_NK, order, room):
-    """As the padded exchange does: `room` slots for each peer."""
+def assign(expert_NK, gate_NK, order, capacity):
+    """As the padded exchange does: `capacity` slots for each peer."""
     visits = dropping.find_visits(expert_NK, gate_NK, ROUTER, PEERS)
     rank_NV = dropping.DROP_ORDERS[order](visits, PEERS)
-    is_kept_NV = slots.keep(visits, rank_NV, jnp.full(PEERS, room))
-    first_P = jnp.arange(PEERS) * room
-    return visits, slots.assign(visits, rank_NV, is_kept_NV, first_P, PEERS * room)
+    is_kept_NV = slots.keep(visits, rank_NV, jnp.full(PEERS, capacity))
+    first_P = jnp.arange(PEERS) * capacity
+    return visits, slots.assign(visits, rank_NV, is_kept_NV, first_P, PEERS * capacity)
 
 
 def drawn(permutations, seed):
@@ -36,38 +36,42 @@ def drawn(permutations, seed):
 
 @settings(deadline=None)
 @given(choices, st.integers(0, 99), orders, st.sampled_from([1, 3, N]))
-def test_each_kept_visit_has_a_slot_of_its_peer_alone(chosen, seed, order, room):
-    visits, got = jax.tree.map(np.asarray, assign(*drawn(chosen, seed), order, room))
-    has_slot_NV = got.slot_NV < PEERS * room
+def test_each_kept_visit_has_a_slot_of_its_peer_alone(chosen, seed, order, capacity):
+    visits, got = jax.tree.map(
+        np.asarray, assign(*drawn(chosen, seed), order, capacity)
+    )
+    has_slot_NV = got.slot_NV < PEERS * capacity
     filled = got.slot_NV[has_slot_NV]
     assert len(set(filled.tolist())) == len(filled)
-    np.testing.assert_array_equal(filled // room, visits.peer_NV[has_slot_NV])
-    np.testing.assert_array_equal(got.token_S[filled], np.nonzero(has_slot_NV)[0])
-    assert (got.token_S < N).sum() == len(filled)
+    np.testing.assert_array_equal(filled // capacity, visits.peer_NV[has_slot_NV])
+    np.testing.assert_array_equal(got.token_R[filled], np.nonzero(has_slot_NV)[0])
+    assert (got.token_R < N).sum() == len(filled)
     for peer in range(PEERS):
         wanted = (visits.peer_NV == peer).sum()
         # From the first slot on, with no gap.
-        own_C = got.token_S[peer * room : (peer + 1) * room]
-        assert ((own_C < N) == (np.arange(room) < wanted)).all()
+        own_C = got.token_R[peer * capacity : (peer + 1) * capacity]
+        assert ((own_C < N) == (np.arange(capacity) < wanted)).all()
 
 
 @settings(deadline=None)
 @given(choices, st.integers(0, 99), orders, st.sampled_from([1, 3, N]))
-def test_placing_and_collecting_are_each_others_transposes(chosen, seed, order, room):
-    _, held = assign(*drawn(chosen, seed), order, room)
+def test_placing_and_collecting_are_each_others_transposes(
+    chosen, seed, order, capacity
+):
+    _, held = assign(*drawn(chosen, seed), order, capacity)
     rng = np.random.default_rng(seed)
     x_NX = rng.integers(-9, 9, (N, 2)).astype(np.float32)
-    y_SX = rng.integers(-9, 9, (PEERS * room, 2)).astype(np.float32)
-    placed_SX = slots.place(jnp.asarray(x_NX), held)
-    collected_NX = slots.collect(jnp.asarray(y_SX), held)
-    assert (placed_SX * y_SX).sum() == (x_NX * collected_NX).sum()
-    assert not placed_SX[held.token_S == N].any()
+    y_RX = rng.integers(-9, 9, (PEERS * capacity, 2)).astype(np.float32)
+    placed_RX = slots.place(jnp.asarray(x_NX), held)
+    collected_NX = slots.collect(jnp.asarray(y_RX), held)
+    assert (placed_RX * y_RX).sum() == (x_NX * collected_NX).sum()
+    assert not placed_RX[held.token_R == N].any()
 
 
 def test_rows_that_return_are_added_in_float32():
     held = slots.Slots(jnp.array([0, 0, 0]), jnp.array([[0, 1, 2]]))
-    row_SX = jnp.array([[1], [2**-8], [2**-8]], jnp.bfloat16)
-    got = slots.collect(row_SX, held)
+    row_RX = jnp.array([[1], [2**-8], [2**-8]], jnp.bfloat16)
+    got = slots.collect(row_RX, held)
     assert got.dtype == jnp.bfloat16 and got == 1 + 2**-7
 
 
@@ -81,18 +85,22 @@ LAYOUT = jax.jit(ragged.plan)
     ),
     st.integers(1, 30),
 )
-def test_rows_of_all_devices_arrive_in_order_and_return_to_where_they_were(count, room):
+def test_rows_of_all_devices_arrive_in_order_and_return_to_where_they_were(
+    count, capacity
+):
     """Both ways of a ragged all-to-all, in NumPy, on each device's own plan."""
     count_PP = np.array(count, np.int32)
-    layouts = [jax.tree.map(np.asarray, LAYOUT(count_PP, room, p)) for p in range(3)]
+    layouts = [
+        jax.tree.map(np.asarray, LAYOUT(count_PP, capacity, p)) for p in range(3)
+    ]
     sent = [np.arange(100 * p, 100 * p + 27) for p in range(3)]
-    arrived = ragged_all_to_all(sent, [plan.there for plan in layouts], room)
+    arrived = ragged_all_to_all(sent, [plan.there for plan in layouts], capacity)
     for p, rows in enumerate(arrived):
-        allowed_P = dropping.share_room(jnp.asarray(count_PP[:, p]), room)
+        allowed_P = dropping.share_capacity(jnp.asarray(count_PP[:, p]), capacity)
         want = [sent[q][layouts[q].there.from_P[p] :][: allowed_P[q]] for q in range(3)]
         want = np.concatenate(want)
         np.testing.assert_array_equal(
-            rows, np.pad(want, (0, room - len(want)), constant_values=-1)
+            rows, np.pad(want, (0, capacity - len(want)), constant_values=-1)
         )
     returned = ragged_all_to_all(arrived, [plan.back for plan in layouts], 27)
     for p, rows in enumerate(returned):
@@ -104,10 +112,10 @@ def test_rows_of_all_devices_arrive_in_order_and_return_to_where_they_were(count
 def ragged_all_to_all(buffers, sizes, rows):
     """What `lax.ragged_all_to_all` is documented to do, checking what it asks for."""
     out = np.full((len(buffers), rows), -1)
-    for sender, (rows_S, own) in enumerate(zip(buffers, sizes, strict=True)):
+    for sender, (rows_R, own) in enumerate(zip(buffers, sizes, strict=True)):
         for peer, (start, count, to) in enumerate(zip(*own[:3], strict=True)):
             assert count == sizes[peer].receive_P[sender]
-            assert start + count <= len(rows_S) and to + count <= rows
+            assert start + count <= len(rows_R) and to + count <= rows
             assert (out[peer, to : to + count] == -1).all()
-            out[peer, to : to + count] = rows_S[start : start + count]
+            out[peer, to : to + count] = rows_R[start : start + count]
     return out

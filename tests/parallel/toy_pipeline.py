@@ -117,7 +117,7 @@ class Cut:
             own = jnp.asarray(index)[rank]
             take = functools.partial(jax.tree.map, lambda x, own=own: x[own])
             parts = take(weights[kind]), take(state[kind])
-            found.append(pipeline.Group(KINDS[kind], *parts, start, count))
+            found.append(pipeline.LayerGroup(KINDS[kind], *parts, start, count))
         return found
 
     def to_layers(self, kind, x_PR):

@@ -19,7 +19,7 @@ from experiments.benchmarks import (
 )
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
-from jmoe.train.run_files import BALANCE, METRICS
+from jmoe.monitor.run_files import BALANCE, METRICS
 from tests.faults import damage, starts
 
 # Steps are rows, checkpoints are directories, and nothing is computed.

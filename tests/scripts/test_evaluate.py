@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from jmoe.evals.perplexity import perplexity
-from jmoe.train import compiled, run_files
+from jmoe.monitor import run_files
+from jmoe.train import compiled
 from jmoe.train.trained import load_trained
 
 

@@ -5,7 +5,7 @@ import os
 
 from jmoe.checkpoint import paths
 from jmoe.checkpoint.store import Store
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 from tests.faults import full
 
 

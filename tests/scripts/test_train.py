@@ -19,7 +19,7 @@ import pytest
 from jmoe.checkpoint.store import Store
 from jmoe.checkpoint.workdir import read_run
 from jmoe.data.tokenizer import train_bpe
-from jmoe.train import run_files
+from jmoe.monitor import run_files
 from jmoe.train.trained import load_trained
 from tests.train.whole_runs import last_state
 

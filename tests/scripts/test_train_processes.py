@@ -11,8 +11,8 @@ import time
 import numpy as np
 import pytest
 
+from jmoe.monitor import run_files
 from jmoe.parallel import processes
-from jmoe.train import run_files
 from tests import several_processes
 
 ROOT = pathlib.Path(__file__).parents[2]

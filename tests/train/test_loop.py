@@ -14,11 +14,12 @@ import pytest
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.store import Store
 from jmoe.config import override
+from jmoe.monitor import run_files
+from jmoe.monitor.console import Console
+from jmoe.monitor.metrics_log import MetricsLog
 from jmoe.train import layout as layouts
-from jmoe.train import loop, run_files
-from jmoe.train.console import Console
+from jmoe.train import loop
 from jmoe.train.loop import train
-from jmoe.train.metrics_log import MetricsLog
 from jmoe.train.state import TrainState
 from jmoe.train.step import Evaluation
 from jmoe.train.stretch import evaluate

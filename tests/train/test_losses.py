@@ -10,8 +10,8 @@ import pytest
 
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import PADDING, Batch
+from jmoe.nn.measured import NOTHING, Loss
 from jmoe.nn.model import Transformer
-from jmoe.nn.router import Stats
 from jmoe.train import losses
 from tests.train.training import Trainer, batch, on, random_variables
 
@@ -85,7 +85,7 @@ def oracle(run, variables, batch):
             target = np.roll(rows.tokens_BT, -1 - depth, axis=1)[:, :-1, None]
             log_p_BTV = jax.nn.log_softmax(logits)
             found.append(jnp.take_along_axis(log_p_BTV, target, axis=-1)[..., 0])
-        return found, output.stats.load_E
+        return found, output.measured.load.load_E
 
     def objective(params):
         found, load_LE = log_p(params)
@@ -176,8 +176,12 @@ def test_a_step_without_any_target_has_no_loss_and_no_gradient(run, variables):
 
 def test_layers_add_their_means_over_tokens_and_over_microbatches(run):
     norms = losses.Normalisers((), jnp.float32(8), 4)
-    none_L, loss_L = jnp.zeros(3), jnp.float32([2, 6, 16])
-    stats = Stats(none_L, none_L, none_L, none_L, loss_L, z_loss=10 * loss_L)
-    got = losses.layer_losses(stats, run, norms)
-    assert (got.auxiliary, got.router_z) == (24 / 4, 240 / 8)
-    assert losses.layer_losses(None, run, norms).router_z == 0
+    loss_L = jnp.float32([2, 6, 16])
+    lost = {per: Loss(loss_L, 3.0, per) for per in ("token", "microbatch", "step")}
+    got = losses.layer_losses(NOTHING._replace(losses=lost), run, norms)
+    means = {name: float(loss.value) for name, loss in got.layers.items()}
+    assert means == {"token": 24 / 8, "microbatch": 24 / 4, "step": 24}
+    assert losses.layer_objective(got) == 3 * (3 + 6 + 24)
+    twice = losses.add_losses(got, losses.layer_losses(NOTHING, run, norms))
+    assert twice.layers["step"].value == 24
+    assert losses.layer_objective(losses.layer_losses(NOTHING, run, norms)) == 0

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jmoe.config import RunConfig, override
-from jmoe.train import guard, run_files, stretch
+from jmoe.monitor import run_files
+from jmoe.train import guard, stretch
 from jmoe.train.guard import Spoilt
 from jmoe.train.inputs import next_batch
 from jmoe.train.loop import train

@@ -76,7 +76,7 @@ def run(module, *arguments):
 
 def block_arguments(cfg):
     x = jnp.zeros((1, LENGTH, cfg.hidden_dim))
-    return x, Positions(rotation(cfg.attention, LENGTH))
+    return x, Positions(rotation(cfg.attention, LENGTH)), jnp.int32(0)
 
 
 def routed(cfg):
@@ -98,7 +98,7 @@ def test_a_layer_costs_what_its_products_do(smallest, settings):
 @each_model
 def test_the_tail_costs_what_its_products_and_the_logits_do(smallest, settings):
     cfg = make(smallest, settings)
-    x, positions = block_arguments(cfg)
+    x, positions, _ = block_arguments(cfg)
     table = jnp.zeros((cfg.vocab_size, cfg.hidden_dim))
     tokens = jnp.zeros((1, LENGTH), jnp.int32)
     found = run(Tail(cfg), x, table, tokens, positions)
@@ -123,16 +123,14 @@ def test_every_direction_has_every_layer_once_and_in_order(
     schedule = stages.make_schedule(PipelineConfig(schedule=name), ranks, 4 * ranks)
     rows = stages.cut(cfg, schedule, LENGTH)
     assert list(rows) == ["dense", "moe"] if dense else ["moe"]
-    offset = {"dense": 0, "moe": dense}
     for direction, hosts in enumerate(schedule.hosts):
         path = []
         for stage, rank in enumerate(hosts):
             hosted = schedule.hosted(rank).index((stage, direction))
             here = []
-            for stack, (index_PR, start_PH, count_PH) in rows.items():
+            for number_L, index_PR, start_PH, count_PH in rows.values():
                 start, count = start_PH[rank, hosted], count_PH[rank, hosted]
-                layers = index_PR[rank][start : start + count]
-                here += [offset[stack] + layer for layer in layers]
+                here += number_L[index_PR[rank][start : start + count]].tolist()
             assert here
             path += here
         assert path == list(range(cfg.num_layers))
@@ -141,7 +139,7 @@ def test_every_direction_has_every_layer_once_and_in_order(
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_no_rank_has_a_row_that_none_of_its_stages_has(smallest, name):
     schedule = stages.make_schedule(PipelineConfig(schedule=name), 4, 16)
-    for index_PR, start_PH, count_PH in stages.cut(
+    for _, index_PR, start_PH, count_PH in stages.cut(
         deep(smallest), schedule, LENGTH
     ).values():
         for index_R, starts, counts in zip(index_PR, start_PH, count_PH, strict=True):

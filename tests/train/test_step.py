@@ -14,12 +14,14 @@ import pytest
 
 from jmoe.config import RunConfig, override
 from jmoe.data.packing import Batch
+from jmoe.nn.measured import Load, Measured
 from jmoe.nn.model import Transformer, read_biases
-from jmoe.nn.router import Stats
+from jmoe.parallel.reductions import Max
 from jmoe.train import step as steps
 from jmoe.train.accumulated import accumulate
 from jmoe.train.layout import make_layout, run_mesh
 from jmoe.train.losses import Losses
+from jmoe.train.microbatch import Microbatch
 from jmoe.train.state import TrainState
 from tests.train.training import random_variables
 
@@ -189,7 +191,7 @@ def test_a_step_descends_the_weighted_sum_of_the_losses(
         # The last position has a next token, but none after that.
         logits_BTV = output.mtp_logits[0][:, :-1]
         mtp = cross_entropy(logits_BTV, batch.tokens_BT[:, 2:]).mean()
-        auxiliary = output.stats.auxiliary_loss.sum()
+        auxiliary = output.measured.losses["aux_loss"].value.sum()
         total = main + MTP_WEIGHT * mtp + AUXILIARY_WEIGHT * auxiliary
         return total, {"loss": main, "mtp_loss": mtp[None], "aux_loss": auxiliary}
 
@@ -251,22 +253,23 @@ def test_a_rule_that_needs_histograms_gets_them(run, variables, batch):
 
 def test_accumulation_adds_floats_in_float32_and_integers_exactly():
     def grad(part):
-        value = jnp.float32(part.tokens_BT.sum())
-        losses = Losses(value, value[None], value, value)
-        counts = part.tokens_BT.sum(0)
-        return {"w": 2 * value}, (
-            losses,
-            Stats(counts, counts[0], counts[0], counts, value, value),
-        )
+        tokens_BT = part.batch.tokens_BT
+        value, counts = jnp.float32(tokens_BT.sum()), tokens_BT.sum(0)
+        losses = Losses(value, value[None], {})
+        load = Load(counts, counts[0], counts[0], counts)
+        highest = {"highest": Max(-jnp.float32(tokens_BT.max()))}
+        return {"w": 2 * value}, (losses, Measured(load, {}, highest))
 
     tokens_ABT = 2**24 + np.arange(12, dtype=np.int32).reshape(3, 2, 2)
-    gradients, losses, stats = accumulate(grad, Batch(tokens_ABT, tokens_ABT))
+    parts = Microbatch(Batch(tokens_ABT, tokens_ABT))
+    gradients, losses, measured = accumulate(grad, parts)
     total = tokens_ABT.sum()
     np.testing.assert_allclose(gradients["w"], 2 * total, rtol=1e-6)
     np.testing.assert_allclose(losses.main, total, rtol=1e-6)
     np.testing.assert_allclose(losses.mtp_D, [total], rtol=1e-6)
-    np.testing.assert_array_equal(stats.load_E, tokens_ABT.sum((0, 1)))  # exactly
-    np.testing.assert_array_equal(stats.margin_EM, tokens_ABT.sum((0, 1)))
+    np.testing.assert_array_equal(measured.load.load_E, tokens_ABT.sum((0, 1)))
+    np.testing.assert_array_equal(measured.load.margin_EM, tokens_ABT.sum((0, 1)))
+    assert measured.metrics["highest"].value == -tokens_ABT[0].max()
 
 
 def test_an_evaluation_sums_the_losses_within_documents(run, variables, batch):
@@ -288,4 +291,4 @@ def test_an_evaluation_sums_the_losses_within_documents(run, variables, batch):
     total = cross_entropy(output.logits, batch.tokens_BT[:, 1:]).sum()
     np.testing.assert_allclose(evaluation.loss, total, rtol=1e-6)
     assert evaluation.tokens == SEQUENCES * T
-    np.testing.assert_array_equal(evaluation.load_LE, output.stats.load_E)
+    np.testing.assert_array_equal(evaluation.load_LE, output.measured.load.load_E)

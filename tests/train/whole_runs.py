@@ -7,9 +7,9 @@ import numpy as np
 
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig
+from jmoe.monitor import run_files
 from jmoe.nn.model import Transformer
 from jmoe.train import layout as layouts
-from jmoe.train import run_files
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
 from jmoe.train.trained import CHECKPOINTS

@@ -29,7 +29,7 @@ def forward(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, T, H, V], and its float32 log-sum-exp [B, H, T].
+    """Returns the output [B, T, H, V], and its float32 log-sum-exp [B, H, T].
 
     Equal segments lie next to each other.
     """
@@ -50,7 +50,7 @@ def backward(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The gradients of q, k and v, given what `forward` took and returned."""
+    """Returns the gradients of q, k and v, given what `forward` took and returned."""
     delta_BHT = jnp.einsum(
         "bthv,bthv->bht", out_BTHV, d_out_BTHV, preferred_element_type=jnp.float32
     )
@@ -70,7 +70,7 @@ def backward(
 
 
 def _starts(segment_BT: jax.Array | None) -> jax.Array | None:
-    """Where each position's segment starts, [B, T]."""
+    """Returns where each position's segment starts, [B, T]."""
     if segment_BT is None:
         return None
     segment_BT = fill(segment_BT, 1, TILE)

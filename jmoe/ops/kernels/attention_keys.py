@@ -50,7 +50,7 @@ def gradients(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the keys and of the values, in their dtype.
+    """Returns the gradients of the keys and of the values, in their dtype.
 
     T is a multiple of TILE, Q and V are of 64.
 
@@ -147,12 +147,12 @@ def _kernel(scale, k_gmem, v_gmem, q_gmem, d_out_gmem, log_sum_gmem, delta_gmem,
 
 
 def _columns(x_smem: Any) -> jax.Array:
-    """Each query's number, for all keys."""
+    """Returns each query's number, for all keys."""
     return lax.broadcast_in_dim(x_smem[...], (ROWS, COLUMNS), (1,))
 
 
 def _mask(p_RC: jax.Array, first_key: Any, first_query: Any, query: Any, *start: Any):
-    """Zeros where a query doesn't see the key."""
+    """Returns probabilities with zeros where a query doesn't see the key."""
     key_RC = first_key + lax.broadcasted_iota(jnp.int32, p_RC.shape, 0)
 
     def earlier():

@@ -54,7 +54,7 @@ def forward(
     *,
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
-    """The output [B, T, H, V], and its float32 log-sum-exp [B, H, T].
+    """Returns the output [B, T, H, V], and its float32 log-sum-exp [B, H, T].
 
     T is a multiple of TILE, Q and V are of 64; the scale is positive.
 
@@ -96,7 +96,7 @@ def gradient(
     *,
     scale: float,
 ) -> jax.Array:
-    """Of the queries, in their dtype; see `forward`.
+    """Returns the gradient of the queries, in their dtype; see `forward`.
 
     Args:
       log_sum_BHT: float32, of the exponentials of a query's scaled logits.
@@ -176,7 +176,7 @@ class _Queries(NamedTuple):
         )
 
     def prepare(self, start_gmem: Any, barrier: Any) -> None:
-        """For `mask`, what is there once the barrier says so."""
+        """Copies what `mask` reads; it is there once the barrier says so."""
         for x, x_smem in zip(start_gmem, self.starts, strict=True):
             plgpu.copy_gmem_to_smem(x.at[self.b, self.rows], x_smem, barrier)
         column_C = lax.broadcasted_iota(jnp.int32, self.columns.shape, 0)
@@ -185,7 +185,7 @@ class _Queries(NamedTuple):
         self.columns[...] = plgpu.layout_cast(column_C, layout)
 
     def mask(self, s_RC: jax.Array, step: Any) -> jax.Array:
-        """MASKED where a query doesn't see the key."""
+        """Returns scores with MASKED where a query doesn't see the key."""
         first_key = (self.first_step + step) * self.keys
 
         def inside():
@@ -202,7 +202,7 @@ class _Queries(NamedTuple):
         return lax.cond(is_cut, inside, lambda: s_RC)
 
     def walk(self, step, compute, stages, k_gmem, v_gmem, *, ahead: int = 0) -> None:
-        """Keys are a step ahead of values, or are not."""
+        """Loops over keys, which are a step ahead of values, or are not."""
 
         def of_keys(i):
             return self.first_step + lax.min(i, self.steps - 1), 0
@@ -317,11 +317,11 @@ def _gradient(
 
 
 def _split(refs, count):
-    """The starts in global memory, `count` others, and the starts in shared memory."""
+    """Returns starts in global memory, `count` others, and starts in shared memory."""
     starts = (len(refs) - count) // 2
     return refs[:starts], refs[starts : starts + count], refs[starts + count :]
 
 
 def _across(x_R: jax.Array, like: jax.Array) -> jax.Array:
-    """Each row's number, for all columns."""
+    """Returns each row's number, for all columns."""
     return lax.broadcast_in_dim(x_R, like.shape, (0,))

@@ -10,7 +10,7 @@ them; so there a block is one expert's. How many each expert has is read on the 
 Tiles, steps and sums are those of `jmoe.ops.kernels.fp8_matmul`.
 
 Dimensions: M row, E expert, K summed and N output of dot, I input and O output of
-outer, B block of what is summed, S square of N, T task.
+outer, B block of what is summed, C block of N, T task.
 """
 
 import functools
@@ -41,12 +41,12 @@ def dot(
     x_MK: jax.Array,
     x_scale_MB: jax.Array,
     w_ENK: jax.Array,
-    w_scale_ESB: jax.Array,
+    w_scale_ECB: jax.Array,
     size_E: jax.Array,
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's rows times its weights, [M, N] in `dtype`.
+    """Returns each expert's rows times its weights, [M, N] in `dtype`.
 
     The first `size_E[0]` rows are the first expert's, and so on; rows that follow the
     last expert's have anything. Weights have 128x128 scales.
@@ -91,7 +91,7 @@ def dot(
 
     shape = x_MK.shape[0], w_ENK.shape[1]
     call = make(kernel, "fp8_grouped_dot", shape, dtype, tiles, by_row=False)
-    return call(task_T4, x_MK, row_scale(x_scale_MB), w_ENK, w_scale_ESB)[:M, :N]
+    return call(task_T4, x_MK, row_scale(x_scale_MB), w_ENK, w_scale_ECB)[:M, :N]
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
@@ -104,7 +104,7 @@ def outer(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
+    """Returns each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
 
     The first `count_E[0]` blocks of 128 rows are the first expert's, and so on; blocks
     that follow the last expert's aren't read. Scales are 1x128, along M.

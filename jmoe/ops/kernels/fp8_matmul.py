@@ -45,7 +45,7 @@ def matmul(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """`a @ b.T`, [M, N] in `dtype`, of e4m3 and their float32 scales.
+    """Returns `a @ b.T`, [M, N] in `dtype`, of e4m3 and their float32 scales.
 
     b's scales are [N, B], or [ceil(N / 128), B] for squares. Sizes are at least 1; what
     fills the last tiles is zeros.
@@ -101,7 +101,7 @@ class Copies(NamedTuple):
         plgpu.copy_gmem_to_smem(scale, self.a_scale_smem, self.barrier)
 
     def b(self, *refs: Any) -> None:
-        """The data, and the scales if they are of rows."""
+        """Copies the data, and the scales if they are of rows."""
         for x, smem in zip(refs, (self.b_smem, *self.b_scale_smem), strict=True):
             plgpu.copy_gmem_to_smem(x, smem, self.barrier)
 
@@ -172,14 +172,14 @@ def run(
 
 
 def put(total: Any, y_smem: Any) -> None:
-    """In this warpgroup's shared memory, to be copied, once the last tile's are."""
+    """Copies from this warpgroup's shared memory, once the last tile's copies are."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     y_smem[...] = total.astype(y_smem.dtype)
     plgpu.commit_smem()
 
 
 def store_rows(total: Any, y_smem: Any, y_gmem: Any) -> None:
-    """This warpgroup's rows of a tile."""
+    """Stores this warpgroup's rows of a tile."""
     put(total, y_smem)
     rows = pl.ds(lax.axis_index("warpgroup") * ROWS, ROWS)
     plgpu.copy_smem_to_gmem(y_smem, y_gmem.at[rows])
@@ -193,7 +193,7 @@ def make(
     tiles: stream.Tiles,
     by_row: bool,
 ) -> Callable[..., jax.Array]:
-    """A function of arrays from a kernel of them, its result and what `run` is given.
+    """Returns a function of arrays from a kernel of them, its result and `run`'s input.
 
     Args:
       by_row: whether b's scales are of rows.
@@ -215,10 +215,10 @@ def tile(index: Any) -> Any:
 
 
 def tile_count(x: Any, dim: int) -> int:
-    """Of a size that is a multiple of TILE."""
+    """Returns how many tiles a size has that is a multiple of TILE."""
     return x.shape[dim] // TILE
 
 
 def row_scale(scale_MB: jax.Array) -> jax.Array:
-    """[B, M], filled to tiles: the scales of a step lie next to each other."""
+    """Returns scales [B, M], filled to tiles: a step's lie next to each other."""
     return fill(scale_MB.T, 1, TILE)

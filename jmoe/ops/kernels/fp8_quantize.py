@@ -33,7 +33,7 @@ READS_TRANSPOSED = jax.__version_info__ >= (0, 11)
 
 @functools.partial(jax.jit, static_argnames="power_of_two")
 def rows(x_MK: jax.Array, *, power_of_two: bool = False) -> tuple[jax.Array, jax.Array]:
-    """The data [M, K], and the scales [M, B]."""
+    """Returns the data [M, K], and the scales [M, B]."""
     M, K = x_MK.shape
     x_MK = fill(x_MK, TILE, TILE)
     grid = tuple(size // TILE for size in x_MK.shape)
@@ -55,7 +55,7 @@ def rows(x_MK: jax.Array, *, power_of_two: bool = False) -> tuple[jax.Array, jax
 def columns(
     x_MI: jax.Array, task_T4: jax.Array, *, power_of_two: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The data [I, P], and the scales [I, T].
+    """Returns the data [I, P], and the scales [I, T].
 
     Args:
       task_T4: of each tile, anything, its first row, and the range of rows that count;
@@ -98,7 +98,7 @@ def load(
     *,
     transposed: bool = False,
 ) -> Any:
-    """A tile in float32."""
+    """Returns a tile in float32."""
     plgpu.copy_gmem_to_smem(x_gmem, x_smem, barrier)
     plgpu.barrier_wait(barrier)
     x_smem = x_smem.T if transposed else x_smem
@@ -117,7 +117,7 @@ def store(
     *,
     power_of_two: bool,
 ) -> None:
-    """A tile, quantized: a scale covers all along the dimension that will be summed."""
+    """Stores a tile, quantized: a scale covers all along what will be summed."""
     scale = scale_of(jnp.abs(x).max(axis=summed), E4M3, power_of_two)
     scale_smem[...] = scale
     q_smem[...] = (x / lax.broadcast_in_dim(scale, x.shape, (1 - summed,))).astype(
@@ -137,7 +137,7 @@ def make(
     grid: tuple[int, ...],
     dtype: Any,
 ) -> Any:
-    """A function of arrays from a kernel of their refs, the results' and memory's."""
+    """Returns a function of arrays from a kernel of refs to inputs, results, memory."""
     out = (
         jax.ShapeDtypeStruct(shape, DTYPE),
         jax.ShapeDtypeStruct(scale_shape, jnp.float32),

@@ -46,7 +46,7 @@ PART_ROWS = 8, 1  # that are stored at a time of a tile that is only partly its 
 def dot(
     x_MK: jax.Array, w: jax.Array, size_E: jax.Array, *, transposed: bool = False
 ) -> jax.Array:
-    """Each expert's rows times its weights, [M, N] in x's dtype.
+    """Returns each expert's rows times its weights, [M, N] in x's dtype.
 
     The first `size_E[0]` rows are the first expert's, and so on; rows that follow the
     last expert's have anything.
@@ -116,7 +116,7 @@ def dot(
 
 
 def dot_transposed(dy_MO: jax.Array, w_EIO: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Each expert's rows times its weights' transpose, [M, I]; see `dot`."""
+    """Returns each expert's rows times its weights' transpose, [M, I]; see `dot`."""
     return dot(dy_MO, w_EIO, size_E, transposed=True)
 
 
@@ -128,7 +128,7 @@ def outer(
     *,
     dtype: jax.typing.DTypeLike,
 ) -> jax.Array:
-    """Each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
+    """Returns each expert's sum of its rows' outer products, [E, I, O] in `dtype`.
 
     Rows must be finite: what isn't can spoil their neighbours' experts, too.
     """
@@ -213,7 +213,7 @@ def tiles_of(rows: int, outputs: int) -> stream.Tiles:
 
 
 def summed_up(loop: stream.Loop, product: Any) -> Any:
-    """[OWN_ROWS, COLUMNS] float32, of what the steps' products add."""
+    """Returns [OWN_ROWS, COLUMNS] float32, of what the steps' products add."""
 
     def scope(acc):
         loop.accumulate(functools.partial(product, acc))
@@ -223,14 +223,22 @@ def summed_up(loop: stream.Loop, product: Any) -> Any:
 
 
 def place_of_expert(tiles: stream.Tiles, tiles_I: int, index: Any):
-    """The expert, and the tile of its weights' gradient: they are computed in turn."""
+    """Returns the expert, and the tile of its weights' gradient, tile after tile.
+
+    Tiles are computed in turn.
+    """
     of_expert = tiles._replace(rows=tiles_I)
     expert = lax.div(index, of_expert.clusters)
     return expert, *of_expert.place(lax.rem(index, of_expert.clusters))
 
 
 def store(result: Any, y_smem: Any, n: Any, to: Callable[[Any, Any], None]) -> None:
-    """This warpgroup's rows of tile n, by `to(shared memory, the result's columns)`."""
+    """Stores this warpgroup's rows of tile n.
+
+    `to` does it, given shared memory and the result's columns.
+
+    It does so by `to(shared memory, the result's columns)`.
+    """
     stored = y_smem.shape[-1]
     for part in range(COLUMNS // stored):
         smem = y_smem.at[lax.axis_index("warpgroup"), part % SLOTS]
@@ -243,7 +251,7 @@ def store(result: Any, y_smem: Any, n: Any, to: Callable[[Any, Any], None]) -> N
 def copy_range(
     smem: Any, y_gmem: Any, columns: Any, row: Any, first: Any, end: Any
 ) -> None:
-    """Of a tile that starts at `row`, this warpgroup's rows in a range, [first, end).
+    """Copies this warpgroup's rows of a tile from `row` on that are in [first, end).
 
     A copy's size is to be known to the compiler, which takes its time for each.
     """
@@ -264,7 +272,7 @@ def copy_range(
 
 
 def make(kernel, name, out, dtype, tiles, *blocks) -> Any:
-    """A function of arrays from a kernel of blocks in `dtype` and out's tiles."""
+    """Returns a function of arrays from a kernel of blocks in `dtype` and tiles."""
     stored = STORED // jnp.dtype(out.dtype).itemsize
     return stream.make(
         kernel,

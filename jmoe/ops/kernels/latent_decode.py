@@ -17,9 +17,9 @@ comes out of one product goes into the next from registers. Few heads would leav
 empty, for which an H20 has no time: they are the columns instead, of as many as there
 are, and probabilities go through shared memory.
 
-Shapes: B sequence, H head, S position, X latent and rotated dimension, C the latent's,
-P part of a sequence; within a kernel, R head of a tile, K position of a step, V
-dimension of a warpgroup's output.
+Shapes: B sequence, H head, S position of the cache, X latent and rotated dimension, C
+the latent's, P part of a sequence; within a kernel, R head of a tile, K position of a
+step, V dimension of a warpgroup's output.
 """
 
 import functools
@@ -55,7 +55,7 @@ class _Rows(NamedTuple):
     positions_dim: int = 1
 
     def probabilities(self, dtype: Any) -> list[Any]:
-        """What is needed of shared memory."""
+        """Returns the shared memory that probabilities go through: none."""
         return []
 
     def scores(self, q_smem, cache_smem):
@@ -99,7 +99,7 @@ def latent_decode(
     value_dim: int,
     scale: float,
 ) -> jax.Array:
-    """[B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`."""
+    """Returns [B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`."""
     batch, heads, dim = q_BHX.shape
     form = _Columns(heads + -heads % COLUMNS) if heads <= FEW else _Rows()
     q_BHX = fill(q_BHX, 1, form.heads, 1)
@@ -130,7 +130,10 @@ def latent_decode(
 
 
 def num_parts(sequences: int, steps: int) -> int:
-    """Into how many to cut each sequence, for the least time of all SMs' blocks."""
+    """Returns into how many parts to cut each sequence.
+
+    All SMs' blocks then take the least time.
+    """
 
     def time(parts):
         rounds = -(-sequences * parts // SMS)
@@ -152,7 +155,7 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
     values = pl.ds(warpgroup * num_values, num_values)
 
     def across(x_R, like):
-        """Each head's number, for all else."""
+        """Returns each head's number, for all else."""
         return lax.broadcast_in_dim(x_R, like.shape, (form.heads_dim,))
 
     def step(indices, cache_smem, carry) -> Any:
@@ -208,7 +211,7 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
 
 
 def _steps(length: Any, part: Any, parts: int) -> tuple[Any, Any]:
-    """A part's first step, and how many it has."""
+    """Returns a part's first step, and how many it has."""
     steps = lax.div(length + POSITIONS - 1, POSITIONS)
     each = lax.div(steps + parts - 1, parts)
     first = part * each
@@ -220,7 +223,7 @@ def _divide(x: Any, by: int) -> tuple[Any, Any]:
 
 
 def _mask(s: jax.Array, left: Any, positions_dim: int) -> jax.Array:
-    """MASKED from position `left` of the step on."""
+    """Masks the scores from position `left` of the step on."""
 
     def inside():
         position = lax.broadcasted_iota(jnp.int32, s.shape, positions_dim)

@@ -19,7 +19,7 @@ def launcher(
     warpgroups: int = WARPGROUPS + 1,
     approx_math: bool = False,
 ) -> Any:
-    """A function of arrays from a kernel of their refs, out's and shared memory's.
+    """Returns a function of arrays from a kernel of refs, out's and shared memory's.
 
     Args:
       out: the results' shapes and dtypes, a tree.

@@ -27,7 +27,7 @@ SMS = 132  # of an H100 and an H200
 
 
 def num_sms() -> int:
-    """Of the GPU that is there, or of an H100."""
+    """Returns the number of SMs of the GPU that is there, or of an H100."""
     device: Any = jax.local_devices()[0]
     return device.core_count if device.platform == "gpu" else SMS
 
@@ -41,7 +41,7 @@ class Tiles(NamedTuple):
 
     @property
     def cluster(self) -> int:
-        """Blocks of threads in one: they have neighbours of a row."""
+        """How many blocks of threads make a cluster: they have neighbours of a row."""
         return 1 if self.columns % CLUSTER else CLUSTER
 
     @property
@@ -54,14 +54,14 @@ class Tiles(NamedTuple):
         return "cluster" if self.cluster > 1 else None
 
     def place(self, index: Any) -> tuple[Any, Any]:
-        """Of this block's tile; what is computed at one time shares operands."""
+        """Returns this block's tile; what is computed at one time shares operands."""
         grid = self.rows, self.columns // self.cluster
         row, column = plgpu.planar_snake(index, grid, 1, self.snake)
         return row, column * self.cluster + lax.axis_index("cluster")
 
 
 class Loop(NamedTuple):
-    """Over the steps of a tile, to be called once by those that multiply."""
+    """Loops over the steps of a tile; to be called once by those that multiply."""
 
     count: Any
     ready: Any
@@ -70,7 +70,7 @@ class Loop(NamedTuple):
     start: Any
 
     def __call__(self, body: Callable[..., Any], carry: Any) -> Any:
-        """`body(k, stage, release, carry)` of each step.
+        """Calls `body(k, stage, release, carry)` for each step.
 
         It calls `release` once it has read what is in shared memory.
         """
@@ -87,7 +87,7 @@ class Loop(NamedTuple):
         return lax.fori_loop(0, self.count, of_step, carry)
 
     def accumulate(self, body: Callable[[Any, Any], None]) -> None:
-        """The same of products, one of which runs while the next step is waited for."""
+        """Adds up products, one of which runs while the next step is waited for."""
 
         def of_step(k, carry):
             stage = lax.rem(self.start + k, self.stages)
@@ -120,7 +120,7 @@ def run(
     consumed: Any,
     stages: int,
 ) -> None:
-    """All of this block's tiles, by all of its warpgroups.
+    """Computes all of this block's tiles, by all of its warpgroups.
 
     Args:
       steps: of a tile's index, how many there are.
@@ -192,7 +192,7 @@ def make(
     scratch: list[Any],
     stages: int,
 ) -> Any:
-    """A function of arrays from a kernel of their refs, out's and shared memory's.
+    """Returns a function of arrays from a kernel of refs, out's and shared memory's.
 
     The latter are `operands` for each stage, the two barriers, and `scratch`.
     """
@@ -215,6 +215,6 @@ def make(
 
 
 def fill(x: jax.Array, *multiples: int) -> jax.Array:
-    """With zeros after the end, to multiples of these sizes."""
+    """Appends zeros up to multiples of these sizes."""
     missing = (-size % of for size, of in zip(x.shape, multiples, strict=True))
     return jnp.pad(x, [(0, count) for count in missing])

@@ -10,7 +10,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def product(a: Any, b_smem: Any, start: jax.Array | None = None) -> jax.Array:
-    """`start + a @ b`, float32, once it is there; a is in registers or shared memory.
+    """Returns `start + a @ b`, float32, once it is there.
+
+    The operand a is in registers or shared memory.
 
     The interpreter knows neither such an `a` nor a start, and tests replace this.
     """
@@ -30,7 +32,7 @@ def products(
     second: tuple[jax.Array, Any, jax.Array],
     meanwhile: Callable[[jax.Array], Any],
 ) -> tuple[jax.Array, Any]:
-    """The second product, as `product` takes it, and `meanwhile` of the first.
+    """Returns the second product, as `product` takes it, and `meanwhile` of the first.
 
     Both begin at once: the second may still be under way when the first is there. Until
     both are there, nothing may be put where the second's operands are: so what is the

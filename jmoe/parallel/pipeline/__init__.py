@@ -20,7 +20,7 @@ their turn. Gradients are summed over microbatches in float32, on each rank; ove
 devices, nothing is summed here.
 """
 
-from jmoe.parallel.pipeline.model import Group, Model, Result
+from jmoe.parallel.pipeline.model import LayerGroup, Model, Result
 from jmoe.parallel.pipeline.run import AXIS, evaluate, train
 
-__all__ = ["AXIS", "Group", "Model", "Result", "evaluate", "train"]
+__all__ = ["AXIS", "LayerGroup", "Model", "Result", "evaluate", "train"]

@@ -8,7 +8,7 @@ from jax import lax
 
 
 def within(i: Any, tree: Any) -> Any:
-    """The arrays, as known in turn `i` of a loop only.
+    """Returns the arrays, as known in turn `i` of a loop only.
 
     Compilers compute ahead of a loop what is the same in all its turns, even if there
     are none; and most of a pipeline's loops have none in most ticks.
@@ -17,14 +17,14 @@ def within(i: Any, tree: Any) -> Any:
 
 
 def pick(tree: Any, index: Any) -> Any:
-    """One row of each array."""
+    """Returns one row of each array."""
     return jax.tree.map(
         lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), tree
     )
 
 
 def put(tree: Any, values: Any, index: Any) -> Any:
-    """The arrays with one row of each replaced."""
+    """Returns the arrays with one row of each replaced."""
     return jax.tree.map(
         lambda x, value: lax.dynamic_update_index_in_dim(x, value, index, 0),
         tree,
@@ -33,7 +33,7 @@ def put(tree: Any, values: Any, index: Any) -> Any:
 
 
 def zeros(tree: Any, dtype: Any = None) -> Any:
-    """Of the same shapes, and dtypes unless given."""
+    """Returns zeros of the same shapes, and dtypes unless given."""
     return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype or x.dtype), tree)
 
 
@@ -47,7 +47,7 @@ def add_at(total: Any, part: Any, index: Any) -> Any:
 
 
 def read(stash: list[jax.Array], slot: Any, layer: Any) -> list[jax.Array]:
-    """What arrays [slot, layer, ...] have there."""
+    """Returns what arrays [slot, layer, ...] have there."""
 
     def one(x: jax.Array) -> jax.Array:
         corner = (slot, layer, *(0,) * (x.ndim - 2))
@@ -60,7 +60,7 @@ def read(stash: list[jax.Array], slot: Any, layer: Any) -> list[jax.Array]:
 def write(
     stash: list[jax.Array], values: list[jax.Array], slot: Any, layer: Any
 ) -> list[jax.Array]:
-    """The arrays [slot, layer, ...] with these values there."""
+    """Returns the arrays [slot, layer, ...] with these values there."""
 
     def one(x: jax.Array, value: jax.Array) -> jax.Array:
         corner = (slot, layer, *(0,) * (x.ndim - 2))

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jmoe.parallel import reductions
 from jmoe.parallel.passes import split
 from jmoe.parallel.pipeline import arrays
-from jmoe.parallel.pipeline.model import Group
+from jmoe.parallel.pipeline.model import LayerGroup
 from jmoe.parallel.pipeline.table import Instruction
 from jmoe.parallel.schedule.ticks import Ticks
 
 
-class Store(NamedTuple):
+class Stash(NamedTuple):
     """What a group's loops read and write; kept, owed: [slot, layer in stage, ...]."""
 
     kept: list[jax.Array]
@@ -37,7 +38,9 @@ class Layers:
       batch, x: a microbatch and a layer's input, or their shapes.
     """
 
-    def __init__(self, group: Group, index: int, batch: Any, x: Any, *, again: bool):
+    def __init__(
+        self, group: LayerGroup, index: int, batch: Any, x: Any, *, again: bool
+    ):
         self._group, self._index, self._again = group, index, again
 
         def layer(weights, at_hand, x):
@@ -51,39 +54,37 @@ class Layers:
         _, self._measured = jax.eval_shape(layer, weights, (state, batch), x)
         self._passes = split(layer, weights, (state, batch), x)
 
-    def store(self, ticks: Ticks) -> Store:
-        """All zeros."""
+    def stash(self, ticks: Ticks) -> Stash:
+        """Returns an empty stash, all zeros."""
 
-        def stash(slots: int, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
+        def zeros(slots: int, shapes: list[jax.ShapeDtypeStruct]) -> list[jax.Array]:
             lead = (slots, int(self._group.count.max()))
             return [jnp.zeros((*lead, *s.shape), s.dtype) for s in shapes]
 
         rows = jax.tree.leaves(self._group.weights)[0].shape[0]
         kept_slots = ticks.owed_slots if self._again else ticks.kept_slots
-        return Store(
-            kept=stash(kept_slots, self._passes.kept),
-            owed=stash(ticks.owed_slots, self._passes.owed),
+        return Stash(
+            kept=zeros(kept_slots, self._passes.kept),
+            owed=zeros(ticks.owed_slots, self._passes.owed),
             gradients=arrays.zeros(self._group.weights, jnp.float32),
-            measured=jax.tree.map(
-                lambda m: jnp.zeros((rows, *m.shape), m.dtype), self._measured
-            ),
+            measured=reductions.nothing(self._measured, (rows,)),
         )
 
     def forward(
-        self, store: Store, x: jax.Array, begin: Any, f: Instruction, batch: Any
-    ) -> tuple[Store, jax.Array]:
-        """F: the layers' output, with what is kept and measured stored."""
+        self, stash: Stash, x: jax.Array, begin: Any, f: Instruction, batch: Any
+    ) -> tuple[Stash, jax.Array]:
+        """Runs F: returns the layers' output, with what is kept and measured stored."""
 
         def body(i, carry):
-            store, x = carry
-            return self._forward(store, x, i, f, batch)
+            stash, x = carry
+            return self._forward(stash, x, i, f, batch)
 
-        return lax.fori_loop(begin, f.count_G[self._index], body, (store, x))
+        return lax.fori_loop(begin, f.count_G[self._index], body, (stash, x))
 
     def recompute(
-        self, store: Store, x: jax.Array, b: Instruction, batch: Any
-    ) -> tuple[Store, jax.Array]:
-        """The forward pass again, ahead of B; it has been measured already."""
+        self, stash: Stash, x: jax.Array, b: Instruction, batch: Any
+    ) -> tuple[Stash, jax.Array]:
+        """Runs F again, ahead of B; it has been measured already."""
 
         def body(i, carry):
             kept, x = carry
@@ -91,53 +92,53 @@ class Layers:
             (y, _), _, keeps = self._passes.forward(weights, at_hand, x)
             return arrays.write(kept, keeps, b.owed, i), y
 
-        kept, y = lax.fori_loop(0, b.count_G[self._index], body, (store.kept, x))
-        return store._replace(kept=kept), y
+        kept, y = lax.fori_loop(0, b.count_G[self._index], body, (stash.kept, x))
+        return stash._replace(kept=kept), y
 
     def backward(
-        self, store: Store, d: jax.Array, begin: Any, b: Instruction, batch: Any
-    ) -> tuple[Store, jax.Array]:
-        """B: the gradient of the layers' input, with what is owed stored."""
+        self, stash: Stash, d: jax.Array, begin: Any, b: Instruction, batch: Any
+    ) -> tuple[Stash, jax.Array]:
+        """Runs B: returns the layers' input's gradient, with what is owed stored."""
 
         def body(i, carry):
             owed, d = carry
-            d_x, owes = self._backward(self._read_kept(store, b, i), d, b, i, batch)
+            d_x, owes = self._backward(self._read_kept(stash, b, i), d, b, i, batch)
             return arrays.write(owed, owes, b.owed, self._from_last(b, i)), d_x
 
-        owed, d = lax.fori_loop(begin, b.count_G[self._index], body, (store.owed, d))
-        return store._replace(owed=owed), d
+        owed, d = lax.fori_loop(begin, b.count_G[self._index], body, (stash.owed, d))
+        return stash._replace(owed=owed), d
 
-    def weight(self, store: Store, begin: Any, w: Instruction, batch: Any) -> Store:
-        """W: the weights' gradients, added to those of other microbatches."""
+    def weight(self, stash: Stash, begin: Any, w: Instruction, batch: Any) -> Stash:
+        """Runs W: adds the weights' gradients to those of other microbatches."""
 
         def body(i, gradients):
             layer = self._from_last(w, i)
-            kept = self._read_kept(store, w, i)
-            owed = arrays.read(store.owed, w.owed, layer)
+            kept = self._read_kept(stash, w, i)
+            owed = arrays.read(stash.owed, w.owed, layer)
             kept, owed = arrays.within(i, (kept, owed))
             d_weights = self._passes.weight(*self._at(w, layer, batch), kept, owed)
             return arrays.add_at(gradients, d_weights, self._row(w, layer))
 
-        gradients = lax.fori_loop(begin, w.count_G[self._index], body, store.gradients)
-        return store._replace(gradients=gradients)
+        gradients = lax.fori_loop(begin, w.count_G[self._index], body, stash.gradients)
+        return stash._replace(gradients=gradients)
 
     def overlap(
         self,
-        store: Store,
+        stash: Stash,
         x: jax.Array,
         d: jax.Array,
         pairs: Any,
         forward: tuple[Instruction, Any],
         backward: tuple[Instruction, Any],
-    ) -> tuple[Store, jax.Array, jax.Array]:
-        """F of one microbatch and BW of another, `pairs` layers of each.
+    ) -> tuple[Stash, jax.Array, jax.Array]:
+        """Runs F of one microbatch and BW of another, `pairs` layers of each.
 
         Args:
           forward, backward: instruction and microbatch.
         """
         (f, batch_f), (b, batch_b) = forward, backward
 
-        def both_ways(i, kept, store, x, d):
+        def both_ways(i, kept, stash, x, d):
             with jax.named_scope("backward"):
                 d, owed = self._backward(kept, d, b, i, batch_b)
             with jax.named_scope("weight"):
@@ -145,81 +146,87 @@ class Layers:
                 at = self._at(b, layer, batch_b)
                 d_weights = self._passes.weight(*at, kept, owed)
                 row = self._row(b, layer)
-                gradients = arrays.add_at(store.gradients, d_weights, row)
-            store = store._replace(gradients=gradients)
+                gradients = arrays.add_at(stash.gradients, d_weights, row)
+            stash = stash._replace(gradients=gradients)
             with jax.named_scope("forward"):
-                store, x = self._forward(store, x, i, f, batch_f)
-            return store, x, d
+                stash, x = self._forward(stash, x, i, f, batch_f)
+            return stash, x, d
 
         # F must write after B and W have read, or all that is stored would be copied.
-        def fenced(store, x, d):
+        def fenced(stash, x, d):
             def body(i, carry):
-                store, x, d = carry
-                kept = self._read_kept(store, b, i)
-                stored, kept = lax.optimization_barrier((store.kept, kept))
-                return both_ways(i, kept, store._replace(kept=stored), x, d)
+                stash, x, d = carry
+                kept = self._read_kept(stash, b, i)
+                stored, kept = lax.optimization_barrier((stash.kept, kept))
+                return both_ways(i, kept, stash._replace(kept=stored), x, d)
 
-            return lax.fori_loop(0, pairs, body, (store, x, d))
+            return lax.fori_loop(0, pairs, body, (stash, x, d))
 
         # XLA for CPUs drops the barrier too early. So there, the next layer's is read
         # from what F has written.
-        def ahead(store, x, d):
+        def ahead(stash, x, d):
             def body(i, carry):
-                store, x, d, kept = carry
-                store, x, d = both_ways(i, kept, store, x, d)
-                return store, x, d, self._read_kept(store, b, i + 1)
+                stash, x, d, kept = carry
+                stash, x, d = both_ways(i, kept, stash, x, d)
+                return stash, x, d, self._read_kept(stash, b, i + 1)
 
-            carry = (store, x, d, self._read_kept(store, b, 0))
+            carry = (stash, x, d, self._read_kept(stash, b, 0))
             return lax.fori_loop(0, pairs, body, carry)[:3]
 
-        return lax.platform_dependent(store, x, d, cpu=ahead, default=fenced)
+        return lax.platform_dependent(stash, x, d, cpu=ahead, default=fenced)
 
     def evaluate(
-        self, store: Store, x: jax.Array, f: Instruction, batch: Any
-    ) -> tuple[Store, jax.Array]:
-        """The layers' output, with what is measured stored."""
+        self, stash: Stash, x: jax.Array, f: Instruction, batch: Any
+    ) -> tuple[Stash, jax.Array]:
+        """Returns the layers' output, with what is measured stored."""
 
         def body(i, carry):
-            store, x = carry
-            return self._measure(store, x, i, f, batch)
+            stash, x = carry
+            return self._measure(stash, x, i, f, batch)
 
-        return lax.fori_loop(0, f.count_G[self._index], body, (store, x))
+        return lax.fori_loop(0, f.count_G[self._index], body, (stash, x))
 
-    def _measure(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
+    def _measure(self, stash, x, i, f, batch) -> tuple[Stash, jax.Array]:
         weights, (state, _) = self._at(f, i, batch)
         (y, _), found = self._group.layer(weights, state, batch, x)
-        measured = arrays.add_at(store.measured, found, self._row(f, i))
-        return store._replace(measured=measured), y
+        measured = _merge_at(stash.measured, found, self._row(f, i))
+        return stash._replace(measured=measured), y
 
-    def _forward(self, store, x, i, f, batch) -> tuple[Store, jax.Array]:
+    def _forward(self, stash, x, i, f, batch) -> tuple[Stash, jax.Array]:
         if self._again:
-            return self._measure(store, x, i, f, batch)
+            return self._measure(stash, x, i, f, batch)
         weights, at_hand = self._at(f, i, batch)
         (y, _), found, keeps = self._passes.forward(weights, at_hand, x)
-        measured = arrays.add_at(store.measured, found, self._row(f, i))
-        kept = arrays.write(store.kept, keeps, f.kept, i)
-        return store._replace(kept=kept, measured=measured), y
+        measured = _merge_at(stash.measured, found, self._row(f, i))
+        kept = arrays.write(stash.kept, keeps, f.kept, i)
+        return stash._replace(kept=kept, measured=measured), y
 
     def _backward(self, kept, d, b, i, batch):
-        """Gradient of the input of b's i-th layer, and what is owed."""
+        """Returns the gradient of b's i-th layer's input, and what is owed."""
         layer = self._from_last(b, i)
         objective = jnp.float32(1.0)  # the gradient of what the layer adds to it
         return self._passes.backward(*self._at(b, layer, batch), kept, (d, objective))
 
-    def _read_kept(self, store: Store, step: Instruction, i: Any) -> list[jax.Array]:
-        """What F kept of the i-th layer of a pass from the last layer on."""
+    def _read_kept(self, stash: Stash, step: Instruction, i: Any) -> list[jax.Array]:
+        """Returns what F kept of the i-th layer of a pass from the last layer on."""
         slot = step.owed if self._again else step.kept
-        return arrays.read(store.kept, slot, self._from_last(step, i))
+        return arrays.read(stash.kept, slot, self._from_last(step, i))
 
     def _from_last(self, step: Instruction, i: Any) -> Any:
-        """The stage's layer that is i before its last."""
+        """Returns the stage's layer that is i before its last."""
         return step.count_G[self._index] - 1 - i
 
     def _at(self, step: Instruction, i: Any, batch: Any) -> tuple[Any, Any]:
-        """Weights of the stage's layer i, and what else it finds at hand."""
+        """Returns weights of the stage's layer i, and what else it finds at hand."""
         row = self._row(step, i)
         state = arrays.pick(self._group.state, row)
         return arrays.pick(self._group.weights, row), (state, batch)
 
     def _row(self, step: Instruction, i: Any) -> Any:
         return step.start_G[self._index] + i
+
+
+def _merge_at(total: Any, part: Any, index: Any) -> Any:
+    """Returns what was measured with one row's part of it merged."""
+    merged = reductions.merge(arrays.pick(total, index), part)
+    return arrays.put(total, merged, index)

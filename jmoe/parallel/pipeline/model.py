@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 
-class Group(NamedTuple):
+class LayerGroup(NamedTuple):
     """The layers of one kind that this rank has.
 
     layer: of a layer's weights, its state, a microbatch and the input; returns
@@ -37,7 +37,7 @@ class Model(NamedTuple):
     enter: Callable[[Any, Any], jax.Array]
     leave: Callable[[Any, Any, jax.Array], tuple[jax.Array, Any]]
     shared: Any
-    groups: Sequence[Group]
+    groups: Sequence[LayerGroup]
     microbatches: Any
 
 
@@ -45,8 +45,8 @@ class Result(NamedTuple):
     """What a rank had a part in; zeros where it had none.
 
     Gradients are float32, of `shared` and of each group's rows, summed over
-    microbatches; so is what each group's rows measured. What `leave` measured is there
-    for each microbatch, [M, ...].
+    microbatches. What each group's rows measured is merged over them (`reductions`).
+    What `leave` measured is there for each microbatch, [M, ...].
     """
 
     shared: Any

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, reductions
 from jmoe.parallel.pipeline import arrays
-from jmoe.parallel.pipeline.layers import Layers, Store
+from jmoe.parallel.pipeline.layers import Layers, Stash
 from jmoe.parallel.pipeline.model import Model, Result
 from jmoe.parallel.pipeline.table import Instruction, Row, own_rows
 from jmoe.parallel.schedule.ticks import SELF, Ticks
@@ -17,7 +17,7 @@ AXIS = "pipe"
 
 
 def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
-    """All microbatches forward and backward.
+    """Runs all microbatches forward and backward.
 
     Args:
       recompute: keep only the stages' inputs from F to B, which computes what it needs
@@ -36,7 +36,10 @@ def train(ticks: Ticks, model: Model, *, recompute: bool = False) -> Result:
 
 
 def evaluate(ticks: Ticks, model: Model) -> Result:
-    """All microbatches forward, and no gradients. The ticks are of forward passes."""
+    """Runs all microbatches forward, without gradients.
+
+    The ticks are of forward passes.
+    """
     rank = _Rank(model, again=False, overlaps=False)
 
     def tick(buffers: _Buffers, row: Row):
@@ -48,7 +51,10 @@ def evaluate(ticks: Ticks, model: Model) -> Result:
 
 
 def _hand_over(inbox: jax.Array, value: jax.Array, slots: dict[int, Any]) -> jax.Array:
-    """The inbox with what arrives in this tick. One ppermute for each way to others."""
+    """Returns the inbox with what arrives in this tick.
+
+    Runs one ppermute for each way to others.
+    """
     ranks = collectives.axis_size(AXIS)
     for way, slot in slots.items():
         arrived = value
@@ -71,15 +77,15 @@ class _Buffers(NamedTuple):
     entered: jax.Array
     shared: Any
     left: Any
-    stores: list[Store]
+    stashes: list[Stash]
 
     @property
     def result(self) -> Result:
         return Result(
             shared=self.shared,
-            groups=[store.gradients for store in self.stores],
+            groups=[stash.gradients for stash in self.stashes],
             left=self.left,
-            measured=[store.measured for store in self.stores],
+            measured=[stash.measured for stash in self.stashes],
         )
 
 
@@ -101,7 +107,7 @@ class _Rank:
         ]
 
     def buffers(self, ticks: Ticks) -> _Buffers:
-        """All zeros."""
+        """Returns empty buffers, all zeros."""
 
         def slots(count: int) -> jax.Array:
             return jnp.zeros((count, *self._x.shape), self._x.dtype)
@@ -111,8 +117,8 @@ class _Rank:
             for_b=slots(ticks.backward_slots + 1),
             entered=slots(ticks.kept_slots + 1 if self._again else 0),
             shared=arrays.zeros(self._model.shared, jnp.float32),
-            left=arrays.zeros(self._left),
-            stores=[layers.store(ticks) for layers in self._groups],
+            left=reductions.nothing(self._left),
+            stashes=[layers.stash(ticks) for layers in self._groups],
         )
 
     def train(
@@ -123,42 +129,42 @@ class _Rank:
         batch_f, batch_b, batch_w = map(
             self._microbatch, (f.microbatch, b.microbatch, w.microbatch)
         )
-        stores = list(buffers.stores)
-        *before, last = range(len(stores))
+        stashes = list(buffers.stashes)
+        *before, last = range(len(stashes))
         with jax.named_scope("forward"):
             x = self._enter(buffers, f, batch_f)
             entered = buffers.entered
             if self._again:
-                stores = self._recompute(stores, entered, b, batch_b)
+                stashes = self._recompute(stashes, entered, b, batch_b)
                 entered = arrays.put(entered, x, f.kept)
             for g in before:
-                stores[g], x = self._groups[g].forward(stores[g], x, 0, f, batch_f)
+                stashes[g], x = self._groups[g].forward(stashes[g], x, 0, f, batch_f)
         with jax.named_scope("backward"):
             buffers, d = self._lose(buffers, b, batch_b)
-        layers, pairs, store = self._groups[last], row.pairs, stores[last]
+        layers, pairs, stash = self._groups[last], row.pairs, stashes[last]
         # A loop that never runs would still have its arrays room kept for.
         if self._overlaps:
-            store, x, d = layers.overlap(store, x, d, pairs, (f, batch_f), (b, batch_b))
+            stash, x, d = layers.overlap(stash, x, d, pairs, (f, batch_f), (b, batch_b))
         with jax.named_scope("forward"):
-            store, y = layers.forward(store, x, pairs, f, batch_f)
+            stash, y = layers.forward(stash, x, pairs, f, batch_f)
         with jax.named_scope("backward"):
-            stores[last], d = layers.backward(store, d, pairs, b, batch_b)
+            stashes[last], d = layers.backward(stash, d, pairs, b, batch_b)
             for g in reversed(before):
-                stores[g], d = self._groups[g].backward(stores[g], d, 0, b, batch_b)
+                stashes[g], d = self._groups[g].backward(stashes[g], d, 0, b, batch_b)
             shared = self._enter_backward(buffers.shared, d, b, batch_b)
         with jax.named_scope("weight"):
             for g, layers in enumerate(self._groups):
                 done = pairs if g == last else 0
-                stores[g] = layers.weight(stores[g], done, w, batch_w)
-        return buffers._replace(shared=shared, entered=entered, stores=stores), y, d
+                stashes[g] = layers.weight(stashes[g], done, w, batch_w)
+        return buffers._replace(shared=shared, entered=entered, stashes=stashes), y, d
 
     def evaluate(self, buffers: _Buffers, row: Row) -> tuple[_Buffers, jax.Array]:
         """Runs the tick's F, and after the last stage the loss; returns F's output."""
-        model, stores = self._model, list(buffers.stores)
+        model, stashes = self._model, list(buffers.stashes)
         batch = self._microbatch(row.f.microbatch)
         x = self._enter(buffers, row.f, batch)
         for g, layers in enumerate(self._groups):
-            stores[g], x = layers.evaluate(stores[g], x, row.f, batch)
+            stashes[g], x = layers.evaluate(stashes[g], x, row.f, batch)
 
         def leave(i, left):
             y = arrays.within(i, x)
@@ -166,7 +172,7 @@ class _Rank:
             return arrays.put(left, found, row.f.microbatch)
 
         left = lax.fori_loop(0, row.f.last, leave, buffers.left)
-        return buffers._replace(left=left, stores=stores), x
+        return buffers._replace(left=left, stashes=stashes), x
 
     def _microbatch(self, index: Any) -> Any:
         return arrays.pick(self._model.microbatches, index)
@@ -190,18 +196,18 @@ class _Rank:
         return lax.fori_loop(0, b.first, add, gradients)
 
     def _recompute(
-        self, stores: list[Store], entered: jax.Array, b: Instruction, batch: Any
-    ) -> list[Store]:
+        self, stashes: list[Stash], entered: jax.Array, b: Instruction, batch: Any
+    ) -> list[Stash]:
         x, found = arrays.pick(entered, b.kept), []
-        for store, layers in zip(stores, self._groups, strict=True):
-            store, x = layers.recompute(store, x, b, batch)
-            found.append(store)
+        for stash, layers in zip(stashes, self._groups, strict=True):
+            stash, x = layers.recompute(stash, x, b, batch)
+            found.append(stash)
         return found
 
     def _lose(
         self, buffers: _Buffers, b: Instruction, batch: Any
     ) -> tuple[_Buffers, jax.Array]:
-        """The gradient that B begins with: at the last stage, that of the objective."""
+        """Returns the gradient that B begins with: at the last, the objective's."""
         model = self._model
 
         def lose(i, carry):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.parallel import collectives
-from jmoe.parallel.pipeline.model import Group
+from jmoe.parallel.pipeline.model import LayerGroup
 from jmoe.parallel.schedule.ticks import Entry, Ticks
 
 
@@ -48,14 +48,14 @@ class Row(NamedTuple):
     for_b: dict[int, Any]
 
 
-def own_rows(ticks: Ticks, groups: Sequence[Group], axis: str) -> Row:
-    """This rank's rows, int32 [tick, ...]."""
+def own_rows(ticks: Ticks, groups: Sequence[LayerGroup], axis: str) -> Row:
+    """Returns this rank's rows, int32 [tick, ...]."""
     rank = collectives.axis_index(axis)
     return jax.tree.map(lambda x: jnp.asarray(x)[:, rank], make_table(ticks, groups))
 
 
-def make_table(ticks: Ticks, groups: Sequence[Group]) -> Row:
-    """All ranks' rows, int32 [tick, rank, ...]."""
+def make_table(ticks: Ticks, groups: Sequence[LayerGroup]) -> Row:
+    """Returns all ranks' rows, int32 [tick, rank, ...]."""
     size = (ticks.count, ticks.schedule.num_ranks)
 
     def zeros(*more: int) -> np.ndarray:
@@ -92,7 +92,7 @@ def make_table(ticks: Ticks, groups: Sequence[Group]) -> Row:
 def _fill(
     row: Row,
     ticks: Ticks,
-    groups: Sequence[Group],
+    groups: Sequence[LayerGroup],
     at: tuple[int, int],
     entry: Entry,
 ) -> None:

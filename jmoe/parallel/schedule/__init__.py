@@ -47,7 +47,7 @@ MAX_PASSES = 2**20  # forward passes that a schedule may have, to be made in mem
 
 
 def build(name: str, num_ranks: int, num_microbatches: int, **options: Any) -> Schedule:
-    """The named schedule; `options` are its own, as `chunks` of interleaved_1f1b.
+    """Builds the named schedule; `options` are its own, as interleaved_1f1b's `chunks`.
 
     Raises:
       ValueError: the name is unknown, or the schedule can't take as many ranks or

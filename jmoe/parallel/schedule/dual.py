@@ -33,7 +33,7 @@ class Stream(NamedTuple):
 
 
 def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """Microbatches from both ends through two copies of the stages.
+    """Sends microbatches from both ends through two copies of the stages.
 
     Raises:
       ValueError: ranks or microbatches are odd, or microbatches fewer than 2 a rank.
@@ -66,7 +66,7 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
-    """Half of DualPipe: through the ranks and back, one copy of 2 stages a rank.
+    """Runs half of DualPipe: through the ranks and back, one copy of 2 stages a rank.
 
     Raises:
       ValueError: there are fewer than 2 microbatches a rank.
@@ -93,7 +93,7 @@ def dualpipe_v(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def _phases(depth: int, half: int, count: int) -> Iterator[str]:
-    """The kinds of a rank's tasks, each with its stream: 0 is near, 1 is far.
+    """Yields the kinds of a rank's tasks, each with its stream: 0 is near, 1 is far.
 
     Args:
       depth: how many ranks there are between this one and its end.

@@ -10,7 +10,7 @@ from jmoe.parallel.schedule.tasks import Schedule, Task, one
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
-    """All forward, then all backward, latest first (Huang et al., arXiv 1811.06965)."""
+    """Runs all forward, then all backward, latest first (GPipe, arXiv 1811.06965)."""
 
     def order(rank: int) -> list[Task]:
         forward = [one("F", rank, i) for i in range(num_microbatches)]
@@ -20,7 +20,7 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
-    """One forward, one backward, so that few activations live (arXiv 1806.03377)."""
+    """Alternates forward and backward: few activations live (arXiv 1806.03377)."""
 
     def order(rank: int) -> list[Task]:
         forward = [one("F", rank, i) for i in range(num_microbatches)]
@@ -32,7 +32,7 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
 
 
 def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
-    """1F1B with W deferred to where ranks would idle (arXiv 2401.10241, section 2.3).
+    """Defers W of 1F1B to where ranks would idle (arXiv 2401.10241, section 2.3).
 
     A rank has as many fewer forward passes ahead as it is further down. By as many it
     delays W, so that all hold as many activations as the first one does in 1F1B.
@@ -57,7 +57,7 @@ def zb_h1(num_ranks: int, num_microbatches: int) -> Schedule:
 def interleaved_1f1b(
     num_ranks: int, num_microbatches: int, chunks: int = 2
 ) -> Schedule:
-    """1F1B with several stages a rank (arXiv 2104.04473, section 2.2).
+    """Runs 1F1B with several stages a rank (arXiv 2104.04473, section 2.2).
 
     A microbatch visits all ranks `chunks` times, in smaller steps. A rank takes as many
     microbatches through one of its stages as there are ranks, then through the next.
@@ -97,7 +97,7 @@ def interleaved_1f1b(
 
 
 def alternate(forward: list[Task], backward: list[Task], ahead: int) -> list[Task]:
-    """`ahead` forward tasks, then one and one, then the backward tasks that remain."""
+    """Returns `ahead` forward tasks, one and one, then backward tasks that remain."""
     ahead = min(ahead, len(forward))
     pairs = zip(forward[ahead:], backward, strict=False)
     steady = [task for pair in pairs for task in pair]

@@ -11,7 +11,7 @@ from jmoe.parallel.schedule.tasks import Pass, Schedule, Task
 
 
 def needs(schedule: Schedule, task: Task) -> Iterator[Pass]:
-    """The passes that must be done before `task` may start.
+    """Yields the passes that must be done before `task` may start.
 
     F needs the stage before; B its own F and the stage after; W its own B.
     """
@@ -27,7 +27,7 @@ def needs(schedule: Schedule, task: Task) -> Iterator[Pass]:
 
 
 def in_order(schedule: Schedule) -> Iterator[tuple[int, Task]]:
-    """All (rank, task), each after what it needs, and in the order of its rank.
+    """Yields all (rank, task), each after what it needs, and in its rank's order.
 
     Raises:
       ValueError: there is no such order; it names a task that waits in vain.
@@ -53,7 +53,7 @@ def in_order(schedule: Schedule) -> Iterator[tuple[int, Task]]:
 
 
 def live_activations(tasks: tuple[Task, ...]) -> int:
-    """How many microbatches' activations of a stage a rank holds at most.
+    """Returns how many microbatches' activations of a stage a rank holds at most.
 
     They live from the start of F to the end of W, which needs them as much as B does.
     Where a paper counts to the end of a whole backward pass, that is the same.
@@ -111,7 +111,10 @@ def _why_stuck(
     remaining: list[collections.deque[Task]],
     waiting: dict[Pass, list[int]],
 ) -> str:
-    """Of what waits in vain: what its own rank has later, else a circle of ranks."""
+    """Says why what waits does so in vain.
+
+    It names what its own rank has later, else a circle of ranks.
+    """
     where = {
         step: rank
         for rank, tasks in enumerate(schedule.tasks)

@@ -54,7 +54,7 @@ class Costs:
         return self.forward + self.backward if self.pair is None else self.pair
 
     def of(self, task: Task) -> Time:
-        """What `task` takes."""
+        """Returns how long `task` takes."""
         return {
             "F": self.forward,
             "B": self.backward - self.weight,
@@ -65,7 +65,7 @@ class Costs:
         }[task.kind]
 
     def times(self, factor: Fraction) -> "Costs":
-        """Those of a stage `factor` as large; what travels is as large as before."""
+        """Returns costs of a stage `factor` as large; what travels stays as large."""
         pair = None if self.pair is None else self.pair * factor
         return Costs(
             forward=self.forward * factor,
@@ -94,7 +94,7 @@ class Timeline:
 
     @property
     def makespan(self) -> Time:
-        """From the first start to the last end."""
+        """The time from the first start to the last end."""
         return max((span.end for spans in self.spans for span in spans), default=0)
 
     @property
@@ -115,12 +115,12 @@ class Timeline:
 
     @property
     def peak_activations(self) -> int:
-        """Of the rank that holds most; in stages, see `live_activations`."""
+        """What the rank holds that holds most; in stages, see `live_activations`."""
         return max(map(live_activations, self.schedule.tasks))
 
     @property
     def parameters(self) -> int:
-        """What a rank holds of the model's parameters, in shares of 1 / ranks."""
+        """How much a rank holds of the model's parameters, in shares of 1 / ranks."""
         return self.schedule.num_directions
 
 

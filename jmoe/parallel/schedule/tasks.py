@@ -73,13 +73,13 @@ class Task:
 
 
 def one(kind: str, stage: int, microbatch: int, direction: int = 0) -> Task:
-    """A task of a single microbatch: F, B, W or BW."""
+    """Returns a task of a single microbatch: F, B, W or BW."""
     return Task(tuple(Pass(k, stage, microbatch, direction) for k in kind))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """Who does what, in which order; when, follows from what tasks take.
+    """Says who does what, in which order; when, follows from what tasks take.
 
     Stages may be more than ranks, which then host several. With two directions there
     are two copies of each stage, and microbatches are halved: the first half travels in
@@ -102,16 +102,16 @@ class Schedule:
 
     @property
     def num_directions(self) -> int:
-        """Also how many copies there are of the parameters."""
+        """How many directions there are, and copies of the parameters."""
         return len(self.hosts)
 
     def microbatches(self, direction: int) -> range:
-        """Those that travel in `direction`."""
+        """Returns the microbatches that travel in `direction`."""
         each = self.num_microbatches // self.num_directions
         return range(direction * each, (direction + 1) * each)
 
     def hosted(self, rank: int) -> tuple[tuple[int, int], ...]:
-        """The (stage, direction) whose parameters are on `rank`."""
+        """Returns the (stage, direction) whose parameters are on `rank`."""
         return tuple(
             (stage, direction)
             for direction, ranks in enumerate(self.hosts)

@@ -68,7 +68,7 @@ class Ticks:
         return len(self.tasks)
 
     def has(self, kind: str) -> bool:
-        """Whether any task is of this kind."""
+        """Returns whether any task is of this kind."""
         return any(
             task is not None and task.kind == kind
             for tasks in self.tasks
@@ -76,14 +76,14 @@ class Ticks:
         )
 
     def time(self, costs: Costs) -> Time:
-        """Of the longest task of every tick."""
+        """Returns the time that the longest tasks of every tick take."""
         return sum(
             max(costs.of(task) for task in tasks if task is not None)
             for tasks in self.tasks
         )
 
     def ways(self, kind: str) -> tuple[int, ...]:
-        """Those that results of F, or of B, take."""
+        """Returns the ways that results of F, or of B, take."""
         found = {
             entry.delivery.way
             for ranks in self.entries
@@ -95,7 +95,7 @@ class Ticks:
 
 
 def forward_only(schedule: Schedule) -> Schedule:
-    """Its forward passes: what is left of a schedule when nothing is trained."""
+    """Returns a schedule's forward passes: what is left when nothing is trained."""
     tasks = tuple(
         tuple(Task((task.forward,)) for task in tasks if task.forward is not None)
         for tasks in schedule.tasks
@@ -104,7 +104,7 @@ def forward_only(schedule: Schedule) -> Schedule:
 
 
 def as_ticks(schedule: Schedule) -> Ticks:
-    """Each task in the first tick after those that it needs.
+    """Puts each task in the first tick after those that it needs.
 
     Raises:
       ValueError: the schedule can't be run.
@@ -146,7 +146,7 @@ class _Slots:
         self.count = 0
 
     def take(self, first: int, last: int) -> int:
-        """A slot for ticks `first` to `last`; call it with growing `first`."""
+        """Returns a slot for ticks `first` to `last`; call it with growing `first`."""
         while self._until and self._until[0][0] < first:
             heapq.heappush(self._free, heapq.heappop(self._until)[1])
         if not self._free:
@@ -171,7 +171,7 @@ def _with_slots(
     inbox: dict[Pass, int] = {}  # by the pass that takes from it
 
     def until(step: Pass, *kinds: str) -> int:
-        """The last tick of these passes of the same microbatch and stage, if any."""
+        """Returns the last tick of these passes of one microbatch and stage, if any."""
         ticks = [tick_of.get(step._replace(kind=kind)) for kind in kinds]
         return max((t for t in ticks if t is not None), default=tick_of[step])
 
@@ -215,7 +215,7 @@ def _with_slots(
 
 
 def _taker(schedule: Schedule, step: Pass) -> Pass | None:
-    """The pass that the result of F or B goes to; None if it goes nowhere.
+    """Returns the pass that the result of F or B goes to; None if it goes nowhere.
 
     The output of the last stage waits for that stage's B, which begins with the loss.
     """

@@ -1,0 +1,83 @@
+"""What a layer measures: the experts' load, losses, and whatever else it reports.
+
+All layers return a `Measured`, also those that measure nothing. `Transformer` stacks
+them along a first dimension of layers L. Of microbatches and devices they become one by
+`jmoe.parallel.reductions`: arrays are sums, and what is `reductions.Max` is a maximum.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+# What a loss is divided by for its mean over a step.
+PER_TOKEN = "token"  # it is a sum over tokens
+PER_MICROBATCH = "microbatch"  # each microbatch has a mean of its own
+PER_STEP = "step"  # its parts of all microbatches sum to the step's
+
+
+class Load(NamedTuple):
+    """Exact counts of one MoE layer, int32; tokens that aren't real are in none.
+
+    load_E: choices of each expert. dropped_sending, dropped_receiving: choices that
+    weren't computed, by where there was no capacity. margin_EM: a histogram for the
+    quantile rule, with M = 0 for the other rules.
+    """
+
+    load_E: jax.Array
+    dropped_sending: jax.Array
+    dropped_receiving: jax.Array
+    margin_EM: jax.Array
+
+
+@struct.dataclass
+class Loss:
+    """A layer's contribution to the objective, this device's share of a microbatch's.
+
+    value: float32, unweighted. weight: it is multiplied by. per: PER_TOKEN,
+    PER_MICROBATCH or PER_STEP, what it is a sum of.
+    """
+
+    value: jax.Array
+    weight: float = struct.field(pytree_node=False)
+    per: str = struct.field(pytree_node=False)
+
+
+class Measured(NamedTuple):
+    """What one layer, or a stack of layers, measured.
+
+    load: None of layers without experts. losses: `Loss` by name. metrics: by name,
+    arrays, which are sums, or `reductions.Max`; they are logged, layer by layer.
+    """
+
+    load: Load | None
+    losses: Mapping[str, Loss]
+    metrics: Mapping[str, Any]
+
+
+NOTHING = Measured(None, {}, {})
+
+
+def stack(parts: list[Measured]) -> Measured:
+    """Returns one of a stack, of those of layers of one kind."""
+    return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+
+
+def join(*parts: Measured) -> Measured:
+    """Returns one of all stacks in a row; each entry is of the layers that have it."""
+
+    def joined(trees: list[Any]) -> Any:
+        return jax.tree.map(lambda *x: jnp.concatenate(x), *trees)
+
+    def by_name(entries: list[Mapping[str, Any]]) -> dict[str, Any]:
+        names = dict.fromkeys(name for entry in entries for name in entry)
+        return {name: joined([e[name] for e in entries if name in e]) for name in names}
+
+    loads = [part.load for part in parts if part.load is not None]
+    return Measured(
+        load=joined(loads) if loads else None,
+        losses=by_name([part.losses for part in parts]),
+        metrics=by_name([part.metrics for part in parts]),
+    )

@@ -1,0 +1,27 @@
+"""What layers measured, stacked and joined by the layers that have it."""
+
+import jax.numpy as jnp
+
+from jmoe.nn.measured import NOTHING, PER_TOKEN, Load, Loss, Measured, join, stack
+from jmoe.parallel.reductions import Max
+
+
+def layer(value: int, **metrics) -> Measured:
+    count = jnp.int32(value)
+    load = Load(count[None], count, count, count[None])
+    return Measured(load, {"z": Loss(jnp.float32(value), 2.0, PER_TOKEN)}, metrics)
+
+
+def test_layers_are_stacked_in_their_order_and_those_without_a_load_left_out():
+    dense = stack([NOTHING._replace(metrics={"highest": Max(jnp.float32(7))})] * 2)
+    moe = stack([layer(1), layer(2)])
+    mtp = stack([layer(3, highest=Max(jnp.float32(9)))])
+    whole = join(dense, moe, mtp)
+    assert whole.load.load_E.tolist() == [[1], [2], [3]]
+    assert whole.losses["z"].value.tolist() == [1, 2, 3]
+    assert (whole.losses["z"].weight, whole.losses["z"].per) == (2.0, PER_TOKEN)
+    assert whole.metrics["highest"].value.tolist() == [7, 7, 9]
+
+
+def test_of_no_layer_there_is_nothing():
+    assert join() == join(NOTHING, stack([NOTHING])) == NOTHING
