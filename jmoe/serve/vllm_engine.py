@@ -15,7 +15,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from jmoe import families
-from jmoe.config import ModelConfig
+from jmoe.config import MLAConfig, ModelConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -119,7 +119,8 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
     else:
         special = _cuda_arguments(cfg)
         environment = ENVIRONMENT
-    if not has_latent_kernels(exported.model):
+    is_latent = isinstance(exported.model.attention, MLAConfig)
+    if is_latent and not has_latent_kernels(exported.model):
         environment = environment | {"VLLM_MLA_DISABLE": "1"}
     arguments = {
         "model": str(exported.directory),
@@ -145,7 +146,10 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
 
 
 def has_latent_kernels(model: ModelConfig) -> bool:
-    return (model.attention.kv_latent_dim, model.attention.rope_dim) == LATENT_SIZES
+    cfg = model.attention
+    if not isinstance(cfg, MLAConfig):
+        return False
+    return (cfg.kv_latent_dim, cfg.rope_dim) == LATENT_SIZES
 
 
 def _cpu_arguments(cfg: EngineConfig) -> dict[str, Any]:
@@ -271,8 +275,12 @@ def _refuse_on_cpus(exported: Exported, cfg: EngineConfig, host: Host) -> None:
             f"{CPU_HIDDEN_MULTIPLE} for vLLM's expert kernel on CPUs."
         )
     if not has_latent_kernels(model) and model.attention.qk_dim not in CPU_HEAD_DIMS:
+        size, besides = "head_dim", ""
+        if isinstance(model.attention, MLAConfig):
+            size = "nope_dim + rope_dim"
+            besides = "; nor are kv_latent_dim and rope_dim 512 and 64, which it has"
         raise ValueError(
-            f"nope_dim + rope_dim = {model.attention.qk_dim} is not one of "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's attention on CPUs "
-            "has; nor are kv_latent_dim and rope_dim 512 and 64, which it has too."
+            f"{size} = {model.attention.qk_dim} is not one of "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's attention on CPUs has"
+            f"{besides}."
         )
