@@ -215,7 +215,7 @@ def is_field(path: str) -> bool:
 
 @functools.cache
 def known(path: str) -> dict[str, Any]:
-    """Returns the fields, with their types, of the record at a path of a run or server."""
+    """Returns fields and their types of the record at a path of a run or server."""
     hints = [RunConfig, ServeConfig]
     for name in filter(None, path.split(".")):
         inner = [typing.get_type_hints(hint).get(name) for hint in records(hints)]
