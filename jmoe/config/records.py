@@ -112,7 +112,7 @@ def _means_none(value: Any, hint: Any) -> bool:
 
 
 def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
-    """`value` as the one of these records that it is of."""
+    """Returns `value` as the one of these records that it says it is."""
     parse = getattr(kinds[0], "parse", None)
     if parse is not None and isinstance(value, str):
         return parse(value)  # a record that has a short form
@@ -125,7 +125,7 @@ def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
 
 
 def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> type:
-    """The one of these records that has the `kind` of `values`."""
+    """Returns the one of these records that has the `kind` of `values`."""
     if len(kinds) == 1 or "kind" not in values:
         return kinds[0]
     for record in kinds:
@@ -136,7 +136,7 @@ def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> typ
 
 
 def _kind(record: type) -> str:
-    """What the records of a union have in their field `kind`."""
+    """Returns what a record of a union has in its field `kind`."""
     (field,) = (f for f in dataclasses.fields(record) if f.name == "kind")  # type: ignore[arg-type]
     return str(field.default)
 
@@ -184,7 +184,7 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
 
 
 def _records(hint: Any) -> list[Any]:
-    """The records that values of the type `hint` may be of."""
+    """Returns the records that values of the type `hint` may be."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     hints = typing.get_args(hint) if is_union else (hint,)
     return [h for h in hints if dataclasses.is_dataclass(h)]
@@ -204,7 +204,7 @@ def _literal(text: str) -> Any:
 def _unknown_field(
     path: str, name: Any, known: list[str], kinds: Sequence[type] = ()
 ) -> str:
-    """What is wrong with a field that isn't known, but that one of `kinds` may have."""
+    """Returns what is wrong with a field, which one of `kinds` may have."""
     said = f"Unknown field {path!r}; known: {', '.join(known)}."
     of_kind = [_kind(kind) for kind in kinds if name in typing.get_type_hints(kind)]
     if of_kind:

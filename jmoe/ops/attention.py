@@ -1,9 +1,9 @@
 """Causal attention in blocks: memory grows with the sequence, not with its square.
 
-Shapes: B batch, T position, H head, K head of keys and values, each of which as many
-heads share (a group; Ainslie et al., arXiv 2305.13245), Q query/key dimension, V value
-dimension; within a block, q and k rows (`s` blocks of `block` positions each). A
-group's queries are rows of one block, so that nobody copies what they share.
+Shapes: B batch, T position, H head, K head of keys and values, each of which equally
+many heads share (a group; Ainslie et al., arXiv 2305.13245), Q query/key dimension, V
+value dimension; within a block, q and k rows (`s` blocks of `block` positions each). A
+group's queries are rows of one block, so that nothing is copied that they share.
 
 The forward pass is FlashAttention's online softmax (arXiv 2205.14135, algorithm 1), the
 backward one recomputes each block's probabilities from the saved log-sum-exp (its
@@ -54,12 +54,12 @@ class _Blocks(NamedTuple):
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
     def cut_queries(self, x_BTH: jax.Array) -> jax.Array:
-        """[B, T, H, ...] as [s, B, K, group * block, ...]."""
+        """Returns [B, T, H, ...] as [s, B, K, group * block, ...]."""
         x = self.cut(x_BTH, HEADS_FIRST[: x_BTH.ndim + 1])
         return x.reshape(*x.shape[:2], -1, self.group * self.size, *x.shape[4:])
 
     def join_queries(self, x: jax.Array, length: int) -> jax.Array:
-        """What `cut_queries` made of [B, length, H, ...]."""
+        """Returns what `cut_queries` made of [B, length, H, ...]."""
         x = x.reshape(*x.shape[:2], -1, self.size, *x.shape[4:])
         return self.join(x, HEADS_FIRST[: x.ndim], length)
 
