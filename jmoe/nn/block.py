@@ -18,7 +18,7 @@ from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
 from jmoe.nn.measured import Measured, beside
 from jmoe.nn.mixers import MIXERS, Rotation
-from jmoe.nn.tokens import Tokens
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 
 
@@ -31,7 +31,7 @@ class Positions(NamedTuple):
 
     rotation: Rotation
     segment_BT: jax.Array | None = None
-    tokens: Tokens = Tokens()
+    tokens: Tokens = UNTOLD
 
 
 class Block(nn.Module):

@@ -115,5 +115,5 @@ def cached(
 
 
 def _all(x_BSX: jax.Array) -> jax.Array:
-    """All positions, for this device's heads."""
+    """Returns all positions, for this device's heads."""
     return collectives.all_gather(x_BSX, "tensor", 1)

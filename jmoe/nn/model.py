@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
     ) -> Output:
-        """All logits on one device, for short sequences and small vocabularies."""
+        """Returns one device's logits, for short sequences and small vocabularies."""
         features = self.features(tokens_BT, segment_BT, is_real_BT)
 
         def logits(hidden_BTD):
@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
         noise: Noise | None = None,
+        choice_BLTK: jax.Array | None = None,
     ) -> Features:
         """Returns the final hidden states.
 
@@ -90,6 +91,8 @@ class Transformer(nn.Module):
           is_real_BT: bool, False for padding, which follows a row's last token, visits
             no expert and is in no count; None: there is no padding.
           noise: where random numbers come from, in training; None: there are none.
+          choice_BLTK: int32, the experts that each MoE layer is to take, if the router
+            is to be told (`nn.choices.replayed`).
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
@@ -98,7 +101,9 @@ class Transformer(nn.Module):
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, Tokens(is_real_BT, noise))
+        told = Tokens(is_real_BT, noise, tokens_BT, choice_BLTK)
+        told = told._replace(first_moe=cfg.num_dense_layers)
+        positions = Positions(rotation, segment_BT, told)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
         found = []
         for name, stack in cfg.stacks.items():
@@ -166,7 +171,7 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
-    """Where the biases are in `router_state`, in the order of the load's layers."""
+    """Returns where the biases are in `router_state`, in the order of loads' layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
         layers = [("moe", *tail)]
@@ -176,7 +181,7 @@ def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
 
 
 def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
-    """Every MoE layer's selection bias, float32 [L, E]."""
+    """Returns every MoE layer's selection bias, float32 [L, E]."""
     found = []
     for path in bias_paths(cfg):
         leaf = router_state
@@ -200,7 +205,7 @@ def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
 
 
 def _by_router(values: dict[str, jax.Array], cfg: ModelConfig) -> dict[str, Any]:
-    """A tree that holds, beside each router's bias, its rows of each [L, E]."""
+    """Returns a tree that holds, beside each router's bias, its rows of each [L, E]."""
     state: dict[str, Any] = {}
     row = 0
     for path in bias_paths(cfg):
