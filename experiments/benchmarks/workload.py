@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmoe.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from jmoe.config import DataConfig, MLAConfig, ModelConfig, RunConfig, TrainConfig
 
 
 class Linear(NamedTuple):
@@ -88,6 +88,7 @@ class Workload:
 
     def _attention_linears(self) -> list[Linear]:
         cfg, hidden = self.model.attention, self.model.hidden_dim
+        assert isinstance(cfg, MLAConfig), "no other kind is compared"
         latent = cfg.query_latent_dim
         queries = cfg.num_heads * cfg.qk_dim
         shapes = {

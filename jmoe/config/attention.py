@@ -37,6 +37,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     """Returns YaRN's attention temperature.
 
     It is `0.1 * mscale * ln(factor) + 1` above factor 1.
+
+    It is `0.1 * mscale * ln(factor) + 1` above factor 1.
     """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -83,6 +85,8 @@ class MLAConfig:
     @property
     def softmax_scale(self) -> float:
         """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
+
+        That only where it is kept out of cos and sin.
 
         That only where it is kept out of cos and sin.
         """
@@ -145,6 +149,8 @@ class GQAConfig:
     @property
     def softmax_scale(self) -> float:
         """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
+
+        That only where it is kept out of cos and sin.
 
         That only where it is kept out of cos and sin.
         """

@@ -88,7 +88,7 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
 
     Ints pass for floats, and lists for tuples.
     """
-    if value in (None, "none") and type(None) in typing.get_args(hint):
+    if _means_none(value, hint):
         return None
     if kinds := _records(hint):
         return _coerce_record(kinds, value, path)
@@ -108,6 +108,10 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     if isinstance(value, str) and not checks.is_unicode(value):
         raise ValueError(f"{path}={value!r} must be UTF-8.")
     return value
+
+
+def _means_none(value: Any, hint: Any) -> bool:
+    return value in (None, "none") and type(None) in typing.get_args(hint)
 
 
 def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
@@ -137,7 +141,7 @@ def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> typ
 def _kind(record: type) -> str:
     """Returns what the records of a union have in their field `kind`."""
     (field,) = (f for f in dataclasses.fields(record) if f.name == "kind")  # type: ignore[arg-type]
-    return field.default
+    return str(field.default)
 
 
 def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -185,7 +189,7 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
     return values
 
 
-def _records(hint: Any) -> list[type]:
+def _records(hint: Any) -> list[Any]:
     """Returns the records that values of the type `hint` may be of."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     hints = typing.get_args(hint) if is_union else (hint,)

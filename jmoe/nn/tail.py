@@ -80,7 +80,7 @@ class Tail(nn.Module):
             shifted_BT = masks.shift_left(tokens_BT, depth)
             embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
-            told = positions.tokens._replace(is_real_BT=reaching_BT)
+            told = positions.tokens._replace(is_real_BT=reaching_BT, id_BT=shifted_BT)
             previous, normed, found = module(
                 previous,
                 embedded,

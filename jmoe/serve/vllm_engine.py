@@ -15,7 +15,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from jmoe import families
-from jmoe.config import ModelConfig
+from jmoe.config import MLAConfig, ModelConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
@@ -145,7 +145,9 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
 
 
 def has_latent_kernels(model: ModelConfig) -> bool:
-    return (model.attention.kv_latent_dim, model.attention.rope_dim) == LATENT_SIZES
+    cfg = model.attention
+    is_latent = isinstance(cfg, MLAConfig)
+    return is_latent and (cfg.kv_latent_dim, cfg.rope_dim) == LATENT_SIZES
 
 
 def _cpu_arguments(cfg: EngineConfig) -> dict[str, Any]:
@@ -183,6 +185,9 @@ def _bytes(gib: float) -> int:
 
 def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
     """Returns which cores each rank computes on, as in "0,1|2,3".
+
+    By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
+    cores out in number only.
 
     By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
     cores out in number only.
@@ -274,7 +279,8 @@ def _refuse_on_cpus(exported: Exported, cfg: EngineConfig, host: Host) -> None:
         )
     if not has_latent_kernels(model) and model.attention.qk_dim not in CPU_HEAD_DIMS:
         raise ValueError(
-            f"nope_dim + rope_dim = {model.attention.qk_dim} is not one of "
-            f"{', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's attention on CPUs "
-            "has; nor are kv_latent_dim and rope_dim 512 and 64, which it has too."
+            f"Heads of {model.attention.qk_dim} dimensions (head_dim, or nope_dim + "
+            f"rope_dim) are not of {', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's "
+            "attention on CPUs has; nor are kv_latent_dim and rope_dim 512 and 64, "
+            "which it has too."
         )
