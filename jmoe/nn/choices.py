@@ -78,7 +78,7 @@ class Scored(NamedTuple):
 
 
 def top2_sum(score_NGJ: jax.Array) -> jax.Array:
-    """The sum of a group's best two scores, [N, G]; of a group of one, its score."""
+    """Returns the sum of a group's best two scores, [N, G]; a lone one's score."""
     if score_NGJ.shape[-1] == 1:
         return score_NGJ[..., 0]
 
@@ -170,7 +170,7 @@ def selection_margins(
     group_NG: jax.Array,
     cfg: RouterConfig,
 ) -> jax.Array:
-    """How far each expert is above the point where the token's choice of it flips."""
+    """Returns how far each expert is above where a token's choice of it flips."""
     expert_N = bias.selection_threshold(reachable_NE, cfg.top_k)
     group_N = bias.selection_threshold(group_NG, cfg.groups_per_token)
     margin_NG = jnp.repeat(group_NG - group_N[:, None], cfg.group_size, axis=-1)
