@@ -4,6 +4,7 @@ python scripts/plan.py schedules --pp=8 --microbatches=20
 python scripts/plan.py schedules --pp=4 --schedule=1f1b --schedule=dualpipe --out=s.svg
 python scripts/plan.py schedules --costs=forward=2,backward=4.5,weight=1.5,latency=0.1
 python scripts/plan.py memory --model=v3 --weights=int4-experts
+python scripts/plan.py training
 
 schedules: timelines of pipeline schedules, in the terminal or as a picture, and a table
 that compares them. Costs are those of 1 / ranks of the model: the forward pass, the
@@ -12,6 +13,9 @@ whole backward pass, its part for the weights, a forward and a backward pass ove
 
 memory: what a model's weights take for inference, by part, in one of three forms, and
 what a decoder keeps of a token.
+
+training: what runs of published models, on as many GPUs as their names say, hold on a
+device between steps. `scripts/check_hopper.py` compiles the steps.
 """
 
 import rich.console
@@ -95,6 +99,14 @@ def memory() -> None:
     console.print(f"A decoder keeps {plan.cached_bytes(cfg):,} bytes of each token.")
 
 
-COMMANDS = {"schedules": schedules, "memory": memory}
+def training() -> None:
+    """Of all runs whose steps can be compiled for GPUs that aren't here."""
+    from jmoe.plan import held, programs
+
+    runs = (make() for make in programs.PROGRAMS.values())
+    rich.console.Console(highlight=False).print(held.table(runs))
+
+
+COMMANDS = {"schedules": schedules, "memory": memory, "training": training}
 
 start = runtime.command(main)

@@ -100,7 +100,7 @@ GROUP_SCORE = {"top2_sum": top2_sum, "max": functools.partial(jnp.max, axis=-1)}
 def limit_to_groups(
     biased_NE: jax.Array, cfg: RouterConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Biased scores, -inf outside of each token's best groups, and group scores [N, G].
+    """Returns biased scores, -inf outside of best groups, and group scores [N, G].
 
     A group's score is the sum of its two best biased scores (V3) or its best (V2).
     """
@@ -115,7 +115,7 @@ def limit_to_groups(
 
 
 def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:
-    """Combine weights [N, K] from the raw scores of the chosen experts."""
+    """Returns combine weights [N, K] from the raw scores of the chosen experts."""
     gate_NK = jnp.take_along_axis(score_NE, expert_NK, axis=-1)
     if cfg.normalize_gates:
         gate_NK = gate_NK / (gate_NK.sum(-1, keepdims=True) + GATE_EPSILON)

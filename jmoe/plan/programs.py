@@ -67,6 +67,14 @@ def v2_lite_muon() -> RunConfig:
     return dataclasses.replace(run, name="v2_lite_16_muon", optimizer=optimizer)
 
 
+def on_two_nodes(name: str, mesh: MeshConfig) -> RunConfig:
+    """A preset on 16 GPUs, with bfloat16 moments, as the larger ones have to."""
+    exchange = exchange_with(capacity_factor=1.05)
+    run = run_on(ModelConfig.preset(name), mesh, f"{name}_16", exchange=exchange)
+    optimizer = dataclasses.replace(run.optimizer, moment_dtype="bfloat16")
+    return dataclasses.replace(run, optimizer=optimizer)
+
+
 def v3_16() -> RunConfig:
     """Puts V3 on two nodes, for which it is too large; how far, the program says."""
     model, mesh = ModelConfig.preset("v3"), MeshConfig(expert=16)
@@ -118,9 +126,16 @@ def pipelined(
     return dataclasses.replace(run, pipeline=pipeline)
 
 
+WITHIN_NODES = MeshConfig(data=2, expert=8)
+OVER_NODES = MeshConfig(expert=16)
 PROGRAMS: Mapping[str, Callable[[], RunConfig]] = {
     "v2_lite_16": functools.partial(v2_lite, nodes=2),
     "v3_16": v3_16,
+    "moonlight_16": functools.partial(on_two_nodes, "moonlight", WITHIN_NODES),
+    "qwen3_30b_16": functools.partial(on_two_nodes, "qwen3_30b", WITHIN_NODES),
+    "glm4_air_16": functools.partial(on_two_nodes, "glm4_air", OVER_NODES),
+    "dots1_16": functools.partial(on_two_nodes, "dots1", OVER_NODES),
+    "kimi_k2_16": functools.partial(on_two_nodes, "kimi_k2", OVER_NODES),
     "v3_2048": v3_2048,
     "v3_2048_ep64": v3_2048_ep64,
 }

@@ -119,7 +119,8 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
     else:
         special = _cuda_arguments(cfg)
         environment = ENVIRONMENT
-    if not has_latent_kernels(exported.model):
+    is_latent = isinstance(exported.model.attention, MLAConfig)
+    if is_latent and not has_latent_kernels(exported.model):
         environment = environment | {"VLLM_MLA_DISABLE": "1"}
     arguments = {
         "model": str(exported.directory),
@@ -278,9 +279,12 @@ def _refuse_on_cpus(exported: Exported, cfg: EngineConfig, host: Host) -> None:
             f"{CPU_HIDDEN_MULTIPLE} for vLLM's expert kernel on CPUs."
         )
     if not has_latent_kernels(model) and model.attention.qk_dim not in CPU_HEAD_DIMS:
+        size, besides = "head_dim", ""
+        if isinstance(model.attention, MLAConfig):
+            size = "nope_dim + rope_dim"
+            besides = "; nor are kv_latent_dim and rope_dim 512 and 64, which it has"
         raise ValueError(
-            f"Heads of {model.attention.qk_dim} dimensions (head_dim, or nope_dim + "
-            f"rope_dim) are not of {', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's "
-            "attention on CPUs has; nor are kv_latent_dim and rope_dim 512 and 64, "
-            "which it has too."
+            f"{size} = {model.attention.qk_dim} is not one of "
+            f"{', '.join(map(str, CPU_HEAD_DIMS))}, which vLLM's attention on CPUs has"
+            f"{besides}."
         )

@@ -124,6 +124,53 @@ def test_what_the_files_cannot_say_is_refused_on_the_way_out(name):
         )
 
 
+WITH_MSCALE = {
+    "type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "mscale": 1.0,
+}
+
+
+@pytest.mark.parametrize(
+    "name, change, said",
+    [
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method 'noaux_tc' greedy"),
+        ("deepseek_v2", {"topk_method": "greedy"}, "'greedy' no groups n_group=4"),
+        ("deepseek_v2", {"num_key_value_heads": 1}, "num_key_value_heads=1 latent"),
+        ("glm4_moe", {"rope_scaling": WITH_MSCALE}, "rope_scaling.mscale=1.0 null"),
+        ("glm4_moe", {"head_dim": "12"}, "head_dim='12' int"),
+        (
+            "dots1",
+            {"layer_types": ["sliding_attention"]},
+            "layer_types sliding_attention",
+        ),
+        ("qwen3_moe", {"num_local_experts": 4}, "num_experts=8 num_local_experts=4"),
+    ],
+    ids=str,
+)
+def test_what_only_some_families_could_say_is_refused(name, change, said):
+    refused(lambda: from_hf(to_hf(TINY[name]) | change), *said.split())
+
+
+@pytest.mark.parametrize(
+    "name, field, value, only",
+    [
+        ("glm4_moe", "attention.qk_norm_eps", 1e-3, 1e-6),
+        ("dots1", "attention.qk_norm_eps", None, 1e-6),
+        ("qwen3_moe", "attention.qk_norm_eps", 1e-5, 1e-6),
+        ("qwen3_moe", "attention.yarn.mscale", 1.0, None),
+    ],
+)
+def test_what_follows_from_other_keys_is_not_written_otherwise(
+    name, field, value, only
+):
+    cfg = changed(TINY[name], **{field: value})
+    refused(
+        lambda: to_hf(cfg), f"{name!r} has {field}={only!r}", f"can't say {value!r}"
+    )
+
+
 @each_family
 def test_another_architecture_is_refused(name):
     file = to_hf(TINY[name]) | {"architectures": ["LlamaForCausalLM"]}

@@ -4,6 +4,7 @@ import pytest
 from PIL import Image
 
 from jmoe.parallel.schedule import SCHEDULES
+from jmoe.plan import programs
 
 SMALL = ("schedules", "--pp=2", "--microbatches=4")
 
@@ -68,6 +69,26 @@ def test_a_models_memory_is_listed_by_part(script):
     assert total == pytest.approx(sum(sizes.values()), abs=0.1) and total <= 436
     assert max(sizes, key=sizes.get) == "routed experts"
     assert "A decoder keeps 71,424 bytes of each token." in outcome.out
+
+
+def test_runs_of_published_models_are_listed_with_what_a_device_holds(
+    script, monkeypatch
+):
+    chosen = ("qwen3_30b_16", "glm4_air_16")  # all take their time
+    few = {name: programs.PROGRAMS[name] for name in chosen}
+    monkeypatch.setattr(programs, "PROGRAMS", few)
+    monkeypatch.setenv("COLUMNS", "120")
+    outcome = script("plan", "training")
+    assert outcome.code == 0, outcome.err
+    rows = [[cell.strip() for cell in row.split("│")[1:-1]] for row in lines(outcome)]
+    assert [row[:2] for row in rows] == [
+        ["qwen3_30b_16", "data=2 expert=8"],
+        ["glm4_air_16", "expert=16"],
+    ]
+    for _, _, *sizes, share in rows:
+        *parts, total = (float(size.replace(",", "")) for size in sizes)
+        assert total == pytest.approx(sum(parts), abs=0.2)
+        assert int(share.rstrip("%")) == pytest.approx(total / 0.96, abs=0.6)
 
 
 def lines(outcome):

@@ -157,6 +157,14 @@ def test_sizes_that_vllms_cpu_kernels_lack_are_refused(assignments, reason):
     assert asked(CUDA, model=model)
 
 
+def test_heads_that_share_keys_need_a_size_of_the_list_and_no_latent_kernels():
+    grouped = ("attention.kind=gqa", "attention.num_kv_heads=2")
+    model = exported(*grouped, "attention.head_dim=32")
+    assert "VLLM_MLA_DISABLE" not in asked(CPU, model=model).environment
+    model = exported(*grouped, "attention.head_dim=40")
+    assert "head_dim = 40 is not one of 32, 48," in refused(CPU, model=model)
+
+
 def test_deepseeks_latent_sizes_need_no_head_size_of_the_list():
     model = exported(
         "attention.kv_latent_dim=512", "attention.rope_dim=64", "attention.nope_dim=8"
