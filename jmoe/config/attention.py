@@ -37,8 +37,6 @@ def yarn_mscale(factor: float, mscale: float) -> float:
     """Returns YaRN's attention temperature.
 
     It is `0.1 * mscale * ln(factor) + 1` above factor 1.
-
-    It is `0.1 * mscale * ln(factor) + 1` above factor 1.
     """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -85,8 +83,6 @@ class MLAConfig:
     @property
     def softmax_scale(self) -> float:
         """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
-
-        That only where it is kept out of cos and sin.
 
         That only where it is kept out of cos and sin.
         """
@@ -149,8 +145,6 @@ class GQAConfig:
     @property
     def softmax_scale(self) -> float:
         """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
-
-        That only where it is kept out of cos and sin.
 
         That only where it is kept out of cos and sin.
         """

@@ -189,9 +189,6 @@ def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
 
     By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
     cores out in number only.
-
-    By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
-    cores out in number only.
     """
     ranks = serving.engine.num_devices * serving.max_replicas
     share = max(len(host.cores) // ranks, 1)
