@@ -101,6 +101,9 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.moe.router.update_rule=quantile",
             "data.segment_masks=true",
             "model.tie_embeddings=true",
+            "model.moe.router.kind=noisy",
+            "model.moe.router.noise_std=0.2",
+            "model.moe.router.hash_layers=1",
         ),
         (
             "pipeline.schedule=dualpipe",
@@ -109,6 +112,10 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.num_dense_layers=0",
             GROUPED_QUERIES,
             "model.mtp_depth=0",
+            "model.moe.router.kind=expert_choice",
+            "model.moe.router.auxiliary_loss=none",
+            "model.moe.router.num_groups=1",
+            "model.moe.router.groups_per_token=1",
         ),
         (
             "model.moe.router.auxiliary_loss=global_batch",
@@ -118,8 +125,8 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
         ),
     ],
     ids=[
-        "stages computed again, masks, tied",
-        "overlapped, grouped queries, blocks computed again",
+        "stages computed again, masks, tied, noise",
+        "overlapped, grouped queries, blocks computed again, experts choose",
         "global batch's loss, z-loss, two MTP modules",
     ],
 )
