@@ -19,7 +19,7 @@ from jmoe.nn.model import Transformer, make_variables
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import layout as layouts
-from jmoe.train import pipelined, stages
+from jmoe.train import microbatch, pipelined, stages
 from jmoe.train import step as steps
 from tests.train.training import (
     GROUPED_QUERIES,
@@ -256,5 +256,5 @@ def test_every_batch_of_a_ramp_that_is_accepted_can_be_divided(run):
     assert list(changed.train.ramp.values()) == [4, 8]
     for count in changed.train.ramp.values():
         rows = np.zeros((count, 8 // changed.mesh.batch_parts, 17), np.int32)
-        divided = pipelined._divided(Batch(rows, rows), changed)
-        assert divided.tokens_BT.shape == (16, count * 4 // 16, 17)
+        divided = microbatch.divide(microbatch.Microbatch(Batch(rows, rows)), 16)
+        assert divided.batch.tokens_BT.shape == (16, count * 4 // 16, 17)
