@@ -106,7 +106,6 @@ def _read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
 
 def _write(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     """Everything but what `hf_extras` holds."""
-    family.check(cfg)
     hf: dict[str, Any] = {
         "model_type": family.model_type,
         **family.constants,
