@@ -30,12 +30,12 @@ class Drawing:
         self.axes.axis("off")
 
     def frame(self, x, y, width, height, title, colour=GREY):
-        """A large box with its title in the upper left corner."""
+        """Draws a large box with its title in the upper left corner."""
         self._rounded(x, y, width, height, colour, "none", linestyle=(0, (5, 3)))
         self.text(x + 1.5, y + height - 1.4, title, 12, colour, "left", "top", "bold")
 
     def box(self, x, y, width, height, title, lines=(), file="", colour=BLUE):
-        """A box with a title, lines below it, and a file at its bottom."""
+        """Draws a box with a title, lines below it, and a file at its bottom."""
         self._rounded(x, y, width, height, colour, PALE[colour])
         middle, top = x + width / 2, y + height - 1.2
         self.text(middle, top, title, 11.5, INK, "center", "top", "bold")
@@ -45,12 +45,12 @@ class Drawing:
             self.text(middle, y + 0.8, file, 8.5, FAINT, "center", "bottom")
 
     def line(self, start, end, colour):
-        """A thin dashed line."""
+        """Draws a thin dashed line."""
         ends = zip(start, end, strict=True)
         self.axes.plot(*ends, color=colour, lw=1, linestyle=(0, (5, 3)))
 
     def arrow(self, *points, text="", at=None, colour=BLUE):
-        """An arrow through the points; its text stands at `at`."""
+        """Draws an arrow through the points; its text stands at `at`."""
         for start, end in zip(points, points[1:-1], strict=False):
             self.axes.plot(*zip(start, end, strict=True), color=colour, lw=1.6)
         self.axes.add_patch(
@@ -97,7 +97,7 @@ class Drawing:
 
 
 def draw_model(to: Drawing) -> None:
-    """From tokens to losses: the upper half."""
+    """Draws the upper half, from tokens to losses."""
     to.frame(24, 41, 134, 59, "for each microbatch: one jax.shard_map over the mesh")
     to.box(2, 83, 15, 10, "Loader", ("text as rows",), "jmoe/data", GREY)
     to.arrow((17, 88), (27, 88), text="tokens", at=(20.5, 89.6))
@@ -120,7 +120,7 @@ def draw_model(to: Drawing) -> None:
 
 
 def draw_experts(to: Drawing) -> None:
-    """The inside of a mixture of experts."""
+    """Draws the inside of a mixture of experts."""
     to.frame(27, 43, 106, 23, "in a MoE block: a mixture of experts, nn/moe.py", BLUE)
     for top, bottom in ((69.5, 60), (86.5, 90.5)):
         to.line((top, 83), (bottom, 66), BLUE)
@@ -139,7 +139,7 @@ def draw_experts(to: Drawing) -> None:
 
 
 def draw_update(to: Drawing) -> None:
-    """What happens once a step: the lower part."""
+    """Draws the lower part, what happens once a step."""
     to.frame(2, 2, 156, 34.5, "")
     to.text(66, 34.9, "once a step, train/step.py", 12, GREY, "center", "top", "bold")
     counts = ("over microbatches,", "devices and stages,", "as integers")

@@ -167,7 +167,7 @@ def main(_) -> None:
 
 
 def read_curves(runs: Sequence[run_files.Run]) -> Curves:
-    """Of one variant's seeds."""
+    """Reads the curves of one variant's seeds."""
 
     def series(run: run_files.Run, key: str) -> run_files.Series:
         found = run.series(key)
@@ -217,7 +217,7 @@ def read_figures(curves: dict[str, Curves]) -> dict[str, dict[str, float]]:
 
 
 def standard_error(value_S: np.ndarray) -> float:
-    """Of the mean; NaN if there is one value."""
+    """Returns the standard error of the mean; NaN if there is one value."""
     if len(value_S) < 2:
         return math.nan
     return float(value_S.std(ddof=1) / math.sqrt(len(value_S)))

@@ -65,7 +65,7 @@ def words(cell: str) -> set[str]:
 
 
 def assert_travels(found: set[numerics.Travel], run: str) -> None:
-    """That the document's column `run` has these, with their axes, and no others."""
+    """Asserts that the document's column `run` has just these, with their axes."""
     seen = collections.defaultdict(lambda: (set(), set()))
     for travel in found:
         dtypes, axes = seen[travel.carried, travel.kind]
@@ -79,7 +79,7 @@ def assert_travels(found: set[numerics.Travel], run: str) -> None:
 
 
 def assert_local(found: set[numerics.Local], run: str) -> None:
-    """That the document's column `run` has these, and no others."""
+    """Asserts that the document's column `run` has these, and no others."""
     seen = collections.defaultdict(set)
     for one in found:
         seen[one.place, one.operation].add(one.dtype)

@@ -85,7 +85,7 @@ def spans(page: pathlib.Path) -> list[str]:
 
 
 def commands(page: pathlib.Path) -> Iterator[list[str]]:
-    """The words of every command that a reader may type."""
+    """Yields the words of every command that a reader may type."""
     told = [c.text for c in blocks(page) if not c.language and not c.is_session]
     lines = "\n".join(told).replace("\\\n", " ").splitlines()
     for line in [*lines, *filter(_is_command, spans(page))]:
@@ -115,7 +115,7 @@ def script_of(words: list[str]) -> tuple[str, list[str]] | None:
 
 
 def figures(page: pathlib.Path) -> Iterator[Figures]:
-    """The rows of the page's tables of figures."""
+    """Yields the rows of the page's tables of figures."""
     for table in re.findall(
         r"^\| what \| figure \| command \|\n(.+?)^$", read(page), re.M | re.S
     ):
@@ -127,7 +127,7 @@ def figures(page: pathlib.Path) -> Iterator[Figures]:
 
 
 def fields_of(page: pathlib.Path) -> Iterator[tuple[str, str]]:
-    """Pairs of a record's path and a field, from tables headed "field of `path`"."""
+    """Yields a record's path and a field of it, of tables headed "field of `path`"."""
     for path, table in re.findall(
         r"^\| field of `([\w.]+)` \|.*\n((?:\|.*\n)+)", prose(page) + "\n", re.M
     ):
@@ -137,7 +137,7 @@ def fields_of(page: pathlib.Path) -> Iterator[tuple[str, str]]:
 
 
 def numbers_in(value: Any) -> Iterator[float]:
-    """Every number in nested dicts and lists."""
+    """Yields every number in nested dicts and lists."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -148,7 +148,7 @@ def numbers_in(value: Any) -> Iterator[float]:
 
 
 def messages(page: pathlib.Path) -> Iterator[list[str]]:
-    """The fixed parts of each message in the page's tables of messages.
+    """Yields the fixed parts of each message in the page's tables of messages.
 
     What varies is left out: numbers, names in quotes, and three dots.
     """

@@ -124,7 +124,7 @@ def in_parallel(
 
 
 def together(function: Callable[[Any], Any], *values: Any) -> list[Any]:
-    """As `in_parallel`; each thread is one process of a group, with its own value."""
+    """Does as `in_parallel`; each thread is a process of a group, with its value."""
     address = free_address()
 
     def live(index: int) -> Any:

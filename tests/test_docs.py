@@ -133,7 +133,7 @@ def check(name, given, namespace, page, tmp_path) -> None:
 
 
 def parse(script: str, arguments: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What a script's own flags are after these arguments, and its namespace."""
+    """Returns a script's own flags after these arguments, and its namespace."""
     path = ROOT / "jmoe" / "commands" / pathlib.Path(script).name
     own = flags.FlagValues()
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +197,7 @@ def test_a_setting_in_the_text_is_one(page):
 
 
 def applies(assignment: str) -> bool:
-    """Whether the tiny run or a server takes the assignment."""
+    """Returns whether the tiny run or a server takes the assignment."""
     refused = []
     for record in (presets.tiny_run(), ServeConfig(name="a_model")):
         try:
@@ -208,14 +208,14 @@ def applies(assignment: str) -> bool:
 
 
 def is_field(path: str) -> bool:
-    """Whether it is the path of a field, or of a Python file's."""
+    """Returns whether it is the path of a field, or the name of a file."""
     *parents, name = path.split(".")
     return name in known(".".join(parents)) or name in ("py", "json", "npy", "jsonl")
 
 
 @functools.cache
 def known(path: str) -> dict[str, Any]:
-    """The fields, with their types, of the record at a path in a run or a server."""
+    """Returns fields and their types of the record at a path of a run or server."""
     hints = [RunConfig, ServeConfig]
     for name in filter(None, path.split(".")):
         inner = [typing.get_type_hints(hint).get(name) for hint in records(hints)]
@@ -229,7 +229,7 @@ def known(path: str) -> dict[str, Any]:
 
 
 def records(hints: list[Any]) -> list[Any]:
-    """The records that any of the types may be."""
+    """Returns the records that any of the types may be."""
     each = [inner for hint in hints for inner in (hint, *typing.get_args(hint))]
     return [hint for hint in each if dataclasses.is_dataclass(hint)]
 
@@ -260,7 +260,7 @@ def test_python_in_a_page_runs_as_far_as_it_needs_no_run(code, file):
 
 
 def can_be_imported(module: str | None, name: str) -> bool:
-    """Whether `from module import name` works."""
+    """Returns whether `from module import name` works."""
     assert module is not None
     if hasattr(importlib.import_module(module), name):
         return True
@@ -297,7 +297,7 @@ def test_a_figure_is_in_what_its_command_wrote(row):
 
 
 def is_rounded(x: float, text: str) -> bool:
-    """Whether the text is `x` to so many places, or to three digits."""
+    """Returns whether the text is `x` to so many places, or to three digits."""
     value = float(text.replace(",", ""))
     decimals = len(text.partition(".")[2])
     return abs(x - value) <= max(

@@ -5,13 +5,16 @@ they forbid may still be right one day: then the change belongs here, as a decis
 """
 
 import ast
+import functools
 import pathlib
 from collections.abc import Iterator
 
+import jax
 import pytest
 
 from jmoe.balance import dropping
 from jmoe.config import attention, model, run
+from jmoe.nn.model import Transformer, make_variables
 from jmoe.ops import fp8, grouped, rope
 from jmoe.parallel import exchange
 from jmoe.train import muon, optimizer, schedules
@@ -96,6 +99,50 @@ FLAGS = {
     ],
 }
 
+# How a docstring doesn't open: it is a sentence that stands alone, such as "Returns the
+# rows of ...", not "The rows of ..." or "Of each expert.". A property's may be a noun.
+NO_OPENING = {
+    "function": "A All An As At By Each Every For From How In Its Of On One Some That "
+    "The Those To What When Where Whether Which Who With Without",
+    "property": "As At By From Of Returns That Those With",
+    "class": "As At By From Of Over Returns That Those Where Which Who Why With",
+    "module": "As Of That Those",
+}
+
+# Collectives have the names that JAX gives them; the others are no collectives.
+COLLECTIVES = {"psum", "pmax", "all_gather", "reduce_scatter", "all_to_all"}
+LOCAL = {"Axes", "axis_index", "axis_size", "local_part", "share"}
+JAX_COLLECTIVES = {
+    *("all_gather", "all_to_all", "pcast", "pmax", "pmean", "pmin", "ppermute", "psum"),
+    *("psum_scatter", "pvary", "ragged_all_to_all"),
+}
+
+# What parameters are called is known where a module makes them, and in their family's
+# table of names; others read their records (`jmoe.nn.parameter`). Of these names, some
+# mean other things as well, and tell nothing:
+COMMON_NAMES = {
+    *("params", "router_state"),  # collections
+    *("dense", "moe", "block"),  # kinds of layers; recomputation
+    *("head", "key", "kernel", "mlp", "norm", "out", "query", "scale", "value"),
+}
+# And some have to be known elsewhere:
+NAMED = {
+    # a pipeline and a decoder hand the table of embeddings to what makes the logits
+    "jmoe/train/pipelined.py": {"embedding"},
+    "jmoe/decode/on_mesh.py": {"embedding"},
+    # a checkpoint of Hugging Face's may repeat it, or leave it to be the head
+    "jmoe/export/names.py": {"embedding"},
+    "jmoe/export/export_run.py": {"embedding"},
+    "jmoe/export/published.py": {"bias"},  # Hugging Face's
+    # tables that tell parts of a model apart: by a module's name, which is all that a
+    # compiled program and a tree of weights have of it
+    "jmoe/plan/memory.py": {
+        *("attention", "embedding", "experts", "project", "router", "shared"),
+    },
+    "jmoe/plan/numerics.py": {"attention", "experts", "router"},
+    "jmoe/evals/fp8_ranges.py": {"down", "gate_up"},
+}
+
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in FOLDERS
@@ -132,6 +179,71 @@ def test_a_new_flag_is_a_decision():
         "The command lines are not those listed in FLAGS. Could a new flag be a field "
         "of a record instead?"
     )
+
+
+@each_file
+def test_a_docstring_is_a_sentence_that_stands_alone(path):
+    found = [
+        f"{path}:{line}: {text.splitlines()[0]!r}"
+        for kind, line, text in docstrings(read(path))
+        if text.split()[0] in openings(path, kind)
+    ]
+    assert not found, "Say what it returns or does:\n" + "\n".join(found)
+
+
+def openings(path: pathlib.Path, kind: str) -> set[str]:
+    """Returns the words that no docstring of this kind opens with there."""
+    return set(NO_OPENING[kind].split()) if path.parts[0] == "jmoe" else {"Of"}
+
+
+def test_no_two_classes_have_one_name():
+    places: dict[str, list[str]] = {}
+    for path in LIBRARY:
+        for node in ast.walk(read(path)):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(f"{path}:{node.lineno}")
+    assert not {name: where for name, where in places.items() if len(where) > 1}
+
+
+@each_file
+def test_collectives_have_the_fields_names_and_one_home(path):
+    used = set(attributes_of(read(path), "collectives"))
+    assert used <= COLLECTIVES | LOCAL, f"{path}: {used - COLLECTIVES - LOCAL}"
+    direct = JAX_COLLECTIVES & set(attributes_of(read(path), "lax"))
+    is_home = path.is_relative_to("jmoe/parallel") or path not in LIBRARY
+    assert is_home or not direct, f"{path}: call {direct} in jmoe/parallel."
+
+
+def test_the_module_of_collectives_has_no_others():
+    tree = read(pathlib.Path("jmoe/parallel/collectives.py"))
+    public = {
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    }
+    assert public | {"Axes"} == COLLECTIVES | LOCAL
+
+
+def test_a_parameters_name_is_known_to_its_module_and_its_family_alone():
+    names = parameter_names("tiny", "glm4_air") - COMMON_NAMES
+    assert {"kv_up", "gate_up", "query_norm", "router"} <= names
+    found = {
+        path.as_posix(): used
+        for path in LIBRARY
+        if path.parts[1] not in ("nn", "families")
+        and (used := names & set(strings(read(path))))
+    }
+    assert found == NAMED
+
+
+def parameter_names(*presets: str) -> set[str]:
+    """Returns the names of all parameters of these models, and of their modules."""
+    trees = [
+        jax.eval_shape(lambda cfg=cfg: make_variables(Transformer(cfg), 0))
+        for cfg in map(model.ModelConfig.preset, presets)
+    ]
+    paths = [path for path, _ in jax.tree.leaves_with_path(trees)]
+    return {key.key for path in paths for key in path[1:]}
 
 
 @pytest.mark.parametrize(
@@ -199,6 +311,7 @@ def test_an_import_in_its_place_is_left_alone(path, source):
     assert not list(misplaced_imports(pathlib.Path(path), ast.parse(source)))
 
 
+@functools.cache
 def read(path: pathlib.Path) -> ast.Module:
     return ast.parse((ROOT / path).read_text(), filename=str(path))
 
@@ -234,6 +347,38 @@ def imports(tree: ast.Module) -> Iterator[tuple[ast.stmt, str]]:
 
 def imports_from(tree: ast.Module) -> Iterator[ast.ImportFrom]:
     return (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom))
+
+
+def docstrings(tree: ast.Module) -> Iterator[tuple[str, int, str]]:
+    """Yields kind, line and text of each docstring there is."""
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if not isinstance(node, functions | ast.ClassDef | ast.Module):
+            continue
+        text = ast.get_docstring(node)
+        if not text:
+            continue
+        kind = "module" if isinstance(node, ast.Module) else "class"
+        if isinstance(node, functions):
+            named = " ".join(map(ast.unparse, node.decorator_list))
+            kind = "property" if "property" in named else "function"
+        yield kind, getattr(node, "lineno", 1), text
+
+
+def attributes_of(tree: ast.Module, name: str) -> Iterator[str]:
+    """Yields what is read of `name`, as in `name.attribute` and `x.name.attribute`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of = node.value
+            if name in (getattr(of, "id", None), getattr(of, "attr", None)):
+                yield node.attr
+
+
+def strings(tree: ast.Module) -> Iterator[str]:
+    """Yields every string that is written out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
 
 
 def flags(tree: ast.Module) -> Iterator[str]:

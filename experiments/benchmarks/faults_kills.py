@@ -53,8 +53,11 @@ class Moment(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Of a run never killed: seconds to its first row and from its last to its end,
-    and lines that it came to, as (file, line, times)."""
+    """Describes a run never killed.
+
+    Seconds to its first row and from its last to its end, and lines that it came to, as
+    (file, line, times).
+    """
 
     starting_s: float
     ending_s: float
@@ -247,7 +250,7 @@ def draw_line(
 
 
 def _place(first: tuple[Any, ...]) -> dict[str, Any]:
-    """Of what `draw_line` returns, the line and the how-manieth time."""
+    """Returns the line and the how-manieth time, of what `draw_line` returns."""
     if not first:
         return {}
     _, file, line, times = first

@@ -85,7 +85,7 @@ def served(directory: pathlib.Path) -> Iterator[Server]:
 
 
 def figures(result: Mapping[str, float], requests: int) -> Iterator[Figure]:
-    """Of what `hostile.measure` returns."""
+    """Yields the figures of what `hostile.measure` returns."""
     yield Figure(
         name="hostile requests",
         value=result["hostile"],

@@ -73,7 +73,7 @@ def figures(
 
 
 def errors(outcomes: Mapping[Contender, Outcome]) -> Iterator[Figure]:
-    """Of all results that are checked; 1 where there is none."""
+    """Yields the errors of all results that are checked; 1 where there is none."""
     for contender, outcome in outcomes.items():
         if not contender.is_checked:
             continue
@@ -211,7 +211,7 @@ def _decode(times: Times, case: Decode, copy: float | None) -> Iterator[Figure]:
 
 
 def _step_speeds(times: Times, ceiling: float | None) -> Iterator[Figure]:
-    """Of training steps, and the share of them that their operations need."""
+    """Yields speeds of training steps, and the share of them that operations need."""
     workload = gpu_steps.workload()
     flops = sum(linear.flops for linear in workload.step_linears())
     flops += workload.attention_flops(causal=True)

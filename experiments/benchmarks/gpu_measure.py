@@ -68,7 +68,7 @@ def prepare(subject: Subject, key: jax.Array) -> Callable[[int], Measured]:
 
 
 def num_sets(subject: Subject) -> int:
-    """Of inputs, so many that they don't stay in the cache."""
+    """Returns how many sets of inputs there are: too many to stay in the cache."""
     shapes = jax.tree.leaves(jax.eval_shape(subject.make, jax.random.key(0)))
     size = sum(x.size * x.dtype.itemsize for x in shapes)
     return min(max(math.ceil(_SETS_BYTES / size), 2), _MOST_SETS)
@@ -83,7 +83,7 @@ def over_sets(function: Callable[..., Any]) -> Callable[[Sequence[Any]], list[An
 def checker(
     subject: Subject, shapes: tuple[Any, ...]
 ) -> Callable[[tuple[Any, ...]], Callable[[Any], float]]:
-    """Of inputs, and then of a result on them, the error; compiled here.
+    """Returns what takes inputs, then a result on them, to the error; compiled here.
 
     WRONG, if the result isn't finite or is worse.
     """
@@ -125,7 +125,7 @@ def worst_tile(got: Any, want: Any) -> jax.Array:
 
 
 def _norms(x: jax.Array) -> jax.Array:
-    """Of tiles; the last ones are shorter."""
+    """Returns the norms of tiles; the last ones are shorter."""
     rows, columns = x.shape[-2:]
     padding = [(0, 0)] * (x.ndim - 2) + [(0, -rows % TILE[0]), (0, -columns % TILE[1])]
     x = jnp.pad(x, padding)

@@ -97,7 +97,7 @@ def grouped(case: Grouped) -> Iterator[Subject]:
 
 
 class _Operands:
-    """Of each operation on a case's rows: shapes, and how XLA calls the product."""
+    """Says what each operation's shapes are, of a case's rows, and XLA's product."""
 
     def __init__(self, case: Grouped):
         M, I, O, E = case.rows, case.inputs, case.outputs, case.experts  # noqa: E741
@@ -123,7 +123,7 @@ def _ours(case: Grouped, operation: str) -> Iterator[Subject]:
 
 
 def _ours_fp8(case: Grouped, operation: str) -> Iterator[Subject]:
-    """Of operands that lie ready; and with rows that are quantized in each product.
+    """Yields products of operands that lie ready, and of rows quantized in each.
 
     The weights' gradient always quantizes its operands.
     """
@@ -206,7 +206,7 @@ def _others(case: Grouped, operation: str) -> Iterator[Subject]:
 
 
 def _segment(rows: int, size_E: jax.Array) -> grouped_ragged.Segment:
-    """Of all rows, each of them some expert's."""
+    """Returns a segment of all rows, each of them some expert's."""
     row_M = jnp.arange(rows, dtype=jnp.int32)
     return grouped_ragged.Segment(
         jnp.int32(0), row_M, row_M, jnp.ones(rows, bool), size_E
@@ -270,7 +270,7 @@ def _wide_outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Arr
 
 
 def _rounded_outer(x_MI: jax.Array, dy_MO: jax.Array, size_E: jax.Array) -> jax.Array:
-    """Of operands in blocks along the rows: what the expert has of 128 of them."""
+    """Returns outer products of operands in blocks of 128 of an expert's rows."""
 
     def of_expert(own):
         def along_rows(rows, block):

@@ -88,7 +88,7 @@ class Attention:
         return self.qk_dim**-0.5
 
     def flops(self, operation: str) -> int:
-        """Of pairs on and below the diagonal, nothing recomputed."""
+        """The operations of pairs on and below the diagonal, nothing recomputed."""
         pairs = self.batch * self.heads * self.length * (self.length + 1) // 2
         passes = 3 if operation == BOTH_PASSES else 1
         return passes * 2 * pairs * (self.qk_dim + self.value_dim)

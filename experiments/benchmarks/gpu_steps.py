@@ -72,7 +72,7 @@ def workload() -> Workload:
 
 
 def settings() -> dict[str, Any]:
-    """Of the steps, for the report."""
+    """Returns the steps' settings, for the report."""
     return {"step_model": ["small", *CHANGES], "step_batch": [BATCH, LENGTH]}
 
 

@@ -124,7 +124,7 @@ def measure(subject: Subject, device: str, rounds: int) -> Measured:
 def _products(
     case: Dense | Grouped, operations: Sequence[str], system: str
 ) -> Iterator[Subject]:
-    """Of all rows with one weight."""
+    """Yields products of all rows with one weight."""
     x_MI, dy_MO = (case.rows, case.inputs), (case.rows, case.outputs)
     w_IO = case.inputs, case.outputs
     products = {

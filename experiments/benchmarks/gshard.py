@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.config import RouterConfig
-from jmoe.nn.router import route
+from jmoe.nn.choices import route
 
 GROUPS = 4
 CAPACITY_FACTOR = 2.0

@@ -146,7 +146,7 @@ def processor() -> str:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Of Python and of packages; None of what isn't installed."""
+    """Returns versions of Python and of packages; None of what isn't installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
     for package in packages:
         try:

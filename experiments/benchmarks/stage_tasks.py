@@ -96,7 +96,7 @@ def alone(workload: Workload, ranks: int) -> Tasks:
 
 
 def _instructions(run: RunConfig, ranks: int, length: int) -> Iterator[Instruction]:
-    """Of each stage, of one device that has all layers."""
+    """Yields each stage's instruction, of one device that has all layers."""
     schedule = stages.make_schedule(run.pipeline, ranks, run.train.batch_size)
     rows = stages.cut(run.model, schedule, length).values()
     for rank in range(ranks):

@@ -94,7 +94,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
 
 
 def measure_adamw(workload: Workload) -> Turns:
-    """Of torch's, by kind; the better one goes into the training step."""
+    """Measures torch's AdamWs, by kind; the better one goes into the training step."""
     kinds = ("fused", "foreach")
     with _theirs("adamw_step", workload=workload, kinds=kinds) as worker:
         return take_turns({kind: Seat(worker, kind) for kind in kinds}, rounds=3)
@@ -295,7 +295,7 @@ def _median_of_each(
 
 
 def _matmul_seconds(turns: Sequence[Turn], linears: Sequence[Linear]) -> list[float]:
-    """Of all the linear maps and their gradients, for each round."""
+    """Returns seconds of all linear maps and their gradients, for each round."""
     return [
         sum(
             linear.count * sum(seconds.values())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jmoe.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from jmoe.config import DataConfig, MLAConfig, ModelConfig, RunConfig, TrainConfig
 
 
 class Linear(NamedTuple):
@@ -23,7 +23,7 @@ class Linear(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """Of the product itself, and of the gradients of its input and its weight."""
+        """The operations of the product and of the gradients of its operands."""
         return 3 * 2 * self.count * self.rows * self.inputs * self.outputs
 
 
@@ -40,7 +40,10 @@ class Workload:
         return self.batch * self.length
 
     def run(self, microbatch_size: int | None = None, **fields: Any) -> RunConfig:
-        """Of jmoe, with other `fields` than the defaults; microbatch_size: all."""
+        """Returns jmoe's run, with other `fields` than the defaults.
+
+        microbatch_size: all.
+        """
         train = TrainConfig(
             steps=1000,
             batch_size=self.batch,
@@ -58,7 +61,7 @@ class Workload:
         return rng.integers(self.model.vocab_size, size=shape, dtype=np.int32)
 
     def routed_linears(self) -> list[Linear]:
-        """Of one MoE layer's router and routed experts, as if tokens were sorted."""
+        """Returns one MoE layer's router and experts, as if tokens were sorted."""
         cfg = self.model.moe
         hidden, mlp = self.model.hidden_dim, cfg.expert_mlp_dim
         rows = self.tokens * cfg.router.top_k
@@ -69,7 +72,7 @@ class Workload:
         ]
 
     def step_linears(self) -> list[Linear]:
-        """Of a whole training step; what attention adds is `attention_flops`."""
+        """Returns a whole training step's; what attention adds is `attention_flops`."""
         cfg, moe_layers = self.model, self.model.num_moe_layers
         routed = [x._replace(count=moe_layers) for x in self.routed_linears()]
         shared = cfg.moe.num_shared_experts * cfg.moe.expert_mlp_dim
@@ -85,6 +88,7 @@ class Workload:
 
     def _attention_linears(self) -> list[Linear]:
         cfg, hidden = self.model.attention, self.model.hidden_dim
+        assert isinstance(cfg, MLAConfig), "no other kind is compared"
         latent = cfg.query_latent_dim
         queries = cfg.num_heads * cfg.qk_dim
         shapes = {
@@ -108,7 +112,7 @@ class Workload:
         ]
 
     def attention_flops(self, *, causal: bool) -> int:
-        """Of scores and weighted values and their gradients, nothing recomputed.
+        """The operations of scores, weighted values and gradients, none repeated.
 
         A causal model needs the pairs on and below the diagonal; an implementation that
         masks the full square computes all of them.

@@ -34,7 +34,10 @@ class YarnConfig:
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """YaRN's attention temperature, `0.1 * mscale * ln(factor) + 1` above factor 1."""
+    """Returns YaRN's attention temperature.
+
+    It is `0.1 * mscale * ln(factor) + 1` above factor 1.
+    """
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
@@ -79,7 +82,10 @@ class MLAConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(d), times YaRN's temperature when it is kept out of cos and sin."""
+        """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
+
+        That only where it is kept out of cos and sin.
+        """
         return _softmax_scale(self.qk_dim, self.yarn)
 
 
@@ -138,7 +144,10 @@ class GQAConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """1/sqrt(d), times YaRN's temperature when it is kept out of cos and sin."""
+        """The softmax's scale: 1/sqrt(d), times YaRN's temperature.
+
+        That only where it is kept out of cos and sin.
+        """
         return _softmax_scale(self.head_dim, self.yarn)
 
 

@@ -90,14 +90,14 @@ def is_unicode(text: str) -> bool:
 
 
 def lookup(table: Mapping[str, T], name: str, what: str) -> T:
-    """`table[name]`, or a ValueError that lists what there is."""
+    """Returns `table[name]`, or a ValueError that lists what there is."""
     if name not in table:
         raise ValueError(f"Unknown {what} {name!r}; known: {', '.join(table)}.")
     return table[name]
 
 
 def agreed(spellings: Mapping[str, Any]) -> Any:
-    """The one value of the keys that have any; None if none has.
+    """Returns the one value of the keys that have any; None if none has.
 
     Raises ValueError if two of them differ.
     """

@@ -39,7 +39,9 @@ class MeshConfig:
 
     @classmethod
     def parse(cls, spec: str) -> "MeshConfig":
-        """The mesh that "data=2,expert=4,tensor=2" describes; other axes have 1 device.
+        """Returns the mesh that, say, "data=2,expert=4,tensor=2" describes.
+
+        Other axes have 1 device.
 
         Raises:
           ValueError: an item isn't axis=devices, or an axis is unknown or there twice.
@@ -57,7 +59,7 @@ class MeshConfig:
 
     @property
     def shape(self) -> Mapping[str, int]:
-        """Devices of each axis, in the order of `MESH_AXES`."""
+        """How many devices each axis has, in the order of `MESH_AXES`."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     @property

@@ -15,7 +15,15 @@ from jmoe.config import checks
 from jmoe.config.attention import AttentionConfig
 
 DTYPES = ("float32", "bfloat16")
-SCORES = ("sigmoid", "softmax")
+SCORES = ("sigmoid", "softmax", "sqrt_softplus")
+ROUTERS = (
+    "token_choice",
+    "noisy",
+    "expert_choice",
+    "hash",
+    "balanced",
+    "replayed",
+)
 GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
@@ -30,7 +38,14 @@ AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """Token-choice routing with an additive, gradient-free selection bias."""
+    """How experts are chosen and weighed; by default with a gradient-free bias.
+
+    `kind` is one of `jmoe.nn.choices`. `noise_std` is that of `noisy`, in units of the
+    scores. `hash_layers`: the first so many MoE layers go by the tokens' ids, whatever
+    the kind, as DeepSeek-V4's do.
+    """
+
+    kind: str = "token_choice"
 
     num_experts: int
     top_k: int
@@ -44,6 +59,8 @@ class RouterConfig:
     auxiliary_loss: str = "none"
     auxiliary_weight: float = 0.0
     z_loss_weight: float = 0.0  # of `balance.losses.router_z`
+    noise_std: float = 0.0
+    hash_layers: int = 0
 
     def __post_init__(self):
         checks.at_least(
@@ -55,9 +72,12 @@ class RouterConfig:
             gate_scale=0.0,
             auxiliary_weight=0.0,
             z_loss_weight=0.0,
+            noise_std=0.0,
+            hash_layers=0,
         )
         checks.one_of(
             self,
+            kind=ROUTERS,
             score=SCORES,
             group_score=GROUP_SCORES,
             update_rule=UPDATE_RULES,
@@ -79,6 +99,7 @@ class RouterConfig:
                 f"top_k={self.top_k} exceeds the {reachable} experts reachable "
                 f"through groups_per_token={self.groups_per_token}."
             )
+        self._check_kind()
         sums_pairs = self.num_groups > 1 and self.group_score == "top2_sum"
         if sums_pairs and self.group_size < 2:
             raise ValueError(
@@ -86,6 +107,27 @@ class RouterConfig:
                 f"num_experts={self.num_experts} over num_groups={self.num_groups} "
                 f"gives {self.group_size}."
             )
+
+    def _check_kind(self) -> None:
+        if (self.kind == "noisy") != (self.noise_std > 0):
+            raise ValueError(
+                f"noise_std={self.noise_std} must be above 0 with kind='noisy', and 0 "
+                f"with any other; it is {self.kind!r}."
+            )
+        if self.kind != "expert_choice":
+            return
+        excluded = {
+            "auxiliary_loss": "none",
+            "groups_per_token": self.num_groups,
+            "hash_layers": 0,
+        }
+        for field, allowed in excluded.items():
+            if getattr(self, field) != allowed:
+                raise ValueError(
+                    f"{field}={getattr(self, field)!r} must be {allowed!r} with "
+                    "kind='expert_choice': experts choose among all tokens, and are "
+                    "loaded alike."
+                )
 
     @property
     def group_size(self) -> int:
@@ -186,10 +228,14 @@ FeedForwardConfig = DenseConfig | MoEConfig
 
 
 class Stack(NamedTuple):
-    """Layers in a row that are alike."""
+    """Layers in a row that are alike, by their numbers in the model."""
 
     feed_forward: FeedForwardConfig
-    num_layers: int
+    layers: range
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -239,7 +285,7 @@ class ModelConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """MoE blocks of the main model; each MTP module adds one of its own."""
+        """The MoE blocks of the main model; each MTP module adds one of its own."""
         return self.num_layers - self.num_dense_layers
 
     @property
@@ -247,14 +293,14 @@ class ModelConfig:
         """The main model's layers in their order, by the name of their parameters."""
         dense = DenseConfig(mlp_dim=self.dense_mlp_dim)
         stacks = {
-            "dense": Stack(dense, self.num_dense_layers),
-            "moe": Stack(self.moe, self.num_moe_layers),
+            "dense": Stack(dense, range(self.num_dense_layers)),
+            "moe": Stack(self.moe, range(self.num_dense_layers, self.num_layers)),
         }
-        return {name: stack for name, stack in stacks.items() if stack.num_layers}
+        return {name: stack for name, stack in stacks.items() if stack.layers}
 
     @classmethod
     def preset(cls, name: str) -> "ModelConfig":
-        """The shape called `name`; ValueError lists the known ones."""
+        """Returns the shape called `name`; ValueError lists the known ones."""
         from jmoe.config import presets  # presets are made of these records
 
         return checks.lookup(presets.MODELS, name, "model preset")()

@@ -1,4 +1,7 @@
-"""Named shapes and runs. A preset is a function, so that nothing is built on import."""
+"""Named shapes and runs. A preset is a function, so that nothing is built on import.
+
+Sizes are numbers of parameters.
+"""
 
 from jmoe.config.attention import GQAConfig, MLAConfig, YarnConfig
 from jmoe.config.data import DataConfig
@@ -8,7 +11,7 @@ from jmoe.config.train import StepwiseConfig, TrainConfig
 
 
 def tiny_model() -> ModelConfig:
-    """Every part of V3 at a size that trains in about 3 minutes on 2 CPU cores."""
+    """Returns every part of V3, to train in about 3 minutes on 2 CPU cores."""
     return ModelConfig(
         vocab_size=2048,
         hidden_dim=128,
@@ -40,7 +43,7 @@ def tiny_model() -> ModelConfig:
 
 
 def bench_s_model() -> ModelConfig:
-    """The 193.5M-parameter shape that the CPU benchmarks compare systems on."""
+    """Returns the 193.5M-parameter shape that CPU benchmarks compare systems on."""
     return ModelConfig(
         vocab_size=8192,
         hidden_dim=512,
@@ -67,7 +70,7 @@ def bench_s_model() -> ModelConfig:
 
 
 def small_model() -> ModelConfig:
-    """A gigabyte-scale research model for one GPU: 1.2B parameters, 0.2B active."""
+    """Returns a research model for one GPU: 1.2B parameters, 0.2B active."""
     return ModelConfig(
         vocab_size=32_768,
         hidden_dim=1024,
@@ -99,7 +102,7 @@ def small_model() -> ModelConfig:
 
 
 def v2_lite_model() -> ModelConfig:
-    """DeepSeek-V2-Lite: 16B parameters, 2.4B active (arXiv 2405.04434, appendix B)."""
+    """Returns DeepSeek-V2-Lite: 16B, 2.4B active (arXiv 2405.04434, appendix B)."""
     return ModelConfig(
         vocab_size=102_400,
         hidden_dim=2048,
@@ -140,7 +143,7 @@ def v2_lite_model() -> ModelConfig:
 
 
 def moonlight_model() -> ModelConfig:
-    """Moonlight: 16B parameters, 3B active (arXiv 2502.16982, and its config.json)."""
+    """Returns Moonlight: 16B, 3B active (arXiv 2502.16982, and its config.json)."""
     return ModelConfig(
         vocab_size=163_840,
         hidden_dim=2048,
@@ -170,7 +173,7 @@ def moonlight_model() -> ModelConfig:
 
 
 def v3_model() -> ModelConfig:
-    """DeepSeek-V3: 671B parameters, 37B active (arXiv 2412.19437, section 4.2)."""
+    """Returns DeepSeek-V3: 671B, 37B active (arXiv 2412.19437, section 4.2)."""
     return ModelConfig(
         vocab_size=129_280,
         hidden_dim=7168,
@@ -206,7 +209,7 @@ def v3_model() -> ModelConfig:
 
 
 def kimi_k2_model() -> ModelConfig:
-    """Kimi K2: 1T parameters, 32B active (arXiv 2507.20534, and its config.json)."""
+    """Returns Kimi K2: 1T, 32B active (arXiv 2507.20534, and its config.json)."""
     return ModelConfig(
         vocab_size=163_840,
         hidden_dim=7168,
@@ -236,7 +239,7 @@ def kimi_k2_model() -> ModelConfig:
 
 
 def glm4_air_model() -> ModelConfig:
-    """GLM-4.5-Air: 106B parameters, 12B active (arXiv 2508.06471, its config.json)."""
+    """Returns GLM-4.5-Air: 106B, 12B active (arXiv 2508.06471, its config.json)."""
     return ModelConfig(
         vocab_size=151_552,
         hidden_dim=4096,
@@ -265,7 +268,7 @@ def glm4_air_model() -> ModelConfig:
 
 
 def dots1_model() -> ModelConfig:
-    """dots.llm1: 143B parameters, 14B active (arXiv 2506.05767, its config.json)."""
+    """Returns dots.llm1: 143B, 14B active (arXiv 2506.05767, its config.json)."""
     return ModelConfig(
         vocab_size=152_064,
         hidden_dim=4096,
@@ -295,7 +298,7 @@ def dots1_model() -> ModelConfig:
 
 
 def qwen3_30b_model() -> ModelConfig:
-    """Qwen3-30B-A3B: 31B parameters, 3B active (arXiv 2505.09388, its config.json)."""
+    """Returns Qwen3-30B-A3B: 31B, 3B active (arXiv 2505.09388, its config.json)."""
     return ModelConfig(
         vocab_size=151_936,
         hidden_dim=2048,
@@ -338,7 +341,7 @@ MODELS = {
 
 
 def tiny_run() -> RunConfig:
-    """What `python scripts/train.py` trains: 3 minutes on 2 CPU cores.
+    """Returns what `python scripts/train.py` trains: 3 minutes on 2 CPU cores.
 
     V3's schedule at its shortest. The bias moves fast while the router learns, and
     slowly once the learning rate is low, so that it settles.
@@ -370,7 +373,10 @@ def tiny_run() -> RunConfig:
 
 
 def small_run() -> RunConfig:
-    """One GPU: 3.9B tokens, about 20 for each active parameter (arXiv 2203.15556)."""
+    """Returns a run for one GPU, of 3.9B tokens.
+
+    That is about 20 for each active parameter (arXiv 2203.15556).
+    """
     return RunConfig(
         name="small",
         model=small_model(),

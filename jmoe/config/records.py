@@ -20,7 +20,7 @@ Record = TypeVar("Record")
 
 
 def to_dict(record: Any) -> Any:
-    """Nested plain dicts, lists and scalars, as `json.dumps` takes them."""
+    """Returns nested plain dicts, lists and scalars, as `json.dumps` takes them."""
     return json.loads(json.dumps(dataclasses.asdict(record)))
 
 
@@ -84,8 +84,11 @@ def override(record: Record, assignments: Iterable[str]) -> Record:
 
 
 def coerce(hint: Any, value: Any, path: str) -> Any:
-    """`value` as the annotated type `hint`; ints pass for floats, lists for tuples."""
-    if value in (None, "none") and type(None) in typing.get_args(hint):
+    """Returns `value` as the annotated type `hint`.
+
+    Ints pass for floats, and lists for tuples.
+    """
+    if _means_none(value, hint):
         return None
     if kinds := _records(hint):
         return _coerce_record(kinds, value, path)
@@ -107,8 +110,12 @@ def coerce(hint: Any, value: Any, path: str) -> Any:
     return value
 
 
+def _means_none(value: Any, hint: Any) -> bool:
+    return value in (None, "none") and type(None) in typing.get_args(hint)
+
+
 def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
-    """`value` as the one of these records that it is of."""
+    """Returns `value` as the one of these records that it is of."""
     parse = getattr(kinds[0], "parse", None)
     if parse is not None and isinstance(value, str):
         return parse(value)  # a record that has a short form
@@ -121,7 +128,7 @@ def _coerce_record(kinds: Sequence[type], value: Any, path: str) -> Any:
 
 
 def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> type:
-    """The one of these records that has the `kind` of `values`."""
+    """Returns the one of these records that has the `kind` of `values`."""
     if len(kinds) == 1 or "kind" not in values:
         return kinds[0]
     for record in kinds:
@@ -132,9 +139,9 @@ def _of_kind(kinds: Sequence[type], values: Mapping[str, Any], path: str) -> typ
 
 
 def _kind(record: type) -> str:
-    """What the records of a union have in their field `kind`."""
+    """Returns what the records of a union have in their field `kind`."""
     (field,) = (f for f in dataclasses.fields(record) if f.name == "kind")  # type: ignore[arg-type]
-    return field.default
+    return str(field.default)
 
 
 def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, ...]:
@@ -151,7 +158,10 @@ def _coerce_tuple(inner: tuple[Any, ...], value: Any, path: str) -> tuple[Any, .
 
 
 def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -> Any:
-    """`values`, which stand for a `hint`, with `new` in place of what is at `path`."""
+    """Returns `values`, with `new` in place of what is at `path`.
+
+    They stand for a `hint`.
+    """
     if not path:
         return new
     name, *rest = path
@@ -179,8 +189,8 @@ def _assign(values: Any, hint: Any, path: list[str], new: Any, done: str = "") -
     return values
 
 
-def _records(hint: Any) -> list[type]:
-    """The records that values of the type `hint` may be of."""
+def _records(hint: Any) -> list[Any]:
+    """Returns the records that values of the type `hint` may be of."""
     is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     hints = typing.get_args(hint) if is_union else (hint,)
     return [h for h in hints if dataclasses.is_dataclass(h)]
@@ -200,7 +210,7 @@ def _literal(text: str) -> Any:
 def _unknown_field(
     path: str, name: Any, known: list[str], kinds: Sequence[type] = ()
 ) -> str:
-    """What is wrong with a field that isn't known, but that one of `kinds` may have."""
+    """Says what is wrong with a field that isn't known, but one of `kinds` may have."""
     said = f"Unknown field {path!r}; known: {', '.join(known)}."
     of_kind = [_kind(kind) for kind in kinds if name in typing.get_type_hints(kind)]
     if of_kind:

@@ -66,7 +66,10 @@ class ScheduleConfig:
             raise ValueError(f"boundaries={self.boundaries} must rise between 0 and 1.")
 
     def first_turn(self, horizon: int) -> int:
-        """The last step that the warm-up may end at: there the rate begins to fall."""
+        """Returns the last step that the warm-up may end at.
+
+        There the rate begins to fall.
+        """
         turns = {
             "wsd": horizon - max(round(self.decay_fraction * horizon), 1),
             "multi_step": round(self.boundaries[0] * horizon),
@@ -127,7 +130,7 @@ class OptimizerConfig:
             self._check_bfloat16_moments()
 
     def _check_bfloat16_moments(self) -> None:
-        """A moment whose steps are rounded away stays at what it was.
+        """Refuses a moment whose steps are rounded away: it stays at what it was.
 
         Above the limit, one that averages ever smaller gradients stops falling while it
         is more than twice too large, and near 1 it stops at once.

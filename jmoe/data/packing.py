@@ -5,7 +5,8 @@ last. Row i is `stream[i * T : (i + 1) * T + 1]` for T predicted tokens: rows ov
 one token, so that in an epoch every token but the stream's first, and the fewer than T
 at its end, is predicted exactly once.
 
-Shapes: B rows; T tokens of a row, the last of them predicted only; N of the stream.
+Shapes: B rows; T tokens of a row, the last of them predicted only (of choices, T
+inputs); N of the stream; L MoE layers; K experts that a token takes.
 """
 
 from typing import NamedTuple
@@ -19,7 +20,9 @@ class Batch(NamedTuple):
     tokens_BT: int32, T = sequence_length + 1. segment_BT: int32, the document inside
     the row, counted from 0; `PADDING` where there is no token, after a row's last one.
     is_target_BT: bool, whether the loss counts the prediction of this token (a prompt
-    is read and not learned, say); None: of every token that isn't padding.
+    is read and not learned, say); None: of every token that isn't padding. choice_BLTK:
+    int32, of each MoE layer the experts that each input is to take, for a router that
+    is told (`jmoe.nn.choices.replayed`).
 
     A separator belongs to the document that it opens. So a document's first token is
     predicted from the separator alone, and attention confined to a segment sees
@@ -29,6 +32,7 @@ class Batch(NamedTuple):
     tokens_BT: np.ndarray
     segment_BT: np.ndarray
     is_target_BT: np.ndarray | None = None
+    choice_BLTK: np.ndarray | None = None
 
 
 PADDING = -1

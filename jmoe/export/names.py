@@ -107,7 +107,7 @@ def abstract_variables(cfg: ModelConfig) -> Any:
 
 @functools.lru_cache(maxsize=4)
 def _leaves(cfg: ModelConfig) -> Leaves:
-    """The shape and the record of each variable, by path."""
+    """Returns the shape and the record of each variable, by path."""
     records = manifest.flatten(parameter_records(cfg))
     leaves = abstract_leaves(cfg)
     return {path: (leaf.shape, records[path]) for path, leaf in leaves.items()}
@@ -149,7 +149,7 @@ def _block_rows(
     theirs: str,
     layer: int | None,
 ) -> Iterator[Tensor]:
-    """What keeps its precision comes before the matrix products."""
+    """Returns a block's rows: what keeps its precision comes before matrix products."""
     found: list[Tensor] = []
     for inside, name in names.items():
         pair = (name,) if isinstance(name, str) else name or ()
@@ -189,7 +189,7 @@ def _rows(
 
 
 def _their_shape(shape: tuple[int, ...], record: Parameter) -> tuple[int, ...]:
-    """Of one layer's and expert's: a matrix, or a half of a pair; a vector; a table."""
+    """Returns a layer's and expert's: a matrix, a half of a pair, a vector, a table."""
     if record.matrix is not None:
         rows = math.prod(shape[1:]) // (2 if record.pair_dim is not None else 1)
         return rows, shape[0]

@@ -67,7 +67,7 @@ def write(cfg: ModelConfig, family: Family) -> dict[str, Any]:
 
 
 def _is_widened(key: str, value: Any) -> bool:
-    """Whether numbers come in as another type, so that theirs is not to be kept."""
+    """Returns whether numbers come in as another type, so that theirs is not kept."""
     return key in ("dtype", "torch_dtype") and value in tuple(WIDENED)
 
 
@@ -152,7 +152,7 @@ def _one_spelling(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _records(family: Family) -> dict[str, type]:
-    """The records of a model, by where they are in it."""
+    """Returns the records of a model, by where they are in it."""
     return {
         "": ModelConfig,
         "attention": family.attention,

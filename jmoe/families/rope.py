@@ -66,7 +66,7 @@ def read(hf: Mapping[str, Any]) -> Rope:
 
 
 def _agreed(hf: Mapping[str, Any], spellings: Iterable[str], key: str) -> Any:
-    """What a key is, which may stand beside the objects and in each of them."""
+    """Returns what a key is, which may stand beside the objects and in each of them."""
     inside = {f"{name}.{key}": hf[name].get(key) for name in spellings}
     return checks.agreed(inside | {key: hf.get(key)})
 

@@ -16,9 +16,9 @@ from flax import linen as nn
 from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
 from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
-from jmoe.nn.measured import Measured
+from jmoe.nn.measured import Measured, beside
 from jmoe.nn.mixers import MIXERS, Rotation
-from jmoe.nn.tokens import Tokens
+from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 
 
@@ -31,7 +31,7 @@ class Positions(NamedTuple):
 
     rotation: Rotation
     segment_BT: jax.Array | None = None
-    tokens: Tokens = Tokens()
+    tokens: Tokens = UNTOLD
 
 
 class Block(nn.Module):
@@ -73,10 +73,12 @@ class Block(nn.Module):
     ) -> tuple[jax.Array, Measured]:
         normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
         own = self.init_std, self.dot_general
-        mix = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
-        x_BSD += mix(normed_BSD, positions.rotation, positions.segment_BT)
+        mixer = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
+        rotation, segment_BT, tokens = positions
+        mixed_BSD, of_mixer = mixer(normed_BSD, rotation, segment_BT)
+        x_BSD += mixed_BSD
         normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
         kind = FEED_FORWARDS[self.feed_forward.kind]
         feed_forward = kind.module(self.feed_forward, *own, self.apart, name=kind.name)
-        out_BSD, measured = feed_forward(normed_BSD, positions.tokens.of_layer(number))
-        return x_BSD + out_BSD, measured
+        out_BSD, of_feed_forward = feed_forward(normed_BSD, tokens.of_layer(number))
+        return x_BSD + out_BSD, beside(of_mixer, of_feed_forward)

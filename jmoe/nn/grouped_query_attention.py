@@ -14,6 +14,7 @@ from flax import linen as nn
 
 from jmoe.config import GQAConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
+from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
 from jmoe.ops import attention, dot, rope
 from jmoe.ops.after_attention import after_attention
@@ -33,7 +34,7 @@ class GroupedQueryAttention(nn.Module):
         x_BSD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_BT: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         x_BTD = collectives.all_gather(x_BSD, "tensor", 1)
         heads = collectives.share(cfg.num_heads, "tensor", "num_heads")
@@ -59,7 +60,7 @@ class GroupedQueryAttention(nn.Module):
             after_attention(self.dot_general),
             name="out",
         )(out_BTHQ.reshape(*out_BTHQ.shape[:2], -1))
-        return collectives.reduce_scatter(out_BTD, "tensor", 1)
+        return collectives.reduce_scatter(out_BTD, "tensor", 1), NOTHING
 
     def _heads(self, name: str, dim: str, heads: int) -> Linear:
         return Linear(

@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from jmoe.config import MLAConfig
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
+from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
 from jmoe.ops import attention, dot, rope
 from jmoe.ops.after_attention import after_attention
@@ -34,7 +35,7 @@ class LatentAttention(nn.Module):
         x_BSD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_BT: jax.Array | None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         q_BTHQ = self._queries(x_BSD)
         q_nope, q_rope = jnp.split(q_BTHQ, [cfg.nope_dim], axis=-1)
@@ -65,7 +66,7 @@ class LatentAttention(nn.Module):
             after_attention(self.dot_general),
             name="out",
         )(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
-        return collectives.reduce_scatter(out_BTD, "tensor", 1)
+        return collectives.reduce_scatter(out_BTD, "tensor", 1), NOTHING
 
     def _queries(self, x_BSD: jax.Array) -> jax.Array:
         cfg = self.cfg
@@ -114,5 +115,5 @@ def cached(
 
 
 def _all(x_BSX: jax.Array) -> jax.Array:
-    """All positions, for this device's heads."""
+    """Returns all positions, for this device's heads."""
     return collectives.all_gather(x_BSX, "tensor", 1)

@@ -65,6 +65,19 @@ def stack(parts: list[Measured]) -> Measured:
     return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
 
+def beside(*parts: Measured) -> Measured:
+    """Returns one of a layer, of those of its parts, each of which has other names."""
+    loads = [part.load for part in parts if part.load is not None]
+    losses, metrics = {}, {}
+    for part in parts:
+        assert not losses.keys() & part.losses.keys(), "a name stands for one loss"
+        assert not metrics.keys() & part.metrics.keys(), "a name stands for one metric"
+        losses |= part.losses
+        metrics |= part.metrics
+    assert len(loads) <= 1, "one part of a layer has experts"
+    return Measured(loads[0] if loads else None, losses, metrics)
+
+
 def join(*parts: Measured) -> Measured:
     """Returns one of all stacks in a row; each entry is of the layers that have it."""
 

@@ -24,7 +24,7 @@ class Mixer(NamedTuple):
 
     module: of the record, the standard deviation of new weights and a `dot_general`;
       maps hidden states [B, S, D], a rotation and segments [B, T] or None to
-      [B, S, D].
+      [B, S, D] and what it measured.
     rotation: of positions [B, T], what the module is given: float32 cosines and sines.
     cost: of the hidden dimension and the sequence's length, a token's operations in a
       forward pass.

@@ -65,7 +65,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
     ) -> Output:
-        """All logits on one device, for short sequences and small vocabularies."""
+        """Returns one device's logits, for short sequences and small vocabularies."""
         features = self.features(tokens_BT, segment_BT, is_real_BT)
 
         def logits(hidden_BTD):
@@ -82,6 +82,7 @@ class Transformer(nn.Module):
         segment_BT: jax.Array | None = None,
         is_real_BT: jax.Array | None = None,
         noise: Noise | None = None,
+        choice_BLTK: jax.Array | None = None,
     ) -> Features:
         """Returns the final hidden states.
 
@@ -90,6 +91,8 @@ class Transformer(nn.Module):
           is_real_BT: bool, False for padding, which follows a row's last token, visits
             no expert and is in no count; None: there is no padding.
           noise: where random numbers come from, in training; None: there are none.
+          choice_BLTK: int32, the experts that each MoE layer is to take, if the router
+            is to be told (`nn.choices.replayed`).
         """
         cfg = self.cfg
         vocab = collectives.share(cfg.vocab_size, "tensor", "vocab_size")
@@ -98,33 +101,25 @@ class Transformer(nn.Module):
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
         rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
-        positions = Positions(rotation, segment_BT, Tokens(is_real_BT, noise))
+        told = Tokens(is_real_BT, noise, tokens_BT, choice_BLTK)
+        told = told._replace(first_moe=cfg.num_dense_layers)
+        positions = Positions(rotation, segment_BT, told)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
-        found, first = [], 0
+        found = []
         for name, stack in cfg.stacks.items():
-            x_BSD, measured = self._layers(name, stack, first, x_BSD, positions)
+            x_BSD, measured = self._layers(name, stack, x_BSD, positions)
             found.append(measured)
-            first += stack.num_layers
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
         features = tail(x_BSD, table_VD, tokens_BT, positions)
         return features._replace(measured=join(*found, features.measured))
 
     def _layers(
-        self,
-        name: str,
-        stack: Stack,
-        first: int,
-        x_BSD: jax.Array,
-        positions: Positions,
+        self, name: str, stack: Stack, x_BSD: jax.Array, positions: Positions
     ) -> tuple[jax.Array, Measured]:
-        """Returns what blocks in a row compute, and what they measured, stacked.
-
-        Args:
-          first: the number of the first of them.
-        """
+        """Returns what blocks in a row compute, and what they measured, stacked."""
         gather = None if self.is_initializing() else self.gather_layer
-        number_L = first + jnp.arange(stack.num_layers)
+        number_L = jnp.array(stack.layers, jnp.int32)
         if self.cfg.layer_loop == "scan":
             scanned: Any = nn.scan(
                 prepare(Block, name, self.cfg, gather, scanned=True),
@@ -139,13 +134,13 @@ class Transformer(nn.Module):
             )
             return layers(x_BSD, positions, number_L)
         measured = []
-        for i in range(stack.num_layers):
+        for i, number in enumerate(number_L):
             own_name = f"{name}_{i}"
             block: Any = prepare(Block, own_name, self.cfg, gather, scanned=False)
             layer = block.of(
                 self.cfg, stack.feed_forward, self.dot_general, name=own_name
             )
-            x_BSD, found = layer(x_BSD, positions, number_L[i])
+            x_BSD, found = layer(x_BSD, positions, number)
             measured.append(found)
         return x_BSD, stack_measured(measured)
 
@@ -176,7 +171,7 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
 
 
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
-    """Where the biases are in `router_state`, in the order of the load's layers."""
+    """Returns where the biases are in `router_state`, in the order of loads' layers."""
     tail = ("moe", "router", "bias")
     if cfg.layer_loop == "scan":
         layers = [("moe", *tail)]
@@ -186,7 +181,7 @@ def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
 
 
 def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
-    """Every MoE layer's selection bias, float32 [L, E]."""
+    """Returns every MoE layer's selection bias, float32 [L, E]."""
     found = []
     for path in bias_paths(cfg):
         leaf = router_state
@@ -210,7 +205,7 @@ def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
 
 
 def _by_router(values: dict[str, jax.Array], cfg: ModelConfig) -> dict[str, Any]:
-    """A tree that holds, beside each router's bias, its rows of each [L, E]."""
+    """Returns a tree that holds, beside each router's bias, its rows of each [L, E]."""
     state: dict[str, Any] = {}
     row = 0
     for path in bias_paths(cfg):

@@ -10,9 +10,11 @@ devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import MoEConfig
+from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
@@ -23,6 +25,7 @@ from jmoe.ops.matrices import MatrixDims
 from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
+from jmoe.parallel.exchange_picks import exchange_picks
 
 
 class SwiGLU(nn.Module):
@@ -65,13 +68,11 @@ class RoutedExperts(nn.Module):
     apart: bool = False
 
     @nn.compact
-    def __call__(
-        self, x_ND: jax.Array, expert_NK: jax.Array, gate_NK: jax.Array
-    ) -> Exchanged:
+    def __call__(self, x_BSD: jax.Array, routing: Routing | Picks) -> Exchanged:
         cfg = self.cfg
         experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
         mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
-        hidden = x_ND.shape[-1]
+        hidden = x_BSD.shape[-1]
         gate_up_ED2F = weight(
             self,
             "gate_up",
@@ -87,21 +88,28 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def apply(*tokens_R: jax.Array) -> jax.Array:
-            """The experts that are here, on the tokens of all the tensor group."""
-            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
-            x, expert, gate = of_group
-            recipe = fp8.recipe_of(self.dot_general)
-            y = grouped.BACKENDS[cfg.backend](
+        def compute(x: jax.Array, expert: jax.Array, gate: jax.Array) -> jax.Array:
+            """Returns this device's part of the experts that are here."""
+            return grouped.BACKENDS[cfg.backend](
                 *(x, expert, gate, gate_up_ED2F, down_EFD),
-                recipe=recipe,
+                recipe=fp8.recipe_of(self.dot_general),
                 hosts=collectives.axis_size("expert"),
                 remat=cfg.remat == "activations",
                 apart=self.apart,
             )
-            return collectives.reduce_scatter(y, "tensor", 0)
 
-        return exchange(x_ND, expert_NK, gate_NK, apply, cfg.exchange, cfg.router)
+        if isinstance(routing, Picks):
+            y_BSD = exchange_picks(x_BSD, *routing, compute)
+            none = jnp.int32(0)
+            return Exchanged(y_BSD.reshape(-1, hidden), none, none)
+
+        def apply(*tokens_R: jax.Array) -> jax.Array:
+            """Returns the experts' output of the tokens of all the tensor group."""
+            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
+            return collectives.reduce_scatter(compute(*of_group), "tensor", 0)
+
+        x_ND = x_BSD.reshape(-1, hidden)
+        return exchange(x_ND, *routing, apply, cfg.exchange, cfg.router)
 
 
 def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
@@ -128,8 +136,7 @@ class MoE(nn.Module):
         experts = RoutedExperts(
             cfg, self.init_std, self.dot_general, self.apart, name="experts"
         )
-        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
-        routed = experts(x_ND, *routing)
+        routed = experts(x_BSD, routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)
         load = measured.load._replace(
             dropped_sending=routed.dropped_sending,

@@ -17,7 +17,7 @@ from jmoe.parallel import collectives
 
 
 class Noise(NamedTuple):
-    """Where a batch's random numbers come from.
+    """Says where a batch's random numbers come from.
 
     key: raw, uint32, as `jax.random.key_data` returns it; loops and pipelines carry
     arrays. row_B: int32, the sequences' rows in the step's whole batch.

@@ -1,24 +1,21 @@
-"""Which experts a token visits, and with what weight.
+"""The module that scores experts, chooses by the scores, and counts what was chosen.
 
-Shapes: B batch, T position (this device's), D hidden, E expert, G group, J = E / G
-experts a group, K = top_k chosen experts, N = B * T.
+Shapes: B batch, T position (this device's), D hidden, E expert, K = top_k chosen
+experts, N = B * T.
 
-DeepSeek-V3 (arXiv 2412.19437, section 2.1.2): the choice is by `score + bias`, within
-the best groups; the weight is by `score` alone. The bias lives in the
-`router_state` collection, outside the gradient and the optimizer; `jmoe.balance.bias`
-moves it once a step.
+How it chooses is in `jmoe.nn.choices`.
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from jmoe.balance import bias, losses
+from jmoe.balance import losses
 from jmoe.config import RouterConfig
+from jmoe.nn.choices import ROUTERS, Picks, Routing, Scored, count, count_picks
 from jmoe.nn.measured import PER_MICROBATCH, PER_STEP, PER_TOKEN, Load, Loss, Measured
 from jmoe.nn.parameter import MATRIX, Parameter, boxed, normal_param
 from jmoe.nn.tokens import UNTOLD, Tokens
@@ -26,113 +23,21 @@ from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 
-SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-GATE_EPSILON = 1e-20  # DeepSeek's, in the division by the gates' sum
+
+def sqrt_softplus(logit: jax.Array) -> jax.Array:
+    """Returns DeepSeek-V4's scores, which have no upper bound."""
+    return jnp.sqrt(jax.nn.softplus(logit))
 
 
-class Routing(NamedTuple):
-    """The router's decision for each token: int32 [N, K] and float32 [N, K].
-
-    A token that isn't real chooses expert E, nobody.
-    """
-
-    expert_NK: jax.Array
-    gate_NK: jax.Array
-
-
-def top2_sum(score_NGJ: jax.Array) -> jax.Array:
-    """The sum of a group's best two scores, [N, G]; of a group of one, its score."""
-    if score_NGJ.shape[-1] == 1:
-        return score_NGJ[..., 0]
-
-    def best_two(these, those):
-        (best, second), (other, its_second) = these, those
-        second = lax.max(lax.min(best, other), lax.max(second, its_second))
-        return lax.max(best, other), second
-
-    # `top_k` would sort each group, which takes more than ten times as long.
-    least = jnp.array(-jnp.inf, score_NGJ.dtype)
-    pair = score_NGJ, jnp.full_like(score_NGJ, least)
-    best_NG, second_NG = lax.reduce(pair, (least, least), best_two, (2,))
-    return best_NG + second_NG
-
-
-GROUP_SCORE = {"top2_sum": top2_sum, "max": functools.partial(jnp.max, axis=-1)}
-
-
-def limit_to_groups(
-    biased_NE: jax.Array, cfg: RouterConfig
-) -> tuple[jax.Array, jax.Array]:
-    """Biased scores, -inf outside of each token's best groups, and group scores [N, G].
-
-    A group's score is the sum of its two best biased scores (V3) or its best (V2).
-    """
-    biased_NGJ = biased_NE.reshape(-1, cfg.num_groups, cfg.group_size)
-    group_NG = GROUP_SCORE[cfg.group_score](biased_NGJ)
-    if cfg.groups_per_token == cfg.num_groups:
-        return biased_NE, group_NG
-    _, kept_NX = lax.top_k(group_NG, cfg.groups_per_token)
-    kept_NG = (kept_NX[:, :, None] == jnp.arange(cfg.num_groups)).any(1)
-    reachable_NGJ = jnp.where(kept_NG[:, :, None], biased_NGJ, -jnp.inf)
-    return reachable_NGJ.reshape(biased_NE.shape), group_NG
-
-
-def gates(score_NE: jax.Array, expert_NK: jax.Array, cfg: RouterConfig) -> jax.Array:
-    """Combine weights [N, K] from the raw scores of the chosen experts."""
-    gate_NK = jnp.take_along_axis(score_NE, expert_NK, axis=-1)
-    if cfg.normalize_gates:
-        gate_NK = gate_NK / (gate_NK.sum(-1, keepdims=True) + GATE_EPSILON)
-    return gate_NK * cfg.gate_scale
-
-
-def route(
-    score_NE: jax.Array,
-    bias_E: jax.Array,
-    cfg: RouterConfig,
-    is_real_N: jax.Array | None = None,
-) -> tuple[Routing, jax.Array]:
-    """Chooses experts by biased score but weighs them by the raw score.
-
-    Returns the routing and what the update rule needs besides counts: `margin_EM`.
-
-    Args:
-      is_real_N: bool, which tokens are to be routed; None: all.
-    """
-    biased_NE = lax.stop_gradient(score_NE + bias_E)
-    reachable_NE, group_NG = limit_to_groups(biased_NE, cfg)
-    _, expert_NK = lax.top_k(reachable_NE, cfg.top_k)
-    margin_EM = jnp.zeros((cfg.num_experts, 0), jnp.int32)
-    if cfg.update_rule in bias.MARGIN_RULES:
-        margin_EM = bias.margin_histogram(
-            selection_margins(biased_NE, reachable_NE, group_NG, cfg), is_real_N
-        )
-    gate_NK = gates(score_NE, expert_NK, cfg)
-    if is_real_N is not None:
-        expert_NK = jnp.where(is_real_N[:, None], expert_NK, cfg.num_experts)
-    return Routing(expert_NK, gate_NK), margin_EM
-
-
-def selection_margins(
-    biased_NE: jax.Array,
-    reachable_NE: jax.Array,
-    group_NG: jax.Array,
-    cfg: RouterConfig,
-) -> jax.Array:
-    """How far each expert is above the point where the token's choice of it flips."""
-    expert_N = bias.selection_threshold(reachable_NE, cfg.top_k)
-    group_N = bias.selection_threshold(group_NG, cfg.groups_per_token)
-    margin_NG = jnp.repeat(group_NG - group_N[:, None], cfg.group_size, axis=-1)
-    return jnp.minimum(biased_NE - expert_N[:, None], margin_NG)
-
-
-def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
-    """Returns the exact int32 number of choices of each expert, [E], without nobody."""
-    chosen = expert_NK.reshape(-1, 1) == jnp.arange(num_experts)
-    return chosen.sum(0, dtype=jnp.int32)
+SCORES = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+    "sqrt_softplus": sqrt_softplus,
+}
 
 
 def _spread(load_E: jax.Array | None) -> losses.Spread:
-    """Where a batch's tokens lie; a sequence's are on the devices of `tensor`.
+    """Says where a batch's tokens lie; a sequence's are on the devices of `tensor`.
 
     Args:
       load_E: the whole step's, where it is known; None: a step is this microbatch.
@@ -164,7 +69,7 @@ class Router(nn.Module):
         self,
         x_BTD: jax.Array,
         tokens: Tokens = UNTOLD,
-    ) -> tuple[Routing, Measured]:
+    ) -> tuple[Routing | Picks, Measured]:
         cfg = self.cfg
         shape = (x_BTD.shape[-1], cfg.num_experts)
         record = Parameter(
@@ -184,13 +89,22 @@ class Router(nn.Module):
         x_BTD = x_BTD.astype(jnp.float32)
         logit_BTE: jax.Array = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
-        score_NE = score_BTE.reshape(-1, cfg.num_experts)
-        is_real_BT = tokens.is_real_BS
-        is_real_N = None if is_real_BT is None else is_real_BT.reshape(-1)
-        routing, margin_EM = route(score_NE, bias_E, cfg, is_real_N)
-        load_E, none = count(routing.expert_NK, cfg.num_experts), jnp.int32(0)
+        scored = Scored(score_BTE, bias_E, tokens)
+        routing, margin_EM = ROUTERS[cfg.kind](scored, cfg)
+        if isinstance(routing, Picks):
+            load_E, expert_BTK = count_picks(routing, x_BTD.shape[1]), None
+        else:
+            if cfg.hash_layers:
+                is_hashed = tokens.moe_layer < cfg.hash_layers
+                by_id, _ = ROUTERS["hash"](scored, cfg)
+                routing = jax.tree.map(
+                    functools.partial(jnp.where, is_hashed), by_id, routing
+                )
+            load_E = count(routing.expert_NK, cfg.num_experts)
+            expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
+        none = jnp.int32(0)
         load = Load(load_E, none, none, margin_EM)
-        expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
+        is_real_BT = tokens.here(tokens.is_real_BT)
         lost = self._losses(logit_BTE, score_BTE, expert_BTK, is_real_BT)
         return routing, Measured(load, lost, {})
 

@@ -51,7 +51,7 @@ class Features(NamedTuple):
 
 
 class Tail(nn.Module):
-    """From the last layer's output to `Features`, with what MTP modules measured."""
+    """Leads from the last layer's output to `Features`, with MTP modules' measures."""
 
     cfg: ModelConfig
     dot_general: DotGeneral = dot.dot_general
@@ -80,7 +80,7 @@ class Tail(nn.Module):
             shifted_BT = masks.shift_left(tokens_BT, depth)
             embedded = embed(table_VD, shifted_BT, cfg.dtype)
             reaching_BT = masks.reaches(depth, is_real_BT, positions.segment_BT)
-            told = positions.tokens._replace(is_real_BT=reaching_BT)
+            told = positions.tokens._replace(is_real_BT=reaching_BT, id_BT=shifted_BT)
             previous, normed, found = module(
                 previous,
                 embedded,
@@ -106,7 +106,7 @@ def prepare(
     *,
     scanned: bool,
 ) -> type[nn.Module]:
-    """`block`, which gathers its parameters and recomputes what it should."""
+    """Returns `block`, which gathers its parameters and recomputes what it should."""
     if gather_layer is not None:
         gather = functools.partial(gather_layer, name)
         block = nn.map_variables(

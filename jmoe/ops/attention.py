@@ -54,20 +54,17 @@ class _Blocks(NamedTuple):
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
     def cut_queries(self, x_BTH: jax.Array) -> jax.Array:
-        """[B, T, H, ...] as [s, B, K, group * block, ...]."""
-        grouped = x_BTH.reshape(*x_BTH.shape[:2], -1, self.group, *x_BTH.shape[3:])
-        x = self.cut(grouped, GROUPS_FIRST[: grouped.ndim + 1])
-        return x.reshape(*x.shape[:3], -1, *x_BTH.shape[3:])
+        """Returns [B, T, H, ...] as [s, B, K, group * block, ...]."""
+        x = self.cut(x_BTH, HEADS_FIRST[: x_BTH.ndim + 1])
+        return x.reshape(*x.shape[:2], -1, self.group * self.size, *x.shape[4:])
 
     def join_queries(self, x: jax.Array, length: int) -> jax.Array:
-        """What `cut_queries` made of [B, length, H, ...]."""
-        grouped = x.reshape(*x.shape[:3], self.group, self.size, *x.shape[4:])
-        x_BTKG = self.join(grouped, GROUPS_FIRST[: grouped.ndim], length)
-        return x_BTKG.reshape(*x_BTKG.shape[:2], -1, *x_BTKG.shape[4:])
+        """Returns what `cut_queries` made of [B, length, H, ...]."""
+        x = x.reshape(*x.shape[:2], -1, self.size, *x.shape[4:])
+        return self.join(x, HEADS_FIRST[: x.ndim], length)
 
 
-HEADS_FIRST = (1, 0, 3, 2, 4)  # [s, B, K, block, dim]
-GROUPS_FIRST = (1, 0, 3, 4, 2, 5)  # [s, B, K, group, block, dim]
+HEADS_FIRST = (1, 0, 3, 2, 4)  # [s, B, H, block, dim]
 SEGMENTS = (1, 0, 2)
 
 

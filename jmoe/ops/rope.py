@@ -82,7 +82,7 @@ ROTATIONS = {"interleaved": rotate_interleaved, "halves": rotate_halves}
 
 
 def _turned(first, second, cos_BTP, sin_BTP, dtype):
-    """Pairs, rotated, as halves."""
+    """Rotates pairs, and returns them as halves."""
     cos, sin = cos_BTP[:, :, None], sin_BTP[:, :, None]
     turned = [first * cos - second * sin, second * cos + first * sin]
     return jnp.concatenate(turned, axis=-1).astype(dtype)

@@ -20,7 +20,7 @@ STEP = 32  # compiled sizes are STEP, 2 STEP, ... B rows
 
 
 class Tasks(NamedTuple):
-    """At most M tasks, in the order of rows, of which the first `count` exist."""
+    """Holds at most M tasks, in the order of rows, of which the first `count` exist."""
 
     expert_M: jax.Array
     start_M: jax.Array  # first row

@@ -115,7 +115,7 @@ class ProcessGroup:
 
     @property
     def has_left(self) -> bool:
-        """Returns whether this process has failed or closed the group."""
+        """Whether this process has failed or closed the group."""
         return self._leaves
 
     def await_failure(self, timeout_s: float) -> Failure | None:
@@ -181,7 +181,7 @@ class ProcessGroup:
             self._report_failure(Failure(reason, True))
 
     def _report_failure(self, failure: Failure, source: Channel | None = None) -> None:
-        """The first failure is the reason for all that follows."""
+        """Takes the first failure as the reason for all that follows."""
         with self._lock:
             if self._leaves or self._failure is not None:
                 return

@@ -66,7 +66,7 @@ class Placement:
         return PartitionSpec(*(axes or None for axes in divided))
 
     def of_layer(self) -> "Placement":
-        """The placement of one layer's parameter, where this is of a stack."""
+        """Returns the placement of one layer's parameter, where this is of a stack."""
         parts = tuple((dim - 1, axes) for dim, axes in self.parts)
         return Placement(PartitionSpec(*self.whole[1:]), parts, self.summed)
 

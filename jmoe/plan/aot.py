@@ -160,7 +160,7 @@ def abstract_batch(run: RunConfig, layout: layouts.Layout) -> Any:
     """Returns one optimizer step's tokens and segments, [A, B, T + 1]."""
     count = run.train.batch_size // run.train.microbatch_size
     shape = (count, run.train.microbatch_size, run.data.sequence_length + 1)
-    sharding = layouts.batch_sharding(layout, len(shape))
+    sharding = layouts.batch_sharding(layout, len(shape) - 2)
     rows: Any = jax.ShapeDtypeStruct(shape, "int32", sharding=sharding)
     return Batch(rows, rows)
 

@@ -21,7 +21,7 @@ class Device:
 
     @property
     def target_config(self) -> str:
-        """Returns what XLA compiles for."""
+        """What XLA compiles for."""
         return _HOPPER.format(**dataclasses.asdict(self))
 
 

@@ -60,7 +60,7 @@ class Summary:
         return self.memory.total <= self.device.memory_bytes
 
     def traffic(self) -> list[Traffic]:
-        """All collectives, the heaviest first within a phase."""
+        """Returns all collectives, the heaviest first within a phase."""
         groups: dict[Any, list[Collective]] = collections.defaultdict(list)
         for collective in self.collectives:
             key = collective.phase, collective.kind, collective.axes

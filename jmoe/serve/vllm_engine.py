@@ -147,9 +147,8 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
 
 def has_latent_kernels(model: ModelConfig) -> bool:
     cfg = model.attention
-    if not isinstance(cfg, MLAConfig):
-        return False
-    return (cfg.kv_latent_dim, cfg.rope_dim) == LATENT_SIZES
+    is_latent = isinstance(cfg, MLAConfig)
+    return is_latent and (cfg.kv_latent_dim, cfg.rope_dim) == LATENT_SIZES
 
 
 def _cpu_arguments(cfg: EngineConfig) -> dict[str, Any]:
@@ -186,8 +185,10 @@ def _bytes(gib: float) -> int:
 
 
 def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
-    """Which cores each rank computes on, as in "0,1|2,3"; by itself vLLM wants a NUMA
-    node for each. Replicas that share a machine share its cores out in number only.
+    """Returns which cores each rank computes on, as in "0,1|2,3".
+
+    By itself vLLM wants a NUMA node for each. Replicas that share a machine share its
+    cores out in number only.
     """
     ranks = serving.engine.num_devices * serving.max_replicas
     share = max(len(host.cores) // ranks, 1)

@@ -79,7 +79,7 @@ class Guard:
 
     @property
     def goes_on(self) -> bool:
-        """Returns whether the next step may follow on those that are known."""
+        """Whether the next step may follow on those that are known."""
         return self.verdict is None and self.spoilt is None
 
     @property
@@ -88,7 +88,7 @@ class Guard:
         return self.spoilt is None and (self.verdict is None or self._cfg.skips_steps)
 
     def loss_limit(self) -> np.float32 | None:
-        """The loss above which the next step is a spike; None: no loss is one.
+        """Returns the loss above which the next step is a spike; None: none is.
 
         Infinite until ENOUGH losses are known.
         """

@@ -124,16 +124,16 @@ def born(layout: Layout, make: Callable[[], Any]) -> Any:
     return jax.block_until_ready(jax.jit(make, out_shardings=where)())
 
 
-def batch_sharding(layout: Layout, ndim: int) -> NamedSharding:
-    """Returns that of an array [..., B, T]: its sequences are divided."""
-    return NamedSharding(layout.mesh, PartitionSpec(*(None,) * (ndim - 2), BATCH_AXES))
+def batch_sharding(layout: Layout, lead: int) -> NamedSharding:
+    """Returns that of arrays whose sequences, behind `lead` dimensions, are divided."""
+    return NamedSharding(layout.mesh, PartitionSpec(*(None,) * lead, BATCH_AXES))
 
 
 def put_batch(layout: Layout, batch: Batch) -> Batch:
     """Returns this process's rows, [..., B, T], as its part of a batch on the mesh."""
+    sharding = batch_sharding(layout, batch.tokens_BT.ndim - 2)
 
     def put(x: Any) -> jax.Array:
-        sharding = batch_sharding(layout, x.ndim)
         # Where there are several processes, JAX counts it as implicit.
         with jax.transfer_guard_host_to_device("allow"):
             return jax.make_array_from_process_local_data(sharding, x)

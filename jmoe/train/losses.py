@@ -134,6 +134,7 @@ def microbatch_losses(
         segments(batch, run),
         is_real(batch),
         part.noise,
+        batch.choice_BLTK,
         method="features",
     )
     return prediction_losses(features, batch, run, norms), features.measured
@@ -157,7 +158,8 @@ def positions(part: Microbatch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
     batch = part.batch
     rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
-    tokens = Tokens(is_real(batch), part.noise)
+    tokens = Tokens(is_real(batch), part.noise, inputs(batch), batch.choice_BLTK)
+    tokens = tokens._replace(first_moe=run.model.num_dense_layers)
     return Positions(rotation, segments(batch, run), tokens)
 
 

@@ -59,17 +59,14 @@ def cut(cfg: ModelConfig, schedule: Schedule, length: int) -> dict[str, RankLaye
     bounds = partition(
         layer_costs(cfg, length), schedule.num_stages, last=tail_cost(cfg, length)
     )
-    found, begin = {}, 0
-    for name, stack in cfg.stacks.items():
-        end = begin + stack.num_layers
-        found[name] = _rows(schedule, bounds, begin, end)
-        begin = end
-    return found
+    return {
+        name: _rows(schedule, bounds, stack.layers)
+        for name, stack in cfg.stacks.items()
+    }
 
 
-def _rows(
-    schedule: Schedule, bounds: tuple[int, ...], begin: int, end: int
-) -> RankLayers:
+def _rows(schedule: Schedule, bounds: tuple[int, ...], layers: range) -> RankLayers:
+    begin, end = layers.start, layers.stop
     found, start_PH, count_PH = [], [], []
     for rank in range(schedule.num_ranks):
         rows, starts, counts = [], [], []
@@ -83,7 +80,7 @@ def _rows(
         count_PH.append(counts)
     most = max(map(len, found))
     index_PR = [rows + [-1] * (most - len(rows)) for rows in found]
-    number_L = np.arange(begin, end, dtype=np.int32)
+    number_L = np.array(layers, np.int32)
     return RankLayers(number_L, *map(np.array, (index_PR, start_PH, count_PH)))
 
 
@@ -92,7 +89,7 @@ def layer_costs(cfg: ModelConfig, length: int) -> list[float]:
     return [
         _block_cost(cfg, stack.feed_forward, length)
         for stack in cfg.stacks.values()
-        for _ in range(stack.num_layers)
+        for _ in stack.layers
     ]
 
 

@@ -140,7 +140,7 @@ def make_train_step(
 
 
 def _keep(params: Any, opt_state: Any) -> tuple[Any, Any]:
-    """Returns both as they are, but with the step counted that schedules follow."""
+    """Returns both as they are, but schedules count the step: values follow from it."""
 
     def is_schedule(x: Any) -> bool:
         return isinstance(x, optax.ScaleByScheduleState)

@@ -44,7 +44,7 @@ def placed(shape: tuple[int, ...]) -> dict[str, jax.Array]:
 
 
 def assert_restored(directory: pathlib.Path, shape: tuple[int, ...]) -> None:
-    """That what the directory holds comes back on such a mesh, bit for bit."""
+    """Asserts that what the directory holds comes back on such a mesh, bit for bit."""
     expected = placed(shape)
     wanted = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

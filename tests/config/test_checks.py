@@ -66,7 +66,7 @@ def test_a_number_that_is_infinite_or_nan_is_refused_by_name(record, path, numbe
 
 
 def float_text(number: float) -> str:
-    """As `--set` reads it: -inf is no literal, but a number too large is."""
+    """Writes a number as `--set` reads it: -inf is no literal, one too large is."""
     return "-1e999" if number == -math.inf else str(number)
 
 

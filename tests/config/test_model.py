@@ -189,7 +189,7 @@ def test_impossible_grouped_queries_are_refused_by_name(changes, said):
 def test_a_model_is_stacks_of_like_layers_in_their_order():
     tiny = ModelConfig.preset("tiny")
     stacks = tiny.stacks
-    assert [stack.num_layers for stack in stacks.values()] == [1, 3]
+    assert [list(stack.layers) for stack in stacks.values()] == [[0], [1, 2, 3]]
     assert stacks["dense"].feed_forward == DenseConfig(mlp_dim=tiny.dense_mlp_dim)
     assert stacks["moe"].feed_forward == tiny.moe
     without_dense = dataclasses.replace(tiny, num_dense_layers=0)

@@ -56,7 +56,7 @@ def total_parameters(cfg):
 
 
 def active_parameters(cfg):
-    """Those a token is multiplied with: no embedding, top_k of the experts."""
+    """Counts those a token is multiplied with: no embedding, top_k of the experts."""
     return model_parameters(cfg, cfg.moe.router.top_k)
 
 

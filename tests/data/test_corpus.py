@@ -205,7 +205,7 @@ def cut(path):
 
 
 def replace(index, value):
-    """Of an array's file."""
+    """Replaces an array's file."""
 
     def change(path):
         array = np.load(path)

@@ -22,7 +22,7 @@ def write_records(path, records):
 
 
 def documents(path, field, *policy):
-    """Of all pieces of a file."""
+    """Reads the documents of all pieces of a file."""
     for piece in readers.pieces(path):
         yield from readers.documents(piece, field, *policy)
 

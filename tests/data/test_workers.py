@@ -38,7 +38,7 @@ corpus.tokenize(source, Tokenizer.from_file(tokenizer), pathlib.Path(cache))
 
 @pytest.fixture
 def source(write_source, data_config, monkeypatch):
-    """Of several pieces."""
+    """Returns a source of several pieces."""
     monkeypatch.setattr(readers, "PIECE_BYTES", 2000)
     (found,) = text.open_sources(data_config(write_source("fish", 600)))
     assert 10 < len(found.pieces()) < 30

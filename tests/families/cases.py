@@ -1,4 +1,4 @@
-"""Of each family a tiny model; of each preset what its published config.json says.
+"""A tiny model of each family; what the config.json of each preset says, as published.
 
 A file here has the keys that describe the model, and one that jmoe doesn't read.
 """

@@ -56,7 +56,7 @@ class Start:
         return code
 
     def kill(self) -> None:
-        """As a machine's out-of-memory killer does: nothing of it runs any more."""
+        """Kills it as an out-of-memory killer does: nothing of it runs any more."""
         if self.code() is None:
             os.kill(self.pid, signal.SIGKILL)
             self.wait(60)

@@ -23,7 +23,7 @@ class Kernel(NamedTuple):
     is_serialized: bool  # products wait for each other
 
     def check(self):
-        """That it multiplies, and has what it needs."""
+        """Asserts that it multiplies, and has what it needs."""
         assert self.products
         assert self.spills == [0, 0], self  # stores and loads
         assert self.shared_bytes <= SHARED_BYTES

@@ -66,7 +66,7 @@ def test_a_layer_of_grouped_queries_attends_by_the_three_kernels(compile_kernels
             norms = {"scale": jnp.ones(128)}
             params |= {"query_norm": norms, "key_norm": norms}
             positions = rotation(cfg, length), None
-            return module.apply({"params": params}, x_BTD, *positions)
+            return module.apply({"params": params}, x_BTD, *positions)[0]
 
         kernels = {"query": query, "key": key, "value": value, "out": out}
         y_BTD, pull = jax.vjp(attend, x_BTD, kernels)

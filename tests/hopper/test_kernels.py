@@ -141,7 +141,7 @@ def kernels_of(dot_general):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_routed_experts_products_are_kernels(apart):
-    """Of the first segment and in the loop over later ones: two, then all six."""
+    """Those of the first segment are two, those of the loop over later ones all six."""
     experts, tokens, choices, hidden, mlp = 8, 1024, 4, 2048, 1408
 
     def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):

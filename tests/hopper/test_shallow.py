@@ -128,6 +128,6 @@ def test_experts_take_two_kernels_forward_and_five_backward(shallow):
 
 @BOTH
 def test_attention_takes_a_kernel_forward_and_three_backward(shallow):
-    """Of which one is the forward pass, computed again."""
+    """One of the three is the forward pass, computed again."""
     layers = 1 + 1  # the dense one, and the others' loop
     assert len(kernels(shallow, of_attention=True)) == (1 + 3) * layers

@@ -97,7 +97,7 @@ def cut_a_record(path):
 
 
 def lose_the_content(path):
-    """As a power cut may, of what was appended last."""
+    """Loses what was appended last, as a power cut may."""
     size = np.load(path).itemsize
     path.write_bytes(path.read_bytes()[:-size] + bytes(size))
 

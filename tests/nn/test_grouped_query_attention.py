@@ -15,6 +15,7 @@ import pytest
 from jmoe.config import GQAConfig, YarnConfig
 from jmoe.nn import mixers
 from jmoe.nn.grouped_query_attention import GroupedQueryAttention
+from jmoe.nn.measured import NOTHING
 
 B, T, D, H, K, Q = 2, 13, 24, 6, 2, 8
 THETA, EPSILON = 500.0, 0.01
@@ -67,7 +68,11 @@ def output_and_gradients(cfg, params, x_BTD, d_out_BTD, segment_BT=None):
     def attend(params, x_BTD):
         module = GroupedQueryAttention(cfg, 0.02)
         rotation = mixers.rotation(cfg, T)
-        return module.apply({"params": params}, x_BTD, rotation, segment_BT)
+        out_BTD, measured = module.apply(
+            {"params": params}, x_BTD, rotation, segment_BT
+        )
+        assert measured == NOTHING
+        return out_BTD
 
     out_BTD, pull = jax.vjp(attend, params, x_BTD)
     return out_BTD, *pull(d_out_BTD)

@@ -2,7 +2,16 @@
 
 import jax.numpy as jnp
 
-from jmoe.nn.measured import NOTHING, PER_TOKEN, Load, Loss, Measured, join, stack
+from jmoe.nn.measured import (
+    NOTHING,
+    PER_TOKEN,
+    Load,
+    Loss,
+    Measured,
+    beside,
+    join,
+    stack,
+)
 from jmoe.parallel.reductions import Max
 
 
@@ -21,6 +30,17 @@ def test_layers_are_stacked_in_their_order_and_those_without_a_load_left_out():
     assert whole.losses["z"].value.tolist() == [1, 2, 3]
     assert (whole.losses["z"].weight, whole.losses["z"].per) == (2.0, PER_TOKEN)
     assert whole.metrics["highest"].value.tolist() == [7, 7, 9]
+
+
+def test_parts_of_a_layer_are_one_that_has_what_each_measured():
+    index = {"index": Loss(jnp.float32(5), 1.0, PER_TOKEN)}
+    mixer = Measured(None, index, {"highest": Max(jnp.float32(7))})
+    feed_forward = layer(1, dropped=jnp.int32(3))
+    whole = beside(mixer, feed_forward)
+    assert whole.load == feed_forward.load
+    assert whole.losses == index | feed_forward.losses
+    assert whole.metrics == mixer.metrics | feed_forward.metrics
+    assert beside(mixer, NOTHING) == mixer
 
 
 def test_of_no_layer_there_is_nothing():

@@ -9,7 +9,7 @@ from flax.core import meta
 from jmoe.config import override
 from jmoe.config.model import LAYER_LOOPS
 from jmoe.nn.model import Transformer, init_variables, parameter_records
-from jmoe.nn.parameter import FP8, INT4, Boxed
+from jmoe.nn.parameter import FP8, INT4, TO_HEADS, Boxed
 from tests.smallest_run import get_config
 
 MODEL = get_config().model
@@ -31,6 +31,13 @@ MATRICES = {
     "experts.down": (8, 16, 32),
     "project.kernel": (1, 2 * 32, 32),
 }
+GROUPED_QUERIES = [
+    "attention.kind=gqa",
+    "attention.num_kv_heads=1",
+    "attention.head_dim=12",
+    "attention.qk_norm_eps=1e-6",
+    "attention.qkv_bias=true",
+]
 OTHERS = ("embedding", "head", "scale", "router.kernel")
 
 
@@ -84,6 +91,19 @@ def test_norms_and_routers_alone_compute_in_float32():
     found = records_of(MODEL)
     wide = {n for n, x in found.items() if x.compute_dtype("bfloat16") == jnp.float32}
     assert wide == {n for n in found if n.endswith("scale") or ".router." in n}
+
+
+def test_of_grouped_queries_all_kernels_are_matrices_and_no_bias_or_norm_is():
+    found = records_of(override(MODEL, GROUPED_QUERIES))
+    start = "params.moe.attention."
+    own = {n.removeprefix(start): x for n, x in found.items() if n.startswith(start)}
+    to_heads = {"query.kernel", "key.kernel", "value.kernel"}
+    assert {n for n, x in own.items() if x.matrix == TO_HEADS} == to_heads
+    assert {n for n, x in own.items() if x.is_hidden} == to_heads | {"out.kernel"}
+    vectors = {n: x for n, x in own.items() if x.matrix is None}
+    biases = {"query.bias", "key.bias", "value.bias"}
+    assert vectors.keys() == biases | {"query_norm.scale", "key_norm.scale"}
+    assert all(x.in_float32 and not (x.decays or x.formats) for x in vectors.values())
 
 
 @pytest.mark.parametrize("loop", LAYER_LOOPS)

@@ -34,7 +34,7 @@ def quantize(model, form):
 
 
 def what_they_stand_for(model, form):
-    """As arrays of the weights' shapes."""
+    """Returns arrays of the weights' shapes."""
     return jax.tree.map(
         lambda kept, w: stored.as_array(kept, w.dtype).reshape(w.shape),
         quantize(model, form),

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from jmoe.balance import bias, losses
 from jmoe.config.model import GROUP_SCORES, RouterConfig
 from jmoe.config.model import SCORES as SCORE_NAMES
-from jmoe.nn import router
-from jmoe.nn.router import GROUP_SCORE, SCORES, Router, route
+from jmoe.nn import choices
+from jmoe.nn.choices import GROUP_SCORE, route
+from jmoe.nn.router import SCORES, Router
 from jmoe.nn.tokens import Tokens
 
 E, G, K, D = 12, 4, 3, 16
@@ -58,6 +59,8 @@ def oracle(logit_E, bias_E, cfg):
     score_E = np.exp(logit_E) / np.exp(logit_E).sum()
     if cfg.score == "sigmoid":
         score_E = 1 / (1 + np.exp(-logit_E))
+    elif cfg.score == "sqrt_softplus":
+        score_E = np.sqrt(np.log1p(np.exp(logit_E)))
     biased_E = score_E + bias_E
     groups = np.split(np.arange(cfg.num_experts), cfg.num_groups)
     best = {"top2_sum": 2, "max": 1}[cfg.group_score]
@@ -157,7 +160,7 @@ def test_gates_pass_on_the_gradients_of_their_closed_form(normalize):
     score_NE, bias_E = scores(0)
     (expert_NK, _), _ = jit_route(score_NE, bias_E, cfg)
     d_gate_NK = np.random.default_rng(1).normal(size=expert_NK.shape)
-    _, pull = jax.vjp(lambda s: router.gates(s, expert_NK, cfg), jnp.asarray(score_NE))
+    _, pull = jax.vjp(lambda s: choices.gates(s, expert_NK, cfg), jnp.asarray(score_NE))
     (got_NE,) = pull(jnp.float32(d_gate_NK))
 
     chosen_NK = np.take_along_axis(score_NE.astype(np.float64), expert_NK, axis=-1)
@@ -186,10 +189,10 @@ def test_scores_of_zero_give_gates_of_zero():
 
 @EXAMPLES
 @given(st.lists(st.integers(0, E - 1), min_size=40, max_size=40))
-def test_counts_are_exact_integers(choices):
-    got = router.count(jnp.array(choices).reshape(10, 4), E)
+def test_counts_are_exact_integers(chosen):
+    got = choices.count(jnp.array(chosen).reshape(10, 4), E)
     assert got.dtype == jnp.int32
-    assert got.tolist() == np.bincount(choices, minlength=E).tolist()
+    assert got.tolist() == np.bincount(chosen, minlength=E).tolist()
 
 
 def test_a_bfloat16_model_is_routed_in_float32():
@@ -215,8 +218,8 @@ def test_margins_are_positive_exactly_where_an_expert_is_chosen(seed, groups):
     score_NE, bias_E = scores(seed)
     biased_NE = score_NE + bias_E
     (expert_NK, _), _ = jit_route(score_NE, bias_E, cfg)
-    reachable_NE, group_NG = router.limit_to_groups(biased_NE, cfg)
-    margin_NE = router.selection_margins(biased_NE, reachable_NE, group_NG, cfg)
+    reachable_NE, group_NG = choices.limit_to_groups(biased_NE, cfg)
+    margin_NE = choices.selection_margins(biased_NE, reachable_NE, group_NG, cfg)
     chosen_NE = np.asarray(nn.one_hot(expert_NK, E)).sum(1) > 0
     np.testing.assert_array_equal(np.asarray(margin_NE) > 0, chosen_NE)
 

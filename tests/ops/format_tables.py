@@ -9,7 +9,7 @@ from jmoe.ops.formats import E4M3, E5M6
 
 
 def numbers_of(exponent_bits, mantissa_bits, codes):
-    """Those of the first codes, float64: all that are finite and positive."""
+    """Returns the first codes' numbers, float64: all that are finite and positive."""
     code = np.arange(codes)
     exponent, mantissa = code >> mantissa_bits, code & (2**mantissa_bits - 1)
     bias = 2 ** (exponent_bits - 1) - 1

@@ -53,7 +53,7 @@ class Case(NamedTuple):
 
 
 def case(sizes, dims, kv_heads=2) -> Case:
-    """Of documents of these sizes, which fill a row."""
+    """Returns a case of documents of these sizes, which fill a row."""
     rng = np.random.default_rng(0)
     q, k, v, d_out = (
         jnp.asarray(rng.normal(size=(1, sum(sizes), heads, dim)), jnp.bfloat16)

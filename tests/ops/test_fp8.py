@@ -176,7 +176,7 @@ def rounding_bound(x, largest):
 
 
 def product_bound(a, b, da, db):
-    """Of a @ b, whose elements may be off by da and db, and summed in float32."""
+    """Bounds the error of a @ b, with elements off by da and db, summed in float32."""
     exact = da @ np.abs(b) + np.abs(a) @ db + da @ db
     return exact + a.shape[1] * 2**-22 * (np.abs(a) + da) @ (np.abs(b) + db)
 

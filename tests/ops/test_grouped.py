@@ -276,7 +276,7 @@ def test_each_recipes_experts_are_off_by_what_e4m3_rounds(recipe, backend):
 
 
 def equations(backend):
-    """Those before the output's gradient is there; then for x and the gates; the rest.
+    """Divides equations: before the output's gradient; for x and gates; the rest.
 
     A loop is one equation, and is in one of these.
     """

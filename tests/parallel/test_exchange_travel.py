@@ -48,7 +48,7 @@ def on_peers(on_device, peers):
 
 
 def weighed(cfg, dtype=np.float32, peers=4, dim=200):
-    """Of experts that only weigh: the inputs, outputs and gradients."""
+    """Returns inputs, outputs and gradients of experts that only weigh."""
     rng = np.random.default_rng(2)
     dy, x = (jnp.asarray(rng.normal(size=(TOKENS, dim)), dtype) for _ in range(2))
     expert_NK, gate_NK = random_choices(), rng.random((TOKENS, 4), np.float32)
@@ -119,7 +119,7 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
 def test_the_real_ragged_all_to_all_and_its_gradient_compile_for_gpus(
     monkeypatch, dtype
 ):
-    """As far as this can be seen without a GPU's compiler: there and back, twice."""
+    """There and back, twice, as far as it can be seen without a GPU's compiler."""
     monkeypatch.setitem(subject.BACKENDS, "ragged", subject.ragged_rows)
     cfg = ExchangeConfig(backend="ragged", capacity_factor=1.5, dispatch_dtype=dtype)
     run = on_mesh.__wrapped__(MESHES["expert=4"], cfg, ROUTER)

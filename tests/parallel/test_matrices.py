@@ -44,7 +44,7 @@ each_stack = pytest.mark.parametrize(("spec", "size", "where", "dims"), STACKS, 
 
 
 def mixed(x_NIO):
-    """Of all of a matrix, and of the place of each number in it."""
+    """Mixes all of a matrix, and the place of each number in it."""
     place_IO = jnp.arange(math.prod(x_NIO.shape[1:])).reshape(x_NIO.shape[1:])
     return x_NIO * x_NIO.sum((1, 2), keepdims=True) + place_IO * x_NIO[:, :1, :1]
 

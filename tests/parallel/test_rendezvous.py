@@ -21,7 +21,7 @@ def meet(
 
 
 def die(group: rendezvous.ProcessGroup) -> None:
-    """As the system does it for a process that is killed: its connections close."""
+    """Ends it as the system does a process that is killed: its connections close."""
     group._leaves = True  # it can't say anything more
     for channel in group._channels:
         channel.close()

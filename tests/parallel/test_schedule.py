@@ -53,7 +53,10 @@ def any_costs(draw):
 
 @st.composite
 def published_costs(draw):
-    """As the formulae take them: W no longer than F, and F as long as B without W."""
+    """Draws costs as the formulae take them.
+
+    W is no longer than F, and F as long as B without W.
+    """
     weight = draw(durations)
     forward = weight + draw(st.just(0) | durations)
     backward = forward + weight
@@ -62,7 +65,9 @@ def published_costs(draw):
 
 
 def published_bubble(name, ranks, costs):
-    """Of ranks > 1, in stages' costs. A rank may hold more than one stage.
+    """Returns the bubble of ranks > 1, in stages' costs.
+
+    A rank may hold more than one stage.
 
     arXiv 2104.04473, section 2.2, and 2412.19437, table 2. DualPipeV has that of a
     DualPipe with as many stages.
@@ -161,7 +166,7 @@ def assert_prompt(timeline):
 
 
 def prerequisites(task, num_stages):
-    """Of a microbatch: F in all stages, then B in all, the other way; W after B."""
+    """Yields a microbatch's: F in all stages, then B in all, backwards; W after B."""
     for kind, stage, *rest in task.passes:
         path = [("F", s) for s in range(num_stages)]
         path += [("B", s) for s in reversed(range(num_stages))]

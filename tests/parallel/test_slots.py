@@ -21,7 +21,7 @@ orders = st.sampled_from(sorted(dropping.DROP_ORDERS))
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def assign(expert_NK, gate_NK, order, capacity):
-    """As the padded exchange does: `capacity` slots for each peer."""
+    """Assigns slots as the padded exchange does: `capacity` for each peer."""
     visits = dropping.find_visits(expert_NK, gate_NK, ROUTER, PEERS)
     rank_NV = dropping.DROP_ORDERS[order](visits, PEERS)
     is_kept_NV = slots.keep(visits, rank_NV, jnp.full(PEERS, capacity))

@@ -100,7 +100,7 @@ class Follower:
         return int(getattr(getattr(self.row, kind), name)[at])
 
     def layers(self, kind, at):
-        """Those of the whole model that an instruction goes through."""
+        """Returns the layers of the whole model that an instruction goes through."""
         step, found = getattr(self.row, kind), []
         for g, (name, (begin, _)) in enumerate(self.cut.span.items()):
             index, _, _ = self.cut.rows[name]

@@ -53,7 +53,7 @@ def before(schedule, step):
 
 
 def places(ticks):
-    """Of each pass, its (tick, rank) and its entry."""
+    """Returns each pass's (tick, rank) and its entry."""
     found = {}
     for tick, ranks in enumerate(ticks.entries):
         for rank, entries in enumerate(ranks):

@@ -37,7 +37,7 @@ def inputs(n=N, d=D, v=V, dtype=np.float32):
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
 def value_and_gradients(loss, x_ND, head_DV, target_N, weight_N, chunk=None):
-    """Of half the loss, whose cotangent then isn't 1."""
+    """Computes them of half the loss, whose cotangent then isn't 1."""
 
     def halved(x_ND, head_DV):
         return 0.5 * loss(x_ND, head_DV, target_N, weight_N, chunk)
@@ -204,7 +204,7 @@ def test_a_tokens_gradients_all_count(times, dtype, devices):
 @DEVICES
 @TABLES
 def test_gradients_of_text_are_float64_sums_rounded_once(dtype, devices):
-    """Of 16,384 tokens, as frequent as words are: the first a fifth of them."""
+    """There are 16,384 tokens, as frequent as words: a fifth of them are the first."""
     rng = np.random.default_rng(0)
     frequency_V = 1 / np.arange(1, 401)
     tokens_BT = rng.choice(400, (4, 4096), p=frequency_V / frequency_V.sum())

@@ -115,7 +115,7 @@ own_gradient.defvjp(
 
 @toy
 def gradients_that_need_no_output(w, row, x):
-    """As of an auxiliary loss that is added in the backward pass."""
+    """Adds, in the backward pass, those that an auxiliary loss would have."""
     return own_gradient(x, w["s"]), None
 
 

@@ -42,7 +42,7 @@ def run_script(name: str, *arguments: str) -> Outcome:
 
 
 def forget_flags() -> None:
-    """Those of scripts that ran before; a process has one set of flags."""
+    """Forgets flags of scripts that ran before; a process has one set of flags."""
     for name in list(flags.FLAGS):
         module = flags.FLAGS.find_module_defining_flag(name)
         if module == "<run_path>" or module.startswith(FLAGS_OF):

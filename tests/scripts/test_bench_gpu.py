@@ -363,7 +363,7 @@ def test_other_than_a_hopper_gpu_is_refused(device, said):
 
 
 def test_the_whole_suite_ends_in_a_report(monkeypatch, tmp_path):
-    """As on a GPU, with both sides in processes of their own; torch has none here."""
+    """It runs as on a GPU, both sides in processes of their own; torch has none."""
     monkeypatch.setattr(gpu, "CASES", (CASES[0], CASES[1]))
     monkeypatch.setattr(gpu, "check_device", lambda device: None)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compiled"))

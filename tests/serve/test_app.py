@@ -120,7 +120,7 @@ def test_what_vllm_and_ray_serve_besides_is_not_reached(server, path):
 
 
 def test_a_killed_replica_is_replaced_and_its_requests_end(server, expected):
-    """Those in flight fail at once, those that come meanwhile wait for the new one."""
+    """Requests in flight fail at once; those that come meanwhile wait for its heir."""
     before = set(server.measured("vllm:generation_tokens_total"))
     long = greedy(PROMPTS[2], 1000)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -75,7 +75,7 @@ def distance(got, want) -> float:
 
 
 def assert_within_the_format(got: Step, want: Step) -> None:
-    """Of each parameter, and of the rows of the two most frequent tokens.
+    """Asserts it of each parameter, and the rows of the two most frequent tokens.
 
     Between weights and their gradients are some 60 roundings in two layers and an MTP
     module, forward and back. They are independent, so that sqrt(60) add up.
@@ -147,7 +147,7 @@ def float32_step(run_on_many) -> Step:
 
 @pytest.fixture(scope="module")
 def step_on(run_on_many):
-    """Of a mesh and its settings, the step in bfloat16; each is taken once."""
+    """Returns a mesh and its settings' step in bfloat16; each is taken once."""
     variables = representable_variables(run_on_many)
 
     @functools.cache

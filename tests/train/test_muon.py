@@ -75,7 +75,7 @@ def put(layout: layouts.Layout, tree):
 
 
 def updates_of(run: RunConfig, mesh: str = "", scale: str = "rms"):
-    """Those of the last of three steps."""
+    """Returns the last of three steps' updates."""
     layout = layout_of(run, mesh)
     muon = scale_by_muon(layout, SCALES[scale])
     state, step, updates = (
@@ -141,7 +141,7 @@ def test_matrices_are_swapped_and_neither_gathered_nor_summed(run, mesh):
 
 
 def multiplications(text: str) -> int:
-    """Those of all products of matrices that a device computes."""
+    """Counts those of all products of matrices that a device computes."""
     program = hlo.parse(text)
 
     def of(instructions) -> int:
@@ -159,7 +159,7 @@ def multiplications(text: str) -> int:
 
 
 def sizes(shape: str) -> list[int]:
-    """Of an array; of a tuple, those of its first one."""
+    """Returns an array's sizes; of a tuple, those of its first one."""
     return [int(n) for n in re.search(r"\[([\d,]*)\]", shape)[1].split(",") if n]
 
 

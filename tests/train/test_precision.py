@@ -55,7 +55,7 @@ def in_fp8(run, variables):
 
 
 def distance(got, want):
-    """Of the steps' gradients, as a part of their length."""
+    """Returns the distance of the steps' gradients, as a part of their length."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
     off = sum(float(np.square(g - w).sum()) for g, w in pairs)
     return np.sqrt(off / sum(float(np.square(w).sum()) for w in jax.tree.leaves(want)))

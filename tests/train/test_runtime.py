@@ -1,6 +1,7 @@
 """What scripts set up in their process."""
 
 import ctypes
+import math
 import os
 import platform
 import shlex
@@ -17,6 +18,7 @@ from jmoe.train.runtime import keep_compiled, keep_freed_memory, step_after_step
 
 ASYNC = "jax_cpu_enable_async_dispatch"
 CACHE = "jax_compilation_cache_dir"
+LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 
 # A new process allocates 64 MiB: how many bytes it then has outside of its heap.
 ALLOCATE = """
@@ -75,8 +77,9 @@ def test_steps_on_a_cpu_follow_one_another():
 
 
 def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
-    set_cache, tmp_path
+    set_cache, tmp_path, monkeypatch
 ):
+    monkeypatch.setenv("XLA_FLAGS", "")
     ours = tmp_path / "new" / "ours"
     set_cache(None)
     keep_compiled(ours)
@@ -84,6 +87,18 @@ def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
     set_cache("theirs")
     keep_compiled(ours)
     assert jax.config.values[CACHE] == "theirs"
+
+
+def test_programs_for_several_devices_of_a_cpu_are_not_kept(
+    set_cache, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    before = jax.config.values[LEAST_SECONDS]
+    set_cache("theirs")
+    keep_compiled(tmp_path / "ours")
+    least = jax.config.values[LEAST_SECONDS]
+    jax.config.update(LEAST_SECONDS, before)
+    assert least == math.inf and not (tmp_path / "ours").exists()
 
 
 @pytest.mark.parametrize(

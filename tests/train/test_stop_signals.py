@@ -49,7 +49,7 @@ def test_the_first_is_acknowledged_at_once_and_the_second_ends_the_process(numbe
 
 
 def test_one_signal_that_is_sent_twice_is_one():
-    """As `timeout` sends it. (If it counted twice, it would end this process.)"""
+    """It is as `timeout` sends it. (If it counted twice, it would end this process.)"""
     said = []
     with StopSignals(said.append) as signals:
         signal.raise_signal(signal.SIGTERM)
