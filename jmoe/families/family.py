@@ -11,7 +11,7 @@ from typing import Any
 
 from jmoe.config import GQAConfig, MLAConfig, ModelConfig
 
-Table = Mapping[str, str | tuple[str, str] | None]
+Table = dict[str, str | tuple[str, str] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
