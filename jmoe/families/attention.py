@@ -6,7 +6,7 @@ Of each kind: the keys that are renames, what else is read, and what else is wri
 from collections.abc import Mapping
 from typing import Any
 
-from jmoe.config import ModelConfig, records
+from jmoe.config import GQAConfig, ModelConfig, records
 from jmoe.families import rope
 from jmoe.families.family import require
 
@@ -75,6 +75,7 @@ def read_grouped(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_grouped(cfg: ModelConfig) -> dict[str, Any]:
     """Returns what `read_grouped` reads, but for the part that is rotated."""
+    assert isinstance(cfg.attention, GQAConfig)
     if cfg.attention.yarn is not None:
         for field in ("mscale", "mscale_all_dim"):
             require(cfg, cfg.family, f"attention.yarn.{field}", None)

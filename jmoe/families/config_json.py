@@ -62,7 +62,7 @@ def write(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     as_it_was = written | extras
     if _reads_as(as_it_was, cfg, family):
         return as_it_was
-    outdated = (*(ALIASES | family.aliases).values(), OWN, "rope_parameters")
+    outdated = (*_aliases(family).values(), OWN, "rope_parameters")
     return {k: v for k, v in extras.items() if k not in outdated} | written
 
 
@@ -95,7 +95,7 @@ def _read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
     values = dict(family.fields)
     for field, key in family.keys.items():
         values[field] = records.coerce(_hint(field, family), given[key], key)
-    cfg = _build(values | family.read(given), family)
+    cfg = _build({**values, **family.read(given)}, family)
     own = given.get(OWN, {})
     if not isinstance(own, Mapping):
         raise ValueError(f"{OWN}={own!r} must map paths of fields to their values.")
@@ -106,7 +106,6 @@ def _read(hf: Mapping[str, Any], family: Family) -> ModelConfig:
 
 def _write(cfg: ModelConfig, family: Family) -> dict[str, Any]:
     """Everything but what `hf_extras` holds."""
-    family.check(cfg)
     hf: dict[str, Any] = {
         "model_type": family.model_type,
         **family.constants,
@@ -140,16 +139,19 @@ def _one_spelling(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
     given = {**hf, "rope_theta": rotary.theta, "rope_scaling": rotary.scaling}
     if rotary.partial_rotary_factor is not None:
         given["partial_rotary_factor"] = rotary.partial_rotary_factor
-    for key, alias in (ALIASES | family.aliases).items():
+    for key, alias in _aliases(family).items():
         if key in hf or alias in hf:
             given[key] = checks.agreed({name: hf.get(name) for name in (key, alias)})
-    given["torch_dtype"] = WIDENED.get(
-        given.get("torch_dtype"), given.get("torch_dtype")
-    )
+    dtype = given.get("torch_dtype")
+    given["torch_dtype"] = WIDENED.get(dtype or "", dtype)
     defaults = family.defaults
     said = {k: v for k, v in given.items() if v is not None or k not in defaults}
     nulls = {k: v for k, v in family.nulls.items() if k in given and given[k] is None}
     return {**defaults, **said, **nulls}
+
+
+def _aliases(family: Family) -> dict[str, str]:
+    return {**ALIASES, **family.aliases}
 
 
 def _records(family: Family) -> dict[str, type]:

@@ -14,7 +14,7 @@ from jmoe.config import GQAConfig, MLAConfig, ModelConfig
 BY_SCORES = ("token_choice", "noisy")  # alike where nothing is trained
 SCORES = ("sigmoid", "softmax")
 
-Table = Mapping[str, str | tuple[str, str] | None]
+Table = dict[str, str | tuple[str, str] | None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

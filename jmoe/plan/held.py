@@ -5,7 +5,7 @@ it. A run that is too large at rest needn't be compiled.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import rich.table
 from jax.sharding import AbstractMesh
@@ -40,7 +40,7 @@ def held(run: RunConfig) -> Held:
     Raises:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
     """
-    mesh = AbstractMesh(tuple(run.mesh.shape.values()), MESH_AXES)
+    mesh: Any = AbstractMesh(tuple(run.mesh.shape.values()), MESH_AXES)
     model = Transformer(run.model)
     layout = layouts.make_layout(model, mesh)
     optimizer = make_optimizer(run.optimizer, run.horizon, layout)

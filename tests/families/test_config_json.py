@@ -11,6 +11,7 @@ from jmoe.config.presets import MODELS
 from jmoe.families import FAMILIES, family_of, from_hf, lookup, to_hf
 from jmoe.families.family import value_of
 from tests.families.cases import PUBLISHED, TINY
+from tests.parity import architecture
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
 each_file = pytest.mark.parametrize("name", PUBLISHED)
@@ -73,11 +74,22 @@ def test_a_preset_survives_the_round_trip(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_transformers_loads_it_and_means_the_same(name):
-    transformers = pytest.importorskip("transformers")
     cfg = ModelConfig.preset(name)
-    model = getattr(transformers, family_of(cfg).architecture)
-    theirs = model.config_class(**to_hf(cfg)).to_dict() | {"model_type": cfg.family}
+    theirs = architecture(cfg).config_class(**to_hf(cfg)).to_dict() | {
+        "model_type": cfg.family
+    }
     assert shape(from_hf(json.loads(json.dumps(theirs)))) == cfg
+
+
+@each_family
+def test_what_a_file_leaves_out_is_what_transformers_takes_it_for(name):
+    optional = ("initializer_range", "rope_theta", "tie_word_embeddings")
+    optional += ("attention_bias", "partial_rotary_factor", "use_qk_norm")
+    file = {k: v for k, v in to_hf(TINY[name]).items() if k not in optional}
+    theirs = architecture(TINY[name]).config_class(**file).to_dict() | {
+        "model_type": name
+    }
+    assert shape(from_hf(json.loads(json.dumps(theirs)))) == shape(from_hf(file))
 
 
 @each_family
