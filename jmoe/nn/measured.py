@@ -44,6 +44,10 @@ class Loss:
     weight: float = struct.field(pytree_node=False)
     per: str = struct.field(pytree_node=False)
 
+    def of(self, value: jax.Array) -> "Loss":
+        """Returns this loss with another value."""
+        return Loss(value, self.weight, self.per)
+
 
 class Measured(NamedTuple):
     """What one layer, or a stack of layers, measured.

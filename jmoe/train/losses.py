@@ -101,7 +101,7 @@ def layer_losses(measured: Measured, run: RunConfig, norms: Normalisers) -> Loss
         main=jnp.float32(0),
         mtp_D=jnp.zeros(run.model.mtp_depth),
         layers={
-            name: loss.replace(value=loss.value.sum() / divisors.get(loss.per, 1))
+            name: loss.of(loss.value.sum() / divisors.get(loss.per, 1))
             for name, loss in measured.losses.items()
         },
     )
@@ -112,7 +112,7 @@ def add_losses(first: Losses, second: Losses) -> Losses:
     layers = {**first.layers, **second.layers}
     for name in first.layers.keys() & second.layers.keys():
         both = first.layers[name].value + second.layers[name].value
-        layers[name] = layers[name].replace(value=both)
+        layers[name] = layers[name].of(both)
     return Losses(first.main + second.main, first.mtp_D + second.mtp_D, layers)
 
 
@@ -160,7 +160,8 @@ def positions(part: Microbatch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
     batch = part.batch
     rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
-    tokens = Tokens(is_real(batch), part.noise, inputs(batch), batch.choice_BLTK)
+    told: Any = batch.choice_BLTK  # an array of JAX's by now, if any
+    tokens = Tokens(is_real(batch), part.noise, inputs(batch), told)
     tokens = tokens._replace(first_moe=run.model.num_dense_layers)
     return Positions(rotation, segments(batch, run), tokens)
 
