@@ -3,17 +3,20 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jmoe import families
 from jmoe.config import records
 from jmoe.export import hf, names
+from jmoe.nn.model import Transformer
 from tests import parity
 from tests.families.cases import TINY
 from tests.parity import by_expert, hf_tensors, relative_error
 
-transformers = pytest.importorskip("transformers", reason="compares with transformers")
+torch = pytest.importorskip("torch", reason="compares with torch")
+pytest.importorskip("transformers", reason="compares with transformers")
 load_file = pytest.importorskip("safetensors.torch").load_file
 
 TOLERANCE = 1e-5
@@ -29,6 +32,16 @@ def random_variables(cfg):
             node = node[parent]
         node[last] *= 0
     return variables
+
+
+def loaded(cfg, directory, **options):
+    """Their model of an export; the class has its own name of the family."""
+    architecture = parity.architecture(cfg)
+    config = architecture.config_class.from_pretrained(directory)
+    config.model_type = architecture.config_class.model_type
+    return architecture.from_pretrained(
+        directory, config=config, dtype="auto", **options
+    )
 
 
 @pytest.fixture(scope="module", params=TINY)
@@ -65,12 +78,7 @@ def test_every_router_chooses_the_same_experts_with_the_same_gates(measured):
 
 def test_an_export_loads_with_no_missing_and_no_unexpected_key(cfg, tmp_path):
     hf.save(tmp_path / "hf", cfg, random_variables(cfg), shard_bytes=20_000)
-    architecture = parity.architecture(cfg)
-    config = architecture.config_class.from_pretrained(tmp_path / "hf")
-    config.model_type = architecture.config_class.model_type
-    _, info = architecture.from_pretrained(
-        tmp_path / "hf", config=config, output_loading_info=True, dtype="auto"
-    )
+    _, info = loaded(cfg, tmp_path / "hf", output_loading_info=True)
     mtp = f"model.layers.{cfg.num_layers}."  # which no family's class has
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(mtp)]
     assert not info["missing_keys"] and not info["mismatched_keys"] and not unexpected
@@ -111,3 +119,31 @@ def test_biases_that_the_files_cannot_hold_are_not_lost_in_silence(cfg, tmp_path
         hf.save(tmp_path / "hf", cfg, parity.random_variables(cfg))
     assert absent[0] in str(error.value) and cfg.family in str(error.value)
     assert not (tmp_path / "hf").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if TINY[name].mtp_depth])
+def test_an_mtp_module_computes_what_transformers_makes_of_the_export(name, tmp_path):
+    layers = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(layers, "MtpModel"):
+        pytest.skip("transformers computes MTP modules since 5.24")
+    cfg = TINY[name]
+    variables = random_variables(cfg)
+    hf.save(tmp_path / "hf", cfg, variables)
+    model = loaded(cfg, tmp_path / "hf")
+    model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{cfg.num_layers}\."]
+    mtp = layers.MtpModel.from_pretrained(model)
+    for either in (model, mtp):
+        either.set_attn_implementation("eager")
+        either.set_experts_implementation("eager")
+    tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 19))
+    tokens = torch.from_numpy(tokens_BT)
+    hidden = model.model(tokens, use_cache=False).last_hidden_state
+    position = torch.arange(18)[None].expand(2, 18)
+    theirs = mtp.forward_layer(
+        0, hidden[:, :-1], position, None, input_ids=tokens[:, 1:]
+    )
+    features = Transformer(cfg).apply(
+        variables, jnp.asarray(tokens_BT), method="features"
+    )
+    ours_BSD = np.asarray(features.mtp_BSD[0])[:, :-1]
+    assert relative_error(ours_BSD, theirs.detach().numpy()) < TOLERANCE
