@@ -121,20 +121,20 @@ def _passes(whole: Model) -> dict[str, Callable[..., Any]]:
             for g, (group, w) in enumerate(zip(whole.groups, weights, strict=True))
         ]
 
-    def forward(weights, stores, x, step):
+    def forward(weights, stashes, x, step):
         for g, group in enumerate(layers(weights)):
-            stores[g], x = group.forward(stores[g], x, 0, step, batch)
-        return stores, x
+            stashes[g], x = group.forward(stashes[g], x, 0, step, batch)
+        return stashes, x
 
-    def backward(weights, stores, d, step):
+    def backward(weights, stashes, d, step):
         for g, group in reversed(list(enumerate(layers(weights)))):
-            stores[g], d = group.backward(stores[g], d, 0, step, batch)
-        return stores, d
+            stashes[g], d = group.backward(stashes[g], d, 0, step, batch)
+        return stashes, d
 
-    def weight(weights, stores, step):
+    def weight(weights, stashes, step):
         return [
-            group.weight(store, 0, step, batch)
-            for store, group in zip(stores, layers(weights), strict=True)
+            group.weight(stash, 0, step, batch)
+            for stash, group in zip(stashes, layers(weights), strict=True)
         ]
 
     def lose(shared, gradients, y):
@@ -150,7 +150,7 @@ def _passes(whole: Model) -> dict[str, Callable[..., Any]]:
 
     ticks = as_ticks(gpipe(1, 1))
     return {
-        "stores": jax.jit(lambda weights: [x.store(ticks) for x in layers(weights)]),
+        "stashes": jax.jit(lambda weights: [x.stash(ticks) for x in layers(weights)]),
         "F": jax.jit(forward, donate_argnums=1),
         "B": jax.jit(backward, donate_argnums=1),
         "W": jax.jit(weight, donate_argnums=1),
@@ -176,16 +176,16 @@ def _time(
     for _ in range(_CALLS):
         for of_call in samples.values():
             of_call.append([])
-        stores = timed("stores", weights)
+        stashes = timed("stashes", weights)
         x = timed("enter", whole.shared)
         for step in steps:
-            stores, x = timed("F", weights, stores, x, step)
+            stashes, x = timed("F", weights, stashes, x, step)
         shared, d = timed("lose", whole.shared, arrays.zeros(whole.shared), x)
         for step in reversed(steps):
-            stores, d = timed("B", weights, stores, d, step)
-            stores = timed("W", weights, stores, step)
+            stashes, d = timed("B", weights, stashes, d, step)
+            stashes = timed("W", weights, stashes, step)
         timed("enter, backward", whole.shared, shared, d)
-    del samples["stores"]
+    del samples["stashes"]
     return {
         name: [statistics.median(times) for times in zip(*calls, strict=True)]
         for name, calls in samples.items()

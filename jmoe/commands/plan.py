@@ -100,7 +100,7 @@ def memory() -> None:
 
 
 def training() -> None:
-    """Of all runs whose steps can be compiled for GPUs that aren't here."""
+    """Returns the runs whose steps can be compiled for GPUs that aren't here."""
     from jmoe.plan import held, programs
 
     runs = (make() for make in programs.PROGRAMS.values())

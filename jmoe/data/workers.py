@@ -122,7 +122,7 @@ def _count_cores() -> int:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Returns that of a process that finds jmoe where this one has found it."""
+    """Returns the environment of a process that finds jmoe where this one has."""
     roots = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     return {
         "PYTHONPATH": os.pathsep.join(filter(None, roots)),

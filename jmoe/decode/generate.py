@@ -130,6 +130,13 @@ def _check(cfg, prompts, max_new_tokens, temperature, top_p):
             f"temperature={temperature} must be at least 0, and finite, and "
             f"top_p={top_p} above 0 and at most 1."
         )
+    looks_ahead = {"expert_choice": "compares with later ones", "replayed": "is told"}
+    kind = cfg.moe.router.kind
+    if kind in looks_ahead:
+        raise ValueError(
+            f"model.moe.router.kind={kind!r} {looks_ahead[kind]}, and for new tokens "
+            "there are none: such a model generates no text."
+        )
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > cfg.max_positions:
         raise ValueError(

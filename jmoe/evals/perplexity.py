@@ -27,7 +27,7 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(trained: Trained, form: str = "native") -> Perplexity:
-    """Returns that of the first `train.eval_batches` of a run's validation text.
+    """Returns the perplexity of a run's first `train.eval_batches` of validation text.
 
     On one device, whatever the run's mesh. Products are by the run's `precision`.
 

@@ -11,6 +11,9 @@ from typing import Any
 
 from jmoe.config import GQAConfig, MLAConfig, ModelConfig
 
+BY_SCORES = ("token_choice", "noisy")  # alike where nothing is trained
+SCORES = ("sigmoid", "softmax")
+
 Table = dict[str, str | tuple[str, str] | None]
 
 
@@ -69,8 +72,12 @@ class Family:
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises ValueError if files of this family can't describe the model `cfg`."""
-        kind = {"attention.kind": self.attention.kind}
-        for field, value in {**kind, **self.fields}.items():
+        kinds = {"attention.kind": self.attention.kind, "moe.router.hash_layers": 0}
+        if cfg.moe.router.kind not in BY_SCORES:
+            kinds["moe.router.kind"] = BY_SCORES[0]
+        if cfg.moe.router.score not in SCORES:
+            kinds["moe.router.score"] = SCORES[0]
+        for field, value in {**kinds, **self.fields}.items():
             require(cfg, self.model_type, field, value)
 
 

@@ -27,7 +27,7 @@ class Noise(NamedTuple):
     row_B: jax.Array
 
     def of_layer(self, number: Any) -> "Noise":
-        """Returns that of a layer."""
+        """Returns the noise of a layer."""
         key = jax.random.fold_in(jax.random.wrap_key_data(self.key), number)
         return self._replace(key=jax.random.key_data(key))
 

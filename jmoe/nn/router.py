@@ -90,7 +90,9 @@ class Router(nn.Module):
         logit_BTE: jax.Array = dot.linear(x_BTD, w_DE, lax.Precision.HIGHEST)
         score_BTE = SCORES[cfg.score](logit_BTE)
         scored = Scored(score_BTE, bias_E, tokens)
-        routing, margin_EM = ROUTERS[cfg.kind](scored, cfg)
+        # A new model's parameters don't depend on what it is told.
+        kind = "token_choice" if self.is_initializing() else cfg.kind
+        routing, margin_EM = ROUTERS[kind](scored, cfg)
         if isinstance(routing, Picks):
             load_E, expert_BTK = count_picks(routing, x_BTD.shape[1]), None
         else:

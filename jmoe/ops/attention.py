@@ -1,9 +1,9 @@
 """Causal attention in blocks: memory grows with the sequence, not with its square.
 
-Shapes: B batch, T position, H head, K head of keys and values, each of which as many
-heads share (a group; Ainslie et al., arXiv 2305.13245), Q query/key dimension, V value
-dimension; within a block, q and k rows (`s` blocks of `block` positions each). A
-group's queries are rows of one block, so that nobody copies what they share.
+Shapes: B batch, T position, H head, K head of keys and values, each of which equally
+many heads share (a group; Ainslie et al., arXiv 2305.13245), Q query/key dimension, V
+value dimension; within a block, q and k rows (`s` blocks of `block` positions each). A
+group's queries are rows of one block, so that nothing is copied that they share.
 
 The forward pass is FlashAttention's online softmax (arXiv 2205.14135, algorithm 1), the
 backward one recomputes each block's probabilities from the saved log-sum-exp (its

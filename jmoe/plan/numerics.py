@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from jmoe.plan import hlo
-from jmoe.plan.hlo import Instruction
+from jmoe.plan.hlo import HloInstruction
 from jmoe.plan.traffic import Collective
 
 DTYPES = {
@@ -96,7 +96,7 @@ def local(text: str) -> set[Local]:
     return set(_local(hlo.parse(text).computations))
 
 
-def _local(computations: Mapping[str, Sequence[Instruction]]) -> Iterator[Local]:
+def _local(computations: Mapping[str, Sequence[HloInstruction]]) -> Iterator[Local]:
     roots = {name: inside[-1].opcode for name, inside in computations.items()}
     for instructions in computations.values():
         dtypes = {one.name: _dtype(one.shape) for one in instructions}
@@ -108,7 +108,7 @@ def _local(computations: Mapping[str, Sequence[Instruction]]) -> Iterator[Local]
 
 
 def _operation(
-    instruction: Instruction, roots: Mapping[str, str], dtypes: Mapping[str, str]
+    instruction: HloInstruction, roots: Mapping[str, str], dtypes: Mapping[str, str]
 ) -> str | None:
     if instruction.opcode in FUNCTIONS:
         return instruction.opcode

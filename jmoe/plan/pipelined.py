@@ -78,7 +78,7 @@ def overlaps(collectives: Sequence[Collective]) -> list[Overlap]:
 
 
 def waiting(collectives: Sequence[Collective]) -> list[Collective]:
-    """Returns those between the pipeline's ranks that one of the ranks might skip."""
+    """Returns collectives between the pipeline's ranks that some ranks might skip."""
     return [c for c in collectives if c.optional and AXIS in c.axes]
 
 

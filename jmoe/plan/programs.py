@@ -68,7 +68,7 @@ def v2_lite_muon() -> RunConfig:
 
 
 def on_two_nodes(name: str, mesh: MeshConfig) -> RunConfig:
-    """A preset on 16 GPUs, with bfloat16 moments, as the larger ones have to."""
+    """Returns a preset's run on 16 GPUs, with bfloat16 moments, as large ones need."""
     exchange = exchange_with(capacity_factor=1.05)
     run = run_on(ModelConfig.preset(name), mesh, f"{name}_16", exchange=exchange)
     optimizer = dataclasses.replace(run.optimizer, moment_dtype="bfloat16")

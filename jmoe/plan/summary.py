@@ -80,7 +80,7 @@ class Summary:
         return sorted(rows, key=lambda row: (order[row.phase], -row.sent_bytes))
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns it as JSON has it, without the single collectives."""
+        """Returns the summary as JSON has it, without the single collectives."""
         return {
             "mesh": dict(self.run.mesh.shape),
             "sequences": self.run.train.batch_size,
@@ -228,7 +228,7 @@ def gradient_sums(summary: Summary) -> list[Collective]:
 
 
 def in_bfloat16(collectives: Sequence[Collective]) -> list[Collective]:
-    """Returns those of them that send anything in bfloat16."""
+    """Returns which of these collectives send anything in bfloat16."""
     return [
         c for c in collectives if any(shape.startswith("bf16[") for shape in c.shapes)
     ]

@@ -194,7 +194,7 @@ def _write(
 def _place_key(
     timelines: Sequence[Timeline], inches: float
 ) -> list[tuple[str, str, float, int]]:
-    """Returns kind, text, where from the left, and on which line, of each entry."""
+    """Returns each entry's kind, text, place from the left and line."""
     entries = [*kinds(timelines).items()]
     if has_later(timelines):
         entries.append(("", f"dark: {LATER}"))

@@ -125,7 +125,7 @@ def born(layout: Layout, make: Callable[[], Any]) -> Any:
 
 
 def batch_sharding(layout: Layout, lead: int) -> NamedSharding:
-    """Returns that of arrays whose sequences, behind `lead` dimensions, are divided."""
+    """Returns the sharding of sequences, divided, behind `lead` other dimensions."""
     return NamedSharding(layout.mesh, PartitionSpec(*(None,) * lead, BATCH_AXES))
 
 

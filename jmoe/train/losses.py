@@ -57,7 +57,9 @@ class Normalisers(NamedTuple):
 
 
 def normalisers(batch: Batch, run: RunConfig) -> Normalisers:
-    """Returns those of a step, or of an evaluated batch. An all-reduce of integers.
+    """Returns the normalisers of a step, or of an evaluated batch.
+
+    Runs an all-reduce of integers.
 
     Args:
       batch: this device's part, [A, B, T + 1] or [B, T + 1] tokens.

@@ -76,7 +76,7 @@ def check_start(workdir: pathlib.Path, run: RunConfig) -> None:
 
 
 def reconfigured(trained: Trained, assignments: Sequence[str]) -> Trained:
-    """Returns it with `path.to.field=value` over its record.
+    """Returns the model with `path.to.field=value` over its record.
 
     Raises:
       ValueError: a field is unknown, or one that its weights and tokens depend on.
@@ -89,7 +89,9 @@ def reconfigured(trained: Trained, assignments: Sequence[str]) -> Trained:
 
 
 def quantized(trained: Trained, form: str) -> Trained:
-    """Returns it with weights in one of `jmoe.nn.quantized.FORMS`; native: itself.
+    """Returns the model with weights in one of `jmoe.nn.quantized.FORMS`.
+
+    Native weights stay as they are.
 
     Raises:
       ValueError: there is no such form.

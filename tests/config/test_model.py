@@ -130,7 +130,10 @@ def attention(**changes):
             "moe.router.groups_per_token=5",
             "groups_per_token=5 exceeds num_groups=4.",
         ),
-        ("moe.router.score=relu", "score='relu' is not one of 'sigmoid', 'softmax'."),
+        (
+            "moe.router.score=relu",
+            "score='relu' is not one of 'sigmoid', 'softmax', 'sqrt_softplus'.",
+        ),
         (
             "moe.router.group_score=sum",
             "group_score='sum' is not one of 'top2_sum', 'max'.",

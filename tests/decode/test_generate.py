@@ -1,5 +1,6 @@
 """Completing prompts: the model's own choice, token by token, whatever the batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -103,3 +104,12 @@ def test_a_model_can_be_filled_to_its_last_position(cfg, complete):
 def test_a_mistaken_argument_is_named(complete, prompts, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         complete(prompts, **{"max_new_tokens": NEW, **options})
+
+
+@pytest.mark.parametrize("kind", ["expert_choice", "replayed"])
+def test_a_model_that_cannot_choose_for_new_tokens_generates_none(cfg, variables, kind):
+    groups = {"num_groups": 1, "groups_per_token": 1}
+    router = dataclasses.replace(cfg.moe.router, kind=kind, **groups)
+    moe = dataclasses.replace(cfg.moe, router=router)
+    with pytest.raises(ValueError, match=f"kind='{kind}' .*generates no text"):
+        generate(dataclasses.replace(cfg, moe=moe), variables, [[1]], max_new_tokens=1)

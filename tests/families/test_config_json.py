@@ -9,6 +9,7 @@ import pytest
 from jmoe.config import ModelConfig, records
 from jmoe.config.presets import MODELS
 from jmoe.families import FAMILIES, family_of, from_hf, lookup, to_hf
+from jmoe.families.family import value_of
 from tests.families.cases import PUBLISHED, TINY
 from tests.parity import architecture
 
@@ -202,3 +203,30 @@ def test_a_family_that_is_not_known_is_refused_naming_those_that_are():
 def test_a_model_of_another_family_is_told_which_could_describe_it():
     cfg = changed(TINY["deepseek_v3"], family="deepseek_v2")
     refused(lambda: to_hf(cfg), "mtp_depth=0", "can describe the model: deepseek_v3")
+
+
+@each_family
+@pytest.mark.parametrize(
+    "field, value, only",
+    [
+        ("kind", "expert_choice", "token_choice"),
+        ("kind", "hash", "token_choice"),
+        ("hash_layers", 1, 0),
+        ("score", "sqrt_softplus", None),
+    ],
+)
+def test_experts_that_others_would_choose_otherwise_are_refused(
+    name, field, value, only
+):
+    path = f"moe.router.{field}"
+    groups = {"moe.router.num_groups": 1, "moe.router.groups_per_token": 1}
+    cfg = changed(TINY[name], **{**groups, path: value})
+    only = value_of(TINY[name], path) if only is None else only
+    refused(lambda: to_hf(cfg), f"{name!r} has {path}={only!r}", f"say {value!r}")
+
+
+@each_family
+def test_noise_in_training_changes_nothing_that_others_compute(name):
+    router = {"moe.router.kind": "noisy", "moe.router.noise_std": 0.5}
+    cfg = changed(TINY[name], **router)
+    assert from_hf(to_hf(cfg)) == cfg

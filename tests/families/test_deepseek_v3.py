@@ -179,6 +179,7 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }
 UNCHANGEABLE = {"family", "attention.kind", "moe.kind"}  # there is only one
+ELSEWHERE = {"moe.router.kind", "moe.router.noise_std", "moe.router.hash_layers"}
 
 
 YARN = {"factor": 4.0, "original_positions": 256}
@@ -218,7 +219,7 @@ def test_a_changed_field_survives_the_round_trip(path):
 
 
 def test_the_changes_cover_every_field():
-    assert set(leaves(tiny_with_yarn())) - UNCHANGEABLE == set(CHANGES)
+    assert set(leaves(tiny_with_yarn())) - UNCHANGEABLE - ELSEWHERE == set(CHANGES)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -96,13 +96,13 @@ def test_choices_and_gates_follow_the_definitions(score, group_score, normalize)
 @pytest.mark.parametrize("size", [1, 2, 3, 8, 32])
 def test_a_groups_score_is_the_sum_of_its_best_two(size):
     # Of few values, so that the best are often equal.
-    score_NGS = np.random.default_rng(size).integers(-4, 0, (20, 3, size)) / 4
-    want_NG = np.sort(score_NGS)[..., -2:].sum(-1)
+    score_NGJ = np.random.default_rng(size).integers(-4, 0, (20, 3, size)) / 4
+    want_NG = np.sort(score_NGJ)[..., -2:].sum(-1)
     np.testing.assert_array_equal(
-        GROUP_SCORE["top2_sum"](jnp.float32(score_NGS)), want_NG
+        GROUP_SCORE["top2_sum"](jnp.float32(score_NGJ)), want_NG
     )
-    score_NGS[0, 0, -1] = np.nan
-    got_NG = GROUP_SCORE["top2_sum"](jnp.float32(score_NGS))
+    score_NGJ[0, 0, -1] = np.nan
+    got_NG = GROUP_SCORE["top2_sum"](jnp.float32(score_NGJ))
     assert np.isnan(got_NG).tolist() == [[True, False, False]] + 19 * [3 * [False]]
 
 

@@ -12,6 +12,7 @@ from jmoe.config import RunConfig, override
 from jmoe.data.packing import PADDING, Batch
 from jmoe.nn.measured import NOTHING, Loss
 from jmoe.nn.model import Transformer
+from jmoe.train import layout as layouts
 from jmoe.train import losses
 from tests.train.training import Trainer, batch, on, random_variables
 
@@ -185,3 +186,21 @@ def test_layers_add_their_means_over_tokens_and_over_microbatches(run):
     twice = losses.add_losses(got, losses.layer_losses(NOTHING, run, norms))
     assert twice.layers["step"].value == 24
     assert losses.layer_objective(losses.layer_losses(NOTHING, run, norms)) == 0
+
+
+def test_a_replayed_step_counts_the_experts_that_it_was_told(run, variables):
+    settings = ["pipeline.schedule=gpipe", "model.moe.router.kind=replayed"]
+    told = on(run, "pipe=2,data=2,tensor=4", *settings)
+    rows, router = batch(told, seed=0), told.model.moe.router
+    layers = told.model.num_moe_layers + DEPTH
+    shape = (*rows.tokens_BT.shape[:2], layers, rows.tokens_BT.shape[2] - 1, 1)
+    experts = np.tile(np.arange(router.num_experts, dtype=np.int32), shape)
+    choices = np.random.default_rng(0).permuted(experts, axis=-1)[..., : router.top_k]
+    trainer = Trainer.of(told, variables)
+    given = layouts.put_batch(trainer.layout, rows._replace(choice_BLTK=choices))
+    _, got = trainer.step(trainer.state, given)
+    is_real = rows.segment_BT[..., :-1] != PADDING
+    for layer in range(told.model.num_moe_layers):
+        of_layer = choices[:, :, layer][is_real]
+        want = np.bincount(of_layer.ravel(), minlength=router.num_experts)
+        np.testing.assert_array_equal(got["load_LE"][layer], want)

@@ -103,6 +103,9 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.moe.exchange.chunks=2",
             "model.layer_loop=unroll",
             "model.remat=block",
+            "model.moe.router.kind=noisy",
+            "model.moe.router.noise_std=0.2",
+            "model.moe.router.hash_layers=1",
         ),
         (
             "model.moe.router.auxiliary_loss=global_batch",
@@ -120,7 +123,7 @@ def test_the_steps_compared_differ_from_each_other(trained):
     ],
     ids=[
         "sequence loss, quantile rule, masks, tied",
-        "full queries, chunks, unrolled",
+        "full queries, chunks, unrolled, noise",
         "global batch's loss, z-loss, two MTP modules",
         "grouped queries, recomputed, ZeRO-3",
     ],

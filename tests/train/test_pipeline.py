@@ -19,7 +19,7 @@ from jmoe.nn.model import Transformer, make_variables
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import layout as layouts
-from jmoe.train import pipelined, stages
+from jmoe.train import microbatch, pipelined, stages
 from jmoe.train import step as steps
 from tests.train.training import (
     GROUPED_QUERIES,
@@ -101,6 +101,9 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.moe.router.update_rule=quantile",
             "data.segment_masks=true",
             "model.tie_embeddings=true",
+            "model.moe.router.kind=noisy",
+            "model.moe.router.noise_std=0.2",
+            "model.moe.router.hash_layers=1",
         ),
         (
             "pipeline.schedule=dualpipe",
@@ -109,6 +112,10 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.num_dense_layers=0",
             GROUPED_QUERIES,
             "model.mtp_depth=0",
+            "model.moe.router.kind=expert_choice",
+            "model.moe.router.auxiliary_loss=none",
+            "model.moe.router.num_groups=1",
+            "model.moe.router.groups_per_token=1",
         ),
         (
             "model.moe.router.auxiliary_loss=global_batch",
@@ -118,8 +125,8 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
         ),
     ],
     ids=[
-        "stages computed again, masks, tied",
-        "overlapped, grouped queries, blocks computed again",
+        "stages computed again, masks, tied, noise",
+        "overlapped, grouped queries, blocks computed again, experts choose",
         "global batch's loss, z-loss, two MTP modules",
     ],
 )
@@ -249,5 +256,5 @@ def test_every_batch_of_a_ramp_that_is_accepted_can_be_divided(run):
     assert list(changed.train.ramp.values()) == [4, 8]
     for count in changed.train.ramp.values():
         rows = np.zeros((count, 8 // changed.mesh.batch_parts, 17), np.int32)
-        divided = pipelined._divided(Batch(rows, rows), changed)
-        assert divided.tokens_BT.shape == (16, count * 4 // 16, 17)
+        divided = microbatch.divide(microbatch.Microbatch(Batch(rows, rows)), 16)
+        assert divided.batch.tokens_BT.shape == (16, count * 4 // 16, 17)

@@ -6,8 +6,8 @@
 Documents of a row are runs of positions. That a query sees only its own is the same as
 that it sees no key before its document's first.
 
-Shapes: B batch, T position, H head, K head of keys and values, each of which as many
-heads share, Q query/key dimension, V value dimension.
+Shapes: B batch, T position, H head, K head of keys and values, each of which equally
+many heads share, Q query/key dimension, V value dimension.
 """
 
 import jax

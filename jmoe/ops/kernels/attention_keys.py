@@ -13,8 +13,8 @@ and a product 32. Hence p is kept in bfloat16 only; the product with v starts fr
 tensor cores busy; and queries' positions are read, for if they were computed, the
 compiler would do so before the loop and keep them.
 
-Shapes: B batch, T position, H head, K head of keys and values, each of which as many
-heads share, Q query/key dimension, V value dimension; within a kernel, R key (a
+Shapes: B batch, T position, H head, K head of keys and values, each of which equally
+many heads share, Q query/key dimension, V value dimension; within a kernel, R key (a
 warpgroup's row) and C query (a column).
 """
 

@@ -15,8 +15,8 @@ with a tile's values is under way while the softmax of the next tile's scores is
 computed: so a step takes values from the tile before its keys', and there is one step
 more. Blocks with many keys start before those of their head with fewer.
 
-Shapes: B batch, T position, H head, K head of keys and values, each of which as many
-heads share, Q query/key dimension, V value dimension; within a kernel, R query (a
+Shapes: B batch, T position, H head, K head of keys and values, each of which equally
+many heads share, Q query/key dimension, V value dimension; within a kernel, R query (a
 warpgroup's row) and C key (a column).
 """
 
