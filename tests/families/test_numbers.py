@@ -3,14 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jmoe import families
 from jmoe.config import records
 from jmoe.export import hf, names
-from jmoe.nn.model import Transformer
 from tests import parity
 from tests.families.cases import TINY
 from tests.parity import by_expert, hf_tensors, relative_error
@@ -49,14 +47,19 @@ def cfg(request):
     return TINY[request.param]
 
 
+def tokens(cfg):
+    return np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 19))
+
+
 @pytest.fixture(scope="module")
 def measured(cfg):
-    """The same model on both sides: (jmoe's, transformers'), without MTP."""
-    cfg = records.override(cfg, ["mtp_depth=0"])
+    """The same model on both sides: (jmoe's, transformers'), theirs without MTP."""
     variables = random_variables(cfg)
-    tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 19))
-    theirs = parity.run_transformers(cfg, hf_tensors(variables, cfg), tokens_BT)
-    return parity.run_jmoe(cfg, variables, tokens_BT), theirs
+    state = hf_tensors(variables, cfg)
+    mtp = f"model.layers.{cfg.num_layers}."
+    own = {name: x for name, x in state.items() if not name.startswith(mtp)}
+    theirs = parity.run_transformers(cfg, own, tokens(cfg))
+    return parity.run_jmoe(cfg, variables, tokens(cfg)), theirs
 
 
 def test_logits_loss_and_all_gradients_are_equal(measured):
@@ -121,29 +124,26 @@ def test_biases_that_the_files_cannot_hold_are_not_lost_in_silence(cfg, tmp_path
     assert not (tmp_path / "hf").exists()
 
 
-@pytest.mark.parametrize("name", [name for name in TINY if TINY[name].mtp_depth])
-def test_an_mtp_module_computes_what_transformers_makes_of_the_export(name, tmp_path):
+WITH_MTP = [name for name in TINY if TINY[name].mtp_depth]
+
+
+@pytest.mark.parametrize("cfg", WITH_MTP, indirect=True)
+def test_an_mtp_module_computes_what_transformers_makes_of_the_export(
+    cfg, measured, tmp_path
+):
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):
         pytest.skip("transformers computes MTP modules since 5.24")
-    cfg = TINY[name]
-    variables = random_variables(cfg)
-    hf.save(tmp_path / "hf", cfg, variables)
+    hf.save(tmp_path / "hf", cfg, random_variables(cfg))
     model = loaded(cfg, tmp_path / "hf")
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{cfg.num_layers}\."]
     mtp = layers.MtpModel.from_pretrained(model)
     for either in (model, mtp):
         either.set_attn_implementation("eager")
         either.set_experts_implementation("eager")
-    tokens_BT = np.random.default_rng(1).integers(0, cfg.vocab_size, (2, 19))
-    tokens = torch.from_numpy(tokens_BT)
-    hidden = model.model(tokens, use_cache=False).last_hidden_state
-    position = torch.arange(18)[None].expand(2, 18)
-    theirs = mtp.forward_layer(
-        0, hidden[:, :-1], position, None, input_ids=tokens[:, 1:]
-    )
-    features = Transformer(cfg).apply(
-        variables, jnp.asarray(tokens_BT), method="features"
-    )
-    ours_BSD = np.asarray(features.mtp_BSD[0])[:, :-1]
-    assert relative_error(ours_BSD, theirs.detach().numpy()) < TOLERANCE
+    tokens_BT = torch.from_numpy(tokens(cfg))
+    hidden = model.model(tokens_BT, use_cache=False).last_hidden_state
+    at = torch.arange(18)[None].expand(2, 18)
+    theirs = mtp.forward_layer(0, hidden[:, :-1], at, None, input_ids=tokens_BT[:, 1:])
+    (ours,) = measured[0].mtp
+    assert relative_error(ours[:, :-1], theirs.detach().numpy()) < TOLERANCE
