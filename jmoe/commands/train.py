@@ -99,10 +99,12 @@ def _run_file(path: pathlib.Path) -> Any:
 
 
 def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
-    """Returns short completions, as far as the model has positions for them."""
-    from jmoe.decode.generate import generate
+    """Returns short completions, as far as the model can make them."""
+    from jmoe.decode.generate import WITHOUT_TEXT, generate
     from jmoe.decode.on_mesh import make_next_logits
 
+    if run.model.moe.router.kind in WITHOUT_TEXT:
+        return []
     prompts = [tokenizer.prompt(text) for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))
     if room < 1:

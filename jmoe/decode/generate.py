@@ -26,6 +26,12 @@ NextLogits = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 SIZE_STEP = 64  # of S; what lies behind a token is invisible to it
 
+# Routers that can't choose for the newest token, and why.
+WITHOUT_TEXT = {
+    "expert_choice": "compares tokens with later ones",
+    "replayed": "is told the experts",
+}
+
 
 def generate(
     cfg: ModelConfig,
@@ -130,11 +136,10 @@ def _check(cfg, prompts, max_new_tokens, temperature, top_p):
             f"temperature={temperature} must be at least 0, and finite, and "
             f"top_p={top_p} above 0 and at most 1."
         )
-    looks_ahead = {"expert_choice": "compares with later ones", "replayed": "is told"}
     kind = cfg.moe.router.kind
-    if kind in looks_ahead:
+    if kind in WITHOUT_TEXT:
         raise ValueError(
-            f"model.moe.router.kind={kind!r} {looks_ahead[kind]}, and for new tokens "
+            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}, and for new tokens "
             "there are none: such a model generates no text."
         )
     longest = max(map(len, prompts)) + max_new_tokens

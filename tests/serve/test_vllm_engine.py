@@ -146,7 +146,7 @@ def test_cpus_are_refused_what_vllm_gets_wrong_there(assignments, reason):
     [
         (
             ["attention.nope_dim=40"],
-            "Heads of 56 dimensions (head_dim, or nope_dim + rope_dim) are not of 32,",
+            "nope_dim + rope_dim = 56 is not one of 32, 48, 64, 80,",
         ),
         (["hidden_dim=144"], "hidden_dim=144 must be a multiple of 32"),
     ],
