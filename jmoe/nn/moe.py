@@ -138,6 +138,7 @@ class MoE(nn.Module):
         )
         routed = experts(x_BSD, routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)
+        assert measured.load is not None, "a router counts"
         load = measured.load._replace(
             dropped_sending=routed.dropped_sending,
             dropped_receiving=routed.dropped_receiving,

@@ -74,6 +74,7 @@ def scale_by_muon(layout: Layout, scale: Scale) -> optax.GradientTransformation:
     def orthogonal(record: Parameter, spec: PartitionSpec, x: Any) -> Any:
         if isinstance(x, optax.MaskedNode):
             return x
+        assert record.matrix is not None, "what is hidden is a matrix"
         return orthogonalize(x, spec, record.matrix, scale, layout)
 
     return optax.GradientTransformation(init, update)
