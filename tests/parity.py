@@ -25,6 +25,7 @@ class Measured(NamedTuple):
     gradients: dict[str, Any]
     hidden: list[Any]  # of each layer
     routing: list[tuple[Any, Any]]  # of each MoE layer, experts and gates [N, K]
+    mtp: tuple[Any, ...] = ()  # of each MTP module, its output; jmoe's alone
 
 
 def hf_tensors(variables, cfg):
@@ -53,7 +54,7 @@ def hf_tensors(variables, cfg):
 @functools.partial(jax.jit, static_argnums=0)
 @functools.partial(jax.value_and_grad, argnums=1, has_aux=True)
 def loss_and_more(cfg, variables, tokens_BT):
-    """The mean loss; with it the logits and what blocks and routers returned."""
+    """The mean loss; with it logits, MTP's output, what blocks and routers returned."""
     features, captured = Transformer(cfg).apply(
         variables,
         tokens_BT,
@@ -65,20 +66,22 @@ def loss_and_more(cfg, variables, tokens_BT):
     target_N = tokens_BT[:, 1:].reshape(-1)
     weight_N = jnp.full(target_N.shape, 1 / target_N.size)
     loss = linear_cross_entropy(predicting_ND, features.head_DV, target_N, weight_N, 16)
-    return loss, (features.hidden_BSD @ features.head_DV, captured)
+    logits = features.hidden_BSD @ features.head_DV
+    return loss, (logits, features.mtp_BSD, captured)
 
 
 def run_jmoe(cfg, variables, tokens_BT):
-    (loss, (logits, captured)), gradients = loss_and_more(cfg, variables, tokens_BT)
+    found, gradients = loss_and_more(cfg, variables, tokens_BT)
+    loss, (logits, mtp, captured) = found
     gradients = hf_tensors({"params": gradients["params"]}, cfg)
     if cfg.layer_loop == "scan":  # which captures nothing inside
-        return Measured(logits, loss, gradients, [], [])
+        return Measured(logits, loss, gradients, [], [], mtp)
     layers = captured["intermediates"]
     dense = [layers[f"dense_{i}"] for i in range(cfg.num_dense_layers)]
     moe = [layers[f"moe_{i}"] for i in range(cfg.num_moe_layers)]
     hidden = [layer["__call__"][0][0] for layer in dense + moe]
     routing = [layer["moe"]["router"]["__call__"][0][0] for layer in moe]
-    return Measured(logits, loss, gradients, hidden, routing)
+    return Measured(logits, loss, gradients, hidden, routing, mtp)
 
 
 def architecture(cfg):

@@ -16,7 +16,7 @@ from jmoe.plan.summary import Summary
 from jmoe.plan.traffic import Collective
 
 GIB = 2**30
-FITTING = "v2_lite_16", "v3_2048"
+FITTING = "v2_lite_16", "moonlight_16", "qwen3_30b_16", "v3_2048"
 ON_TWO_NODES = "v2_lite_16", "v3_16"
 OVERLAPPING = ("v2_lite_16",)  # where memory is short, XLA overlaps nothing
 LARGEST = ("v3_2048",)

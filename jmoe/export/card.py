@@ -16,6 +16,7 @@ from jmoe.config import ModelConfig
 from jmoe.data.formatting import count
 from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.export import names
 from jmoe.export.numerics import BLOCK
 from jmoe.monitor.run_files import Run
 from jmoe.train.trained import TOKENIZER
@@ -113,6 +114,9 @@ def model_card(cfg: ModelConfig, run: Run, step: int, *, written_as: str) -> str
     """Returns README.md: what the model is, its run measured, how to load it."""
     router = cfg.moe.router
     architecture = families.lookup(cfg.family).architecture
+    balanced = ""
+    if not names.absent(cfg):  # else it has no selection biases
+        balanced = f" with loss-free load balancing (rule `{router.update_rule}`)"
     parameters = ""
     if "parameters" in run.info:
         total, active = run.info["parameters"], run.info["active_parameters"]
@@ -132,7 +136,7 @@ tags:
 A `{architecture}`{parameters}: {cfg.num_layers} layers of {cfg.hidden_dim}
 dimensions, {router.num_experts} routed experts of which each token visits
 {router.top_k}, {cfg.mtp_depth} module(s) for multi-token prediction. A base model,
-trained by jmoe with loss-free load balancing (rule `{router.update_rule}`). Weights are
+trained by jmoe{balanced}. Weights are
 stored as {written_as}.
 
 | what | figure |

@@ -9,12 +9,7 @@ from jmoe.export.card import model_card
 from jmoe.monitor.run_files import Run
 
 
-@pytest.mark.parametrize(
-    ("logged", "shown"),
-    [(2.34567, "2.346"), ("NaN", "NaN: the run has diverged")],
-)
-def test_the_card_says_the_last_loss_or_that_it_is_none(logged, shown):
-    rows = [{"step": 1, "val_loss": 5.0}, {"step": 2, "val_loss": logged}]
+def of_preset(preset, rows):
     run = Run(
         directory=pathlib.Path("runs/tiny"),
         config={},
@@ -23,5 +18,26 @@ def test_the_card_says_the_last_loss_or_that_it_is_none(logged, shown):
         samples=[],
         balance=None,
     )
-    card = model_card(ModelConfig.preset("tiny"), run, 2, written_as="float32")
+    return model_card(ModelConfig.preset(preset), run, 2, written_as="float32")
+
+
+@pytest.mark.parametrize(
+    ("logged", "shown"),
+    [(2.34567, "2.346"), ("NaN", "NaN: the run has diverged")],
+)
+def test_the_card_says_the_last_loss_or_that_it_is_none(logged, shown):
+    rows = [{"step": 1, "val_loss": 5.0}, {"step": 2, "val_loss": logged}]
+    card = of_preset("tiny", rows)
     assert f"| validation loss, nats a token | {shown} |" in card
+
+
+@pytest.mark.parametrize(
+    ("preset", "architecture", "has_biases"),
+    [("tiny", "DeepseekV3", True), ("qwen3_30b", "Qwen3Moe", False)],
+)
+def test_the_card_names_the_class_and_a_rule_where_there_are_biases_to_move(
+    preset, architecture, has_biases
+):
+    card = of_preset(preset, [])
+    assert f"A `{architecture}ForCausalLM`: " in card
+    assert ("loss-free load balancing (rule `sign`)" in card) == has_biases
