@@ -31,6 +31,7 @@ from flax import linen as nn
 from jax import lax
 
 from jmoe.data.loader import validation_batches
+from jmoe.nn.choices import Routing
 from jmoe.nn.linear import Linear
 from jmoe.nn.mixers import MIXERS
 from jmoe.nn.model import Transformer
@@ -39,6 +40,7 @@ from jmoe.ops import fp8
 from jmoe.ops.rows import DOT, sort_rows
 from jmoe.ops.swiglu import swiglu
 from jmoe.train.losses import make_objective, microbatch_losses, normalisers
+from jmoe.train.microbatch import Microbatch
 from jmoe.train.trained import Trained
 
 
@@ -56,12 +58,17 @@ def fp8_ranges(trained: Trained) -> dict[str, dict[str, Fractions]]:
     experts' products: h, which is kept for the backward pass, its gradient dh, and act.
 
     Raises:
-      ValueError: the run's `precision` isn't an FP8 one.
+      ValueError: the run's `precision` isn't an FP8 one, or its experts choose.
     """
     run = trained.run
     if run.precision not in fp8.RECIPES:
         known = ", ".join(fp8.RECIPES)
         raise ValueError(f"precision={run.precision!r} is not FP8, one of {known}.")
+    if run.model.moe.router.kind == "expert_choice":
+        raise ValueError(
+            "model.moe.router.kind='expert_choice' has experts choose; what FP8 loses "
+            "is measured where tokens do."
+        )
     (batch,) = validation_batches(
         run.data,
         trained.tokenizer,
@@ -74,9 +81,8 @@ def fp8_ranges(trained: Trained) -> dict[str, dict[str, Fractions]]:
 
     def loss(params, router_state, batch):
         with nn.intercept_methods(tally.intercept):
-            losses, _ = microbatch_losses(
-                model, params, router_state, batch, run, normalisers(batch, run)
-            )
+            norms, part = normalisers(batch, run), Microbatch(batch)
+            losses, _ = microbatch_losses(model, params, router_state, part, run, norms)
         return objective(losses, jnp.int32(trained.step))
 
     variables = trained.variables["params"], trained.variables["router_state"]
@@ -130,8 +136,10 @@ class Tally:
         self._see(name, "w", w.reshape(w.shape[0], -1), self.recipe.weights)
         return self._see_gradient(name, "dy", call(x))
 
-    def _experts(self, module: RoutedExperts, call, x_ND, expert_NK, gate_NK):
+    def _experts(self, module: RoutedExperts, call, x_BSD, routing: Routing):
         name = "/".join(module.path)
+        x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
+        expert_NK, gate_NK = routing
         weights = module.variables["params"]
         gate_up_EDX = weights["gate_up"].reshape(*weights["gate_up"].shape[:2], -1)
         down_EFD = weights["down"]
@@ -139,7 +147,7 @@ class Tally:
         self._see(name, "w", gate_up_EDX, self.recipe.weights)
         self._see(name, "w", down_EFD, self.recipe.weights)
 
-        exchanged = call(x_ND, expert_NK, gate_NK)
+        exchanged = call(x_BSD, routing)
         rows = sort_rows(expert_NK, down_EFD.shape[0], spare=0)
         gate_R1 = gate_NK.reshape(-1)[rows.choice_N][:, None]
         h_RX = _ragged_dot(x_ND[rows.token_N], gate_up_EDX, rows.size_E)

@@ -11,6 +11,7 @@ from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.train import compiled
 from jmoe.train.losses import microbatch_losses, normalisers
+from jmoe.train.microbatch import Microbatch
 from jmoe.train.trained import Trained, quantized
 
 
@@ -52,7 +53,8 @@ def perplexity(trained: Trained, form: str = "native") -> Perplexity:
     def sums(params, router_state, batch):
         """Returns a batch's nats and targets."""
         norms = normalisers(batch, run)
-        losses, _ = microbatch_losses(model, params, router_state, batch, run, norms)
+        part = Microbatch(batch)
+        losses, _ = microbatch_losses(model, params, router_state, part, run, norms)
         return losses.main * norms.targets[0], norms.targets[0]
 
     found = [jax.device_get(sums(**variables, batch=batch)) for batch in batches]

@@ -1,5 +1,7 @@
 """What e4m3's range loses of each tensor, counted while a model computes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,3 +92,18 @@ def test_few_numbers_are_the_largest_where_scales_are_powers_of_two(loaded, rang
 def test_a_run_that_is_not_in_fp8_is_refused_by_name(loaded):
     with pytest.raises(ValueError, match="precision='native' is not FP8"):
         fp8_ranges(loaded)
+
+
+def test_a_run_whose_experts_choose_is_refused_by_name(loaded):
+    router = dataclasses.replace(
+        loaded.run.model.moe.router,
+        kind="expert_choice",
+        auxiliary_loss="none",
+        num_groups=1,
+        groups_per_token=1,
+    )
+    run = with_precision(loaded, "fp8").run
+    moe = dataclasses.replace(run.model.moe, router=router)
+    run = dataclasses.replace(run, model=dataclasses.replace(run.model, moe=moe))
+    with pytest.raises(ValueError, match="measured where tokens do"):
+        fp8_ranges(loaded._replace(run=run))
