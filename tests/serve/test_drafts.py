@@ -7,9 +7,9 @@ import pytest
 
 from jmoe.decode.generate import generate
 from jmoe.nn.block import Positions
+from jmoe.nn.mixers import rotation
 from jmoe.nn.model import Transformer
 from jmoe.nn.mtp import MTPModule
-from jmoe.ops import rope
 from jmoe.ops.masks import shift_left
 from tests.serve.client import PROMPTS
 
@@ -70,15 +70,9 @@ def drafts(trained, tokens: list[int]) -> Any:
         trained.variables, tokens_BT, method="features"
     )
     embedded_BTD = params["embedding"][shift_left(tokens_BT, 1)].at[:, 0].set(0)
-    attention = cfg.attention
-    rotation = rope.rotation(
-        jnp.arange(len(tokens))[None],
-        attention.rope_dim,
-        attention.rope_theta,
-        attention.yarn,
-    )
+    positions = Positions(rotation(cfg.attention, len(tokens)))
     module = {name: tree["mtp_0"] for name, tree in trained.variables.items()}
     outputs: Any = MTPModule(cfg).apply(
-        module, features.hidden_BSD, embedded_BTD, Positions(rotation)
+        module, features.hidden_BSD, embedded_BTD, positions, jnp.int32(cfg.num_layers)
     )
     return jnp.argmax(outputs[1][0] @ features.head_DV, axis=-1)
