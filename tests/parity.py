@@ -12,7 +12,7 @@ from jmoe import families
 from jmoe.checkpoint import manifest
 from jmoe.export import names
 from jmoe.nn.block import Block
-from jmoe.nn.model import Transformer
+from jmoe.nn.model import Transformer, abstract_variables
 from jmoe.nn.router import Router
 from jmoe.parallel.vocabulary import linear_cross_entropy
 
@@ -154,7 +154,7 @@ def random_variables(cfg, seed=0):
             noise *= 0.2
         return jnp.asarray(noise, jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(leaf, names.abstract_variables(cfg))
+    return jax.tree_util.tree_map_with_path(leaf, abstract_variables(cfg))
 
 
 def relative_error(got, want):

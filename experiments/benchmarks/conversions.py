@@ -26,6 +26,7 @@ from jmoe.data.tokenizer import train_bpe
 from jmoe.export import names
 from jmoe.export.export_run import export_run
 from jmoe.export.import_run import import_run
+from jmoe.nn.model import abstract_variables
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER
 
 _DIRECT_BYTES = 16 << 20
@@ -47,7 +48,7 @@ def make(directory: pathlib.Path) -> Tasks:
         rng = np.random.default_rng(0)
         variables = jax.tree.map(
             lambda x: jnp.asarray(rng.standard_normal(x.shape, np.float32)),
-            names.abstract_variables(cfg),
+            abstract_variables(cfg),
         )
         with Store(directory / "run" / CHECKPOINTS) as store:
             store.save(1, variables, {})

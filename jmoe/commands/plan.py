@@ -100,7 +100,7 @@ def memory() -> None:
 
 
 def training() -> None:
-    """Returns the runs whose steps can be compiled for GPUs that aren't here."""
+    """Shows what each device holds of the runs that are compiled for absent GPUs."""
     from jmoe.plan import held, programs
 
     runs = (make() for make in programs.PROGRAMS.values())

@@ -15,14 +15,13 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 
 from jmoe import families
 from jmoe.checkpoint import manifest
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer, make_variables, parameter_records
+from jmoe.nn.model import abstract_variables, parameter_records
 from jmoe.nn.parameter import FP8, Parameter
 
 COLLECTIONS = ("params", "router_state")
@@ -98,11 +97,6 @@ def redundant(cfg: ModelConfig) -> list[Tensor]:
 def abstract_leaves(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the model's variables by path, without their values."""
     return manifest.flatten(abstract_variables(cfg))
-
-
-def abstract_variables(cfg: ModelConfig) -> Any:
-    """Returns the model's variables, without their values."""
-    return jax.eval_shape(functools.partial(make_variables, Transformer(cfg), seed=0))
 
 
 @functools.lru_cache(maxsize=4)

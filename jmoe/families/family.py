@@ -11,8 +11,12 @@ from typing import Any
 
 from jmoe.config import GQAConfig, MLAConfig, ModelConfig
 
-BY_SCORES = ("token_choice", "noisy")  # alike where nothing is trained
-SCORES = ("sigmoid", "softmax")
+# What every family's files leave open, and how far; all else readers would not follow.
+COMMON = {
+    "moe.router.kind": ("token_choice", "noisy"),  # alike where nothing is trained
+    "moe.router.score": ("sigmoid", "softmax"),
+    "moe.router.hash_layers": (0,),
+}
 
 Table = dict[str, str | tuple[str, str] | None]
 
@@ -72,21 +76,19 @@ class Family:
 
     def check(self, cfg: ModelConfig) -> None:
         """Raises ValueError if files of this family can't describe the model `cfg`."""
-        kinds = {"attention.kind": self.attention.kind, "moe.router.hash_layers": 0}
-        if cfg.moe.router.kind not in BY_SCORES:
-            kinds["moe.router.kind"] = BY_SCORES[0]
-        if cfg.moe.router.score not in SCORES:
-            kinds["moe.router.score"] = SCORES[0]
-        for field, value in {**kinds, **self.fields}.items():
+        require(cfg, self.model_type, "attention.kind", self.attention.kind)
+        for field, value in self.fields.items():
             require(cfg, self.model_type, field, value)
+        for field, values in COMMON.items():
+            require(cfg, self.model_type, field, *values)
 
 
-def require(cfg: ModelConfig, family: str, field: str, value: Any) -> None:
-    """Raises ValueError unless the field, at a dotted path, has the only value."""
+def require(cfg: ModelConfig, family: str, field: str, *values: Any) -> None:
+    """Raises ValueError unless the field, at a dotted path, has one of the values."""
     given = value_of(cfg, field)
-    if given != value:
+    if given not in values:
         raise ValueError(
-            f"family={family!r} has {field}={value!r}, and its files can't say "
+            f"family={family!r} has {field}={values[0]!r}, and its files can't say "
             f"{given!r}."
         )
 

@@ -17,7 +17,8 @@ from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
 from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
 from jmoe.nn.measured import Measured, beside
-from jmoe.nn.mixers import MIXERS, Rotation
+from jmoe.nn.mixers import MIXERS, Rotation, rotation
+from jmoe.nn.noise import Noise
 from jmoe.nn.tokens import UNTOLD, Tokens
 from jmoe.ops import dot
 
@@ -32,6 +33,21 @@ class Positions(NamedTuple):
     rotation: Rotation
     segment_BT: jax.Array | None = None
     tokens: Tokens = UNTOLD
+
+
+def positions(
+    cfg: ModelConfig,
+    tokens_BT: jax.Array,
+    segment_BT: jax.Array | None = None,
+    is_real_BT: jax.Array | None = None,
+    noise: Noise | None = None,
+    choice_BLTK: jax.Array | None = None,
+) -> Positions:
+    """Returns what the model's blocks know of a batch; see `Positions` and `Tokens`."""
+    told = Tokens(
+        is_real_BT, noise, tokens_BT, choice_BLTK, first_moe=cfg.num_dense_layers
+    )
+    return Positions(rotation(cfg.attention, tokens_BT.shape[-1]), segment_BT, told)
 
 
 class Block(nn.Module):
@@ -74,8 +90,8 @@ class Block(nn.Module):
         normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
         own = self.init_std, self.dot_general
         mixer = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
-        rotation, segment_BT, tokens = positions
-        mixed_BSD, of_mixer = mixer(normed_BSD, rotation, segment_BT)
+        turns, segment_BT, tokens = positions
+        mixed_BSD, of_mixer = mixer(normed_BSD, turns, segment_BT)
         x_BSD += mixed_BSD
         normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
         kind = FEED_FORWARDS[self.feed_forward.kind]

@@ -202,6 +202,14 @@ def noisy(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
     return route(scored.score_NE, bias_NE, cfg, scored.is_real_N)
 
 
+def _settled(
+    scored: Scored, expert_NK: jax.Array, cfg: RouterConfig
+) -> tuple[Routing, jax.Array]:
+    """Returns what a router answers whose choices no score or bias has a part in."""
+    routing = weigh(scored.score_NE, expert_NK, cfg, scored.is_real_N)
+    return routing, _no_margins(cfg)
+
+
 def hashed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
     """Returns distinct experts that follow from each token's id."""
     id_BT = scored.tokens.id_BT
@@ -213,8 +221,7 @@ def hashed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
         return expert_K
 
     expert_NK = jax.vmap(of_id)(scored.tokens.here(id_BT).reshape(-1))
-    routing = weigh(scored.score_NE, expert_NK, cfg, scored.is_real_N)
-    return routing, _no_margins(cfg)
+    return _settled(scored, expert_NK, cfg)
 
 
 def balanced(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
@@ -224,8 +231,7 @@ def balanced(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
     first_S1 = position_S[:, None] * cfg.top_k
     expert_SK = (first_S1 + jnp.arange(cfg.top_k)) % cfg.num_experts
     expert_NK = jnp.tile(expert_SK, (sequences, 1)).astype(jnp.int32)
-    routing = weigh(scored.score_NE, expert_NK, cfg, scored.is_real_N)
-    return routing, _no_margins(cfg)
+    return _settled(scored, expert_NK, cfg)
 
 
 def replayed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
@@ -247,8 +253,7 @@ def replayed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
             f"batch has sequences x positions x top_k = {wanted}."
         )
     expert_NK = scored.tokens.here(choice_BTK).reshape(-1, cfg.top_k)
-    routing = weigh(scored.score_NE, expert_NK, cfg, scored.is_real_N)
-    return routing, _no_margins(cfg)
+    return _settled(scored, expert_NK, cfg)
 
 
 def expert_choice(scored: Scored, cfg: RouterConfig) -> tuple[Picks, jax.Array]:

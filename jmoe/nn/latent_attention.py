@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import MLAConfig
+from jmoe.nn.heads import project_out
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
 from jmoe.ops import attention, dot, rope
-from jmoe.ops.after_attention import after_attention
 from jmoe.parallel import collectives
 
 
@@ -59,14 +59,8 @@ class LatentAttention(nn.Module):
             scale=cfg.softmax_scale,
             block_size=cfg.block_size,
         )
-        out_BTD = Linear(
-            (x_BSD.shape[-1],),
-            ("heads", "embed"),
-            self.init_std,
-            after_attention(self.dot_general),
-            name="out",
-        )(out_BTHV.reshape(*out_BTHV.shape[:2], -1))
-        return collectives.reduce_scatter(out_BTD, "tensor", 1), NOTHING
+        own = x_BSD.shape[-1], self.init_std, self.dot_general
+        return project_out(out_BTHV, *own), NOTHING
 
     def _queries(self, x_BSD: jax.Array) -> jax.Array:
         cfg = self.cfg

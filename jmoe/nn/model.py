@@ -21,15 +21,13 @@ from flax.core import meta
 
 from jmoe.config import ModelConfig
 from jmoe.config.model import Stack
-from jmoe.nn import mixers
-from jmoe.nn.block import Block, Positions
+from jmoe.nn.block import Block, Positions, positions
 from jmoe.nn.linear import DotGeneral
 from jmoe.nn.measured import Measured, join
 from jmoe.nn.measured import stack as stack_measured
 from jmoe.nn.noise import Noise
 from jmoe.nn.parameter import Parameter, normal_param, records
 from jmoe.nn.tail import Features, GatherLayer, Tail, prepare
-from jmoe.nn.tokens import Tokens
 from jmoe.ops import dot
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import embed
@@ -100,22 +98,19 @@ class Transformer(nn.Module):
         # Tied, it is the head too.
         record = Parameter(dims=("vocab", "embed"), is_table=not cfg.tie_embeddings)
         table_VD = normal_param(self, "embedding", shape, cfg.init_std, record)
-        rotation = mixers.rotation(cfg.attention, tokens_BT.shape[1])
-        told = Tokens(is_real_BT, noise, tokens_BT, choice_BLTK)
-        told = told._replace(first_moe=cfg.num_dense_layers)
-        positions = Positions(rotation, segment_BT, told)
+        known = positions(cfg, tokens_BT, segment_BT, is_real_BT, noise, choice_BLTK)
         x_BSD = embed(table_VD, tokens_BT, cfg.dtype)
         found = []
         for name, stack in cfg.stacks.items():
-            x_BSD, measured = self._layers(name, stack, x_BSD, positions)
+            x_BSD, measured = self._layers(name, stack, x_BSD, known)
             found.append(measured)
         tail = Tail(cfg, self.dot_general, self.gather_layer)
         nn.share_scope(self, tail)
-        features = tail(x_BSD, table_VD, tokens_BT, positions)
+        features = tail(x_BSD, table_VD, tokens_BT, known)
         return features._replace(measured=join(*found, features.measured))
 
     def _layers(
-        self, name: str, stack: Stack, x_BSD: jax.Array, positions: Positions
+        self, name: str, stack: Stack, x_BSD: jax.Array, known: Positions
     ) -> tuple[jax.Array, Measured]:
         """Returns what blocks in a row compute, and what they measured, stacked."""
         gather = None if self.is_initializing() else self.gather_layer
@@ -132,7 +127,7 @@ class Transformer(nn.Module):
             layers = scanned.of(
                 self.cfg, stack.feed_forward, self.dot_general, name=name
             )
-            return layers(x_BSD, positions, number_L)
+            return layers(x_BSD, known, number_L)
         measured = []
         for i, number in enumerate(number_L):
             own_name = f"{name}_{i}"
@@ -140,7 +135,7 @@ class Transformer(nn.Module):
             layer = block.of(
                 self.cfg, stack.feed_forward, self.dot_general, name=own_name
             )
-            x_BSD, found = layer(x_BSD, positions, number)
+            x_BSD, found = layer(x_BSD, known, number)
             measured.append(found)
         return x_BSD, stack_measured(measured)
 
@@ -156,10 +151,19 @@ def make_variables(model: Transformer, seed: int) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=16)
+def abstract_boxes(cfg: ModelConfig) -> Any:
+    """Returns a model's collections without values, in boxes with records."""
+    return jax.eval_shape(functools.partial(init_variables, Transformer(cfg), 0))
+
+
+def abstract_variables(cfg: ModelConfig) -> Any:
+    """Returns a model's variables without values."""
+    return meta.unbox(abstract_boxes(cfg))
+
+
 def parameter_records(cfg: ModelConfig) -> Any:
     """Returns a `Parameter` for each variable, as a tree like the collections."""
-    make = functools.partial(init_variables, Transformer(cfg), 0)
-    return records(jax.eval_shape(make))
+    return records(abstract_boxes(cfg))
 
 
 def layer_names(cfg: ModelConfig) -> tuple[str, ...]:

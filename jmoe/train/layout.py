@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jmoe.config import ExchangeConfig, MeshConfig
 from jmoe.data.packing import Batch
-from jmoe.nn.model import Transformer, init_variables
+from jmoe.nn.model import Transformer, abstract_boxes
 from jmoe.nn.parameter import records
 from jmoe.parallel import zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
@@ -49,7 +49,7 @@ def make_layout(model: Transformer, mesh: Mesh) -> Layout:
     Raises:
       ValueError: a dimension doesn't divide over its axis; names the parameter.
     """
-    boxed = jax.eval_shape(functools.partial(init_variables, model, 0))["params"]
+    boxed = abstract_boxes(model.cfg)["params"]
     placements = zero.place(boxed, mesh.shape)
     return Layout(mesh, placements, records(boxed), meta.unbox(boxed))
 

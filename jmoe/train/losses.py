@@ -18,12 +18,11 @@ import jax.numpy as jnp
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import PADDING, Batch
-from jmoe.nn import mixers
+from jmoe.nn import block
 from jmoe.nn.block import Positions
 from jmoe.nn.measured import PER_MICROBATCH, PER_TOKEN, Loss, Measured
 from jmoe.nn.model import Transformer
 from jmoe.nn.tail import Features
-from jmoe.nn.tokens import Tokens
 from jmoe.ops import masks
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
@@ -159,11 +158,15 @@ def is_real(batch: Batch) -> jax.Array:
 def positions(part: Microbatch, run: RunConfig) -> Positions:
     """Returns what the blocks know of the inputs' positions."""
     batch = part.batch
-    rotation = mixers.rotation(run.model.attention, inputs(batch).shape[-1])
     told: Any = batch.choice_BLTK  # an array of JAX's by now, if any
-    tokens = Tokens(is_real(batch), part.noise, inputs(batch), told)
-    tokens = tokens._replace(first_moe=run.model.num_dense_layers)
-    return Positions(rotation, segments(batch, run), tokens)
+    return block.positions(
+        run.model,
+        inputs(batch),
+        segments(batch, run),
+        is_real(batch),
+        part.noise,
+        told,
+    )
 
 
 def is_target(batch: Batch, depth: int, run: RunConfig) -> jax.Array:

@@ -1,6 +1,5 @@
 """The model of a run, read from its directory without what only training needs."""
 
-import functools
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
 from jmoe.config import RunConfig, override
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.nn.model import Transformer, make_variables
+from jmoe.nn.model import abstract_variables
 from jmoe.nn.quantized import quantize_weights
 from jmoe.train.guard import require_finite
 
@@ -47,10 +46,9 @@ def load_trained(workdir: pathlib.Path, *, step: Which = None) -> Trained:
         )
     run = workdirs.read_run(workdir)
     tokenizer = Tokenizer.from_file(workdir / TOKENIZER)
-    make = functools.partial(make_variables, Transformer(run.model), seed=0)
     with Store(workdir / CHECKPOINTS) as store:
         variables, _, found = store.restore(
-            jax.eval_shape(make), step, ignore=_ONLY_FOR_TRAINING
+            abstract_variables(run.model), step, ignore=_ONLY_FOR_TRAINING
         )
         require_finite(variables, store.locate(found))
     return Trained(run, tokenizer, variables, found)

@@ -22,7 +22,8 @@ from jmoe.config import (
     records,
 )
 from jmoe.data.tokenizer import train_bpe
-from jmoe.export import names, safetensors
+from jmoe.export import safetensors
+from jmoe.nn.model import abstract_variables
 
 SMALL = ModelConfig(
     vocab_size=300,
@@ -66,7 +67,7 @@ def draw():
             is_bias = path[-1].key == "bias"
             return jnp.asarray(noise, jnp.float32 if is_bias else dtype)
 
-        return jax.tree_util.tree_map_with_path(leaf, names.abstract_variables(cfg))
+        return jax.tree_util.tree_map_with_path(leaf, abstract_variables(cfg))
 
     return variables
 

@@ -16,6 +16,7 @@ from jmoe.export import hf, names
 from jmoe.export.export_run import export_run
 from jmoe.export.import_run import import_run
 from jmoe.export.read import Reader
+from jmoe.nn.model import abstract_variables
 from jmoe.train.trained import load_trained
 
 FORMATS = ("float32", "bfloat16", "fp8")
@@ -197,7 +198,7 @@ def test_shards_on_a_mesh_hold_what_one_device_holds(
             spec[-1] = "tensor" if x.ndim < 4 or "gate_up" in str(path) else None
         return NamedSharding(mesh, PartitionSpec(*spec))
 
-    shardings = jax.tree_util.tree_map_with_path(place, names.abstract_variables(cfg))
+    shardings = jax.tree_util.tree_map_with_path(place, abstract_variables(cfg))
     _, whole = hf.load(tmp_path / "hf", fp8=fp8)
     _, parts = hf.load(tmp_path / "hf", fp8=fp8, shardings=shardings)
     for x, y in zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True):
