@@ -22,7 +22,7 @@ from jmoe.decode.weights import (
     MTP,
     PARAMS,
     ROUTER_STATE,
-    Place,
+    LayerPlace,
     Weights,
     assemble,
     layer_of,
@@ -37,15 +37,15 @@ from jmoe.train.stages import layer_costs, tail_cost
 PIPE = "pipe"
 
 
-class Row(NamedTuple):
+class LayerRow(NamedTuple):
     """Layers that the ranks compute at once; -1, and no place, where one has none."""
 
     feed_forward: FeedForwardConfig
     numbers: tuple[int, ...]
-    places: tuple[Place | None, ...]
+    places: tuple[LayerPlace | None, ...]
 
 
-def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[Row, ...]:
+def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
     """Returns rows of layers, for ranks whose layers cost about the same.
 
     Args:
@@ -66,7 +66,7 @@ def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[Row, ...]:
         for i in range(max(map(len, own))):
             numbers = tuple(n[i] if i < len(n) else -1 for n in own)
             where = tuple(every[n] if n >= 0 else None for n in numbers)
-            rows.append(Row(stack.feed_forward, numbers, where))
+            rows.append(LayerRow(stack.feed_forward, numbers, where))
     return tuple(rows)
 
 
@@ -82,7 +82,11 @@ class _Piece(NamedTuple):
 
 
 def place(
-    cfg: ModelConfig, layout: Layout, rows: tuple[Row, ...], form: str, variables: Any
+    cfg: ModelConfig,
+    layout: Layout,
+    rows: tuple[LayerRow, ...],
+    form: str,
+    variables: Any,
 ) -> Weights:
     """Returns the weights as they lie on the mesh.
 
@@ -109,7 +113,7 @@ def place(
 
 
 def specs(
-    cfg: ModelConfig, layout: Layout, rows: tuple[Row, ...], form: str
+    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
 ) -> Weights:
     """Returns the weights' specs, of a weight in fewer bits one for all its arrays."""
     layers = tuple(_converted_specs(_of_row(layout, row), form) for row in rows)
@@ -118,7 +122,7 @@ def specs(
     return assemble(ends[PARAMS], layers, mtp)
 
 
-def _of_row(layout: Layout, row: Row) -> _Piece:
+def _of_row(layout: Layout, row: LayerRow) -> _Piece:
     name, index = next(filter(None, row.places))
     records, placements = layout.records[name], layout.placements[name]
     if index is not None:
