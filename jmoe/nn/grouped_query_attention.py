@@ -114,9 +114,9 @@ def cached(
 def _attend(cfg, pages, sequences, q_BQHX):
     """Returns each token's attention to what is cached, [B, Q, H, X]."""
 
-    def read(page_BJ):
+    def read(page_BJ, is_there_BS):
         return tuple(
-            paged.entries(pages[name], page_BJ).astype(q_BQHX.dtype)
+            paged.entries(pages[name], page_BJ, is_there_BS).astype(q_BQHX.dtype)
             for name in ("key", "value")
         )
 

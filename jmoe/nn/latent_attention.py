@@ -156,8 +156,8 @@ def _attend_absorbed(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
 
 
 def _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
-    def read(page_BJ):
-        entry_BSX = paged.entries(pages_PKX, page_BJ).astype(up_CHX.dtype)
+    def read(page_BJ, is_there_BS):
+        entry_BSX = paged.entries(pages_PKX, page_BJ, is_there_BS).astype(up_CHX.dtype)
         latent, k_rope = jnp.split(entry_BSX, [cfg.kv_latent_dim], axis=-1)
         up = jnp.einsum("bsc,chx->bshx", latent, up_CHX)
         return _expand(cfg, up, k_rope[:, :, None])

@@ -75,8 +75,8 @@ def _kernel(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
 
 
 def _reference(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
-    def read(page_BJ):
-        entry_BSX = paged.entries(pages_PKX, page_BJ)[:, :, None]
+    def read(page_BJ, is_there_BS):
+        entry_BSX = paged.entries(pages_PKX, page_BJ, is_there_BS)[:, :, None]
         return entry_BSX, entry_BSX[..., :value_dim]
 
     out = paged.attend(

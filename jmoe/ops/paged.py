@@ -24,8 +24,9 @@ from jmoe.ops.attention import MASKED
 
 BLOCK = 512  # positions scored at a time, but at least a page
 
-# Of pages [B, J]: keys [B, S, G, X] and values [B, S, G, V].
-Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# Of pages [B, J], and which of their positions [B, S] are written: keys [B, S, G, X]
+# and values [B, S, G, V], finite ones everywhere.
+Read = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Sequences(NamedTuple):
@@ -59,10 +60,12 @@ def write(pages: jax.Array, new: jax.Array, sequences: Sequences) -> jax.Array:
     return pages.at[page_BQ, entry_BQ].set(new.astype(pages.dtype), mode="drop")
 
 
-def entries(pages: jax.Array, page_BJ: jax.Array) -> jax.Array:
-    """Returns what is in these pages, [B, J * K, ...]."""
+def entries(pages: jax.Array, page_BJ: jax.Array, is_there_BS: jax.Array) -> jax.Array:
+    """Returns what is in these pages, [B, S, ...], and zeros where nothing is."""
     found = jnp.take(pages, page_BJ, axis=0, mode="clip")
-    return found.reshape(page_BJ.shape[0], -1, *pages.shape[2:])
+    found = found.reshape(*is_there_BS.shape, *pages.shape[2:])
+    is_there = is_there_BS.reshape(*is_there_BS.shape, *(1,) * (found.ndim - 2))
+    return jnp.where(is_there, found, 0)
 
 
 def attend(
@@ -89,10 +92,9 @@ def attend(
 
     def visit(i, carry):
         out, top, total = carry
-        k_BSGX, v_BSGV = read(lax.dynamic_slice_in_dim(table_BM, i * pages, pages, 1))
-        position_S = i * pages * page_size + jnp.arange(k_BSGX.shape[1])
-        is_there_BS = position_S <= last_B[:, None]
-        v_BSGV = jnp.where(is_there_BS[..., None, None], v_BSGV, 0)
+        page_BJ = lax.dynamic_slice_in_dim(table_BM, i * pages, pages, 1)
+        position_S = i * pages * page_size + jnp.arange(pages * page_size)
+        k_BSGX, v_BSGV = read(page_BJ, position_S <= last_B[:, None])
         is_seen_BQS = position_S <= position_BQ[..., None]
         is_seen_BQGHS = is_seen_BQS[:, :, None, None]
         s_BQGHS = scale * jnp.einsum(
