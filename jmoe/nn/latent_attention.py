@@ -160,7 +160,8 @@ def _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
         entry_BSX = paged.entries(pages_PKX, page_BJ, is_there_BS).astype(up_CHX.dtype)
         latent, k_rope = jnp.split(entry_BSX, [cfg.kv_latent_dim], axis=-1)
         up = jnp.einsum("bsc,chx->bshx", latent, up_CHX)
-        return _expand(cfg, up, k_rope[:, :, None])
+        k_BSHQ, v_BSHV = _expand(cfg, up, k_rope[:, :, None])
+        return k_BSHQ.swapaxes(1, 2), v_BSHV.swapaxes(1, 2)
 
     out_BQHV = paged.attend(
         q_BQHX[:, :, :, None],

@@ -10,7 +10,8 @@ The softmax is computed a few pages at a time, as in `jmoe.ops.attention`.
 
 Shapes: B sequence, Q token of this step, P page of the cache, K position in a page, M
 page of a sequence, J pages read at a time, S = J * K their positions, G head of keys
-and values, H head that shares one, X query/key dimension, V value dimension.
+and values, H head that shares one, R = Q * H its queries, X query/key dimension, V
+value dimension.
 """
 
 from collections.abc import Callable
@@ -22,10 +23,10 @@ from jax import lax
 
 from jmoe.ops.attention import MASKED
 
-BLOCK = 512  # positions scored at a time, but at least a page
+BLOCK = 256  # positions of all sequences scored at a time, but at least a page of each
 
-# Of pages [B, J], and which of their positions [B, S] are written: keys [B, S, G, X]
-# and values [B, S, G, V], finite ones everywhere.
+# Of pages [B, J], and which of their positions [B, S] are written: keys [B, G, S, X]
+# and values [B, G, S, V], finite ones everywhere.
 Read = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
@@ -82,45 +83,48 @@ def attend(
     In q's dtype; zeros where there is no token.
 
     Args:
-      read: what turns pages into keys and values.
+      read: what turns pages into keys and values (`Read`).
       scale: multiplies the logits before the float32 softmax.
     """
+    batch, _, groups, heads, dim = q_BQGHX.shape
     table_BM, position_BQ = sequences
     last_B = position_BQ.max(-1)
-    pages = min(max(BLOCK // page_size, 1), table_BM.shape[1])
+    pages = min(max(BLOCK // (batch * page_size), 1), table_BM.shape[1])
     table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % pages)))
+    q_BGRX = q_BQGHX.swapaxes(1, 2).reshape(batch, groups, -1, dim)
+    position_B1R = jnp.repeat(position_BQ, heads, axis=1)[:, None]
 
     def visit(i, carry):
         out, top, total = carry
         page_BJ = lax.dynamic_slice_in_dim(table_BM, i * pages, pages, 1)
         position_S = i * pages * page_size + jnp.arange(pages * page_size)
-        k_BSGX, v_BSGV = read(page_BJ, position_S <= last_B[:, None])
-        is_seen_BQS = position_S <= position_BQ[..., None]
-        is_seen_BQGHS = is_seen_BQS[:, :, None, None]
-        s_BQGHS = scale * jnp.einsum(
-            "bqghx,bsgx->bqghs", q_BQGHX, k_BSGX, preferred_element_type=jnp.float32
+        k_BGSX, v_BGSV = read(page_BJ, position_S <= last_B[:, None])
+        s_BGRS = scale * jnp.einsum(
+            "bgrx,bgsx->bgrs", q_BGRX, k_BGSX, preferred_element_type=jnp.float32
         )
-        s_BQGHS = jnp.where(is_seen_BQGHS, s_BQGHS, MASKED)
-        new_top = jnp.maximum(top, s_BQGHS.max(-1))
-        weight_BQGHS = jnp.exp(s_BQGHS - new_top[..., None]) * is_seen_BQGHS
+        s_BGRS = jnp.where(position_S <= position_B1R[..., None], s_BGRS, MASKED)
+        new_top = jnp.maximum(top, s_BGRS.max(-1))
+        weight_BGRS = jnp.exp(s_BGRS - new_top[..., None])
         shrink = jnp.exp(top - new_top)
         value = jnp.einsum(
-            "bqghs,bsgv->bqghv",
-            weight_BQGHS.astype(v_BSGV.dtype),
-            v_BSGV,
+            "bgrs,bgsv->bgrv",
+            weight_BGRS.astype(v_BGSV.dtype),
+            v_BGSV,
             preferred_element_type=jnp.float32,
         )
         out = out * shrink[..., None] + value
-        return out, new_top, total * shrink + weight_BQGHS.sum(-1)
+        return out, new_top, total * shrink + weight_BGRS.sum(-1)
 
-    heads = q_BQGHX.shape[:-1]
+    rows = q_BGRX.shape[:-1]
     start = (
-        jnp.zeros((*heads, value_dim), jnp.float32),
-        jnp.full(heads, MASKED, jnp.float32),
-        jnp.zeros(heads, jnp.float32),
+        jnp.zeros((*rows, value_dim), jnp.float32),
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
     )
     # As many pages as the longest sequence has.
     count = (last_B.max() + pages * page_size) // (pages * page_size)
     out, _, total = lax.fori_loop(0, count, visit, start)
-    total = jnp.where(total > 0, total, 1.0)
-    return (out / total[..., None]).astype(q_BQGHX.dtype)
+    is_there_B1R = position_B1R >= 0  # others have seen nothing
+    out = jnp.where(is_there_B1R[..., None], out / total[..., None], 0)
+    out = out.reshape(batch, groups, -1, heads, value_dim).swapaxes(1, 2)
+    return out.astype(q_BQGHX.dtype)

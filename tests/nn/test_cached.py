@@ -44,7 +44,8 @@ CASES = {
 
 # What each step computes: groups of sequences with equal numbers of tokens, of which a
 # sequence may have fewer. First chunks of prompts, then one of another beside tokens
-# one by one, then tokens with drafts, the first of which replaces one that was wrong.
+# one by one, then tokens with drafts. What a later step computes again was a wrong
+# draft.
 STEPS = [
     [(CHUNK, {0: (0, 5), 1: (0, 4)})],
     [(1, {0: (5, 1), 1: (4, 1)}), (CHUNK, {2: (0, 5)})],
@@ -78,9 +79,8 @@ def hidden(dtype=jnp.float32):
 @functools.partial(jax.jit, static_argnums=0)
 def whole(cfg, params, x_BSD):
     module = MIXERS[cfg.kind].module(cfg, 0.02)
-    return module.apply({"params": params}, x_BSD, rotation(cfg, x_BSD.shape[1]), None)[
-        0
-    ]
+    known = rotation(cfg, x_BSD.shape[1]), None
+    return module.apply({"params": params}, x_BSD, *known)[0]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -97,6 +97,21 @@ def step(cfg, params, cache, x_TD, position_T, groups):
     return y_1TD[0], changed["cache"]
 
 
+def tokens_of(plan, table_BM):
+    """A step's groups, and whose tokens it has, and where, [T]."""
+    groups, places = [], []
+    for tokens, of_sequence in plan:
+        position_BQ = np.full((len(of_sequence), tokens), -1, np.int32)
+        for row, (start, count) in zip(position_BQ, of_sequence.values(), strict=True):
+            row[:count] = np.arange(start, start + count)
+        table = jnp.asarray(table_BM[list(of_sequence)])
+        groups.append(paged.Sequences(table, jnp.asarray(position_BQ)))
+        b_BQ = np.repeat(list(of_sequence), tokens)
+        places.append((b_BQ, position_BQ.ravel()))
+    b_T, position_T = np.concatenate([*places, [[0] * PADDING, [-1] * PADDING]], axis=1)
+    return tuple(groups), b_T, position_T
+
+
 def in_steps(cfg, x_BSD, dtype):
     """What all steps compute, of the last that computed it, and the cache."""
     table_BM, pages = caches.table(LENGTHS, PAGE)
@@ -105,29 +120,18 @@ def in_steps(cfg, x_BSD, dtype):
         name: jnp.full((pages, PAGE, *x.shape), jnp.nan, x.dtype)
         for name, x in kept.items()
     }
+    planned = [tokens_of(plan, table_BM) for plan in STEPS]
+    last_BS = np.full(x_BSD.shape[:2], -1)
+    for number, (_, b_T, position_T) in enumerate(planned):
+        last_BS[b_T[position_T >= 0], position_T[position_T >= 0]] = number
     out_BSD = np.full(x_BSD.shape, np.nan, np.float32)
-    for number, plan in enumerate(STEPS):
-        groups, places = [], []
-        for tokens, of_sequence in plan:
-            position_BQ = np.full((len(of_sequence), tokens), -1, np.int32)
-            for row, (start, count) in zip(
-                position_BQ, of_sequence.values(), strict=True
-            ):
-                row[:count] = np.arange(start, start + count)
-            table = jnp.asarray(table_BM[list(of_sequence)])
-            groups.append(paged.Sequences(table, jnp.asarray(position_BQ)))
-            places += [
-                (b, p)
-                for b, row in zip(of_sequence, position_BQ, strict=True)
-                for p in row
-            ]
-        places += [(0, -1)] * PADDING
-        b_T, position_T = np.transpose(places)
-        x_TD = jnp.where((position_T >= 0)[:, None], x_BSD[b_T, position_T], jnp.nan)
-        y_TD, cache = step(
-            cfg, parameters(cfg), cache, x_TD, jnp.asarray(position_T), tuple(groups)
-        )
+    for number, (groups, b_T, position_T) in enumerate(planned):
         is_there = position_T >= 0
+        is_wrong = last_BS[b_T, position_T] > number
+        x_TD = x_BSD[b_T, position_T] + is_wrong[:, None].astype(x_BSD.dtype)
+        x_TD = jnp.where(is_there[:, None], x_TD, jnp.nan)
+        told = jnp.asarray(position_T, jnp.int32), groups
+        y_TD, cache = step(cfg, parameters(cfg), cache, x_TD, *told)
         assert not y_TD[~is_there].any(), number
         out_BSD[b_T[is_there], position_T[is_there]] = y_TD[is_there]
     return out_BSD, cache
@@ -180,8 +184,13 @@ def test_absorbed_projections_give_what_expanded_ones_do(tokens):
         paged.Sequences(jnp.asarray(table_BM), jnp.asarray(position_BQ, jnp.int32)),
         jnp.float32(rng.normal(size=(len(LENGTHS), tokens, cfg.num_heads, cfg.qk_dim))),
     )
-    absorbed = latent_attention._attend_absorbed(cfg, *operands)
-    expanded = latent_attention._attend_expanded(cfg, *operands)
+    absorbed, expanded = (
+        jax.jit(form, static_argnums=0)(cfg, *operands)
+        for form in (
+            latent_attention._attend_absorbed,
+            latent_attention._attend_expanded,
+        )
+    )
     assert expanded.std() > 0.1
     np.testing.assert_allclose(absorbed, expanded, rtol=1e-5, atol=1e-5)
 

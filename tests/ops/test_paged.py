@@ -58,7 +58,8 @@ def attend(q_BQGHX, k_pages, v_pages, sequences, *, block):
     del block  # another one is another program
 
     def read(page_BJ, is_there_BS):
-        return tuple(paged.entries(x, page_BJ, is_there_BS) for x in (k_pages, v_pages))
+        found = [paged.entries(x, page_BJ, is_there_BS) for x in (k_pages, v_pages)]
+        return tuple(x.swapaxes(1, 2) for x in found)
 
     return paged.attend(
         q_BQGHX, sequences, read, page_size=PAGE, value_dim=VALUE_DIM, scale=SCALE
@@ -99,7 +100,7 @@ def test_no_more_pages_are_read_than_the_longest_sequence_has(monkeypatch):
 
     def read(page_BJ, is_there_BS):
         jax.debug.callback(visited.append, page_BJ[:, 0], ordered=True)
-        return jnp.ones((2, PAGE, 1, DIM)), jnp.ones((2, PAGE, 1, VALUE_DIM))
+        return jnp.ones((2, 1, PAGE, DIM)), jnp.ones((2, 1, PAGE, VALUE_DIM))
 
     table_BM = np.arange(200, dtype=np.int32).reshape(2, 100)
     sequences = paged.Sequences(jnp.asarray(table_BM), jnp.array([[-1], [PAGE * 3]]))
@@ -132,6 +133,34 @@ def test_tokens_are_written_where_they_belong_and_nothing_else_is(dtype):
             want[table_BM[b, position // PAGE], position % PAGE] = new[b, q]
     assert got.dtype == dtype
     np.testing.assert_array_equal(np.float32(got), np.float32(want))
+
+
+def test_a_cache_that_is_given_away_is_written_in_place():
+    def write_and_attend(pages_PKX, new_BQX, sequences):
+        written = paged.write(pages_PKX, new_BQX, sequences)
+
+        def read(page_BJ, is_there_BS):
+            found = paged.entries(written, page_BJ, is_there_BS)[:, None]
+            return found, found
+
+        attended = paged.attend(
+            new_BQX[:, :, None, None],
+            sequences,
+            read,
+            page_size=PAGE,
+            value_dim=DIM,
+            scale=SCALE,
+        )
+        return written, attended
+
+    table_BM, pages = caches.table(LENGTHS, PAGE, spare=10_000)
+    cache = jnp.zeros((pages, PAGE, DIM))
+    sequences = paged.Sequences(jnp.asarray(table_BM), jnp.asarray(positions()))
+    new_BQX = jnp.zeros((*sequences.position_BQ.shape, DIM))
+    program = jax.jit(write_and_attend, donate_argnums=0)
+    memory = program.lower(cache, new_BQX, sequences).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == cache.nbytes
+    assert memory.temp_size_in_bytes < cache.nbytes / 10
 
 
 def test_a_sequences_entries_are_in_the_order_of_its_table():
