@@ -73,7 +73,7 @@ def parameters(cfg):
 
 def hidden(dtype=jnp.float32):
     x_BSD = np.random.default_rng(1).normal(size=(3, max(LENGTHS), HIDDEN))
-    return jnp.asarray(x_BSD, dtype)
+    return x_BSD.astype(dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -104,8 +104,8 @@ def tokens_of(plan, table_BM):
         position_BQ = np.full((len(of_sequence), tokens), -1, np.int32)
         for row, (start, count) in zip(position_BQ, of_sequence.values(), strict=True):
             row[:count] = np.arange(start, start + count)
-        table = jnp.asarray(table_BM[list(of_sequence)])
-        groups.append(paged.Sequences(table, jnp.asarray(position_BQ)))
+        table = table_BM[list(of_sequence)]
+        groups.append(paged.Sequences(table, position_BQ))
         b_BQ = np.repeat(list(of_sequence), tokens)
         places.append((b_BQ, position_BQ.ravel()))
     b_T, position_T = np.concatenate([*places, [[0] * PADDING, [-1] * PADDING]], axis=1)
@@ -117,7 +117,7 @@ def in_steps(cfg, x_BSD, dtype):
     table_BM, pages = caches.table(LENGTHS, PAGE)
     kept = MIXERS[cfg.kind].cached(cfg, dtype)
     cache = {
-        name: jnp.full((pages, PAGE, *x.shape), jnp.nan, x.dtype)
+        name: np.full((pages, PAGE, *x.shape), np.nan, x.dtype)
         for name, x in kept.items()
     }
     planned = [tokens_of(plan, table_BM) for plan in STEPS]
@@ -129,9 +129,10 @@ def in_steps(cfg, x_BSD, dtype):
         is_there = position_T >= 0
         is_wrong = last_BS[b_T, position_T] > number
         x_TD = x_BSD[b_T, position_T] + is_wrong[:, None].astype(x_BSD.dtype)
-        x_TD = jnp.where(is_there[:, None], x_TD, jnp.nan)
-        told = jnp.asarray(position_T, jnp.int32), groups
+        x_TD[~is_there] = np.nan
+        told = position_T.astype(np.int32), groups
         y_TD, cache = step(cfg, parameters(cfg), cache, x_TD, *told)
+        y_TD = np.asarray(y_TD)
         assert not y_TD[~is_there].any(), number
         out_BSD[b_T[is_there], position_T[is_there]] = y_TD[is_there]
     return out_BSD, cache
