@@ -139,7 +139,7 @@ def in_steps(cfg, x_BSD, dtype):
 
 
 def whole_outputs(cfg, x_BSD):
-    """Of the first positions of each sequence; NaN behind them."""
+    """What the whole gives at each sequence's positions; NaN behind them."""
     out_BSD = np.array(whole(cfg, parameters(cfg), x_BSD), np.float32)
     for row, length in zip(out_BSD, LENGTHS, strict=True):
         row[length:] = np.nan
@@ -165,7 +165,7 @@ def test_in_bfloat16_steps_differ_by_its_rounding(kind):
 
 
 def test_steps_are_of_both_forms():
-    """Of those above; the other kind has one."""
+    """MLA has two, and the other kind one."""
     for cfg in list(CASES.values())[:2]:
         forms = [latent_attention.absorbs(cfg, tokens) for tokens in (1, 3, CHUNK)]
         assert forms == [True, True, False]
