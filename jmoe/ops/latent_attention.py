@@ -75,10 +75,10 @@ def _kernel(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
 
 
 def _reference(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
-    def read(page_BJ, is_there_BS):
-        entry_B1SX = paged.entries(pages_PKX, page_BJ, is_there_BS)[:, None]
+    def read(page_WJ, is_there_WS):
+        entry_W1SX = paged.entries(pages_PKX, page_WJ, is_there_WS)[:, None]
         # As values too, since a part of it would be a copy.
-        return entry_B1SX, entry_B1SX
+        return entry_W1SX, entry_W1SX
 
     out_BQHX = paged.attend(
         q_BQHX[:, :, None],

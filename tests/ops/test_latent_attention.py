@@ -57,7 +57,7 @@ def in_pages(cache_BSX, tokens=1):
 def test_blocks_of_any_size_give_the_naive_softmax(block, tokens, monkeypatch):
     monkeypatch.setattr(paged, "BLOCK", block)
     q_BQHX, cache_BSX = inputs(tokens=tokens)
-    got = decode.__wrapped__(q_BQHX, *in_pages(cache_BSX, tokens))
+    got = decode.__wrapped__(jnp.asarray(q_BQHX), *in_pages(cache_BSX, tokens))
     assert got.dtype == jnp.float32
     want = naive(q_BQHX, cache_BSX, tokens)
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
