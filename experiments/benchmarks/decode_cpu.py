@@ -41,7 +41,7 @@ _NEEDED = ("torch", "transformers")
 _OURS = "experiments.benchmarks.decode_ours"
 _REQUESTS = {"count": 64, "longest": 128}
 _ARRIVAL = {"rows": 8, "chunk": 128, "chunks": 16}
-_DRAFTS = {"prompts": 16, "prompt": 64, "new": 128}
+_DRAFTS = {"prompts": 8, "prompt": 64, "new": 128}
 _ONE_ENGINE_ROUNDS = 3  # where sides are parts of one engine, whose speed drifts less
 
 

@@ -8,6 +8,7 @@ pass. The faster of the ways is kept, by batch.
 The parent process has to set the environment that makes glibc keep freed memory.
 """
 
+import inspect
 import time
 from typing import Any
 
@@ -43,16 +44,19 @@ def generate(directory: str, decoding: Decoding) -> Tasks:
 class _Side:
     def __init__(self, model: Any, decoding: Decoding):
         self._model, self._decoding = model, decoding
+        # transformers 5.24 has another name for it.
+        names = inspect.signature(model.forward).parameters
+        self._cache = "cache" if "cache" in names else "past_key_values"
 
     def fastest(self, batch: int) -> tuple[str, bool]:
         """Tries all ways; each is compiled before its time counts."""
-        seconds = {}
+        tried, seconds = min(_TRIED_TOKENS, self._decoding.new), {}
         for way in WAYS:
             if way[0] == "batched_mm" and batch > _FEW:
                 continue
             for _ in range(2):
                 start = time.perf_counter()
-                self.complete(batch, _TRIED_TOKENS, *way)
+                self.complete(batch, tried, *way)
                 seconds[way] = time.perf_counter() - start
         return min(seconds, key=lambda way: seconds[way])
 
@@ -63,27 +67,29 @@ class _Side:
         self, batch: int, new: int, experts: str, is_compiled: bool
     ) -> list[list[int]]:
         """Returns the new tokens of the first prompts, greedily."""
-        model, decoding = self._model, self._decoding
-        prompt_BT = torch.from_numpy(decoding.prompts(batch))
+        prompt_BT = torch.from_numpy(self._decoding.prompts(batch))
         cache = transformers.StaticCache(
-            config=model.config, max_cache_len=decoding.length
+            config=self._model.config, max_cache_len=self._decoding.length
         )
-        model.set_experts_implementation(READS)
-        read = model(prompt_BT, past_key_values=cache, logits_to_keep=1)
-        tokens_BT = torch.cat([prompt_BT, read.logits.argmax(-1)], dim=1)
+        tokens_BT = self._go_on(prompt_BT, cache, 1, READS, False)
         if new > 1:
-            compiling = transformers.CompileConfig(fullgraph=False, dynamic=False)
-            compiling._compile_all_devices = True  # otherwise on GPUs alone
-            model.set_experts_implementation(experts)
-            tokens_BT = model.generate(
-                tokens_BT,
-                past_key_values=cache,
-                max_new_tokens=new - 1,
-                min_new_tokens=new - 1,
-                do_sample=False,
-                eos_token_id=None,
-                pad_token_id=0,
-                compile_config=compiling,
-                disable_compile=not is_compiled,
-            )
-        return tokens_BT[:, decoding.prompt :].tolist()
+            tokens_BT = self._go_on(tokens_BT, cache, new - 1, experts, is_compiled)
+        return tokens_BT[:, prompt_BT.shape[1] :].tolist()
+
+    def _go_on(
+        self, tokens_BT: Any, cache: Any, new: int, experts: str, is_compiled: bool
+    ) -> Any:
+        compiling = transformers.CompileConfig(fullgraph=False, dynamic=False)
+        compiling._compile_all_devices = True  # otherwise on GPUs alone
+        self._model.set_experts_implementation(experts)
+        return self._model.generate(
+            tokens_BT,
+            **{self._cache: cache},
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            compile_config=compiling,
+            disable_compile=not is_compiled,
+        )
