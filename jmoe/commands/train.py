@@ -21,6 +21,7 @@ from absl import flags
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, checks, override, presets
+from jmoe.config.model import ROUTERS
 from jmoe.data import cache
 from jmoe.parallel import processes
 from jmoe.train import runtime
@@ -100,10 +101,10 @@ def _run_file(path: pathlib.Path) -> Any:
 
 def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
     """Returns short completions, as far as the model can make them."""
-    from jmoe.decode.generate import WITHOUT_TEXT, generate
+    from jmoe.decode.generate import generate
     from jmoe.decode.on_mesh import make_next_logits
 
-    if run.model.moe.router.kind in WITHOUT_TEXT:
+    if ROUTERS[run.model.moe.router.kind].no_text:
         return []
     prompts = [tokenizer.prompt(text) for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.config import ModelConfig
+from jmoe.config.model import ROUTERS
 from jmoe.decode.sampling import sample
 from jmoe.nn.model import Transformer
 from jmoe.parallel import vocabulary
@@ -25,12 +26,6 @@ from jmoe.train import compiled
 NextLogits = Callable[[Any, jax.Array, jax.Array], jax.Array]
 
 SIZE_STEP = 64  # of S; what lies behind a token is invisible to it
-
-# Routers that can't choose for the newest token, and why.
-WITHOUT_TEXT = {
-    "expert_choice": "compares tokens with later ones",
-    "replayed": "is told the experts",
-}
 
 
 def generate(
@@ -137,10 +132,10 @@ def _check(cfg, prompts, max_new_tokens, temperature, top_p):
             f"top_p={top_p} above 0 and at most 1."
         )
     kind = cfg.moe.router.kind
-    if kind in WITHOUT_TEXT:
+    if reason := ROUTERS[kind].no_text:
         raise ValueError(
-            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}, and for new tokens "
-            "there are none: such a model generates no text."
+            f"model.moe.router.kind={kind!r} {reason}, and for new tokens there are "
+            "none: such a model generates no text."
         )
     longest = max(map(len, prompts)) + max_new_tokens
     if longest > cfg.max_positions:
