@@ -17,12 +17,12 @@ class Acceptance(NamedTuple):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """Returns the fraction of steps in which each draft was right."""
+        """Fractions of the steps in which each draft was right."""
         return tuple(count / max(self.steps, 1) for count in self.accepted)
 
     @property
     def tokens_a_step(self) -> float:
-        """Returns how many tokens a step gives: one, and the drafts that are right."""
+        """How many tokens a step gives: one, and the drafts that are right."""
         return 1 + sum(self.rates)
 
 

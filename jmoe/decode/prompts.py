@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from jmoe.config import checks
+
 FIELD = "prompt"
 
 
@@ -57,6 +59,8 @@ def _from_text(number: int, line: str) -> Prompt:
 
 def _from_json(number: int, line: str) -> Prompt:
     record = json.loads(line)
+    if not checks.is_unicode(json.dumps(record, ensure_ascii=False)):
+        raise ValueError("It has half of a surrogate pair, which is no character.")
     if not isinstance(record, dict):
         raise ValueError("It must be a JSON object.")
     if FIELD not in record:

@@ -34,6 +34,7 @@ def test_each_object_keeps_its_other_fields(tmp_path):
         ("a.jsonl", b'["a"]', "line 1: It must be a JSON object"),
         ("a.jsonl", b'\n{"text": "a"}', "line 2: .* no field 'prompt'; it has text"),
         ("a.jsonl", b"{}", "line 1: It has no field 'prompt'; it has none"),
+        ("a.jsonl", b'{"prompt": "a", "b": "\\ud800"}', "line 1: .*surrogate"),
         ("a.jsonl", b'{"prompt": 3}', "line 1: prompt=3 must be a text"),
     ],
 )
