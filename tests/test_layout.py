@@ -66,15 +66,12 @@ FLAGS = {
         "model",
     ],
     "jmoe/commands/generate.py": [
-        "workdir",
-        "step",
-        "prompt",
-        "num_samples",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "weights",
-        "seed",
+        *("workdir", "model", "step", "weights"),
+        *("prompt", "prompts", "interactive", "output", "num_samples"),
+        # of a request, whose record is no run's and no engine's
+        *("max_new_tokens", "temperature", "top_p", "top_k", "min_p"),
+        *("repetition_penalty", "stop", "seed"),
+        *("drafts", "set"),
     ],
     "jmoe/commands/plan.py": [
         "pp",
