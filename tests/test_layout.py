@@ -130,6 +130,8 @@ NAMED = {
     # a pipeline and a decoder hand the table of embeddings to what makes the logits
     "jmoe/train/pipelined.py": {"embedding"},
     "jmoe/decode/on_mesh.py": {"embedding"},
+    # a decoder takes the model's parameters apart
+    "jmoe/decode/weights.py": {"embedding", "final_norm", "mtp_0"},
     # a checkpoint of Hugging Face's may repeat it, or leave it to be the head
     "jmoe/export/names.py": {"embedding"},
     "jmoe/export/export_run.py": {"embedding"},

@@ -8,12 +8,14 @@ from it.
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import AttentionConfig, FeedForwardConfig, ModelConfig
+from jmoe.nn.cached import Groups
 from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.linear import DotGeneral, RMSNorm
 from jmoe.nn.measured import Measured, beside
@@ -27,12 +29,14 @@ class Positions(NamedTuple):
     """What blocks know of a batch's positions besides their hidden states.
 
     rotation: see `jmoe.nn.mixers`. segment_BT: int32, the documents that attention is
-    confined to; None: it isn't. tokens: what feed-forward layers are told.
+    confined to; None: it isn't. tokens: what feed-forward layers are told. groups: of
+    positions whose earlier ones are in a cache (`jmoe.nn.cached`); None: there is none.
     """
 
     rotation: Rotation
     segment_BT: jax.Array | None = None
     tokens: Tokens = UNTOLD
+    groups: Groups | None = None
 
 
 def positions(
@@ -48,6 +52,14 @@ def positions(
         is_real_BT, noise, tokens_BT, choice_BLTK, first_moe=cfg.num_dense_layers
     )
     return Positions(rotation(cfg.attention, tokens_BT.shape[-1]), segment_BT, told)
+
+
+def empty_cache(cfg: ModelConfig, num_pages: int, page_size: int) -> Any:
+    """Returns a block's collection `cache`, of a decoder that has read nothing."""
+    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
+    size = num_pages, page_size
+    pages = {name: jnp.zeros((*size, *x.shape), x.dtype) for name, x in kept.items()}
+    return {"attention": pages}
 
 
 class Block(nn.Module):
@@ -90,8 +102,8 @@ class Block(nn.Module):
         normed_BSD = RMSNorm(self.norm_eps, name="attention_norm")(x_BSD)
         own = self.init_std, self.dot_general
         mixer = MIXERS[self.mixer.kind].module(self.mixer, *own, name="attention")
-        turns, segment_BT, tokens = positions
-        mixed_BSD, of_mixer = mixer(normed_BSD, turns, segment_BT)
+        turns, segment_BT, tokens, groups = positions
+        mixed_BSD, of_mixer = mixer(normed_BSD, turns, segment_BT, groups)
         x_BSD += mixed_BSD
         normed_BSD = RMSNorm(self.norm_eps, name="mlp_norm")(x_BSD)
         kind = FEED_FORWARDS[self.feed_forward.kind]

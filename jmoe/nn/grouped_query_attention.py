@@ -8,21 +8,29 @@ head, a norm before they are rotated, of which a part may be left as it is. On a
 `tensor` divides the heads, which need all positions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import GQAConfig
+from jmoe.nn import cached as caches
+from jmoe.nn.cached import Groups
 from jmoe.nn.heads import project_out
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
-from jmoe.ops import attention, dot, rope
+from jmoe.ops import attention, dot, paged, rope
 from jmoe.parallel import collectives
 
 
 class GroupedQueryAttention(nn.Module):
-    """GQA on a full sequence: [B, S, D] -> [B, S, D], by rotations for T positions."""
+    """GQA, [B, S, D] -> [B, S, D], by rotations of T positions.
+
+    Without `groups`, positions attend to earlier ones of their sequence; with them, to
+    those that are cached too (`jmoe.nn.cached`).
+    """
 
     cfg: GQAConfig
     init_std: float
@@ -34,6 +42,7 @@ class GroupedQueryAttention(nn.Module):
         x_BSD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_BT: jax.Array | None,
+        groups: Groups | None = None,
     ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         x_BTD = collectives.all_gather(x_BSD, "tensor", 1)
@@ -45,14 +54,23 @@ class GroupedQueryAttention(nn.Module):
         if cfg.qk_norm_eps is not None:
             q_BTHQ = RMSNorm(cfg.qk_norm_eps, dim=None, name="query_norm")(q_BTHQ)
             k_BTKQ = RMSNorm(cfg.qk_norm_eps, dim=None, name="key_norm")(k_BTKQ)
-        out_BTHQ = attention.attention(
+        q_BTHQ, k_BTKQ = (
             self._rotated(q_BTHQ, rotation),
             self._rotated(k_BTKQ, rotation),
-            v_BTKQ,
-            segment_BT,
-            scale=cfg.softmax_scale,
-            block_size=cfg.block_size,
         )
+        if groups is None:
+            out_BTHQ = attention.attention(
+                q_BTHQ,
+                k_BTKQ,
+                v_BTKQ,
+                segment_BT,
+                scale=cfg.softmax_scale,
+                block_size=cfg.block_size,
+            )
+        else:
+            new = {"key": k_BTKQ, "value": v_BTKQ}
+            attend = functools.partial(_attend, cfg, caches.remember(self, new, groups))
+            out_BTHQ = caches.by_group(attend, groups, q_BTHQ)
         own = x_BSD.shape[-1], self.init_std, self.dot_general
         return project_out(out_BTHQ, *own), NOTHING
 
@@ -91,3 +109,25 @@ def cached(
     """Returns what a decoder keeps of a token: rotated keys, and values."""
     of_heads = jax.ShapeDtypeStruct((cfg.num_kv_heads, cfg.head_dim), dtype)
     return {"key": of_heads, "value": of_heads}
+
+
+def _attend(cfg, pages, sequences, q_BQHX):
+    """Returns each token's attention to what is cached, [B, Q, H, X]."""
+
+    def read(page_BJ):
+        return tuple(
+            paged.entries(pages[name], page_BJ).astype(q_BQHX.dtype)
+            for name in ("key", "value")
+        )
+
+    batch, tokens, heads, dim = q_BQHX.shape
+    kv_heads = pages["key"].shape[2]
+    out = paged.attend(
+        q_BQHX.reshape(batch, tokens, kv_heads, heads // kv_heads, dim),
+        sequences,
+        read,
+        page_size=pages["key"].shape[1],
+        value_dim=dim,
+        scale=cfg.softmax_scale,
+    )
+    return out.reshape(q_BQHX.shape)

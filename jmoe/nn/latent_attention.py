@@ -7,23 +7,36 @@ Keys and values of all heads come from one small latent, which is all that a dec
 to cache; one rotated key part is shared by the heads. On a mesh, `tensor` divides the
 heads, which need all positions. What is gathered for them are the latents, a third of
 the hidden state or less.
+
+Of cached positions, either the keys and values are computed again, or what computes
+them is absorbed into queries and outputs (section 2.1.2), which score the latents
+themselves: the cheaper way for the few new tokens of a sequence that is being decoded.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import MLAConfig
+from jmoe.nn import cached as caches
+from jmoe.nn.cached import Groups
 from jmoe.nn.heads import project_out
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
-from jmoe.ops import attention, dot, rope
+from jmoe.ops import attention, dot, paged, rope
+from jmoe.ops.latent_attention import latent_decode
 from jmoe.parallel import collectives
 
 
 class LatentAttention(nn.Module):
-    """MLA on a full sequence: [B, S, D] -> [B, S, D], by rotations for T positions."""
+    """MLA, [B, S, D] -> [B, S, D], by rotations of T positions.
+
+    Without `groups`, positions attend to earlier ones of their sequence; with them, to
+    those that are cached too (`jmoe.nn.cached`).
+    """
 
     cfg: MLAConfig
     init_std: float
@@ -35,30 +48,34 @@ class LatentAttention(nn.Module):
         x_BSD: jax.Array,
         rotation: tuple[jax.Array, jax.Array],
         segment_BT: jax.Array | None,
+        groups: Groups | None = None,
     ) -> tuple[jax.Array, Measured]:
         cfg = self.cfg
         q_BTHQ = self._queries(x_BSD)
         q_nope, q_rope = jnp.split(q_BTHQ, [cfg.nope_dim], axis=-1)
+        q_rope = rope.rotate_interleaved(q_rope, *rotation)
 
         latent = self._linear("kv_down", cfg.kv_latent_dim + cfg.rope_dim)(x_BSD)
         latent, k_rope = jnp.split(latent, [cfg.kv_latent_dim], axis=-1)
         latent = RMSNorm(cfg.latent_norm_eps, dim="latent", name="kv_norm")(latent)
-        kv_BTHX = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)(_all(latent))
-        k_nope, v_BTHV = jnp.split(kv_BTHX, [cfg.nope_dim], axis=-1)
-
-        q_rope = rope.rotate_interleaved(q_rope, *rotation)
-        k_rope = rope.rotate_interleaved(_all(k_rope)[:, :, None], *rotation)
-        # In float32, as then its gradient is too, which sums over the heads.
-        k_rope = jnp.broadcast_to(k_rope.astype(jnp.float32), q_rope.shape)
-        k_rope = k_rope.astype(q_rope.dtype)
-        out_BTHV = attention.attention(
-            jnp.concatenate([q_nope, q_rope], axis=-1),
-            jnp.concatenate([k_nope, k_rope], axis=-1),
-            v_BTHV,
-            segment_BT,
-            scale=cfg.softmax_scale,
-            block_size=cfg.block_size,
-        )
+        latent, k_rope = _all(latent), _all(k_rope)[:, :, None]
+        k_rope = rope.rotate_interleaved(k_rope, *rotation)
+        up = self._heads("kv_up", cfg.nope_dim + cfg.value_dim)
+        q_BTHQ = jnp.concatenate([q_nope, q_rope], axis=-1)
+        if groups is None:
+            out_BTHV = attention.attention(
+                q_BTHQ,
+                *_expand(cfg, up(latent), k_rope),
+                segment_BT,
+                scale=cfg.softmax_scale,
+                block_size=cfg.block_size,
+            )
+        else:
+            new = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
+            pages_PKX = caches.remember(self, {"latent": new}, groups)["latent"]
+            up_CHX = up.kernel_array(x_BSD.dtype)
+            attend = functools.partial(_attend, cfg, pages_PKX, up_CHX)
+            out_BTHV = caches.by_group(attend, groups, q_BTHQ)
         own = x_BSD.shape[-1], self.init_std, self.dot_general
         return project_out(out_BTHV, *own), NOTHING
 
@@ -101,11 +118,71 @@ def cost(cfg: MLAConfig, hidden_dim: int, length: int) -> float:
 def cached(
     cfg: MLAConfig, dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a decoder keeps of a token: the normed latent, the rotated key."""
-    return {
-        "latent": jax.ShapeDtypeStruct((cfg.kv_latent_dim,), dtype),
-        "rope_key": jax.ShapeDtypeStruct((cfg.rope_dim,), dtype),
-    }
+    """Returns what a decoder keeps of a token: the normed latent and the rotated key.
+
+    In one array, as a key of the absorbed form is.
+    """
+    return {"latent": jax.ShapeDtypeStruct((cfg.kv_latent_dim + cfg.rope_dim,), dtype)}
+
+
+def absorbs(cfg: MLAConfig, tokens: int) -> bool:
+    """Returns whether so many new tokens of a sequence score latents for less.
+
+    That is more work for each token and cached position, and none for the position.
+    """
+    wider = 2 * cfg.kv_latent_dim + cfg.rope_dim - cfg.qk_dim - cfg.value_dim
+    return tokens * wider < cfg.kv_latent_dim * (cfg.nope_dim + cfg.value_dim)
+
+
+def _attend(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
+    """Returns each token's attention to what is cached, [B, Q, H, V]."""
+    is_absorbed = absorbs(cfg, sequences.position_BQ.shape[1])
+    form = _attend_absorbed if is_absorbed else _attend_expanded
+    return form(cfg, pages_PKX, up_CHX, sequences, q_BQHX)
+
+
+def _attend_absorbed(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
+    q_nope, q_rope = jnp.split(q_BQHX, [cfg.nope_dim], axis=-1)
+    key_CHX, value_CHV = jnp.split(up_CHX, [cfg.nope_dim], axis=-1)
+    q_latent = jnp.einsum("bqhx,chx->bqhc", q_nope, key_CHX)
+    out_BQHC = latent_decode(
+        jnp.concatenate([q_latent, q_rope], axis=-1),
+        pages_PKX,
+        sequences,
+        value_dim=cfg.kv_latent_dim,
+        scale=cfg.softmax_scale,
+    )
+    return jnp.einsum("bqhc,chv->bqhv", out_BQHC, value_CHV)
+
+
+def _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
+    def read(page_BJ):
+        entry_BSX = paged.entries(pages_PKX, page_BJ).astype(up_CHX.dtype)
+        latent, k_rope = jnp.split(entry_BSX, [cfg.kv_latent_dim], axis=-1)
+        up = jnp.einsum("bsc,chx->bshx", latent, up_CHX)
+        return _expand(cfg, up, k_rope[:, :, None])
+
+    out_BQHV = paged.attend(
+        q_BQHX[:, :, :, None],
+        sequences,
+        read,
+        page_size=pages_PKX.shape[1],
+        value_dim=cfg.value_dim,
+        scale=cfg.softmax_scale,
+    )
+    return out_BQHV[:, :, :, 0]
+
+
+def _expand(
+    cfg: MLAConfig, kv_BTHX: jax.Array, k_rope_BT1R: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns each head's keys and values, of what it computes and what all share."""
+    k_nope, v_BTHV = jnp.split(kv_BTHX, [cfg.nope_dim], axis=-1)
+    # In float32, as then its gradient is too, which sums over the heads.
+    shape = *k_nope.shape[:3], cfg.rope_dim
+    k_rope = jnp.broadcast_to(k_rope_BT1R.astype(jnp.float32), shape)
+    k_BTHQ = jnp.concatenate([k_nope, k_rope.astype(k_nope.dtype)], axis=-1)
+    return k_BTHQ, v_BTHV
 
 
 def _all(x_BSX: jax.Array) -> jax.Array:

@@ -60,6 +60,12 @@ class Linear(nn.Module):
         bias = self.param("bias", init, self.features, jnp.float32)
         return (y.astype(jnp.float32) + bias).astype(y.dtype)
 
+    def kernel_array(self, dtype: jax.typing.DTypeLike) -> jax.Array:
+        """Returns the kernel [input, *features] of a module that has its parameters."""
+        kernel = self.get_variable("params", "kernel")
+        kernel = stored.as_array(kernel, dtype)
+        return kernel.reshape(kernel.shape[0], *self.features)
+
 
 class RMSNorm(nn.Module):
     """RMSNorm over the last dimension, in float32 inside."""

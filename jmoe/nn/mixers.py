@@ -23,12 +23,13 @@ class Mixer(NamedTuple):
     """What there is to know of a kind; each function takes its record first.
 
     module: of the record, the standard deviation of new weights and a `dot_general`;
-      maps hidden states [B, S, D], a rotation and segments [B, T] or None to
-      [B, S, D] and what it measured.
+      maps hidden states [B, S, D], a rotation, segments [B, T] or None, and groups
+      (`jmoe.nn.cached`) or None, to [B, S, D] and what it measured.
     rotation: of positions [B, T], what the module is given: float32 cosines and sines.
     cost: of the hidden dimension and the sequence's length, a token's operations in a
       forward pass.
-    cached: of the activations' dtype, what a decoder keeps of each token, by name.
+    cached: of the activations' dtype, what a decoder keeps of each token, by the
+      names that the module has in the collection `cache`.
     """
 
     module: Callable[..., nn.Module]

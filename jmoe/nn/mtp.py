@@ -9,15 +9,23 @@ where the paper leaves the first open and writes the second the other way round.
 Shapes: B batch, T position, S this device's positions, D hidden.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
+from jmoe.nn import block as blocks
 from jmoe.nn.block import Block, Positions
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import Measured
 from jmoe.ops import dot
+
+
+def empty_cache(cfg: ModelConfig, num_pages: int, page_size: int) -> Any:
+    """Returns a module's collection `cache`, of a decoder that has read nothing."""
+    return {"block": blocks.empty_cache(cfg, num_pages, page_size)}
 
 
 class MTPModule(nn.Module):

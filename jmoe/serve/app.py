@@ -22,7 +22,7 @@ from jmoe.config.serve import ServeConfig
 from jmoe.serve import proxy, replicas
 from jmoe.serve.answers import Refused, answer
 from jmoe.serve.front import Access
-from jmoe.serve.vllm_engine import Engine
+from jmoe.serve.vllm_engine import VLLMEngine
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
@@ -124,7 +124,7 @@ class Replica:
 
 
 def serve_until_stopped(
-    cfg: ServeConfig, engine: Engine, device: str, access: Access
+    cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access
 ) -> None:
     """Starts Ray unless it runs already, serves, and drains at SIGTERM or Ctrl-C.
 
@@ -142,7 +142,7 @@ def serve_until_stopped(
         ray.shutdown()
 
 
-def _serve(cfg: ServeConfig, engine: Engine, device: str, access: Access) -> None:
+def _serve(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) -> None:
     try:
         with _stop_signals():
             _start(cfg, engine, device, access)
@@ -154,7 +154,7 @@ def _serve(cfg: ServeConfig, engine: Engine, device: str, access: Access) -> Non
             _stop(cfg)
 
 
-def _start(cfg: ServeConfig, engine: Engine, device: str, access: Access) -> None:
+def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) -> None:
     began = time.monotonic()
     serve.start(
         http_options=proxy.http_options(cfg),

@@ -3,13 +3,15 @@
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
-from jmoe.serve.vllm_engine import Engine
+from jmoe.serve.vllm_engine import VLLMEngine
 
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 QUEUE_FACTOR = 16  # requests that a replica holds, as a multiple of those it computes
 
 
-def deployment_options(cfg: ServeConfig, engine: Engine, device: str) -> dict[str, Any]:
+def deployment_options(
+    cfg: ServeConfig, engine: VLLMEngine, device: str
+) -> dict[str, Any]:
     """Returns arguments of `ray.serve.deployment`.
 
     On GPUs a replica is a group of bundles, one a GPU, packed on as few machines as

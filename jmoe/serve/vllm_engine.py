@@ -49,7 +49,7 @@ class Exported(NamedTuple):
     is_fp8: bool
 
 
-class Engine(NamedTuple):
+class VLLMEngine(NamedTuple):
     """`arguments` of vLLM's AsyncEngineArgs, and its process's environment."""
 
     arguments: dict[str, Any]
@@ -103,7 +103,7 @@ def read_exported(directory: pathlib.Path) -> Exported:
     return Exported(directory.resolve(), families.from_hf(hf), is_fp8)
 
 
-def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
+def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> VLLMEngine:
     """Returns what vLLM gets, once everything that it would get wrong is refused.
 
     Raises:
@@ -142,7 +142,7 @@ def make_engine(exported: Exported, serving: ServeConfig, host: Host) -> Engine:
             "method": "mtp",
             "num_speculative_tokens": cfg.draft_tokens,
         }
-    return Engine(arguments, environment)
+    return VLLMEngine(arguments, environment)
 
 
 def has_latent_kernels(model: ModelConfig) -> bool:

@@ -3,9 +3,10 @@
 `Disk(root)` is a context manager in which it sees what this process asks of the file
 system, and notes what is on the disk for sure: a file's content as of its last `fsync`,
 a directory's list of names as of its own. Whatever came later is there, or not, or in
-part, and each file and directory is free to choose. The two ends are among the images:
-nothing later is there, and all names are but no content. What a power cut may not do is
-to lose what was there for sure.
+part, and each file and directory is free to choose. A file that was only appended to
+keeps what was synced; one that was written anew may not. The two ends are among the
+images: nothing later is there, and all names are but no content. What a power cut may
+not do is to lose what was there for sure.
 
     with power.Disk(tmp_path) as disk:
         write(tmp_path)
@@ -153,9 +154,12 @@ class Disk:
         synced = self._synced.get(inode)
         if not path.is_dir():
             data = path.read_bytes()
+            assert not isinstance(synced, dict)
             if data != synced and (synced is None or share):
-                synced = data[: int(share * len(data))]
-            assert isinstance(synced, bytes)
+                has_grown = synced is not None and data.startswith(synced)
+                sure = len(synced or b"") if has_grown else 0
+                synced = data[: sure + int(share * (len(data) - sure))]
+            assert synced is not None
             yield name, self._contents.setdefault(synced, synced)
             return
         if name:

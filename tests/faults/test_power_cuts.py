@@ -117,3 +117,20 @@ def test_every_cut_leaves_the_record_of_a_run_old_or_new(tmp_path):
         assert run in {None: (None, old), old: (old, new), new: (new,)}[image.promised]
         found.add(run)
     assert found == {None, old, new}
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_cut_takes_of_a_file_that_grew_only_what_was_not_synced(tmp_path, anew):
+    rows = [b"row %d\n" % i for i in range(8)]
+    synced, newer = b"".join(rows[:4]), b"".join(rows[::-1] if anew else rows[4:])
+    path = tmp_path / "log"
+    path.write_bytes(synced)
+    with power.Disk(tmp_path) as disk, path.open("r+b", buffering=0) as file:
+        file.seek(0 if anew else len(synced))
+        file.write(newer)
+        for promised in range(20):  # at each, a cut, of which images differ
+            disk.promise(promised)
+    found = {dict(image.content)["log"] for image in disk.images}
+    # None of what is newer, half of it, and all.
+    assert len(found) == 3 and {synced, path.read_bytes()} < found
+    assert all(content.startswith(synced) for content in found) != anew

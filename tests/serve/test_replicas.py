@@ -3,9 +3,9 @@
 from jmoe.config import override
 from jmoe.config.serve import ServeConfig
 from jmoe.serve.replicas import deployment_options, needed
-from jmoe.serve.vllm_engine import Engine
+from jmoe.serve.vllm_engine import VLLMEngine
 
-ENGINE = Engine({}, {"HF_HUB_OFFLINE": "1"})
+ENGINE = VLLMEngine({}, {"HF_HUB_OFFLINE": "1"})
 TWO_MACHINES = ("engine.tensor_parallel=8", "engine.pipeline_parallel=2")
 
 

@@ -1,0 +1,334 @@
+"""Decodes the tokens of many requests at once, which come and go between steps.
+
+    engine = Engine(cfg, variables, Limits(rows=(1, 8), max_length=512))
+    for done in engine.complete([(prompt, Sampling(max_new_tokens=64)), ...]):
+        print(done.number, done.tokens)
+
+A request waits until a slot and enough pages for its longest completion are free. Then
+its prompt is read in chunks, each in a step that also decodes all other requests: so a
+long prompt delays no one by more than its chunk. All programs are compiled when the
+engine is made, and none later.
+
+The loop here decides who takes part in a step; what a step computes is a pure function
+(`jmoe.decode.step`).
+"""
+
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from jmoe.config import ModelConfig
+from jmoe.decode.batch import DecodeRows, PrefillChunks
+from jmoe.decode.limits import Limits, check
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
+from jmoe.decode.pages import Pages
+from jmoe.decode.programs import OneDevice
+from jmoe.decode.requests import Completion, Sampling, check_prompt
+from jmoe.decode.sampling import Sampled
+from jmoe.decode.step import StepResult
+
+Text = Callable[[Sequence[int]], str]
+
+
+class Programs(Protocol):
+    """What runs steps: see `jmoe.decode.programs.OneDevice`."""
+
+    parts: int
+    turns: int
+
+    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> StepResult: ...
+
+
+MakePrograms = Callable[[ModelConfig, Any, Limits], Programs]
+
+
+LIMITS = Limits()
+GREEDY = Sampling()
+
+
+class QueueFull(RuntimeError):
+    """Says that a request must wait to be submitted: as many are as may be."""
+
+
+class Update(NamedTuple):
+    """A request's completion, which has grown by so many tokens, or has ended."""
+
+    completion: Completion
+    new: int
+
+
+class _Asked(NamedTuple):
+    """Names who takes part in a step, by the devices' parts."""
+
+    rows: list[list[Live]]
+    parts: list[PromptChunk | None]
+    size: int  # of a part's rows
+
+
+class Engine:
+    """Requests go in by `submit`; each `step` returns those that have changed.
+
+    It is not for several threads.
+    """
+
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        variables: Any,
+        limits: Limits = LIMITS,
+        text: Text | None = None,
+        programs: MakePrograms = OneDevice,
+    ):
+        """Prepares the weights and compiles.
+
+        Args:
+          variables: {"params": ..., "router_state": ...}.
+          text: of tokens; requests with `stop_texts` need it.
+          programs: makes what runs steps.
+
+        Raises:
+          ValueError: the model doesn't have what the limits ask for, or its routers
+            can't choose for new tokens.
+        """
+        check(cfg, limits)
+        self.cfg, self.limits, self._text = cfg, limits, text
+        self.programs = programs(cfg, variables, limits)
+        parts = self.programs.parts
+        self._pages = [Pages(limits.pages) for _ in range(parts)]
+        # Those whose number divides by `turns` alike take turns together.
+        self._slots = [list(range(limits.slots))[::-1] for _ in range(parts)]
+        self._asked: collections.deque[_Asked] = collections.deque()
+        self._waiting: collections.deque[Live] = collections.deque()
+        self._live: list[Live] = []
+        self._numbers = itertools.count()
+        self._turn = 0
+        self._cancelled: list[Live] = []
+        self._warm_up()
+
+    def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
+        """Returns the number of a request, which will begin once there is room.
+
+        Raises:
+          ValueError: it can't be served.
+          QueueFull: too many wait.
+        """
+        self._check(prompt, sampling)
+        if len(self._waiting) >= self.limits.queue:
+            raise QueueFull(f"queue={self.limits.queue} requests wait already.")
+        number = next(self._numbers)
+        accepted = [0] * self.limits.drafts
+        completion = Completion(number, accepted=accepted)
+        live = Live(list(prompt), sampling, completion, time.perf_counter())
+        self._waiting.append(live)
+        return number
+
+    def cancel(self, number: int) -> bool:
+        """Ends a request; returns whether there was one. Others go on as they were."""
+        for live in (*self._waiting, *self._live):
+            completion = live.completion
+            if completion.number == number and not completion.finish_reason:
+                completion.finish_reason = "cancelled"
+                self._cancelled.append(live)
+                return True
+        return False
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._waiting or self._live)
+
+    def step(self) -> list[Update]:
+        """Decodes a token, at least, of each request whose prompt is read.
+
+        Returns the requests that have grown or ended, with those cancelled since.
+        """
+        updates = [Update(live.completion, 0) for live in self._cancelled]
+        self._cancelled = []
+        self._leave()
+        self._admit()
+        asked = self._ask()
+        if asked is not None:
+            for done in self._run(asked):
+                updates.extend(self._take(*done))
+        self._leave()
+        return updates
+
+    def complete(
+        self, requests: Iterable[tuple[Sequence[int], Sampling]]
+    ) -> Iterator[Completion]:
+        """Yields the completions of requests as they end, numbered in their order.
+
+        A request that can't be served ends with the reason in `error`.
+        """
+        number_of: dict[int, int] = {}
+        left = enumerate(requests)
+        try:
+            while True:
+                for number, request in self._next(left):
+                    try:
+                        number_of[self.submit(*request)] = number
+                    except ValueError as error:
+                        yield Completion(
+                            number, finish_reason="error", error=str(error)
+                        )
+                if not number_of:
+                    return
+                for done, _ in self.step():
+                    if done.finish_reason and done.number in number_of:
+                        number = number_of.pop(done.number)
+                        yield dataclasses.replace(done, number=number)
+        finally:
+            for number in number_of:
+                self.cancel(number)
+
+    def _next(self, left: Iterator[Any]) -> Iterator[Any]:
+        """Yields as many of what is left as may wait."""
+        while len(self._waiting) < self.limits.queue:
+            following = next(left, None)
+            if following is None:
+                return
+            yield following
+
+    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        limits = self.limits
+        length = limits.max_length
+        check_prompt(self.cfg, prompt, sampling.max_new_tokens, length)
+        if sampling.logprobs > limits.top_logprobs:
+            raise ValueError(
+                f"logprobs={sampling.logprobs} must be at most "
+                f"top_logprobs={limits.top_logprobs}."
+            )
+        if sampling.stop_texts and self._text is None:
+            raise ValueError("stop_texts need an engine that knows the tokenizer.")
+
+    def _warm_up(self) -> None:
+        """Compiles each size, by steps in which nobody takes part."""
+        nobody = [[] for _ in range(self.programs.parts)]
+        for rows in self.limits.rows:
+            for size in (0, *self.limits.chunks):
+                chunks = make_chunks(self.limits, [None] * len(nobody), size)
+                self.programs.run(make_rows(self.limits, nobody, rows), chunks)
+
+    def _admit(self) -> None:
+        """Gives those that wait a slot and pages, in their order."""
+        while self._waiting:
+            live = self._waiting[0]
+            pages = -(-live.length // self.limits.page_size)
+            part = max(range(len(self._slots)), key=lambda i: len(self._slots[i]))
+            if not self._slots[part]:
+                return
+            taken = self._pages[part].take(pages)
+            if taken is None:
+                return
+            self._waiting.popleft()
+            live.part, live.slot, live.pages = part, self._slots[part].pop(), taken
+            self._live.append(live)
+
+    def _ask(self) -> _Asked | None:
+        """Returns who takes part in the next step; None if there is nothing to do."""
+        turns = self.programs.turns
+        here = [live for live in self._live if live.slot % turns == self._turn]
+        self._turn = (self._turn + 1) % turns
+        rows: list[list[Live]] = [[] for _ in self._slots]
+        parts: list[PromptChunk | None] = [None for _ in self._slots]
+        for live in here:
+            if live.completion.finish_reason:
+                continue
+            if live.is_read:
+                rows[live.part].append(live)
+            elif parts[live.part] is None:
+                left = len(live.prompt) - live.read
+                parts[live.part] = PromptChunk(live, min(left, self.limits.chunks[-1]))
+        is_underway = any(any(asked.rows) or any(asked.parts) for asked in self._asked)
+        if not (any(rows) or any(parts) or is_underway):
+            return None
+        size = _smallest(self.limits.rows, max(map(len, rows)))
+        return _Asked(rows, parts, size)
+
+    def _run(self, asked: _Asked) -> Iterator[tuple[_Asked, StepResult]]:
+        """Runs a step; yields what was asked in the one that has ended, and found."""
+        counts = [part.count for part in asked.parts if part]
+        size = _smallest(self.limits.chunks, max(counts)) if counts else 0
+        rows = make_rows(self.limits, asked.rows, asked.size)
+        chunks = make_chunks(self.limits, asked.parts, size)
+        found = self.programs.run(rows, chunks)
+        self._asked.append(asked)
+        if len(self._asked) == self.programs.turns:
+            yield self._asked.popleft(), found
+
+    def _take(self, asked: _Asked, found: StepResult) -> Iterator[Update]:
+        """Yields the requests that a step has found tokens of, with these."""
+        count = len(asked.rows) * asked.size
+        for part, lives in enumerate(asked.rows):
+            for i, live in enumerate(lives, start=part * asked.size):
+                new = int(found.new_B[i])
+                self._count(live, new - 1)
+                drawn = Sampled(*(x[i, :new] for x in found.rows))
+                yield self._grow(live, drawn, found.draft_RK[i])
+        for i, part in enumerate(asked.parts):
+            if part is None:
+                continue
+            part.live.read += part.count
+            if part.live.is_read:
+                drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
+                yield self._grow(part.live, drawn, found.draft_RK[count + i])
+
+    def _count(self, live: Live, right: int) -> None:
+        completion = live.completion
+        completion.steps += 1
+        for ahead in range(min(right, self.limits.drafts)):
+            completion.accepted[ahead] += 1
+
+    def _grow(self, live: Live, drawn: Sampled, drafts: Any) -> Update:
+        """Adds tokens up to where the request ends."""
+        completion, sampling = live.completion, live.sampling
+        if completion.finish_reason:
+            return Update(completion, 0)
+        before = len(completion.tokens)
+        passed = time.perf_counter() - live.submitted
+        for i, token in enumerate(drawn.token.tolist()):
+            if token in sampling.stop_ids:
+                completion.finish_reason = "stop"
+                break
+            completion.tokens.append(token)
+            completion.times.append(passed)
+            completion.logprobs.append(float(drawn.logprob[i]))
+            if sampling.logprobs:
+                likely = zip(drawn.top_token[i], drawn.top_logprob[i], strict=True)
+                top = itertools.islice(likely, sampling.logprobs)
+                completion.top_logprobs.append({int(t): float(p) for t, p in top})
+            if self._has_stop_text(live):
+                completion.finish_reason = "stop"
+                break
+            if len(completion.tokens) == sampling.max_new_tokens:
+                completion.finish_reason = "length"
+                break
+        live.tail = [
+            completion.tokens[-1] if completion.tokens else 0,
+            *drafts.tolist(),
+        ]
+        return Update(completion, len(completion.tokens) - before)
+
+    def _has_stop_text(self, live: Live) -> bool:
+        if not live.sampling.stop_texts:
+            return False
+        assert self._text is not None, "checked when it was submitted"
+        text = self._text(live.completion.tokens)
+        return any(stop in text for stop in live.sampling.stop_texts)
+
+    def _leave(self) -> None:
+        """Frees what requests that have ended had."""
+        for live in self._live:
+            if live.completion.finish_reason:
+                self._pages[live.part].give_back(live.pages)
+                self._slots[live.part].append(live.slot)
+        self._live = [x for x in self._live if not x.completion.finish_reason]
+        waiting = [x for x in self._waiting if not x.completion.finish_reason]
+        self._waiting = collections.deque(waiting)
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    """Returns the smallest size that is enough."""
+    return next(size for size in sizes if size >= needed)

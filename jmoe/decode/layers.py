@@ -1,0 +1,106 @@
+"""A model's layers over the tokens of a step, whose earlier ones are cached.
+
+Shapes: T token of the step, S this device's tokens, L row to draw a token of, D hidden,
+V vocabulary (this device's part).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jmoe.config import ModelConfig
+from jmoe.decode.weights import Weights, feed_forwards
+from jmoe.nn.block import Block, Positions
+from jmoe.nn.cached import COLLECTION, Groups
+from jmoe.nn.linear import RMSNorm
+from jmoe.nn.mixers import MIXERS
+from jmoe.nn.mtp import MTPModule
+from jmoe.nn.tokens import Tokens
+from jmoe.parallel import collectives, vocabulary
+from jmoe.parallel.vocabulary import AXIS
+
+
+def known(
+    cfg: ModelConfig, token_T: jax.Array, position_T: jax.Array, groups: Groups
+) -> Positions:
+    """Returns what blocks know of tokens, which are where positions aren't below 0."""
+    rotation = MIXERS[cfg.attention.kind].rotation(
+        cfg.attention, jnp.maximum(position_T, 0)[None]
+    )
+    tokens = Tokens(
+        (position_T >= 0)[None], id_BT=token_T[None], first_moe=cfg.num_dense_layers
+    )
+    return Positions(rotation, None, tokens, groups)
+
+
+def embedded(cfg: ModelConfig, weights: Weights, token_T: jax.Array) -> jax.Array:
+    """Returns this device's tokens' rows of the embedding, [S, D]."""
+    return vocabulary.embed(weights.embedding, token_T[None], cfg.dtype)[0]
+
+
+def blocks(
+    cfg: ModelConfig,
+    weights: Weights,
+    caches: Sequence[Any],
+    x_SD: jax.Array,
+    known: Positions,
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Returns what the last block computes, [S, D], and all blocks' caches."""
+    x_1SD, kept = x_SD[None], []
+    layers = zip(feed_forwards(cfg), weights.layers, caches, strict=True)
+    for number, (feed_forward, collections, cache) in enumerate(layers):
+        block = Block.of(cfg, feed_forward)
+        (x_1SD,), cache = _apply(block, collections, cache, x_1SD, known, number)
+        kept.append(cache)
+    return x_1SD[0], tuple(kept)
+
+
+def final_norm(cfg: ModelConfig, weights: Weights, x_SD: jax.Array) -> jax.Array:
+    """Returns what the head and the MTP module read."""
+    found: Any = RMSNorm(cfg.norm_eps).apply(weights.final_norm, x_SD)
+    return found
+
+
+def mtp(
+    cfg: ModelConfig,
+    weights: Weights,
+    cache: Any,
+    previous_SD: jax.Array,
+    embedded_SD: jax.Array,
+    known: Positions,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Returns the MTP module's hidden states, and normed ones, and its cache."""
+    operands = previous_SD[None], embedded_SD[None], known, cfg.num_layers
+    (hidden, normed), cache = _apply(MTPModule(cfg), weights.mtp, cache, *operands)
+    return hidden[0], normed[0], cache
+
+
+def logits(weights: Weights, hidden_LD: jax.Array) -> jax.Array:
+    """Returns float32 logits of this device's part of the vocabulary, [L, V]."""
+    head_DV = weights.head.astype(hidden_LD.dtype)
+    return jnp.dot(hidden_LD, head_DV, preferred_element_type=jnp.float32)
+
+
+def whole(x_SD: jax.Array) -> jax.Array:
+    """Returns all devices' tokens, [T, D]."""
+    return collectives.all_gather(x_SD, AXIS, 0)
+
+
+def _apply(
+    module: nn.Module, collections: Any, cache: Any, *operands: Any
+) -> tuple[tuple[jax.Array, ...], Any]:
+    """Returns a module's outputs but for what it measured, and its cache.
+
+    The last operand is the number of its layer.
+    """
+    *operands, number = operands
+    (*outputs, _), changed = module.apply(
+        {**collections, COLLECTION: cache},
+        *operands,
+        jnp.int32(number),
+        mutable=[COLLECTION],
+    )
+    return tuple(outputs), changed[COLLECTION]

@@ -1,0 +1,101 @@
+"""How much a decoder holds at a time, and in which sizes it is compiled."""
+
+import dataclasses
+
+from jmoe.config import ModelConfig, checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes of a decoder's programs and of its cache.
+
+    rows: how many sequences are decoded at once, in ascending order; each is compiled,
+      and of each step the smallest that suffices is taken. The last is how many there
+      may be at a time.
+    chunks: how many tokens of a prompt are read at once, likewise.
+    max_length: positions of a sequence, its prompt and its new tokens.
+    page_size: positions of a page. num_pages: of the cache; None: enough for as many
+      sequences as there may be, at their longest.
+    drafts: how many tokens a step tries to foretell.
+    top_logprobs: how many a request may ask for.
+    queue: how many requests may wait.
+    """
+
+    rows: tuple[int, ...] = (1, 8, 32)
+    chunks: tuple[int, ...] = (64, 256)
+    max_length: int = 4096
+    page_size: int = 64
+    num_pages: int | None = None
+    drafts: int = 0
+    top_logprobs: int = 0
+    queue: int = 1024
+
+    def __post_init__(self):
+        checks.at_least(
+            self, max_length=2, page_size=1, drafts=0, top_logprobs=0, queue=1
+        )
+        for name in ("rows", "chunks"):
+            sizes = getattr(self, name)
+            if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
+                raise ValueError(
+                    f"{name}={sizes} must be numbers above 0 in ascending order."
+                )
+        if self.num_pages is not None and self.num_pages < self.pages_of_one:
+            raise ValueError(
+                f"num_pages={self.num_pages} must be at least {self.pages_of_one}, so "
+                f"that one sequence of max_length={self.max_length} has room."
+            )
+
+    @property
+    def slots(self) -> int:
+        """How many sequences there may be at a time."""
+        return self.rows[-1]
+
+    @property
+    def pages_of_one(self) -> int:
+        """How many pages the longest sequence has."""
+        return -(-self.max_length // self.page_size)
+
+    @property
+    def pages(self) -> int:
+        """How many pages there are."""
+        if self.num_pages is None:
+            return self.slots * self.pages_of_one
+        return self.num_pages
+
+
+# Routers that can't choose for the newest token, and why.
+WITHOUT_TEXT = {
+    "expert_choice": "compares tokens with later ones",
+    "replayed": "is told the experts",
+}
+
+
+def check(cfg: ModelConfig, limits: Limits) -> None:
+    """Refuses a model that generates no text, or lacks what the limits ask for.
+
+    Raises:
+      ValueError: its router can't choose for new tokens, it has fewer positions, no MTP
+        module, or a smaller vocabulary.
+    """
+    kind = cfg.moe.router.kind
+    if kind in WITHOUT_TEXT:
+        raise ValueError(
+            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}, and for new tokens "
+            "there are none: such a model generates no text."
+        )
+    if limits.max_length > cfg.max_positions:
+        raise ValueError(
+            f"max_length={limits.max_length} must be at most the model's "
+            f"max_positions={cfg.max_positions}."
+        )
+    if limits.drafts and not cfg.mtp_depth:
+        raise ValueError(
+            f"drafts={limits.drafts} needs a model with an MTP module; this one has "
+            "mtp_depth=0."
+        )
+    if limits.top_logprobs > cfg.vocab_size:
+        raise ValueError(
+            f"top_logprobs={limits.top_logprobs} must be at most "
+            f"vocab_size={cfg.vocab_size}."
+        )

@@ -1,0 +1,143 @@
+"""A request while it is being decoded, and a step's arrays of such requests.
+
+Arrays are NumPy's; there is one section for each of `parts` devices that have sequences
+of their own, and each section is as long as the program's size.
+
+Shapes: B sequence being decoded, Q token of one, A sequence being read, C token of its
+prompt, M page of a sequence.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from jmoe.decode.batch import DecodeRows, PrefillChunks
+from jmoe.decode.limits import Limits
+from jmoe.decode.requests import Completion, Sampling
+from jmoe.decode.sampling import Draws
+
+
+@dataclasses.dataclass
+class Live:
+    """A request: what was asked, what became of it so far, and where it is.
+
+    part: whose device's; slot: its place there. pages: of the cache. read: how many of
+    the prompt's tokens are cached. tail: the token drawn last, and drafts.
+    """
+
+    prompt: Sequence[int]
+    sampling: Sampling
+    completion: Completion
+    submitted: float
+    part: int = 0
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    read: int = 0
+    tail: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_pages(self) -> int:
+        return len(self.pages)
+
+    @property
+    def length(self) -> int:
+        """How many positions it may have."""
+        return len(self.prompt) + self.sampling.max_new_tokens
+
+    @property
+    def is_read(self) -> bool:
+        return self.read == len(self.prompt)
+
+    @property
+    def position(self) -> int:
+        """Where the token drawn last is."""
+        return len(self.prompt) + len(self.completion.tokens) - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptChunk:
+    """The next `count` tokens of a request's prompt."""
+
+    live: Live
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.live.read + self.count == len(self.live.prompt)
+
+
+_DRAWS = Draws(
+    np.float32(0),
+    np.int32(0),
+    np.float32(1),
+    np.float32(0),
+    np.float32(1),
+    np.uint32(0),
+)  # of none: greedy
+
+
+def make_rows(limits: Limits, parts: Sequence[Sequence[Live]], size: int) -> DecodeRows:
+    """Returns the sequences of each part as rows, `size` a part."""
+    width, pages = 1 + limits.drafts, limits.pages_of_one
+    count = len(parts) * size
+    rows = DecodeRows(
+        slot_B=np.full(count, limits.slots, np.int32),
+        token_BQ=np.zeros((count, width), np.int32),
+        position_B=np.full(count, -1, np.int32),
+        end_B=np.zeros(count, np.int32),
+        table_BM=np.full((count, pages), limits.pages, np.int32),
+        draws=_no_draws(count),
+    )
+    for part, lives in enumerate(parts):
+        for i, live in enumerate(lives, start=part * size):
+            rows.slot_B[i] = live.slot
+            rows.token_BQ[i] = live.tail
+            rows.position_B[i] = live.position
+            rows.end_B[i] = live.length
+            rows.table_BM[i, : live.num_pages] = live.pages
+            _set_draws(rows.draws, i, live.sampling)
+    return rows
+
+
+def make_chunks(
+    limits: Limits, parts: Sequence[PromptChunk | None], size: int
+) -> PrefillChunks:
+    """Returns each part's chunk, of `size` tokens; of size 0, there are none."""
+    count = len(parts) if size else 0
+    chunks = PrefillChunks(
+        slot_A=np.full(count, limits.slots, np.int32),
+        token_AC=np.zeros((count, size), np.int32),
+        start_A=np.zeros(count, np.int32),
+        count_A=np.zeros(count, np.int32),
+        next_A=np.zeros(count, np.int32),
+        end_A=np.zeros(count, np.int32),
+        table_AM=np.full((count, limits.pages_of_one), limits.pages, np.int32),
+        draws=_no_draws(count),
+    )
+    for i, part in enumerate(parts if size else ()):
+        if part is None:
+            continue
+        live, end = part.live, part.live.read + part.count
+        chunks.slot_A[i] = live.slot
+        chunks.token_AC[i, : part.count] = live.prompt[live.read : end]
+        chunks.start_A[i] = live.read
+        chunks.count_A[i] = part.count
+        chunks.next_A[i] = -1 if part.is_last else live.prompt[end]
+        chunks.end_A[i] = live.length
+        chunks.table_AM[i, : live.num_pages] = live.pages
+        _set_draws(chunks.draws, i, live.sampling)
+    return chunks
+
+
+def _no_draws(count: int) -> Draws:
+    return Draws(*(np.full(count, value) for value in _DRAWS))
+
+
+def _set_draws(draws: Draws, row: int, sampling: Sampling) -> None:
+    draws.temperature[row] = sampling.temperature
+    draws.top_k[row] = sampling.top_k
+    draws.top_p[row] = sampling.top_p
+    draws.min_p[row] = sampling.min_p
+    draws.penalty[row] = sampling.repetition_penalty
+    draws.seed[row] = sampling.seed

@@ -1,0 +1,57 @@
+"""A decoder's compiled programs, on one device, with their weights and their state.
+
+Shapes: P page, K position in a page, X slot, V vocabulary.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.config import ModelConfig
+from jmoe.decode.batch import DecodeRows, PrefillChunks
+from jmoe.decode.limits import Limits
+from jmoe.decode.step import State, StepResult, step
+from jmoe.decode.weights import prepare
+from jmoe.nn import block, mtp
+from jmoe.nn.mixers import MIXERS
+
+_step = jax.jit(step, static_argnums=(0, 1), donate_argnums=(3,))
+
+
+class OneDevice:
+    """Programs of one size each, which JAX keeps by the shapes of rows and chunks.
+
+    parts: how many devices have sequences of their own. turns: how many sets of
+    sequences take turns, and `run` returns what it was given `turns - 1` calls before.
+    """
+
+    parts = 1
+    turns = 1
+
+    def __init__(self, cfg: ModelConfig, variables: Any, limits: Limits):
+        self._cfg, self._limits = cfg, limits
+        self._weights = prepare(cfg, variables)
+        self.state = make_state(cfg, limits)
+
+    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> StepResult:
+        """Returns what one step finds, as NumPy arrays."""
+        operands = self._weights, self.state, rows, chunks
+        self.state, found = _step(self._cfg, self._limits.top_logprobs, *operands)
+        return jax.device_get(found)
+
+
+def make_state(cfg: ModelConfig, limits: Limits) -> State:
+    """Returns the state of a decoder that has read nothing."""
+
+    size = limits.pages, limits.page_size
+    layers = tuple(block.empty_cache(cfg, *size) for _ in range(cfg.num_layers))
+    mtp_cache = mtp.empty_cache(cfg, *size) if limits.drafts else None
+    seen_XV = jnp.zeros((limits.slots, cfg.vocab_size), bool)
+    return State(layers, mtp_cache, seen_XV)
+
+
+def cache_bytes_a_token(cfg: ModelConfig) -> int:
+    """Returns what the model's layers keep of a token; an MTP module is one more."""
+    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
+    return cfg.num_layers * sum(x.size * x.dtype.itemsize for x in kept.values())

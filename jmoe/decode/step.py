@@ -1,0 +1,113 @@
+"""One step of decoding, as a pure function: some tokens of many sequences at once.
+
+A step computes, for each sequence that is being decoded, the token that was drawn last
+and the drafts of those to follow it, and for others the next part of their prompts. All
+of them go through the layers as one sequence (`jmoe.decode.batch`). Of each position
+that a sequence may go on from, a token is drawn; of the drafts, those before the first
+that isn't what was drawn are right. What the cache has of the others is written over by
+the next step.
+
+Shapes: X slot, B sequence being decoded, Q token of one (the last drawn, and drafts), A
+sequence being read, R = B + A, K draft, S this device's tokens, D hidden, V vocabulary
+(this device's part), N likely token.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jmoe.config import ModelConfig
+from jmoe.decode import batch as batches
+from jmoe.decode import layers, seen
+from jmoe.decode.batch import DecodeRows, PrefillChunks
+from jmoe.decode.drafts import draft
+from jmoe.decode.sampling import Sampled, sample
+from jmoe.decode.weights import Weights
+
+
+class State(NamedTuple):
+    """What a decoder remembers on its device.
+
+    layers: each block's collection `cache`; mtp: the first MTP module's, or None.
+    seen_XV: bool, which tokens occurred in the sequence of each slot.
+    """
+
+    layers: tuple[Any, ...]
+    mtp: Any
+    seen_XV: jax.Array
+
+
+class StepResult(NamedTuple):
+    """What was drawn of rows [B, Q] and chunks [A], and how many of a row's are new.
+
+    draft_RK: of rows and then of chunks, what the next step should try.
+    """
+
+    rows: Sampled
+    new_B: jax.Array
+    chunks: Sampled
+    draft_RK: jax.Array
+
+
+def step(
+    cfg: ModelConfig,
+    num_top: int,
+    weights: Weights,
+    state: State,
+    rows: DecodeRows,
+    chunks: PrefillChunks,
+) -> tuple[State, StepResult]:
+    """Returns the state after these tokens, and what follows them.
+
+    DecodeRows with drafts get new ones, and chunks too.
+
+    Args:
+      num_top: N.
+    """
+    batch = batches.join(rows, chunks)
+    known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
+    x_SD = layers.embedded(cfg, weights, batch.token_T)
+    x_SD, caches = layers.blocks(cfg, weights, state.layers, x_SD, known)
+    hidden_SD = layers.final_norm(cfg, weights, x_SD)
+    seen_XV = seen.read(state.seen_XV, chunks)
+    sampled = _draw(weights, hidden_SD, batch, seen_XV, num_top)
+
+    of_rows, of_chunks = _parted(sampled, rows.token_BQ.shape)
+    is_right_BQ = of_rows.token[:, :-1] == rows.token_BQ[:, 1:]
+    new_B = 1 + jnp.cumprod(is_right_BQ.astype(jnp.int32), axis=1).sum(1)
+    is_new_BQ = jnp.arange(rows.token_BQ.shape[1]) < new_B[:, None]
+    seen_XV = seen.note(seen_XV, rows.slot_B, of_rows.token, is_new_BQ)
+    drawn_A1, is_end_A1 = of_chunks.token[:, None], (chunks.next_A < 0)[:, None]
+    seen_XV = seen.note(seen_XV, chunks.slot_A, drawn_A1, is_end_A1)
+
+    num_drafts = rows.token_BQ.shape[1] - 1
+    draft_RK = jnp.zeros((len(rows.slot_B) + len(chunks.slot_A), 0), jnp.int32)
+    mtp = state.mtp
+    if num_drafts:
+        follow_T = batches.follow(chunks, of_rows.token, of_chunks.token)
+        heads = batches.heads(rows, chunks, new_B)
+        told = seen_XV, hidden_SD, follow_T, batch, heads
+        mtp, draft_RK = draft(cfg, weights, mtp, *told, num_drafts)
+    return State(caches, mtp, seen_XV), StepResult(of_rows, new_B, of_chunks, draft_RK)
+
+
+def _draw(weights, hidden_SD, batch, seen_XV, num_top) -> Sampled:
+    """Returns a token for each row that one is to be drawn of."""
+    last_LD = layers.whole(hidden_SD)[batch.last_L]
+
+    def seen_here():
+        seen_LV = seen_XV.at[batch.slot_L].get(mode="clip")
+        row_L = jnp.arange(len(batch.slot_L))
+        return seen.note(seen_LV, row_L, batch.drafts_LQ, batch.drafts_LQ >= 0)
+
+    position_L = batch.position_T[batch.last_L] + 1
+    logits_LV = layers.logits(weights, last_LD)
+    return sample(logits_LV, batch.draws, position_L, seen_here, num_top)
+
+
+def _parted(sampled: Sampled, shape: tuple[int, ...]) -> tuple[Sampled, Sampled]:
+    """Returns the rows' part of what was drawn, [B, Q, ...], and the chunks'."""
+    of_rows = shape[0] * shape[1]
+    rows = [x[:of_rows].reshape(*shape, *x.shape[1:]) for x in sampled]
+    return Sampled(*rows), Sampled(*(x[of_rows:] for x in sampled))
