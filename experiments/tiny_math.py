@@ -40,8 +40,9 @@ from jmoe.config import (
 )
 from jmoe.data import durable
 from jmoe.data.tokenizer import load_tokenizer
+from jmoe.decode.requests import Sampling
 from jmoe.evals import math500
-from jmoe.evals.completions import Decoding, LocalModel
+from jmoe.evals.completions import LocalModel
 from jmoe.evals.judge import Judge
 from jmoe.nn.model import Transformer, make_variables
 from jmoe.train import runtime
@@ -60,7 +61,7 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 TEXT, HELD_OUT, RUN = "train.jsonl", "held_out.jsonl", "run"
 NUM_TRAINED, NUM_HELD_OUT = 250_000, 250
 EVALUATIONS = 6  # on the way
-DECODING = Decoding(max_new_tokens=96)  # the longest solution has about 70 tokens
+SAMPLING = Sampling(max_new_tokens=96)  # the longest solution has about 70 tokens
 _SEED = 20261129
 
 Steps = tuple[str, str, int]  # problem, worked steps, answer
@@ -234,7 +235,7 @@ def untrained(run: RunConfig) -> Trained:
 
 def score(trained: Trained, chosen: list[math500.Problem]) -> math500.Score:
     model = LocalModel(trained.run.model, trained.variables, trained.tokenizer)
-    asked = math500.plan(chosen, DECODING)
+    asked = math500.plan(chosen, SAMPLING)
     with Judge() as judge:
         return math500.score(math500.evaluate(asked, model.complete, judge))
 

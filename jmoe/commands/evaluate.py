@@ -118,12 +118,12 @@ def perplexity() -> None:
 
 def math500() -> None:
     """Shows the accuracy on problems by level and subject, and writes the answers."""
+    from jmoe.decode.requests import Sampling
     from jmoe.evals import math500
-    from jmoe.evals.completions import Decoding
     from jmoe.evals.judge import Judge
     from jmoe.evals.sample_file import SampleFile
 
-    decoding = Decoding(
+    sampling = Sampling(
         temperature=_TEMPERATURE.value,
         max_new_tokens=_MAX_NEW_TOKENS.value,
         seed=_SEED.value,
@@ -132,14 +132,14 @@ def math500() -> None:
     problems = math500.read_problems(data)[: _LIMIT.value]
     is_chat = _ENDPOINT.value and _ENDPOINT_API.value == "chat"
     prompt = math500.message if is_chat else math500.opening
-    asked = math500.plan(problems, decoding, _SAMPLES.value, prompt)
+    asked = math500.plan(problems, sampling, _SAMPLES.value, prompt)
     with Judge() as judge:
         model, directory, complete = _endpoint() if _ENDPOINT.value else _local()
         settings = {
             "data": hashlib.sha256(data.read_bytes()).hexdigest(),
             "model": model,
             "prompt": prompt(""),
-            **dataclasses.asdict(decoding),
+            **dataclasses.asdict(sampling),
         }
         with SampleFile(_out(directory, settings), settings) as file:
             samples, left = math500.split(asked, file.known)

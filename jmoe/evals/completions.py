@@ -1,53 +1,37 @@
 """What an evaluation asks of a model: texts to go on from, answered in any order.
 
-`Complete` is that function. `LocalModel.complete` is one of a trained model here,
-`jmoe.evals.endpoint` has one of a server elsewhere.
+`Complete` is that function. `LocalModel.complete` is one of a trained model here, by
+`jmoe.decode.engine`; `jmoe.evals.endpoint` has one of a server elsewhere.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from jmoe.config import ModelConfig, checks
+from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.decode.generate import generate
+from jmoe.decode.engine import Engine
+from jmoe.decode.limits import Limits
+from jmoe.decode.requests import Sampling, check_prompt
+from jmoe.train import compiled
 
-BATCH = 32  # prompts that are completed at a time
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How a text is gone on with; temperature 0 takes the most likely token.
-
-    stop: texts at whose first occurrence the answer ends, without them.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_new_tokens: int = 8192  # DeepSeek-V3's evaluations (2412.19437, section 5.3.1)
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        checks.at_least(self, temperature=0.0, max_new_tokens=1, seed=0)
-        checks.above_zero(self, "top_p")
-        checks.at_most(self, top_p=1.0, seed=checks.MAX_SEED)
-        if "" in self.stop:
-            raise ValueError(f"stop={self.stop!r} must hold no empty text.")
+ROWS = (8, 32)  # that are decoded at once
+CHUNKS = (128,)
+PAGE_SIZE = 64
 
 
 class Prompted(NamedTuple):
     """A text to go on from, and how. `LocalModel` takes token ids as well."""
 
     text: str | Sequence[int]
-    decoding: Decoding
+    sampling: Sampling
 
 
 class Reply(NamedTuple):
     """What came after the prompt of this number, counted from 0.
 
-    finish_reason: "stop" where the model ended, "length" where it had to, "error" with
-    `error` where this prompt can't be gone on with.
+    finish_reason: "stop" where the model or a stop text ended it, "length" where it had
+    to, "error" with `error` where this prompt can't be gone on with.
     """
 
     number: int
@@ -60,62 +44,80 @@ Complete = Callable[[Sequence[Prompted]], Iterator[Reply]]
 
 
 class LocalModel:
-    """A model in this process, with its tokenizer."""
+    """A model in this process, with its tokenizer.
 
-    def __init__(self, cfg: ModelConfig, variables: Any, tokenizer: Tokenizer):
+    Args:
+      variables: {"params": ..., "router_state": ...}.
+      drafts: how many tokens an MTP module foretells in a step; changes no token.
+    """
+
+    def __init__(
+        self, cfg: ModelConfig, variables: Any, tokenizer: Tokenizer, drafts: int = 0
+    ):
         self.cfg, self.variables, self.tokenizer = cfg, variables, tokenizer
+        self._drafts = drafts
+        self._engine: Engine | None = None
 
     def complete(self, prompts: Sequence[Prompted]) -> Iterator[Reply]:
-        """Yields replies; a prompt that leaves no room for a token has an error."""
-        most = self.cfg.max_positions
-        waiting = []
-        for number, (text, decoding) in enumerate(prompts):
-            ids = self.tokenizer.prompt(text) if isinstance(text, str) else list(text)
-            room = most - len(ids)
-            if room < 1:
-                error = f"The prompt has {len(ids)} tokens; max_positions={most}."
-                yield Reply(number, "", "error", error)
-                continue
-            new = min(decoding.max_new_tokens, room)
-            waiting.append(
-                (dataclasses.replace(decoding, max_new_tokens=new), ids, number)
-            )
-        yield from self._in_batches(waiting)
+        """Yields replies. Each is as long as the model has positions for, at most.
 
-    def _in_batches(self, waiting: list[tuple[Decoding, list[int], int]]):
-        def alike(asked):
-            return asked[0].temperature, asked[0].top_p, len(asked[1])
+        A prompt that leaves no room for a token has an error.
+        """
+        asked, numbers = [], []
+        for number, prompt in enumerate(prompts):
+            ids, sampling = self._request(*prompt)
+            most = self.cfg.max_positions
+            try:
+                check_prompt(self.cfg, ids, sampling.max_new_tokens, most)
+            except ValueError as error:
+                yield Reply(number, "", "error", str(error))
+            else:
+                asked.append((ids, sampling))
+                numbers.append(number)
+        if not asked:
+            return
+        length = max(len(ids) + sampling.max_new_tokens for ids, sampling in asked)
+        for done in self._engine_for(len(asked), length).complete(asked):
+            text = self.tokenizer.decode(done.tokens)
+            text = cut(text, asked[done.number][1].stop_texts)
+            reason = done.finish_reason or "length"
+            yield Reply(numbers[done.number], text, reason, done.error or "")
 
-        waiting.sort(key=alike)
-        while waiting:
-            first, *_ = waiting
-            batch = [w for w in waiting[:BATCH] if alike(w)[:2] == alike(first)[:2]]
-            del waiting[: len(batch)]
-            yield from self._batch(batch)
-
-    def _batch(self, batch: list[tuple[Decoding, list[int], int]]) -> Iterator[Reply]:
-        longest = max(len(ids) for _, ids, _ in batch)
-        most = max(decoding.max_new_tokens for decoding, _, _ in batch)
-        first = batch[0][0]
-        found = generate(
-            self.cfg,
-            self.variables,
-            [ids for _, ids, _ in batch],
-            max_new_tokens=min(most, self.cfg.max_positions - longest),
-            temperature=first.temperature,
-            top_p=first.top_p,
-            seed=first.seed,
-            stop_ids=self.tokenizer.stop_ids,
+    def _request(
+        self, text: str | Sequence[int], sampling: Sampling
+    ) -> tuple[list[int], Sampling]:
+        ids = self.tokenizer.prompt(text) if isinstance(text, str) else list(text)
+        room = max(1, self.cfg.max_positions - len(ids))
+        stops = {*sampling.stop_ids, *self.tokenizer.stop_ids}
+        return ids, dataclasses.replace(
+            sampling,
+            max_new_tokens=min(sampling.max_new_tokens, room),
+            stop_ids=tuple(sorted(stops)),
         )
-        for (decoding, _, number), tokens in zip(batch, found, strict=True):
-            is_whole = len(tokens) < min(most, self.cfg.max_positions - longest)
-            text = self.tokenizer.decode(tokens[: decoding.max_new_tokens])
-            text, is_cut = cut(text, decoding.stop)
-            reason = "stop" if is_whole or is_cut else "length"
-            yield Reply(number, text, reason)
+
+    def _engine_for(self, count: int, length: int) -> Engine:
+        """Returns the last engine if it is large enough, or a new one.
+
+        Lengths are pages by a power of two, so that few programs are compiled.
+        """
+        pages = 1 << (-(-length // PAGE_SIZE) - 1).bit_length()
+        limits = Limits(
+            rows=ROWS[: 1 + (count > ROWS[0])],
+            chunks=CHUNKS,
+            max_length=min(pages * PAGE_SIZE, self.cfg.max_positions),
+            page_size=PAGE_SIZE,
+            drafts=self._drafts,
+        )
+        last = self._engine
+        if last is None or last.limits != limits:
+            compiled.make_room()
+            self._engine = None  # its cache is freed before there is another
+            text = self.tokenizer.decode
+            self._engine = last = Engine(self.cfg, self.variables, limits, text)
+        return last
 
 
-def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:
-    """Returns the text up to the first of these in it, and whether there is one."""
-    ends = [place for place in map(text.find, stop) if place >= 0]
-    return text[: min(ends, default=len(text))], bool(ends)
+def cut(text: str, stops: Sequence[str]) -> str:
+    """Returns the text up to the first of these in it."""
+    ends = [place for place in map(text.find, stops) if place >= 0]
+    return text[: min(ends, default=len(text))]

@@ -1,35 +1,27 @@
 """How fast an engine decodes: tokens a second, and how long each of them is waited for.
 
-A measurement completes prompts, so many of them at a time, and looks at when tokens
-came. Waiting for a request's first token includes its prompt; a wait between tokens is
-none where a step brings several, as drafts do that were accepted.
+A measurement completes prompts, one by one or many at a time, and looks at when tokens
+came. The wait for a request's first token has the reading of its prompt in it, between
+the steps of others. A wait between tokens is none where a step brings several, as it
+does when drafts are accepted: the median may then be 0.
 """
 
+import pathlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jmoe.config import ModelConfig
+from jmoe.data.tokenizer import Tokenizer
+from jmoe.decode.engine import Engine
+from jmoe.decode.limits import Limits
+from jmoe.decode.requests import Completion, Sampling
+from jmoe.evals.records import read_records
+
+CHUNKS = (128,)  # of a prompt
 PROMPT_FIELDS = ("prompt", "text", "statement")  # the first that a record has
-
-
-class Found(Protocol):
-    """What an engine says of a completed request.
-
-    first_token_s and token_times: seconds from the request to its first, and to each
-    of its tokens. drafted and accepted: how many tokens were proposed, and taken.
-    """
-
-    tokens: Sequence[int]
-    first_token_s: float
-    token_times: Sequence[float]
-    drafted: int
-    accepted: int
-
-
-# Completes prompts, as many at a time as it has room for.
-Run = Callable[[Sequence[Sequence[int]]], Iterable[Found]]
 
 
 class Quantiles(NamedTuple):
@@ -40,10 +32,10 @@ class Quantiles(NamedTuple):
 
 
 class Speed(NamedTuple):
-    """acceptance: share of drafts that were taken, or None where none was drafted.
+    """first and between: how long a request's first and each further token took.
 
-    tokens_a_step: of one request, on average. first and between: how long a request's
-    first token, and each further one, was waited for.
+    acceptance: of the steps, those in which the first, the second, ... draft was right.
+    tokens_a_step: of one request, on average.
     """
 
     requests: int
@@ -51,7 +43,7 @@ class Speed(NamedTuple):
     seconds: float
     first: Quantiles
     between: Quantiles
-    acceptance: float | None
+    acceptance: tuple[float, ...]
     tokens_a_step: float
 
     @property
@@ -59,51 +51,95 @@ class Speed(NamedTuple):
         return self.tokens / self.seconds
 
 
-def one_by_one(run: Run) -> Run:
-    """Returns what completes each prompt before it begins the next."""
-
-    def alone(prompts: Sequence[Sequence[int]]) -> Iterator[Found]:
-        for prompt in prompts:
-            yield from run([prompt])
-
-    return alone
-
-
-def measure(run: Run, prompts: Sequence[Sequence[int]]) -> Speed:
-    """Completes all prompts and returns how fast that was.
+def read_prompts(
+    path: pathlib.Path, tokenizer: Tokenizer, most: int
+) -> list[list[int]]:
+    """Returns each record's text as tokens; of a longer one, the first `most`.
 
     Raises:
-      ValueError: there are no prompts, or no token came of them.
+      ValueError: a record has none of `PROMPT_FIELDS`, or as `read_records` does.
+    """
+    if most < 1:
+        raise ValueError(f"A prompt has room for {most} tokens, beside the new ones.")
+    prompts = []
+    for number, record in enumerate(read_records(path, ()), 1):
+        texts = [record[name] for name in PROMPT_FIELDS if name in record]
+        if not texts or not isinstance(texts[0], str) or not texts[0]:
+            known = ", ".join(PROMPT_FIELDS)
+            raise ValueError(f"{path}, record {number}: no text in any of {known}.")
+        prompts.append(tokenizer.prompt(texts[0])[:most])
+    return prompts
+
+
+def make_engine(
+    cfg: ModelConfig,
+    variables: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    at_a_time: int,
+    drafts: int = 0,
+) -> Engine:
+    """Returns an engine for these prompts, compiled, that lets none wait for a slot."""
+    rows = tuple(sorted({1, at_a_time}))
+    length = max(map(len, prompts)) + new_tokens
+    limits = Limits(rows=rows, chunks=CHUNKS, max_length=length, drafts=drafts, queue=1)
+    return Engine(cfg, variables, limits)
+
+
+def measure(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    one_by_one: bool = False,
+) -> Speed:
+    """Completes all prompts and returns how fast that was.
+
+    Args:
+      one_by_one: a prompt begins when the one before it has ended.
+
+    Raises:
+      ValueError: there are no prompts, or one can't be gone on with.
     """
     if not prompts:
         raise ValueError("There are no prompts to decode.")
+    requests = [(prompt, sampling) for prompt in prompts]
     start = time.perf_counter()
-    found = list(run(prompts))
-    return summarize(found, time.perf_counter() - start)
+    if one_by_one:
+        done = [each for request in requests for each in engine.complete([request])]
+    else:
+        done = list(engine.complete(requests))
+    return summarize(done, time.perf_counter() - start)
 
 
-def summarize(found: Sequence[Found], seconds: float) -> Speed:
-    """Returns what requests that took so long together say of the speed."""
-    found = [each for each in found if len(each.tokens)]
-    if not found:
-        raise ValueError("No prompt was gone on with: no token came.")
-    tokens = sum(len(each.tokens) for each in found)
-    drafted = sum(each.drafted for each in found)
-    accepted = sum(each.accepted for each in found)
-    between = np.concatenate([np.diff(each.token_times) for each in found])
+def summarize(done: Sequence[Completion], seconds: float) -> Speed:
+    """Returns what requests that took so long together say of the speed.
+
+    Raises:
+      ValueError: one has an error, or no token came.
+    """
+    for each in done:
+        if each.error:
+            raise ValueError(f"Prompt {each.number}: {each.error}")
+    done = [each for each in done if each.tokens]
+    if not done:
+        raise ValueError("No token came of any prompt.")
+    steps = sum(each.steps for each in done)
+    accepted = np.sum([each.accepted for each in done], axis=0)
+    between = np.concatenate([np.diff(each.times) for each in done])
     return Speed(
-        requests=len(found),
-        tokens=tokens,
+        requests=len(done),
+        tokens=sum(len(each.tokens) for each in done),
         seconds=seconds,
-        first=_quantiles([each.first_token_s for each in found]),
+        first=_quantiles([each.times[0] for each in done]),
         between=_quantiles(between),
-        acceptance=accepted / drafted if drafted else None,
-        tokens_a_step=tokens / (tokens - accepted),
+        acceptance=tuple((accepted / max(steps, 1)).tolist()),
+        tokens_a_step=1 + float(accepted.sum() / max(steps, 1)),
     )
 
 
-def _quantiles(seconds: Iterable[float]) -> Quantiles:
-    values = np.fromiter(seconds, np.float64)
-    if not len(values):  # of requests that had one token each
+def _quantiles(seconds: Sequence[float] | np.ndarray) -> Quantiles:
+    if not len(seconds):  # where each request had one token
         return Quantiles(0.0, 0.0)
-    return Quantiles(*np.quantile(values, [0.5, 0.99]).tolist())
+    return Quantiles(*np.quantile(seconds, [0.5, 0.99]).tolist())

@@ -134,17 +134,17 @@ class Endpoint:
                 return
 
     def _ask(self, number: int, prompt: Prompted) -> Reply:
-        api, decoding = _APIS[self._cfg.api], prompt.decoding
+        api, sampling = _APIS[self._cfg.api], prompt.sampling
         body = {
             "model": self.model,
             **api.prompt(prompt.text),
-            "max_tokens": decoding.max_new_tokens,
-            "temperature": decoding.temperature,
-            "top_p": decoding.top_p,
-            "seed": decoding.seed,
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.seed,
         }
-        if decoding.stop:
-            body["stop"] = list(decoding.stop)
+        if sampling.stop_texts:
+            body["stop"] = list(sampling.stop_texts)
         try:
             answer = self._persist(api.path, body)
         except _RequestRefused as refused:

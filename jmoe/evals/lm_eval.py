@@ -16,7 +16,8 @@ from typing import Any
 from lm_eval import evaluator, tasks, utils
 from lm_eval.api.model import TemplateLM
 
-from jmoe.evals.completions import Decoding, LocalModel, Prompted
+from jmoe.decode.requests import Sampling
+from jmoe.evals.completions import LocalModel, Prompted
 from jmoe.evals.likelihood import Pair, likelihoods
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
@@ -121,15 +122,15 @@ class HarnessModel(TemplateLM):
             )
         until = told.get("until") or ()
         is_drawn = told.get("do_sample", told.get("temperature", 0) > 0)
-        decoding = Decoding(
+        sampling = Sampling(
             temperature=told.get("temperature", 1.0) if is_drawn else 0.0,
             top_p=told.get("top_p", 1.0),
             max_new_tokens=told.get("max_gen_toks", MAX_NEW_TOKENS),
-            stop=(until,) if isinstance(until, str) else tuple(until),
+            stop_texts=(until,) if isinstance(until, str) else tuple(until),
         )
-        room = max(1, self.max_length - decoding.max_new_tokens)
+        room = max(1, self.max_length - sampling.max_new_tokens)
         ids = self.tok_encode(context) or [self.eot_token_id]
-        return Prompted(ids[-room:], decoding)
+        return Prompted(ids[-room:], sampling)
 
 
 def evaluate(

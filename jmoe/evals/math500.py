@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from jmoe.config import checks
-from jmoe.evals.completions import Complete, Decoding, Prompted
+from jmoe.decode.requests import Sampling
+from jmoe.evals.completions import Complete, Prompted
 from jmoe.evals.judge import Judge
 from jmoe.evals.records import read_records
 
@@ -123,7 +124,7 @@ def opening(problem: str) -> str:
 
 def plan(
     problems: Sequence[Problem],
-    decoding: Decoding,
+    sampling: Sampling,
     num_samples: int = 1,
     prompt: Callable[[str], str] = opening,
 ) -> list[Asked]:
@@ -137,7 +138,7 @@ def plan(
     """
     if num_samples < 1:
         raise ValueError(f"samples={num_samples} must be at least 1.")
-    if num_samples > 1 and decoding.temperature == 0:
+    if num_samples > 1 and sampling.temperature == 0:
         raise ValueError(
             f"samples={num_samples} with temperature=0 are all the same; let there be "
             "one, or a temperature above 0."
@@ -147,7 +148,7 @@ def plan(
             problem,
             i,
             Prompted(
-                prompt(problem.problem), _seeded(decoding, place + i * len(problems))
+                prompt(problem.problem), _seeded(sampling, place + i * len(problems))
             ),
         )
         for i in range(num_samples)
@@ -243,6 +244,6 @@ def _accuracy(groups: Sequence[list[Sample]]) -> Accuracy:
     return Accuracy(accuracy, *wilson(accuracy, len(shares)), len(shares))
 
 
-def _seeded(decoding: Decoding, number: int) -> Decoding:
-    seed = (decoding.seed + number) % (checks.MAX_SEED + 1)
-    return dataclasses.replace(decoding, seed=seed)
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    seed = (sampling.seed + number) % (checks.MAX_SEED + 1)
+    return dataclasses.replace(sampling, seed=seed)

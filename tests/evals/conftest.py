@@ -6,8 +6,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from jmoe.config import ModelConfig
+from jmoe.data.tokenizer import Tokenizer, train_bpe
 from jmoe.evals.completions import Reply
 from jmoe.evals.judge import Judge
+from tests import parity, smallest_run
 
 PROBLEMS = [
     {
@@ -77,3 +80,19 @@ def solving() -> Callable:
         return complete
 
     return make
+
+
+@pytest.fixture(scope="session")
+def cfg() -> ModelConfig:
+    return smallest_run.get_config().model
+
+
+@pytest.fixture(scope="session")
+def variables(cfg):
+    return parity.random_variables(cfg)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    texts = [f"{p['problem']}\n{p['solution']}" for p in PROBLEMS]
+    return Tokenizer(train_bpe(texts, 300), eos_id=0)

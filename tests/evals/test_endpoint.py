@@ -10,12 +10,13 @@ import time
 
 import pytest
 
+from jmoe.decode.requests import Sampling
 from jmoe.evals import math500
-from jmoe.evals.completions import Decoding, Prompted, Reply
+from jmoe.evals.completions import Prompted, Reply
 from jmoe.evals.endpoint import Endpoint, EndpointConfig
 from tests.evals.conftest import PROBLEMS
 
-GREEDY = Decoding(max_new_tokens=7)
+GREEDY = Sampling(max_new_tokens=7)
 PROMPTS = [Prompted(f"prompt {number}", GREEDY) for number in range(12)]
 MODELS = {"data": [{"id": "only"}]}
 
@@ -94,10 +95,10 @@ def test_a_request_says_what_is_to_be_decoded_and_how(serving):
         seen.append((path, body, headers["Authorization"]))
         return 200, {}, {"choices": [{"text": "so", "finish_reason": "length"}]}
 
-    decoding = Decoding(temperature=0.6, top_p=0.9, max_new_tokens=5, seed=3)
+    sampling = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=5, seed=3)
     url = serving(respond)
     server = Endpoint(config(url + "/", api="completions"), key="secret")
-    assert list(server.complete([Prompted("text", decoding)])) == [
+    assert list(server.complete([Prompted("text", sampling)])) == [
         Reply(0, "so", "length")
     ]
     settings = {"temperature": 0.6, "top_p": 0.9, "max_tokens": 5, "seed": 3}

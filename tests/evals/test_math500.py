@@ -7,12 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jmoe.decode.requests import Sampling
 from jmoe.evals import math500
-from jmoe.evals.completions import Decoding, Reply
+from jmoe.evals.completions import Reply
 from tests.evals.conftest import PROBLEMS
 
-GREEDY = Decoding()
-DRAWN = Decoding(temperature=0.7, seed=2**32 - 3)
+GREEDY = Sampling()
+DRAWN = Sampling(temperature=0.7, seed=2**32 - 3)
 
 
 @pytest.fixture
@@ -20,8 +21,8 @@ def problems(problems_file):
     return math500.read_problems(problems_file)
 
 
-def solve(problems, complete, judge, decoding=GREEDY, **options):
-    asked = math500.plan(problems, decoding, **options)
+def solve(problems, complete, judge, sampling=GREEDY, **options):
+    asked = math500.plan(problems, sampling, **options)
     return list(math500.evaluate(asked, complete, judge))
 
 
@@ -47,30 +48,30 @@ def test_wrong_answers_count_where_they_were_given(problems, solving, judge):
 
 
 def test_the_prompt_is_the_problem_and_deepseeks_directive(problems):
-    first, *_ = math500.plan(problems, Decoding())
+    first, *_ = math500.plan(problems, Sampling())
     problem, directive, end = first.prompted.text.split("\n")
     assert (problem, end) == (PROBLEMS[0]["problem"], "")
     assert directive == (
         "Please reason step by step, and put your final answer within \\boxed{}."
     )
-    first, *_ = math500.plan(problems, Decoding(), prompt=math500.message)
+    first, *_ = math500.plan(problems, Sampling(), prompt=math500.message)
     assert first.prompted.text == f"{problem}\n{directive}"
 
 
 def test_each_sample_has_a_seed_of_its_own_whatever_else_is_asked(problems):
     seeds = {
-        asked.key: asked.prompted.decoding.seed
+        asked.key: asked.prompted.sampling.seed
         for asked in math500.plan(problems, DRAWN, 4)
     }
     assert len(set(seeds.values())) == 4 * len(problems)
     fewer = math500.plan(problems, DRAWN, 2)
-    assert all(seeds[asked.key] == asked.prompted.decoding.seed for asked in fewer)
+    assert all(seeds[asked.key] == asked.prompted.sampling.seed for asked in fewer)
 
 
 def test_of_several_samples_the_mean_counts_and_one_is_enough_to_pass(problems, judge):
     def every_other(prompts):
         for number, prompt in enumerate(prompts):
-            text = "\\boxed{1/4}" if prompt.decoding.seed % 2 else "\\boxed{1/5}"
+            text = "\\boxed{1/4}" if prompt.sampling.seed % 2 else "\\boxed{1/5}"
             yield Reply(number, text, "length")
 
     samples = solve(problems[:1], every_other, judge, DRAWN, num_samples=4)
@@ -131,7 +132,7 @@ def test_two_problems_of_one_name_are_refused(tmp_path):
 )
 def test_samples_that_say_nothing_are_refused(problems, num_samples, complaint):
     with pytest.raises(ValueError, match=complaint):
-        math500.plan(problems, Decoding(), num_samples)
+        math500.plan(problems, Sampling(), num_samples)
 
 
 def test_without_samples_there_is_no_score():
