@@ -7,13 +7,15 @@ python scripts/evaluate.py --set precision=fp8
 python scripts/evaluate.py --task=math500 --data=math500.jsonl --max_new_tokens=512
 python scripts/evaluate.py --task=math500 --data=math500.jsonl --samples=4 \\
   --temperature=0.6 --endpoint=http://localhost:8000/v1
+python scripts/evaluate.py --task=decoding_speed --data=prompts.jsonl
 python scripts/evaluate.py --task=arc_easy --limit=100
 python scripts/evaluate.py --task=my_task.yaml --model=runs/tiny_hf
 
 --task=perplexity, the default, compares forms of the weights; of a run in FP8 it also
 shows, tensor by tensor, how much is lost to e4m3's range. math500 scores answers to
-problems, and writes each for reading; a rerun goes on where it stopped. Anything else
-is a task of EleutherAI's lm-evaluation-harness, or a YAML file that describes one.
+problems, and writes each for reading; a rerun goes on where it stopped. decoding_speed
+decodes prompts one by one and many at a time, plain and with drafts. Anything else is a
+task of EleutherAI's lm-evaluation-harness, or a YAML file that describes one.
 """
 
 import dataclasses
@@ -33,6 +35,8 @@ from jmoe.data import cache, durable
 from jmoe.train import runtime
 
 HARNESS = "harness"
+ANSWER_TOKENS = 8192  # DeepSeek-V3's evaluations (arXiv 2412.19437, section 5.3.1)
+SPEED_TOKENS = 128
 HERE = pathlib.Path("evaluations")  # in a workdir, or in the current directory
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/tiny", "Directory of the run.")
@@ -47,7 +51,9 @@ _WEIGHTS = flags.DEFINE_multi_string(
 )
 _SET = flags.DEFINE_multi_string("set", [], "path.to.field=value; repeatable.")
 _TASK = flags.DEFINE_string(
-    "task", "perplexity", "perplexity, math500, or a task of lm-evaluation-harness."
+    "task",
+    "perplexity",
+    "perplexity, math500, decoding_speed, or a task of lm-evaluation-harness.",
 )
 _DATA = flags.DEFINE_string("data", None, "A .jsonl file of the task's problems.")
 _LIMIT = flags.DEFINE_integer(
@@ -60,13 +66,19 @@ _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "Divides the logits; 0 takes the most likely token."
 )
 _MAX_NEW_TOKENS = flags.DEFINE_integer(
-    "max_new_tokens", 8192, "The longest answer, where the model has positions for it."
+    "max_new_tokens",
+    None,
+    "The longest answer, as far as the model has positions; by default 8192, and 128 "
+    "where it is about speed.",
+    lower_bound=1,
 )
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Of the drawing.", lower_bound=0, upper_bound=checks.MAX_SEED
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "Where answers are written; by default in the workdir."
+    "out",
+    None,
+    "A file for the answers, which is else in evaluations/, or the figures.",
 )
 _ENDPOINT = flags.DEFINE_string(
     "endpoint", None, "A server to ask instead, such as http://localhost:8000/v1."
@@ -78,7 +90,7 @@ _ENDPOINT_API = flags.DEFINE_string(
     "endpoint_api", "chat", "Chat, or completions of a model without a chat template."
 )
 _CONCURRENCY = flags.DEFINE_integer(
-    "concurrency", 16, "Requests that the server has at a time.", lower_bound=1
+    "concurrency", 16, "Requests at a time: a server's, or for speed.", lower_bound=1
 )
 
 OF_A_MODEL = ("workdir", "model", "step", "weights", "set")
@@ -90,6 +102,7 @@ OPTIONS = {
         *OF_AN_ENDPOINT,
         *("data", "limit", "samples", "temperature", "max_new_tokens", "seed", "out"),
     ),
+    "decoding_speed": ("data", "limit", "max_new_tokens", "concurrency", "out"),
     HARNESS: ("limit", "out"),
 }
 
@@ -125,7 +138,7 @@ def math500() -> None:
 
     sampling = Sampling(
         temperature=_TEMPERATURE.value,
-        max_new_tokens=_MAX_NEW_TOKENS.value,
+        max_new_tokens=_MAX_NEW_TOKENS.value or ANSWER_TOKENS,
         seed=_SEED.value,
     )
     data = _data()
@@ -152,6 +165,45 @@ def math500() -> None:
     tables.show_math500(math500.score(samples), _SAMPLES.value, file.path)
 
 
+def decoding_speed() -> None:
+    """Shows tokens a second and waits for them, plain and with drafts."""
+    from jmoe.decode.requests import Sampling
+    from jmoe.evals import decoding_speed
+
+    data = _data()
+    model, name = _local_model()
+    new = _MAX_NEW_TOKENS.value or SPEED_TOKENS
+    most = model.cfg.max_positions - new
+    prompts = decoding_speed.read_prompts(data, model.tokenizer, most)[: _LIMIT.value]
+    at_a_time = min(_CONCURRENCY.value, len(prompts))
+    found = {}
+    with tables.counting(_TASK.value) as tell:
+        for drafts in range(1 + (model.cfg.mtp_depth > 0)):
+            engine = decoding_speed.make_engine(
+                model.cfg,
+                model.variables,
+                prompts,
+                new_tokens=new,
+                at_a_time=at_a_time,
+                drafts=drafts,
+            )
+            for count in sorted({1, at_a_time}):
+                found[drafts, count] = decoding_speed.measure(
+                    engine,
+                    prompts,
+                    Sampling(max_new_tokens=new),
+                    one_by_one=count == 1,
+                )
+                tell(len(found), "measured")
+    if _OUT.value is not None:
+        rows = [
+            {"drafts": drafts, "requests_at_a_time": count, **speed.figures()}
+            for (drafts, count), speed in found.items()
+        ]
+        _write_json({"model": name, "speeds": rows})
+    tables.show_speeds(found)
+
+
 def harness() -> None:
     """Shows what lm-evaluation-harness finds of one of its tasks."""
     if importlib.util.find_spec("lm_eval") is None:
@@ -166,12 +218,15 @@ def harness() -> None:
     with tables.counting(_TASK.value) as tell:
         found = lm_eval.evaluate(model, _TASK.value, limit=_LIMIT.value, progress=tell)
     if _OUT.value is not None:
-        text = json.dumps(found["results"], indent=2, default=str) + "\n"
-        durable.write_text(runtime.path(_OUT), text)
+        _write_json(found["results"])
     tables.show_harness(found["results"])
 
 
-TASKS: dict[str, Callable[[], None]] = {"perplexity": perplexity, "math500": math500}
+TASKS: dict[str, Callable[[], None]] = {
+    "perplexity": perplexity,
+    "math500": math500,
+    "decoding_speed": decoding_speed,
+}
 
 
 def _refuse_idle_flags() -> None:
@@ -263,6 +318,12 @@ def _data() -> pathlib.Path:
     if _DATA.value is None:
         raise ValueError(f"task={_TASK.value!r} needs --data, a .jsonl file.")
     return runtime.path(_DATA)
+
+
+def _write_json(found: Any) -> None:
+    """Writes figures to --out."""
+    text = json.dumps(found, indent=2, default=str) + "\n"
+    durable.write_text(runtime.path(_OUT), text)
 
 
 def _out(directory: pathlib.Path, settings: dict[str, Any]) -> pathlib.Path:

@@ -50,6 +50,15 @@ class Speed(NamedTuple):
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds
 
+    def figures(self) -> dict[str, Any]:
+        """Returns all of it, as JSON has it."""
+        return {
+            "tokens_per_second": self.tokens_per_second,
+            **self._asdict(),
+            "first": self.first._asdict(),
+            "between": self.between._asdict(),
+        }
+
 
 def read_prompts(
     path: pathlib.Path, tokenizer: Tokenizer, most: int
