@@ -60,7 +60,7 @@ _LIMIT = flags.DEFINE_integer(
     "limit", None, "Only the first so many problems.", lower_bound=1
 )
 _SAMPLES = flags.DEFINE_integer(
-    "samples", 1, "How many answers to each problem.", lower_bound=1
+    "samples", 1, "Answers to each problem.", lower_bound=1, upper_bound=4096
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature", 0.0, "Divides the logits; 0 takes the most likely token."
@@ -90,7 +90,11 @@ _ENDPOINT_API = flags.DEFINE_string(
     "endpoint_api", "chat", "Chat, or completions of a model without a chat template."
 )
 _CONCURRENCY = flags.DEFINE_integer(
-    "concurrency", 16, "Requests at a time: a server's, or for speed.", lower_bound=1
+    "concurrency",
+    16,
+    "Requests at a time: a server's, or for speed.",
+    lower_bound=1,
+    upper_bound=4096,
 )
 
 OF_A_MODEL = ("workdir", "model", "step", "weights", "set")

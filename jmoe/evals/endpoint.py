@@ -33,7 +33,7 @@ _SHOWN = 200  # characters of an answer in a message
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EndpointConfig:
-    """Where a server is and how it is asked.
+    """Says where a server is and how it is asked.
 
     endpoint: the API's root, as OpenAI's clients take it: http://host:8000/v1. model:
     "", if the server has only one. seconds: that one answer may take; wait: before the
@@ -60,7 +60,7 @@ class EndpointConfig:
 
 
 class _Api(NamedTuple):
-    """Where requests go, how one says its prompt, and where its answer is."""
+    """Says where requests go, what they hold, and where an answer has its text."""
 
     path: str
     prompt: Any

@@ -70,7 +70,7 @@ class Sample(NamedTuple):
 
 
 class Accuracy(NamedTuple):
-    """Of so many problems; low and high are its 95% confidence interval."""
+    """Has the mean over problems; low and high: its 95% confidence interval."""
 
     accuracy: float
     low: float

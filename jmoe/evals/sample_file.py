@@ -29,11 +29,13 @@ class SampleFile:
         header = json.loads(json.dumps({"settings": dict(settings)}))
         durable.make_directory(path.parent)
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        self.known = _read(path, whole, header) if whole else []
-        if len(whole) < len(content) or not whole:
-            start = whole or _line(header)
-            durable.write_bytes(path, start)
+        if content:
+            whole = content[: content.rfind(b"\n") + 1]
+            self.known = _read(path, whole, header)
+        else:
+            whole, self.known = _line(header), []
+        if whole != content:
+            durable.write_bytes(path, whole)
         self._file = path.open("ab")
 
     def __enter__(self) -> Self:
@@ -57,8 +59,8 @@ def _line(record: Mapping[str, Any]) -> bytes:
 
 
 def _read(path: pathlib.Path, content: bytes, header: Any) -> list[Sample]:
-    first, *rest = content.splitlines()
     try:
+        first, *rest = content.splitlines()
         there = json.loads(first)["settings"]
         samples = [Sample(**json.loads(line)) for line in rest]
     except (ValueError, TypeError, KeyError) as error:

@@ -55,7 +55,7 @@ def test_an_engine_is_measured_by_the_tokens_it_makes(
     prompts = decoding_speed.read_prompts(path, tokenizer, most=20)
     assert [len(prompt) for prompt in prompts] == [4, 20]
     engine = decoding_speed.make_engine(
-        cfg, variables, prompts, new_tokens=6, at_a_time=2, drafts=1
+        cfg, variables, prompts, new_tokens=6, at_a_time=1, drafts=1
     )
     sampling = Sampling(max_new_tokens=6)
     speed = decoding_speed.measure(engine, prompts, sampling, one_by_one=one_by_one)
