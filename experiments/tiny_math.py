@@ -110,7 +110,7 @@ def remainder(rng: random.Random, digits: int) -> Steps:
 
 
 def equation(rng: random.Random, digits: int) -> Steps:
-    a, x, b = rng.randint(2, 9), rng.randint(2, 20), _number(rng, digits)
+    a, x, b = rng.randint(2, 9), rng.randint(2, 12), _number(rng, digits)
     c = a * x + b
     steps = f"{a}x = {c} - {b} = {a * x}, x = {a * x} / {a} = {x}."
     return f"Solve ${a}x + {b} = {c}$ for $x$.", steps, x
@@ -120,8 +120,8 @@ def equation(rng: random.Random, digits: int) -> Steps:
 KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] = {
     "Addition": (addition, (1, 2, 3)),
     "Subtraction": (subtraction, (1, 2, 3)),
-    "Multiplication": (multiplication, (1, 2, 3)),
-    "Remainders": (remainder, (1, 2, 3)),
+    "Multiplication": (multiplication, (1, 2)),
+    "Remainders": (remainder, (1, 2)),
     "Equations": (equation, (1, 2)),
 }
 
@@ -149,6 +149,7 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
             keep_every=steps // EVALUATIONS,
         ),
         optimizer=OptimizerConfig(
+            name="muon",
             schedule=ScheduleConfig(name="wsd", peak=3e-3, warmup_steps=100)
         ),
     )

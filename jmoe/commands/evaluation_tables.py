@@ -72,23 +72,19 @@ def show_math500(score: Any, num_samples: int, path: pathlib.Path) -> None:
 def show_speeds(found: Mapping[tuple[int, int], Any]) -> None:
     """Prints a row for each number of drafts and of requests at a time."""
     first = next(iter(found.values()))
-    table = rich.table.Table(
-        caption=f"{first.requests:,} prompts; ms: median, and that of the slowest 1%",
-    )
-    columns = ("drafts", "requests", "tokens/s", "first token, ms", "each further, ms")
-    for column in (*columns, "accepted", "tokens a step"):
-        table.add_column(column, justify="right")
+    caption = f"{first.requests:,} prompts; how long tokens are waited for: median, p99"
+    table = rich.table.Table(caption=caption)
+    columns = ("drafts", "at a time", "tokens/s", "first, ms", "next, ms")
+    for column in (*columns, "accepted", "a step"):
+        table.add_column(column, justify="right", no_wrap=True)
     for (drafts, count), speed in found.items():
-        waits = [
-            f"{1e3 * wait.median:,.1f}, {1e3 * wait.p99:,.1f}"
-            for wait in (speed.first, speed.between)
-        ]
         accepted = ", ".join(f"{share:.0%}" for share in speed.acceptance)
         table.add_row(
             str(drafts),
             str(count),
             f"{speed.tokens_per_second:,.1f}",
-            *waits,
+            f"{1e3 * speed.first.median:,.0f}, {1e3 * speed.first.p99:,.0f}",
+            f"{1e3 * speed.between.median:,.1f}, {1e3 * speed.between.p99:,.1f}",
             accepted,
             f"{speed.tokens_a_step:.2f}",
         )
