@@ -62,7 +62,7 @@ def show_math500(score: Any, num_samples: int, path: pathlib.Path) -> None:
         "without an answer in a box": score.without_answer,
         "ended by their length": score.unfinished,
         "not judged in time": score.not_judged,
-        "refused": score.errors,
+        f"refused ({score.error})": score.errors,
     }
     told = [f"{number:,} {what}" for what, number in wrong.items() if number]
     of = f"{score.samples:,} answers" + (f", {', '.join(told)}" if told else "")

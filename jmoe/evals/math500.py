@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,7 +27,7 @@ from jmoe.evals.records import read_records
 DIRECTIVE = "Please reason step by step, and put your final answer within \\boxed{}."
 FIELDS = ("problem", "answer", "subject", "level")
 NAME = "unique_id"  # optional
-NORMAL_95 = 1.959963984540054  # quantile of 97.5%
+NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 class Problem(NamedTuple):
@@ -90,6 +91,7 @@ class Score(NamedTuple):
     without_answer: int
     not_judged: int  # among the wrong ones: too long or too hard to compare
     errors: int
+    error: str  # the most frequent one
 
 
 def read_problems(path: pathlib.Path) -> list[Problem]:
@@ -210,7 +212,8 @@ def score(samples: Iterable[Sample]) -> Score:
         unfinished=sum(sample.finish_reason == "length" for sample in samples),
         without_answer=sum(sample.answer is None for sample in samples),
         not_judged=sum(bool(s.failure) and s.answer is not None for s in samples),
-        errors=sum(sample.finish_reason == "error" for sample in samples),
+        errors=sum(bool(sample.error) for sample in samples),
+        error=statistics.mode([s.error for s in samples if s.error] or [""]),
     )
 
 

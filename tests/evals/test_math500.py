@@ -135,6 +135,17 @@ def test_samples_that_say_nothing_are_refused(problems, num_samples, complaint):
         math500.plan(problems, Sampling(), num_samples)
 
 
+def test_a_prompt_that_was_refused_is_wrong_and_says_why(problems, judge):
+    def refusing(prompts):
+        reasons = ["no", "too long", "too long"]
+        for number, reason in enumerate(reasons):
+            yield Reply(number, "", "error", reason)
+        yield Reply(3, PROBLEMS[3]["solution"], "stop")
+
+    score = math500.score(solve(problems[:4], refusing, judge))
+    assert (score.total.accuracy, score.errors, score.error) == (0.25, 3, "too long")
+
+
 def test_without_samples_there_is_no_score():
     with pytest.raises(ValueError, match="no samples"):
         math500.score([])

@@ -75,7 +75,7 @@ def test_files_that_are_there_stay(written, tmp_path):
 def test_what_was_found_is_drawn_and_told(tmp_path):
     row = math500.Accuracy(0.5, 0.4, 0.6, 100)
     kinds = dict.fromkeys(sorted(tiny_math.KINDS), row)
-    score = math500.Score(row, {"1": row}, kinds, 0.5, 100, 0, 0, 0, 0)
+    score = math500.Score(row, {"1": row}, kinds, 0.5, 100, 0, 0, 0, 0, "")
     scores = {0: score, 10: score, 20: score}
     tiny_math.draw(scores, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
