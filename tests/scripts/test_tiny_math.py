@@ -36,6 +36,15 @@ def test_every_step_of_a_solution_is_right(records):
     assert checked > 1.5 * len(records)
 
 
+def test_the_steps_lead_to_the_answer(records):
+    for record in records:
+        *results, last = (int(right) for _, right in STEP.findall(record["solution"]))
+        units = "".join(str(result % 10) for result in reversed(results))
+        made = {"Remainders": str(last), "Equations": str(last)}
+        want = made.get(record["subject"], f"{last}{units}")
+        assert int(record["answer"]) == int(want), record
+
+
 def test_answers_are_those_of_the_problems(records):
     for record in records:
         numbers = [*map(int, re.findall(r"\d+", record["problem"]))]
