@@ -10,7 +10,6 @@ run is kept under --workdir, and an interrupted call goes on where it stopped.
 
 Hardware: 2 CPU cores, about 20 minutes, 25 core minutes of them for training.
 Expected: at least 90% of the problems held out, from 0%; about 0% of MATH-500.
-Observed: TODO
 """
 
 import dataclasses
@@ -60,7 +59,7 @@ _MATH500 = flags.DEFINE_string(
 RESULTS = pathlib.Path(__file__).parent / "results"
 TEXT, HELD_OUT, RUN = "train.jsonl", "held_out.jsonl", "run"
 NUM_TRAINED, NUM_HELD_OUT = 250_000, 250
-EVALUATIONS = 6  # on the way
+EVALUATIONS = 5  # on the way
 SAMPLING = Sampling(max_new_tokens=96)  # the longest solution has about 70 tokens
 _SEED = 20261129
 
@@ -110,16 +109,19 @@ def remainder(rng: random.Random, digits: int) -> Steps:
 
 
 def equation(rng: random.Random, digits: int) -> Steps:
-    a, x, b = rng.randint(2, 9), rng.randint(2, 12), _number(rng, digits)
+    a, x, b = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 9)
+    division = f"x = {a * x} / {a} = {x}."
+    if digits == 1:
+        return f"Solve ${a}x = {a * x}$ for $x$.", division, x
     c = a * x + b
-    steps = f"{a}x = {c} - {b} = {a * x}, x = {a * x} / {a} = {x}."
-    return f"Solve ${a}x + {b} = {c}$ for $x$.", steps, x
+    problem = f"Solve ${a}x + {b} = {c}$ for $x$."
+    return problem, f"{a}x = {c} - {b} = {a * x}, {division}", x
 
 
 # Each with the numbers of digits that it comes in: its levels.
 KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] = {
     "Addition": (addition, (1, 2, 3)),
-    "Subtraction": (subtraction, (1, 2, 3)),
+    "Subtraction": (subtraction, (1, 2)),
     "Multiplication": (multiplication, (1, 2)),
     "Remainders": (remainder, (1, 2)),
     "Equations": (equation, (1, 2)),
@@ -129,7 +131,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] 
 def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunConfig:
     """The tiny run on problems alone, with sequences that don't see each other."""
     run = presets.tiny_run()
-    steps = 6000
+    steps = 5000
     return RunConfig(
         name="tiny_math",
         model=dataclasses.replace(run.model, vocab_size=400),
@@ -150,7 +152,7 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
         ),
         optimizer=OptimizerConfig(
             name="muon",
-            schedule=ScheduleConfig(name="wsd", peak=3e-3, warmup_steps=100)
+            schedule=ScheduleConfig(name="wsd", peak=3e-3, warmup_steps=100),
         ),
     )
 
@@ -166,7 +168,7 @@ def main(_: Any) -> None:
         return  # stopped by a signal; the same command goes on
     every = run.train.checkpoint_every
     scores = {0: score(untrained(run), held_out)}
-    for step in range(every, run.train.steps + 1, every):
+    for step in (*range(every, run.train.steps, every), run.train.steps):
         scores[step] = score(load_trained(directory / RUN, step=step), held_out)
     figures: dict[str, Any] = {"held_out": figures_of(scores)}
     if _MATH500.value is not None:
