@@ -17,7 +17,7 @@ from jmoe.train import compiled
 
 ROWS = (8, 32)  # that are decoded at once
 CHUNKS = (128,)
-PAGE_SIZE = 64
+LENGTH_STEP = 256  # of the longest sequence, so that an engine serves again
 
 
 class Prompted(NamedTuple):
@@ -96,16 +96,12 @@ class LocalModel:
         )
 
     def _engine_for(self, count: int, length: int) -> Engine:
-        """Returns the last engine if it is large enough, or a new one.
-
-        Lengths are pages by a power of two, so that few programs are compiled.
-        """
-        pages = 1 << (-(-length // PAGE_SIZE) - 1).bit_length()
+        """Returns the last engine if it is as large as is needed, or a new one."""
+        length = -(-length // LENGTH_STEP) * LENGTH_STEP
         limits = Limits(
             rows=ROWS[: 1 + (count > ROWS[0])],
             chunks=CHUNKS,
-            max_length=min(pages * PAGE_SIZE, self.cfg.max_positions),
-            page_size=PAGE_SIZE,
+            max_length=min(length, self.cfg.max_positions),
             drafts=self._drafts,
         )
         last = self._engine
