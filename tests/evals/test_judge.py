@@ -107,6 +107,21 @@ def test_a_worker_that_dies_over_an_answer_is_replaced(judge):
     assert judge("4", in_a_box("4")).is_correct
 
 
+def test_an_answer_is_never_run_as_code(judge, tmp_path):
+    made = tmp_path / "made"
+    code = f"__import__('pathlib').Path('{made}').touch()"
+    for text in (
+        code,
+        f"\\text{{{code}}}",
+        f"x = {code}",
+        f"{{{code}, 1}}",
+        f"$ {code} $",
+    ):
+        assert not judge("1", in_a_box(text)).is_correct
+        judge(text, in_a_box(text))
+    assert not made.exists()
+
+
 def test_threads_share_a_judge(judge):
     answers = [str(number) for number in range(40)]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
