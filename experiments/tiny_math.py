@@ -89,23 +89,21 @@ def subtraction(rng: random.Random, digits: int) -> Steps:
 
 def multiplication(rng: random.Random, digits: int) -> Steps:
     a, b = _number(rng, digits), rng.randint(2, 9)
-    steps, carry = [], 0
-    for x, _ in _places(a, 0):
-        carried = f" + {carry}" if carry else ""
-        steps.append(f"{x} * {b}{carried} = {x * b + carry}")
-        carry = (x * b + carry) // 10
-    return f"What is ${a} \\cdot {b}$?", _from_right(steps), a * b
+    parts = [int(digit) * 10**i for i, digit in enumerate(reversed(str(a)))][::-1]
+    steps = [f"{part} * {b} = {part * b}" for part in parts if part]
+    if len(steps) > 1:
+        steps.append(f"{' + '.join(str(part * b) for part in parts)} = {a * b}")
+    return f"What is ${a} \\cdot {b}$?", f"{', '.join(steps)}.", a * b
 
 
-def remainder(rng: random.Random, digits: int) -> Steps:
-    a, b = _number(rng, digits), rng.randint(3, 9)
-    steps, rest = [], 0
-    for digit in map(int, str(a)):
-        part = 10 * rest + digit
-        rest = part % b
-        steps.append(f"{part} - {part - rest} = {rest}")
-    problem = f"What is the remainder when ${a}$ is divided by ${b}$?"
-    return problem, f"From the left: {', '.join(steps)}.", rest
+def sequence(rng: random.Random, digits: int) -> Steps:
+    first, more = _number(rng, digits), rng.randint(2, 9)
+    terms = [first + i * more for i in range(4)]
+    listed = ", ".join(map(str, terms[:3]))
+    steps = (
+        f"Each is {more} more than the one before: {terms[2]} + {more} = {terms[3]}."
+    )
+    return f"What comes after ${listed}$?", steps, terms[3]
 
 
 def equation(rng: random.Random, digits: int) -> Steps:
@@ -123,7 +121,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] 
     "Addition": (addition, (1, 2, 3)),
     "Subtraction": (subtraction, (1, 2)),
     "Multiplication": (multiplication, (1, 2)),
-    "Remainders": (remainder, (1, 2)),
+    "Sequences": (sequence, (1, 2)),
     "Equations": (equation, (1, 2)),
 }
 
@@ -131,7 +129,7 @@ KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] 
 def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunConfig:
     """The tiny run on problems alone, with sequences that don't see each other."""
     run = presets.tiny_run()
-    steps = 5000
+    steps = 3000
     return RunConfig(
         name="tiny_math",
         model=dataclasses.replace(run.model, vocab_size=400),
@@ -152,7 +150,13 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
         ),
         optimizer=OptimizerConfig(
             name="muon",
-            schedule=ScheduleConfig(name="wsd", peak=3e-3, warmup_steps=100),
+            schedule=ScheduleConfig(
+                name="wsd",
+                peak=3e-3,
+                warmup_steps=100,
+                decay_fraction=0.5,
+                end_fraction=0.02,
+            ),
         ),
     )
 

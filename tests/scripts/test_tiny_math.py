@@ -40,8 +40,8 @@ def test_the_steps_lead_to_the_answer(records):
     for record in records:
         *results, last = (int(right) for _, right in STEP.findall(record["solution"]))
         units = "".join(str(result % 10) for result in reversed(results))
-        made = {"Remainders": str(last), "Equations": str(last)}
-        want = made.get(record["subject"], f"{last}{units}")
+        by_digits = record["subject"] in ("Addition", "Subtraction")
+        want = f"{last}{units}" if by_digits else last
         assert int(record["answer"]) == int(want), record
 
 
@@ -52,7 +52,7 @@ def test_answers_are_those_of_the_problems(records):
             "Addition": lambda a, b: a + b,
             "Subtraction": lambda a, b: a - b,
             "Multiplication": lambda a, b: a * b,
-            "Remainders": lambda a, b: a % b,
+            "Sequences": lambda a, b, c: c + b - a,
             "Equations": lambda a, *b, c=numbers[-1]: (c - sum(b[:-1])) // a,
         }[record["subject"]](*numbers)
         assert record["answer"] == str(want) == boxed(record["solution"])
