@@ -115,7 +115,9 @@ NO_OPENING = {
 }
 
 # Collectives have the names that JAX gives them; the others are no collectives.
-COLLECTIVES = {"psum", "pmax", "all_gather", "reduce_scatter", "all_to_all"}
+COLLECTIVES = {
+    *("psum", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"),
+}
 LOCAL = {"Axes", "axis_index", "axis_size", "local_part", "share"}
 JAX_COLLECTIVES = {
     *("all_gather", "all_to_all", "pcast", "pmax", "pmean", "pmin", "ppermute", "psum"),

@@ -11,7 +11,7 @@ from jmoe.decode.requests import MAX_SEED, Sampling, check_prompt
 from jmoe.train import compiled
 
 PAGE_SIZE = 64  # and the step of a sequence's length, so that few programs are compiled
-CHUNKS = (16, 128)
+CHUNKS = 16, 128  # of which one is compiled
 MOST_ROWS = 64  # that are decoded at once
 
 
@@ -62,11 +62,12 @@ def generate(
     ]
     for prompt in prompts:
         check_prompt(cfg, prompt, max_new_tokens, cfg.max_positions)
-    longest = max(map(len, prompts)) + max_new_tokens
-    pages = _power_of_two(-(-longest // PAGE_SIZE))
+    longest = max(map(len, prompts))
+    pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE_SIZE))
+    chunk = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
     limits = Limits(
         rows=(min(_power_of_two(len(prompts)), MOST_ROWS),),
-        chunks=CHUNKS,
+        chunks=(chunk,),
         max_length=min(pages * PAGE_SIZE, cfg.max_positions),
         page_size=PAGE_SIZE,
         drafts=drafts,

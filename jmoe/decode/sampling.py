@@ -166,14 +166,14 @@ def _from_order(order: jax.Array) -> jax.Array:
 
 def _noise(seed_B: jax.Array, position_B: jax.Array, size: int) -> jax.Array:
     """Returns Gumbel noise of this device's part of the vocabulary, [B, V]."""
-    whole = size * collectives.axis_size(AXIS)
+    token_V = collectives.axis_index(AXIS) * size + jnp.arange(size)
 
-    def of_row(seed, position):
+    def of_token(seed, position, token):
         key = jax.random.fold_in(jax.random.key(seed), position)
-        noise_V = jax.random.gumbel(key, (whole,), jnp.float32)
-        return collectives.local_part(noise_V, AXIS, 0)
+        return jax.random.gumbel(jax.random.fold_in(key, token), (), jnp.float32)
 
-    return jax.vmap(of_row)(seed_B, position_B)
+    of_row = jax.vmap(of_token, (None, None, 0))
+    return jax.vmap(of_row, (0, 0, None))(seed_B, position_B, token_V)
 
 
 def _most_likely(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:

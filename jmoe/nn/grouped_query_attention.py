@@ -106,8 +106,12 @@ def cost(cfg: GQAConfig, hidden_dim: int, length: int) -> float:
 def cached(
     cfg: GQAConfig, dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a decoder keeps of a token: rotated keys, and values."""
-    of_heads = jax.ShapeDtypeStruct((cfg.num_kv_heads, cfg.head_dim), dtype)
+    """Returns what a decoder keeps of a token: rotated keys, and values.
+
+    On a mesh, those of this device's heads.
+    """
+    kv_heads = collectives.share(cfg.num_kv_heads, "tensor", "num_kv_heads")
+    of_heads = jax.ShapeDtypeStruct((kv_heads, cfg.head_dim), dtype)
     return {"key": of_heads, "value": of_heads}
 
 
