@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.config import ModelConfig
+from jmoe.decode.limits import WITHOUT_TEXT
 from jmoe.nn.model import Transformer
 
 BATCH_TOKENS = 4096
@@ -48,9 +49,16 @@ def likelihoods(
     Of a context that is too long, what is nearest to the second part counts.
 
     Raises:
-      ValueError: an empty context, a token outside of the vocabulary, or a second part
-        of more tokens than the model has positions.
+      ValueError: an empty context, a token outside of the vocabulary, a second part of
+        more tokens than the model has positions, or a router that must know what
+        follows.
     """
+    kind = cfg.moe.router.kind
+    if kind in WITHOUT_TEXT:
+        raise ValueError(
+            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}: such a model gives "
+            "a token no likelihood by those before it alone."
+        )
     fitted = sorted(
         (_fit(cfg, number, *pair) for number, pair in enumerate(pairs)),
         key=lambda each: len(each.tokens),

@@ -4,9 +4,11 @@ import jax
 import numpy as np
 import pytest
 
+from jmoe.config import override
 from jmoe.evals import likelihood
 from jmoe.evals.likelihood import likelihoods
 from jmoe.nn.model import Transformer
+from tests import smallest_run
 
 LENGTHS = [(1, 1), (5, 2), (30, 4), (1, 63), (62, 2), (3, 0), (7, 3)]
 
@@ -84,3 +86,13 @@ def test_few_shapes_are_compiled_whatever_the_lengths(cfg, variables, monkeypatc
 def test_what_has_no_likelihood_is_refused(cfg, variables, pair, complaint):
     with pytest.raises(ValueError, match=complaint):
         list(likelihoods(cfg, variables, [([1], [2]), pair]))
+
+
+def test_a_model_whose_experts_choose_is_refused_by_name(variables):
+    router = ("auxiliary_loss=none", "num_groups=1", "groups_per_token=1")
+    chosen = [*router, "kind=expert_choice"]
+    run = override(
+        smallest_run.get_config(), [f"model.moe.router.{each}" for each in chosen]
+    )
+    with pytest.raises(ValueError, match="kind='expert_choice' compares tokens with"):
+        list(likelihoods(run.model, variables, [([1], [2])]))
