@@ -25,6 +25,7 @@ from jmoe.decode.weights import (
     LayerPlace,
     Weights,
     assemble,
+    ends,
     layer_of,
     places,
 )
@@ -107,8 +108,8 @@ def place(
     mtp = None
     if cfg.mtp_depth:
         mtp = make(_of_mtp(layout), layer_of(variables, MTP))
-    ends = {name: variables[PARAMS][name] for name in _ends(cfg)}
-    found = make(_of_ends(cfg, layout), {PARAMS: ends, ROUTER_STATE: {}})
+    params = {name: variables[PARAMS][name] for name in ends(cfg)}
+    found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
     return assemble(found[PARAMS], tuple(layers), mtp)
 
 
@@ -118,8 +119,8 @@ def specs(
     """Returns the weights' specs, of a weight in fewer bits one for all its arrays."""
     layers = tuple(_converted_specs(_of_row(layout, row), form) for row in rows)
     mtp = _converted_specs(_of_mtp(layout), form) if cfg.mtp_depth else None
-    ends = _converted_specs(_of_ends(cfg, layout), form)
-    return assemble(ends[PARAMS], layers, mtp)
+    found = _converted_specs(_of_ends(cfg, layout), form)
+    return assemble(found[PARAMS], layers, mtp)
 
 
 def _of_row(layout: Layout, row: LayerRow) -> _Piece:
@@ -138,16 +139,10 @@ def _of_mtp(layout: Layout) -> _Piece:
 
 def _of_ends(cfg: ModelConfig, layout: Layout) -> _Piece:
     records, placements = (
-        {name: tree[name] for name in _ends(cfg)}
+        {name: tree[name] for name in ends(cfg)}
         for tree in (layout.records, layout.placements)
     )
     return _whole(records, placements)
-
-
-def _ends(cfg: ModelConfig) -> tuple[str, ...]:
-    """Returns the parameters before and behind the layers."""
-    head = () if cfg.tie_embeddings else ("head",)
-    return ("embedding", "final_norm", *head)
 
 
 def _whole(records: Any, placements: Any) -> _Piece:

@@ -73,6 +73,12 @@ def assemble(params: Any, layers: tuple[Any, ...], mtp: Any) -> Weights:
     return Weights(params["embedding"], final_norm, params.get("head"), layers, mtp)
 
 
+def ends(cfg: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the parameters before and behind the layers."""
+    head = () if cfg.tie_embeddings else ("head",)
+    return ("embedding", "final_norm", *head)
+
+
 def layers_of(cfg: ModelConfig, weights: Weights) -> list[Layer]:
     """Returns the model's blocks, in their order."""
     kinds = feed_forwards(cfg)
