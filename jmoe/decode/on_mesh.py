@@ -40,7 +40,7 @@ from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
-from jmoe.train.layout import WHOLE, Layout, make_layout, on_mesh, put_whole
+from jmoe.train.layout import WHOLE, Layout, lying, make_layout, on_mesh, put_whole
 
 OWN = PartitionSpec(MESH_AXES)  # each device's own, by the first dimension
 SEQUENCES = PartitionSpec(BATCH_AXES)
@@ -142,6 +142,7 @@ class MeshPrograms(NamedTuple):
     layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
     state. begin: of a step's arrays, what is underway before any. step: of weights,
     state, what is underway and what is given, the new ones and what was found.
+    abstract: of a step's arrays without values, all that `step` takes, likewise.
     """
 
     layout: Layout
@@ -149,6 +150,7 @@ class MeshPrograms(NamedTuple):
     start: Callable[[], Any]
     begin: Callable[[Given], Underway]
     step: Callable[..., tuple[Any, Underway, StepResult]]
+    abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -180,18 +182,19 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
     flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
-    return MeshPrograms(
-        layout,
-        rows,
-        jax.jit(on_mesh(start, layout, (), OWN)),
-        jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight)),
-        jax.jit(
-            on_mesh(
-                step, layout, (placed, OWN, flight, SEQUENCES), (OWN, flight, WHOLE)
-            ),
-            donate_argnums=(1, 2),
-        ),
+    taken = placed, OWN, flight, SEQUENCES
+    starts = jax.jit(on_mesh(start, layout, (), OWN))
+    begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
+    steps = jax.jit(
+        on_mesh(step, layout, taken, (OWN, flight, WHOLE)), donate_argnums=(1, 2)
     )
+
+    def abstract(given: Given) -> Any:
+        weights = mesh_weights.abstract(cfg, layout, rows, form)
+        state, underway = jax.eval_shape(starts), jax.eval_shape(begins, given)
+        return lying(layout, taken, (weights, state, underway, given))
+
+    return MeshPrograms(layout, rows, starts, begins, steps, abstract)
 
 
 def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
