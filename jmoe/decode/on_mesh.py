@@ -173,7 +173,7 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
         state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
         every = (given, *underway.given)
         layers = _own_layers(rows, weights)
-        x_SD, caches = _blocks(cfg, weights, layers, state.layers, x_SD, every)
+        x_SD, caches = _blocks(cfg, rows, weights, layers, state.layers, x_SD, every)
         state = state._replace(layers=())
         state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
         state = state._replace(layers=caches)
@@ -208,7 +208,7 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     return found
 
 
-def _blocks(cfg, weights, own, caches, x_SD, every):
+def _blocks(cfg, cut, weights, own, caches, x_SD, every):
     """Returns what this rank's layers compute of its tokens, and their caches."""
     rank = collectives.axis_index(PIPE)
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
@@ -217,13 +217,21 @@ def _blocks(cfg, weights, own, caches, x_SD, every):
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
     kept = []
-    for layer, cache in zip(own, caches, strict=True):
+    for row, layer, cache in zip(cut, own, caches, strict=True):
         compute = functools.partial(layers.block, cfg, layer, known=known)
-        x_SD, cache = lax.cond(
-            layer.number >= 0, compute, lambda cache, x_SD: (x_SD, cache), cache, x_SD
-        )
+        if -1 in row.numbers:
+            # A choice costs a GPU a wait for the host, so others have none.
+            operands = layer.number >= 0, compute, _skip, cache, x_SD
+            x_SD, cache = lax.cond(*operands)
+        else:
+            x_SD, cache = compute(cache, x_SD)
         kept.append(cache)
     return x_SD, tuple(kept)
+
+
+def _skip(cache, x_SD):
+    """Returns what a rank without a layer has in place of the layer's results."""
+    return x_SD, cache
 
 
 def _finish(cfg, limits, weights, state, x_SD, given):
