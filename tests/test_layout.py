@@ -71,15 +71,12 @@ FLAGS = {
         "model",
     ],
     "jmoe/commands/generate.py": [
-        "workdir",
-        "step",
-        "prompt",
-        "num_samples",
-        "max_new_tokens",
-        "temperature",
-        "top_p",
-        "weights",
-        "seed",
+        *("workdir", "model", "step", "weights"),
+        *("prompt", "prompts", "interactive", "output", "num_samples"),
+        # of a request, whose record is no run's and no engine's
+        *("max_new_tokens", "temperature", "top_p", "top_k", "min_p"),
+        *("repetition_penalty", "stop", "seed"),
+        *("drafts", "set"),
     ],
     "jmoe/commands/plan.py": [
         "pp",
@@ -134,9 +131,8 @@ COMMON_NAMES = {
 }
 # And some have to be known elsewhere:
 NAMED = {
-    # a pipeline and a decoder hand the table of embeddings to what makes the logits
+    # a pipeline hands the table of embeddings to what makes the logits
     "jmoe/train/pipelined.py": {"embedding"},
-    "jmoe/decode/on_mesh.py": {"embedding"},
     # a decoder takes the model's parameters apart
     "jmoe/decode/weights.py": {"embedding", "final_norm", "mtp_0"},
     # a checkpoint of Hugging Face's may repeat it, or leave it to be the head

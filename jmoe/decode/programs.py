@@ -33,8 +33,12 @@ class OneDevice:
 
     def __init__(self, cfg: ModelConfig, variables: Any, limits: Limits):
         self._cfg, self._limits = cfg, limits
-        self._weights = prepare(cfg, variables)
-        self.state = make_state(cfg, limits, cfg.num_layers)
+        # JAX compiles a program again for arrays that were told where to be, as those
+        # of a checkpoint; so all of them are, from the first step on.
+        weights = jax.device_put(prepare(cfg, variables))
+        state = make_state(cfg, limits, cfg.num_layers)
+        (device,) = weights.embedding.devices()
+        self._weights, self.state = jax.device_put((weights, state), device)
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
         """Runs a step, and returns what the steps that are done found, in their order.
