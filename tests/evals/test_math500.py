@@ -71,8 +71,8 @@ def test_each_sample_has_a_seed_of_its_own_whatever_else_is_asked(problems):
 
 def test_of_several_samples_the_mean_counts_and_one_is_enough_to_pass(problems, judge):
     def every_other(prompts):
-        for number, prompt in enumerate(prompts):
-            text = "\\boxed{1/4}" if prompt.sampling.seed % 2 else "\\boxed{1/5}"
+        for number in range(len(prompts)):
+            text = "\\boxed{1/4}" if number % 2 else "\\boxed{1/5}"
             yield Reply(number, text, "length")
 
     samples = solve(problems[:1], every_other, judge, DRAWN, num_samples=4)
