@@ -1,4 +1,4 @@
-"""Completes a prompt with the model of a run.
+"""Completes prompts with the model of a run, or of a Hugging Face directory.
 
 The program is jmoe/commands/generate.py. --help shows what it takes.
 """

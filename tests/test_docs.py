@@ -23,6 +23,7 @@ from jmoe.balance import bias
 from jmoe.checkpoint.retention import parse_which
 from jmoe.config import MeshConfig, ModelConfig, RunConfig, override, presets
 from jmoe.config.serve import ServeConfig
+from jmoe.decode.limits import Limits
 from jmoe.nn.quantized import FORMS
 from tests import pages
 from tests.pages import PAGES, ROOT
@@ -107,7 +108,9 @@ def test_a_script_takes_what_it_is_told(page, script, arguments, tmp_path):
 def check(name, given, namespace, page, tmp_path) -> None:
     """Builds what the flags describe, as far as that costs nothing."""
     assignments = given.get("set", [])
-    if name == "serve":
+    if name == "generate":
+        override(Limits(), assignments)
+    elif name == "serve":
         override(ServeConfig(name="a_model"), assignments)
     elif name == "bench" and assignments:
         suite = importlib.import_module(namespace["SUITES"][given["suite"]])

@@ -4,10 +4,6 @@ It runs in a kernel of its own, as its reader's would, but for the folders: it w
 a temporary one, where it finds a finished run, and caches its data there.
 """
 
-import json
-import os
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,11 +13,9 @@ from jmoe.checkpoint.workdir import open_run
 from jmoe.config import override, presets
 from jmoe.data.tokenizer import train_bpe
 from jmoe.nn.model import Transformer, make_variables
+from tests import notebooks
 
-nbclient = pytest.importorskip("nbclient")
-nbformat = pytest.importorskip("nbformat")
-
-NOTEBOOK = pathlib.Path(__file__).parents[1] / "experiments/notebooks/quickstart.ipynb"
+NAME = "quickstart.ipynb"
 EVERY_RULE_BALANCES = """
 for max_vio in (history["max_vio"], quantile_history["max_vio"]):
     assert max_vio[10:20].mean() > 1.5
@@ -33,31 +27,17 @@ assert history["loss"][-1] < 2.5
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkout")
-    folder = root / "experiments" / "notebooks"
-    folder.mkdir(parents=True)
     save_blank_run(root / "runs" / "tiny", step=7)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells.append(nbformat.v4.new_code_cell(EVERY_RULE_BALANCES))
-    client = nbclient.NotebookClient(
-        notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
-    )
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
-        "XDG_CACHE_HOME": str(root),
-        "XLA_FLAGS": "",  # one device, as a reader has
-    }
-    client.execute(env=os.environ | environment)
-    return notebook
+    return notebooks.execute(NAME, root, EVERY_RULE_BALANCES)
 
 
 def test_every_cell_runs_and_both_rules_balance_the_load(executed):
-    kinds = {output.output_type for cell in code(executed) for output in cell.outputs}
-    assert kinds == {"stream", "display_data", "execute_result"}
+    kinds = {"stream", "display_data", "execute_result"}
+    assert notebooks.kinds(executed) == kinds
 
 
 def test_no_cell_warns(executed):
-    streams = [o for cell in code(executed) for o in cell.outputs if "name" in o]
-    assert {output.name for output in streams} == {"stdout"}
+    assert notebooks.streams(executed) == {"stdout"}
 
 
 def test_the_last_cell_opens_a_finished_run(executed):
@@ -66,16 +46,7 @@ def test_the_last_cell_opens_a_finished_run(executed):
 
 
 def test_the_file_holds_no_results_of_any_one_machine():
-    for cell in code(nbformat.read(NOTEBOOK, as_version=4)):
-        assert not cell.outputs and cell.execution_count is None
-    assert set(json.loads(NOTEBOOK.read_text())["metadata"]) == {
-        "kernelspec",
-        "language_info",
-    }
-
-
-def code(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+    notebooks.assert_holds_no_results(NAME)
 
 
 def save_blank_run(workdir, step):

@@ -102,7 +102,7 @@ def _run_file(path: pathlib.Path) -> Any:
 def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
     """Returns short completions, as far as the model can make them."""
     from jmoe.decode.generate import generate
-    from jmoe.decode.on_mesh import make_next_logits
+    from jmoe.decode.on_mesh import make_programs
 
     if ROUTERS[run.model.moe.router.kind].no_text:
         return []
@@ -118,7 +118,7 @@ def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
         temperature=0.7,
         top_p=0.95,
         stop_ids=tokenizer.stop_ids,
-        next_logits=make_next_logits(run, layout),
+        programs=make_programs(run, layout.mesh),
     )
     return list(zip(PROMPTS, map(tokenizer.decode, new), strict=True))
 

@@ -39,7 +39,9 @@ class Programs(Protocol):
     parts: int
     turns: int
 
-    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> StepResult: ...
+    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]: ...
+
+    def flush(self) -> list[StepResult]: ...
 
 
 MakePrograms = Callable[[ModelConfig, Any, Limits], Programs]
@@ -148,10 +150,8 @@ class Engine:
         self._cancelled = []
         self._leave()
         self._admit()
-        asked = self._ask()
-        if asked is not None:
-            for done in self._run(asked):
-                updates.extend(self._take(*done))
+        for found in self._run(self._ask()):
+            updates.extend(self._take(self._asked.popleft(), found))
         self._leave()
         return updates
 
@@ -210,6 +210,7 @@ class Engine:
             for size in (0, *self.limits.chunks):
                 chunks = make_chunks(self.limits, [None] * len(nobody), size)
                 self.programs.run(make_rows(self.limits, nobody, rows), chunks)
+                self.programs.flush()
 
     def _admit(self) -> None:
         """Gives those that wait a slot and pages, in their order."""
@@ -241,39 +242,36 @@ class Engine:
             elif parts[live.part] is None:
                 left = len(live.prompt) - live.read
                 parts[live.part] = PromptChunk(live, min(left, self.limits.chunks[-1]))
-        is_underway = any(any(asked.rows) or any(asked.parts) for asked in self._asked)
-        if not (any(rows) or any(parts) or is_underway):
+        if not (any(rows) or any(parts)):
             return None
         size = _smallest(self.limits.rows, max(map(len, rows)))
         return _Asked(rows, parts, size)
 
-    def _run(self, asked: _Asked) -> Iterator[tuple[_Asked, StepResult]]:
-        """Runs a step; yields what was asked in the one that has ended, and found."""
+    def _run(self, asked: _Asked | None) -> list[StepResult]:
+        """Returns what the steps that are done found."""
+        if asked is None:
+            return self.programs.flush()
+        self._asked.append(asked)
         counts = [part.count for part in asked.parts if part]
         size = _smallest(self.limits.chunks, max(counts)) if counts else 0
         rows = make_rows(self.limits, asked.rows, asked.size)
-        chunks = make_chunks(self.limits, asked.parts, size)
-        found = self.programs.run(rows, chunks)
-        self._asked.append(asked)
-        if len(self._asked) == self.programs.turns:
-            yield self._asked.popleft(), found
+        return self.programs.run(rows, make_chunks(self.limits, asked.parts, size))
 
     def _take(self, asked: _Asked, found: StepResult) -> Iterator[Update]:
         """Yields the requests that a step has found tokens of, with these."""
-        count = len(asked.rows) * asked.size
         for part, lives in enumerate(asked.rows):
             for i, live in enumerate(lives, start=part * asked.size):
                 new = int(found.new_B[i])
                 self._count(live, new - 1)
                 drawn = Sampled(*(x[i, :new] for x in found.rows))
-                yield self._grow(live, drawn, found.draft_RK[i])
+                yield self._grow(live, drawn, found.draft_BK[i])
         for i, part in enumerate(asked.parts):
             if part is None:
                 continue
             part.live.read += part.count
             if part.live.is_read:
                 drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
-                yield self._grow(part.live, drawn, found.draft_RK[count + i])
+                yield self._grow(part.live, drawn, found.draft_AK[i])
 
     def _count(self, live: Live, right: int) -> None:
         completion = live.completion

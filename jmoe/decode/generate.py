@@ -11,7 +11,7 @@ from jmoe.decode.requests import MAX_SEED, Sampling, check_prompt
 from jmoe.train import compiled
 
 PAGE_SIZE = 64  # and the step of a sequence's length, so that few programs are compiled
-CHUNKS = (16, 128)
+CHUNKS = 16, 128  # of which one is compiled
 MOST_ROWS = 64  # that are decoded at once
 
 
@@ -38,9 +38,12 @@ def generate(
       variables: {"params": ..., "router_state": ...}.
       prompts: token ids; each at least one.
       temperature, top_p: see `jmoe.decode.sampling.Draws`.
-      seed: of the first prompt; the next has the next.
+      seed: of the first prompt's draws; each next prompt's is one more, so that equal
+        prompts get texts of their own. What a prompt and its seed give depends on no
+        other prompt.
       drafts: how many tokens the MTP module tries to foretell in a step. That changes
-        no token.
+        no token: what is drawn follows from seed and position, and a draft that isn't
+        what is drawn is discarded.
       programs: makes what runs steps; `jmoe.decode.on_mesh` has one for variables that
         are divided. All processes of a mesh call this function.
 
@@ -62,22 +65,38 @@ def generate(
     ]
     for prompt in prompts:
         check_prompt(cfg, prompt, max_new_tokens, cfg.max_positions)
-    longest = max(map(len, prompts)) + max_new_tokens
-    pages = _power_of_two(-(-longest // PAGE_SIZE))
-    limits = Limits(
-        rows=(min(_power_of_two(len(prompts)), MOST_ROWS),),
-        chunks=CHUNKS,
-        max_length=min(pages * PAGE_SIZE, cfg.max_positions),
-        page_size=PAGE_SIZE,
-        drafts=drafts,
-        queue=len(prompts),
-    )
+    longest = max(map(len, prompts))
+    limits = fitting_limits(cfg, len(prompts), longest, max_new_tokens, drafts)
     check(cfg, limits)
     compiled.make_room()
     engine = Engine(cfg, variables, limits, programs=programs)
     done = engine.complete(zip(prompts, samplings, strict=True))
     tokens = {completion.number: completion.tokens for completion in done}
     return [tokens[number] for number in range(len(prompts))]
+
+
+def fitting_limits(
+    cfg: ModelConfig,
+    num_prompts: int,
+    longest: int,
+    max_new_tokens: int,
+    drafts: int = 0,
+) -> Limits:
+    """Returns limits for these prompts, of few different sizes.
+
+    Args:
+      longest: how many tokens the longest prompt has.
+    """
+    pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE_SIZE))
+    chunk = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
+    return Limits(
+        rows=(min(_power_of_two(num_prompts), MOST_ROWS),),
+        chunks=(chunk,),
+        max_length=min(pages * PAGE_SIZE, cfg.max_positions),
+        page_size=PAGE_SIZE,
+        drafts=drafts,
+        queue=num_prompts,
+    )
 
 
 def _power_of_two(size: int) -> int:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.config import ModelConfig
-from jmoe.decode.weights import Weights, feed_forwards
+from jmoe.decode.weights import Layer, Weights
 from jmoe.nn.block import Block, Positions
 from jmoe.nn.cached import COLLECTION, Groups
 from jmoe.nn.linear import RMSNorm
@@ -43,19 +43,27 @@ def embedded(cfg: ModelConfig, weights: Weights, token_T: jax.Array) -> jax.Arra
 
 def blocks(
     cfg: ModelConfig,
-    weights: Weights,
+    layers: Sequence[Layer],
     caches: Sequence[Any],
     x_SD: jax.Array,
     known: Positions,
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns what the last block computes, [S, D], and all blocks' caches."""
-    x_1SD, kept = x_SD[None], []
-    layers = zip(feed_forwards(cfg), weights.layers, caches, strict=True)
-    for number, (feed_forward, collections, cache) in enumerate(layers):
-        block = Block.of(cfg, feed_forward)
-        (x_1SD,), cache = _apply(block, collections, cache, x_1SD, known, number)
+    """Returns what the last of these blocks computes, [S, D], and their caches."""
+    kept = []
+    for layer, cache in zip(layers, caches, strict=True):
+        x_SD, cache = block(cfg, layer, cache, x_SD, known)
         kept.append(cache)
-    return x_1SD[0], tuple(kept)
+    return x_SD, tuple(kept)
+
+
+def block(
+    cfg: ModelConfig, layer: Layer, cache: Any, x_SD: jax.Array, known: Positions
+) -> tuple[jax.Array, Any]:
+    """Returns what one block computes, and its cache."""
+    feed_forward, number, collections = layer
+    module = Block.of(cfg, feed_forward)
+    (x_1SD,), cache = _apply(module, collections, cache, x_SD[None], known, number)
+    return x_1SD[0], cache
 
 
 def final_norm(cfg: ModelConfig, weights: Weights, x_SD: jax.Array) -> jax.Array:
@@ -80,7 +88,9 @@ def mtp(
 
 def logits(weights: Weights, hidden_LD: jax.Array) -> jax.Array:
     """Returns float32 logits of this device's part of the vocabulary, [L, V]."""
-    head_DV = weights.head.astype(hidden_LD.dtype)
+    is_tied = weights.head is None
+    head_DV = weights.embedding.T if is_tied else weights.head
+    head_DV = head_DV.astype(hidden_LD.dtype)
     return jnp.dot(hidden_LD, head_DV, preferred_element_type=jnp.float32)
 
 

@@ -1,75 +1,265 @@
-"""The next token of sequences, by a model whose parameters lie divided on a mesh.
+"""A decoder's programs on a mesh.
 
-A device gathers the weights that it computes with, as a training step does, and never
-more. Of the last hidden states it computes the logits of its part of the vocabulary.
+`tensor` divides heads, MLPs, vocabulary and a step's tokens; `expert` divides experts;
+the devices of `data` and `expert` have sequences of their own. `pipe` divides layers:
+in each call, a rank computes its layers for the tokens that the rank before it had in
+the call before. So as many sets of sequences as there are ranks take turns, and keep
+all ranks busy. What a call returns is of the tokens that were given to an earlier one.
 
-Shapes: B sequence, S position, D hidden, V vocabulary.
+What a decoder remembers is each device's own, and has all devices as its first
+dimension.
+
+Shapes: B sequence being decoded, A sequence being read, S this device's tokens, D
+hidden.
 """
 
-from typing import Any
+import collections
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
 
-from jmoe.config import RunConfig
-from jmoe.decode.generate import NextLogits
+from jmoe.config import ModelConfig, RunConfig
+from jmoe.config.mesh import MESH_AXES
+from jmoe.decode import batch as batches
+from jmoe.decode import layers, mesh_weights
+from jmoe.decode.batch import DecodeRows, PrefillChunks
+from jmoe.decode.engine import MakePrograms
+from jmoe.decode.limits import Limits
+from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.mesh_weights import PIPE, LayerRow
+from jmoe.decode.programs import make_state
+from jmoe.decode.step import StepResult, finish
+from jmoe.decode.weights import Layer, Weights
 from jmoe.nn.model import Transformer
-from jmoe.parallel import collectives, vocabulary
+from jmoe.nn.quantized import check_form
+from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
-from jmoe.train import pipelined
-from jmoe.train.layout import WHOLE, Layout
-from jmoe.train.step import on_mesh
-from jmoe.train.weights import gather_weights, with_gathers
+from jmoe.train.layout import WHOLE, Layout, make_layout, on_mesh, put_whole
+
+OWN = PartitionSpec(MESH_AXES)  # each device's own, by the first dimension
+SEQUENCES = PartitionSpec(BATCH_AXES)
+
+Given = tuple[DecodeRows, PrefillChunks]
 
 
-def make_next_logits(run: RunConfig, layout: Layout) -> NextLogits:
-    """Returns a function of variables as a run's state has them, for any B and S.
+class Underway(NamedTuple):
+    """Tokens that later ranks of a pipeline have: what was given, the newest first.
 
-    Tokens, positions and the logits are whole on all devices.
+    x: the hidden states that come to a rank next.
     """
-    hidden_states = _hidden_states(run, layout)
 
-    def of_device(params, router_state, tokens_BS, last_B):
-        hidden_BSD = hidden_states(params, router_state, tokens_BS)
-        head_DV = _head(params, run, layout)
-        logits_BV = vocabulary.next_logits(hidden_BSD, head_DV, last_B)
-        return collectives.all_gather(logits_BV, BATCH_AXES, 0)
-
-    rows = PartitionSpec(BATCH_AXES)
-    specs = (layout.stored, WHOLE, rows, rows)
-    of_mesh = on_mesh(of_device, layout, specs, WHOLE)
-
-    def next_logits(variables, tokens_BS, last_B):
-        count, size = tokens_BS.shape
-        room = -count % run.mesh.batch_parts
-        tokens_BS = jnp.pad(tokens_BS, ((0, room), (0, -size % run.mesh.tensor)))
-        last_B = jnp.pad(last_B, (0, room))
-        params, router_state = variables["params"], variables["router_state"]
-        return of_mesh(params, router_state, tokens_BS, last_B)[:count]
-
-    return next_logits
+    given: tuple[Given, ...]
+    x: jax.Array
 
 
-def _hidden_states(run: RunConfig, layout: Layout):
-    """Returns a function to this device's positions after the final norm, [B, S, D]."""
-    if run.mesh.pipe > 1:
-        return pipelined.make_hidden_states(Transformer(run.model), run, layout)
-    model = with_gathers(Transformer(run.model), run, layout)
+def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakePrograms:
+    """Returns what makes an engine's programs for a run's mesh.
 
-    def hidden_states(params, router_state, tokens_BS):
-        weights = gather_weights(params, layout, run)
-        variables = {"params": weights, "router_state": router_state}
-        features: Any = model.apply(variables, tokens_BS, method="features")
-        return features.hidden_BSD
+    Its variables are as the run's state has them on the mesh.
 
-    return hidden_states
+    Args:
+      form: in which the weights are kept, one of `jmoe.nn.quantized.FORMS`.
+
+    Raises:
+      ValueError: there is no such form.
+    """
+    check_form(form)
+
+    def make(cfg: ModelConfig, variables: Any, limits: Limits) -> "OnMesh":
+        assert cfg == run.model, "the run's own model"
+        return OnMesh(run, mesh, form, variables, limits)
+
+    return make
 
 
-def _head(params: Any, run: RunConfig, layout: Layout) -> jax.Array:
-    """Returns this device's part of the output kernel, [D, V]."""
-    name = "embedding" if run.model.tie_embeddings else "head"
-    own = layout._replace(placements={name: layout.placements[name]})
-    weight = gather_weights({name: params[name]}, own, run)[name]
-    weight = weight.astype(run.model.dtype)
-    return weight.T if run.model.tie_embeddings else weight
+class OnMesh:
+    """MeshPrograms for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
+
+    def __init__(
+        self, run: RunConfig, mesh: Mesh, form: str, variables: Any, limits: Limits
+    ):
+        self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
+        self._limits = limits
+        self._programs = compile_for(run, mesh, form, limits)
+        layout, rows = self._programs.layout, self._programs.rows
+        self._weights = mesh_weights.place(run.model, layout, rows, form, variables)
+        self.state = self._programs.start()
+        self._size = 0, 0  # of the steps that aren't done
+        self._underway: Underway | None = None
+        # Whether anybody took part in each of the last steps, the oldest first.
+        self._calls: collections.deque[bool] = collections.deque()
+
+    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
+        """Returns what the steps that are done found, the same on all processes.
+
+        Steps of one size follow each other closely; before another, all are done.
+        """
+        size = len(rows.slot_B) // self.parts, chunks.token_AC.shape[1]
+        done = self.flush() if size != self._size else []
+        if self._underway is None:
+            self._size = size
+            self._underway = self._programs.begin(self._put(self._nobody()))
+        return done + self._call((rows, chunks), True)
+
+    def flush(self) -> list[StepResult]:
+        """Returns what steps that aren't done yet will have found."""
+        done = []
+        while any(self._calls):
+            done += self._call(self._nobody(), False)
+        self._calls.clear()
+        self._underway = None
+        return done
+
+    def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
+        operands = self._weights, self.state, self._underway, self._put(given)
+        self.state, self._underway, found = self._programs.step(*operands)
+        self._calls.append(is_anybody)
+        if len(self._calls) < self.turns:
+            return []
+        return [jax.device_get(found)] if self._calls.popleft() else []
+
+    def _nobody(self) -> Given:
+        """Returns a step's arrays in which no sequence takes part."""
+        rows, chunk = self._size
+        nobody = [[] for _ in range(self.parts)]
+        none = [None] * self.parts
+        made = make_rows(self._limits, nobody, rows)
+        return made, make_chunks(self._limits, none, chunk)
+
+    def _put(self, given: Given) -> Given:
+        return put_whole(self._programs.layout, given)
+
+
+class MeshPrograms(NamedTuple):
+    """What a mesh runs, compiled when it is called with arrays of a new size.
+
+    layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
+    state. begin: of a step's arrays, what is underway before any. step: of weights,
+    state, what is underway and what is given, the new ones and what was found.
+    """
+
+    layout: Layout
+    rows: tuple[LayerRow, ...]
+    start: Callable[[], Any]
+    begin: Callable[[Given], Underway]
+    step: Callable[..., tuple[Any, Underway, StepResult]]
+
+
+@functools.lru_cache(maxsize=16)
+def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
+    """Returns the programs of a run's model on this mesh."""
+    cfg = run.model
+    layout = make_layout(Transformer(cfg), mesh)
+    rows = mesh_weights.cut(cfg, run.mesh.pipe, limits.max_length)
+    own = functools.partial(jax.tree.map, lambda x: x[None])
+
+    def start() -> Any:
+        return own(make_state(cfg, limits, len(rows)))
+
+    def begin(given: Given) -> Underway:
+        x_TD = jnp.zeros((len(batches.join(*given).token_T), cfg.hidden_dim), cfg.dtype)
+        x_SD = collectives.local_part(x_TD, "tensor", 0)
+        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD))
+
+    def step(weights: Weights, state: Any, underway: Underway, given: Given) -> Any:
+        state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
+        every = (given, *underway.given)
+        layers = _own_layers(rows, weights)
+        x_SD, caches = _blocks(cfg, weights, layers, state.layers, x_SD, every)
+        state = state._replace(layers=())
+        state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
+        state = state._replace(layers=caches)
+        underway = Underway(every[:-1], own(collectives.ppermute(x_SD, PIPE)))
+        return own(state), underway, found
+
+    placed = mesh_weights.specs(cfg, layout, rows, form)
+    flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
+    return MeshPrograms(
+        layout,
+        rows,
+        jax.jit(on_mesh(start, layout, (), OWN)),
+        jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight)),
+        jax.jit(
+            on_mesh(
+                step, layout, (placed, OWN, flight, SEQUENCES), (OWN, flight, WHOLE)
+            ),
+            donate_argnums=(1, 2),
+        ),
+    )
+
+
+def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
+    """Returns this rank's layers; the number of one that it doesn't have is below 0."""
+    rank = collectives.axis_index(PIPE)
+    found = []
+    for row, of_ranks in zip(rows, weights.layers, strict=True):
+        number = jnp.array(row.numbers, jnp.int32)[rank]
+        own = jax.tree.map(lambda x: x[0], of_ranks)
+        found.append(Layer(row.feed_forward, number, own))
+    return found
+
+
+def _blocks(cfg, weights, own, caches, x_SD, every):
+    """Returns what this rank's layers compute of its tokens, and their caches."""
+    rank = collectives.axis_index(PIPE)
+    rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
+    batch = batches.join(rows, chunks)
+    known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
+    first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
+    x_SD = jnp.where(rank == 0, first_SD, x_SD)
+    kept = []
+    for layer, cache in zip(own, caches, strict=True):
+        compute = functools.partial(layers.block, cfg, layer, known=known)
+        x_SD, cache = lax.cond(
+            layer.number >= 0, compute, lambda cache, x_SD: (x_SD, cache), cache, x_SD
+        )
+        kept.append(cache)
+    return x_SD, tuple(kept)
+
+
+def _finish(cfg, limits, weights, state, x_SD, given):
+    """Returns what the last rank finds, of all devices' sequences, and its state."""
+    compute = functools.partial(finish, cfg, limits.top_logprobs, weights)
+    _, shapes = jax.eval_shape(compute, state, x_SD, *given)
+
+    def last(state, x_SD, *given):
+        state, found = compute(state, x_SD, *given)
+        return state, _packed(found)
+
+    def other(state, *_):
+        size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+        return state, jnp.zeros(size, jnp.int32)
+
+    if collectives.axis_size(PIPE) == 1:
+        state, packed_N = last(state, x_SD, *given)
+    else:
+        is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
+        state, packed_N = lax.cond(is_last, last, other, state, x_SD, *given)
+        packed_N = collectives.psum(packed_N, PIPE)
+    packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
+    return state, _unpacked(packed_PN, shapes)
+
+
+def _packed(found: StepResult) -> jax.Array:
+    """Returns all numbers as int32 [N], so that they travel at once."""
+    leaves = jax.tree.leaves(found)
+    bits = [lax.bitcast_convert_type(jnp.asarray(x), jnp.int32) for x in leaves]
+    return jnp.concatenate([x.reshape(-1) for x in bits])
+
+
+def _unpacked(packed_PN: jax.Array, shapes: StepResult) -> StepResult:
+    """Returns the inverse of `_packed` for each part, joined along the first one."""
+    leaves, tree = jax.tree.flatten(shapes)
+    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
+    found = []
+    for leaf, bits_PN in zip(leaves, jnp.split(packed_PN, ends, axis=1), strict=True):
+        x = lax.bitcast_convert_type(bits_PN, leaf.dtype)
+        shape = len(packed_PN) * leaf.shape[0], *leaf.shape[1:]
+        found.append(x.reshape(shape))
+    return jax.tree.unflatten(tree, found)

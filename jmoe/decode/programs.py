@@ -15,6 +15,8 @@ from jmoe.decode.step import State, StepResult, step
 from jmoe.decode.weights import prepare
 from jmoe.nn import block, mtp
 from jmoe.nn.mixers import MIXERS
+from jmoe.parallel import collectives
+from jmoe.parallel.vocabulary import AXIS
 
 _step = jax.jit(step, static_argnums=(0, 1), donate_argnums=(3,))
 
@@ -23,7 +25,7 @@ class OneDevice:
     """Programs of one size each, which JAX keeps by the shapes of rows and chunks.
 
     parts: how many devices have sequences of their own. turns: how many sets of
-    sequences take turns, and `run` returns what it was given `turns - 1` calls before.
+    sequences take turns; no sequence may take part in two steps that aren't done.
     """
 
     parts = 1
@@ -31,24 +33,34 @@ class OneDevice:
 
     def __init__(self, cfg: ModelConfig, variables: Any, limits: Limits):
         self._cfg, self._limits = cfg, limits
-        self._weights = prepare(cfg, variables)
-        self.state = make_state(cfg, limits)
+        # JAX compiles a program again for arrays that were told where to be, as those
+        # of a checkpoint; so all of them are, from the first step on.
+        weights = jax.device_put(prepare(cfg, variables))
+        state = make_state(cfg, limits, cfg.num_layers)
+        (device,) = weights.embedding.devices()
+        self._weights, self.state = jax.device_put((weights, state), device)
 
-    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> StepResult:
-        """Returns what one step finds, as NumPy arrays."""
+    def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
+        """Runs a step, and returns what the steps that are done found, in their order.
+
+        As NumPy arrays.
+        """
         operands = self._weights, self.state, rows, chunks
         self.state, found = _step(self._cfg, self._limits.top_logprobs, *operands)
-        return jax.device_get(found)
+        return [jax.device_get(found)]
+
+    def flush(self) -> list[StepResult]:
+        """Returns what steps that aren't done yet will have found."""
+        return []
 
 
-def make_state(cfg: ModelConfig, limits: Limits) -> State:
-    """Returns the state of a decoder that has read nothing."""
-
+def make_state(cfg: ModelConfig, limits: Limits, num_layers: int) -> State:
+    """Returns the state of a decoder that has read nothing, and has so many layers."""
     size = limits.pages, limits.page_size
-    layers = tuple(block.empty_cache(cfg, *size) for _ in range(cfg.num_layers))
+    layers = tuple(block.empty_cache(cfg, *size) for _ in range(num_layers))
     mtp_cache = mtp.empty_cache(cfg, *size) if limits.drafts else None
-    seen_XV = jnp.zeros((limits.slots, cfg.vocab_size), bool)
-    return State(layers, mtp_cache, seen_XV)
+    vocab = collectives.share(cfg.vocab_size, AXIS, "vocab_size")
+    return State(layers, mtp_cache, jnp.zeros((limits.slots, vocab), bool))
 
 
 def cache_bytes_a_token(cfg: ModelConfig) -> int:

@@ -23,7 +23,7 @@ from jmoe.decode import layers, seen
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.drafts import draft
 from jmoe.decode.sampling import Sampled, sample
-from jmoe.decode.weights import Weights
+from jmoe.decode.weights import Weights, layers_of
 
 
 class State(NamedTuple):
@@ -41,13 +41,14 @@ class State(NamedTuple):
 class StepResult(NamedTuple):
     """What was drawn of rows [B, Q] and chunks [A], and how many of a row's are new.
 
-    draft_RK: of rows and then of chunks, what the next step should try.
+    draft_BK, draft_AK: what the next step should try.
     """
 
     rows: Sampled
     new_B: jax.Array
+    draft_BK: jax.Array
     chunks: Sampled
-    draft_RK: jax.Array
+    draft_AK: jax.Array
 
 
 def step(
@@ -60,7 +61,7 @@ def step(
 ) -> tuple[State, StepResult]:
     """Returns the state after these tokens, and what follows them.
 
-    DecodeRows with drafts get new ones, and chunks too.
+    Rows with drafts get new ones, and chunks too.
 
     Args:
       num_top: N.
@@ -68,7 +69,28 @@ def step(
     batch = batches.join(rows, chunks)
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     x_SD = layers.embedded(cfg, weights, batch.token_T)
-    x_SD, caches = layers.blocks(cfg, weights, state.layers, x_SD, known)
+    blocks = layers_of(cfg, weights)
+    x_SD, caches = layers.blocks(cfg, blocks, state.layers, x_SD, known)
+    tail = state._replace(layers=())
+    tail, result = finish(cfg, num_top, weights, tail, x_SD, rows, chunks)
+    return tail._replace(layers=caches), result
+
+
+def finish(
+    cfg: ModelConfig,
+    num_top: int,
+    weights: Weights,
+    state: State,
+    x_SD: jax.Array,
+    rows: DecodeRows,
+    chunks: PrefillChunks,
+) -> tuple[State, StepResult]:
+    """Returns what comes of the last block's output: tokens, drafts, what was seen.
+
+    Args:
+      state: whose layers aren't looked at.
+    """
+    batch = batches.join(rows, chunks)
     hidden_SD = layers.final_norm(cfg, weights, x_SD)
     seen_XV = seen.read(state.seen_XV, chunks)
     sampled = _draw(weights, hidden_SD, batch, seen_XV, num_top)
@@ -80,16 +102,18 @@ def step(
     seen_XV = seen.note(seen_XV, rows.slot_B, of_rows.token, is_new_BQ)
     drawn_A1, is_end_A1 = of_chunks.token[:, None], (chunks.next_A < 0)[:, None]
     seen_XV = seen.note(seen_XV, chunks.slot_A, drawn_A1, is_end_A1)
+    state = state._replace(seen_XV=seen_XV)
 
-    num_drafts = rows.token_BQ.shape[1] - 1
     draft_RK = jnp.zeros((len(rows.slot_B) + len(chunks.slot_A), 0), jnp.int32)
-    mtp = state.mtp
+    num_drafts = rows.token_BQ.shape[1] - 1
     if num_drafts:
         follow_T = batches.follow(chunks, of_rows.token, of_chunks.token)
         heads = batches.heads(rows, chunks, new_B)
         told = seen_XV, hidden_SD, follow_T, batch, heads
-        mtp, draft_RK = draft(cfg, weights, mtp, *told, num_drafts)
-    return State(caches, mtp, seen_XV), StepResult(of_rows, new_B, of_chunks, draft_RK)
+        cache, draft_RK = draft(cfg, weights, state.mtp, *told, num_drafts)
+        state = state._replace(mtp=cache)
+    draft_BK, draft_AK = jnp.split(draft_RK, [len(rows.slot_B)])
+    return state, StepResult(of_rows, new_B, draft_BK, of_chunks, draft_AK)
 
 
 def _draw(weights, hidden_SD, batch, seen_XV, num_top) -> Sampled:

@@ -17,16 +17,38 @@ from jmoe.ops.stored import FewerBits
 PARAMS, ROUTER_STATE = "params", "router_state"
 
 
+class LayerPlace(NamedTuple):
+    """The entry of the variables' trees that has a layer, and its index in a stack."""
+
+    name: str
+    index: int | None
+
+
+MTP = LayerPlace("mtp_0", None)
+
+
+class Layer(NamedTuple):
+    """A block: what it has after its attention, its number, and its collections.
+
+    number: an int, or an array on a mesh.
+    """
+
+    feed_forward: FeedForwardConfig
+    number: Any
+    collections: Any
+
+
 class Weights(NamedTuple):
     """Arrays, or what stands for them in fewer bits (`jmoe.ops.stored`).
 
-    embedding [V, D], head [D, V]. layers: each block's collections. mtp: of the first
-    MTP module; None: the model has none.
+    embedding [V, D]. head [D, V]; None: it is the embedding. final_norm: its
+    collections. layers: of each block.
+    mtp: the collections of the first MTP module; None: the model has none.
     """
 
     embedding: jax.Array
     final_norm: Any
-    head: jax.Array
+    head: jax.Array | None
     layers: tuple[Any, ...]
     mtp: Any
 
@@ -34,23 +56,37 @@ class Weights(NamedTuple):
 def prepare(cfg: ModelConfig, variables: Any) -> Weights:
     """Returns the weights in the dtypes that they are computed with.
 
-    Those that have them already are not copied, unless they are stacked.
+    Those that have them already are not copied, unless they are stacked. `layers` are
+    the blocks' collections.
     """
-    params = converted(cfg, variables[PARAMS])
+    params = _converted(cfg, variables[PARAMS])
     state = variables[ROUTER_STATE]
-    head = params["embedding"].T if cfg.tie_embeddings else params["head"]
-    mtp = None
-    if cfg.mtp_depth:
-        mtp = {PARAMS: params["mtp_0"], ROUTER_STATE: state.get("mtp_0", {})}
+    collections = {PARAMS: params, ROUTER_STATE: state}
+    layers = tuple(layer_of(collections, where) for where in places(cfg))
+    mtp = layer_of(collections, MTP) if cfg.mtp_depth else None
+    return assemble(params, layers, mtp)
+
+
+def assemble(params: Any, layers: tuple[Any, ...], mtp: Any) -> Weights:
+    """Returns the weights of layers, with what is before and behind them."""
     final_norm = {PARAMS: params["final_norm"]}
-    layers = tuple(
-        {PARAMS: _of(params, *where), ROUTER_STATE: _of(state, *where)}
-        for where in _places(cfg)
-    )
-    return Weights(params["embedding"], final_norm, head, layers, mtp)
+    return Weights(params["embedding"], final_norm, params.get("head"), layers, mtp)
 
 
-def converted(cfg: ModelConfig, params: Any) -> Any:
+def ends(cfg: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the parameters before and behind the layers."""
+    head = () if cfg.tie_embeddings else ("head",)
+    return ("embedding", "final_norm", *head)
+
+
+def layers_of(cfg: ModelConfig, weights: Weights) -> list[Layer]:
+    """Returns the model's blocks, in their order."""
+    kinds = feed_forwards(cfg)
+    numbered = zip(kinds, range(len(kinds)), weights.layers, strict=True)
+    return [Layer(*layer) for layer in numbered]
+
+
+def _converted(cfg: ModelConfig, params: Any) -> Any:
     """Returns parameters in the dtypes that they are computed with."""
 
     def convert(record: Parameter, x: Any) -> Any:
@@ -67,21 +103,23 @@ def feed_forwards(cfg: ModelConfig) -> list[FeedForwardConfig]:
     return [stack.feed_forward for stack in cfg.stacks.values() for _ in stack.layers]
 
 
-def _places(cfg: ModelConfig) -> list[tuple[str, int | None]]:
-    """Returns the name of each layer's entry, and its place in it, if it is a stack."""
-    if cfg.layer_loop == "scan":
-        return [
-            (name, i)
-            for name, stack in cfg.stacks.items()
-            for i in range(stack.num_layers)
-        ]
+def places(cfg: ModelConfig) -> list[LayerPlace]:
+    """Returns where each layer's variables are."""
+    is_stacked = cfg.layer_loop == "scan"
     return [
-        (f"{name}_{i}", None)
+        LayerPlace(name, i) if is_stacked else LayerPlace(f"{name}_{i}", None)
         for name, stack in cfg.stacks.items()
         for i in range(stack.num_layers)
     ]
 
 
-def _of(tree: Any, name: str, place: int | None) -> Any:
-    entry = tree.get(name, {})  # a layer without experts has no state
-    return entry if place is None else jax.tree.map(lambda x: x[place], entry)
+def layer_of(variables: Any, place: LayerPlace) -> Any:
+    """Returns a layer's collections."""
+    return {name: _of(variables[name], place) for name in (PARAMS, ROUTER_STATE)}
+
+
+def _of(tree: Any, place: LayerPlace) -> Any:
+    entry = tree.get(place.name, {})  # a layer without experts has no state
+    if place.index is None:
+        return entry
+    return jax.tree.map(lambda x: x[place.index], entry)

@@ -81,13 +81,8 @@ def import_run(
         call goes on from it.
     """
     with Reader(model, fp8=fp8, dtype=dtype) as reader:
-        tokenizer = Tokenizer.from_file(model / TOKENIZER, _said_by(reader.cfg))
-        run = make_run(reader, workdir, assignments)
-        if tokenizer.vocab_size > run.model.vocab_size:
-            raise ValueError(
-                f"{model / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the "
-                f"model's vocab_size={run.model.vocab_size}."
-            )
+        tokenizer = read_tokenizer(model, reader.cfg)
+        run = make_run(reader.cfg, workdir, assignments)
         with Directory(workdir, _identity(reader)) as directory:
             arrays = _write_arrays(directory, reader, started)
             # Of an attempt that ended in the middle of what follows:
@@ -104,7 +99,7 @@ def import_run(
 
 
 def make_run(
-    reader: Reader, workdir: pathlib.Path, assignments: Sequence[str]
+    cfg: ModelConfig, workdir: pathlib.Path, assignments: Sequence[str] = ()
 ) -> RunConfig:
     """Returns the run's record: the model's, and defaults that `assignments` change.
 
@@ -112,15 +107,15 @@ def make_run(
       ValueError: an assignment is malformed, or would make it another model.
     """
     train = TrainConfig(steps=1000, batch_size=16, microbatch_size=16)
-    if names.absent(reader.cfg):  # biases that have moved could not go out again
+    if names.absent(cfg):  # biases that have moved could not go out again
         still = StepwiseConfig(first=0.0, last=0.0)
         train = dataclasses.replace(train, bias_rate=still)
     run = RunConfig(
         name=workdir.name,
-        model=reader.cfg,
+        model=cfg,
         data=DataConfig(
             tokenizer=str(workdir / TOKENIZER),
-            sequence_length=min(256, reader.cfg.max_positions),
+            sequence_length=min(256, cfg.max_positions),
         ),
         train=train,
         initial_weights="imported",
@@ -129,6 +124,22 @@ def make_run(
     for name, (old, new) in workdirs.fixed_changes(run, made, ("model",)).items():
         raise ValueError(f"{name}={new!r} must stay {old!r}, as the files have it.")
     return made
+
+
+def read_tokenizer(model: pathlib.Path, cfg: ModelConfig) -> Tokenizer:
+    """Returns a directory's tokenizer, with what its files say of special tokens.
+
+    Raises:
+      FileNotFoundError: it has none.
+      ValueError: it isn't one that jmoe reads, or has more tokens than the model.
+    """
+    tokenizer = Tokenizer.from_file(model / TOKENIZER, _said_by(cfg))
+    if tokenizer.vocab_size > cfg.vocab_size:
+        raise ValueError(
+            f"{model / TOKENIZER} has {tokenizer.vocab_size} tokens, more than the "
+            f"model's vocab_size={cfg.vocab_size}."
+        )
+    return tokenizer
 
 
 def _said_by(cfg: ModelConfig) -> dict[str, bytes]:

@@ -106,19 +106,24 @@ def cost(cfg: GQAConfig, hidden_dim: int, length: int) -> float:
 def cached(
     cfg: GQAConfig, dtype: jax.typing.DTypeLike
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns what a decoder keeps of a token: rotated keys, and values."""
-    of_heads = jax.ShapeDtypeStruct((cfg.num_kv_heads, cfg.head_dim), dtype)
+    """Returns what a decoder keeps of a token: rotated keys, and values.
+
+    On a mesh, those of this device's heads.
+    """
+    kv_heads = collectives.share(cfg.num_kv_heads, "tensor", "num_kv_heads")
+    of_heads = jax.ShapeDtypeStruct((kv_heads, cfg.head_dim), dtype)
     return {"key": of_heads, "value": of_heads}
 
 
 def _attend(cfg, pages, sequences, q_BQHX):
     """Returns each token's attention to what is cached, [B, Q, H, X]."""
 
-    def read(page_BJ):
-        return tuple(
-            paged.entries(pages[name], page_BJ).astype(q_BQHX.dtype)
+    def read(page_WJ, is_there_WS):
+        found = [
+            paged.entries(pages[name], page_WJ, is_there_WS).astype(q_BQHX.dtype)
             for name in ("key", "value")
-        )
+        ]
+        return tuple(x_WSKX.swapaxes(1, 2) for x_WSKX in found)
 
     batch, tokens, heads, dim = q_BQHX.shape
     kv_heads = pages["key"].shape[2]

@@ -118,7 +118,7 @@ class Transformer(nn.Module):
         if self.cfg.layer_loop == "scan":
             scanned: Any = nn.scan(
                 prepare(Block, name, self.cfg, gather, scanned=True),
-                variable_axes={"params": 0, "router_state": 0},
+                variable_axes={"params": 0, "router_state": 0, "intermediates": 0},
                 split_rngs={"params": True},
                 in_axes=(nn.broadcast, 0),  # type: ignore[arg-type]
                 length=stack.num_layers,

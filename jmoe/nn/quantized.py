@@ -17,7 +17,7 @@ import jax
 from jmoe.config import ModelConfig
 from jmoe.nn.model import parameter_records
 from jmoe.nn.parameter import INT4, Parameter
-from jmoe.ops import fp8, int4
+from jmoe.ops import fp8, int4, stored
 
 FORMS = ("native", "fp8", "int4-experts")
 
@@ -34,16 +34,26 @@ def quantize_weights(params: Any, cfg: ModelConfig, form: str) -> Any:
     Raises:
       ValueError: there is no such form.
     """
-    if form not in FORMS:
-        raise ValueError(f"weights={form!r} is not one of {', '.join(FORMS)}.")
+    check_form(form)
 
     def convert(record: Parameter, w: jax.Array) -> Any:
-        if form == "native" or not record.formats:
-            return w
-        matrices = w.reshape(*w.shape[: record.num_lead + 1], -1)
-        if form == "int4-experts" and INT4 in record.formats:
-            return int4.quantize(matrices)
-        return fp8.quantize(matrices, fp8.SQUARE)
+        return quantize_weight(record, w, form)
 
     records = parameter_records(cfg)["params"]
     return {name: jax.tree.map(convert, records[name], w) for name, w in params.items()}
+
+
+def quantize_weight(record: Parameter, w: jax.Array, form: str) -> stored.Weight:
+    """Returns one parameter in one of FORMS, if it may have fewer bits there."""
+    if form == "native" or not record.formats:
+        return w
+    matrices = w.reshape(*w.shape[: record.num_lead + 1], -1)
+    if form == "int4-experts" and INT4 in record.formats:
+        return int4.quantize(matrices)
+    return fp8.quantize(matrices, fp8.SQUARE)
+
+
+def check_form(form: str) -> None:
+    """Refuses what isn't one of FORMS; ValueError."""
+    if form not in FORMS:
+        raise ValueError(f"weights={form!r} is not one of {', '.join(FORMS)}.")

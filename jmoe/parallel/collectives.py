@@ -93,6 +93,14 @@ def all_to_all(x: jax.Array, axes: Axes, split_dim: int, join_dim: int) -> jax.A
     return lax.all_to_all(x, axes, split_dim, join_dim, tiled=True) if axes else x
 
 
+def ppermute(x: jax.Array, axis: str) -> jax.Array:
+    """Returns the x of the device before this one along `axis`; the first has zeros."""
+    if not _present(axis):
+        return x
+    ranks = range(axis_size(axis))
+    return lax.ppermute(x, axis, list(zip(ranks, ranks[1:], strict=False)))
+
+
 def _present(axes: Axes) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     names = (axes,) if isinstance(axes, str) else axes

@@ -107,12 +107,20 @@ def text(flag: flags.FlagHolder[str]) -> str:
     Raises:
       ValueError: its bytes aren't UTF-8.
     """
+    return _utf8(flag.name, flag.value)
+
+
+def texts(flag: flags.FlagHolder[list[str]]) -> tuple[str, ...]:
+    """Returns what a flag that is repeatable gives, each as `text` does."""
+    return tuple(_utf8(flag.name, value) for value in flag.value)
+
+
+def _utf8(name: str, value: str) -> str:
     try:
-        return os.fsencode(flag.value).decode()
+        return os.fsencode(value).decode()
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{flag.name}={flag.value!r} must be UTF-8; it isn't at byte offset "
-            f"{error.start}."
+            f"{name}={value!r} must be UTF-8; it isn't at byte offset {error.start}."
         ) from error
 
 

@@ -81,6 +81,19 @@ def test_a_seed_decides_the_draw_and_each_row_draws_its_own(complete):
     assert all(len(set(new)) > NEW // 2 for new in first)  # nor each step the same
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_drafts_change_no_token(complete, temperature):
+    draw = functools.partial(complete, PROMPTS, max_new_tokens=NEW, seed=3)
+    plain = draw(temperature=temperature)
+    assert draw(temperature=temperature, drafts=1) == plain
+
+
+def test_a_prompt_has_the_seed_of_its_place(complete):
+    draw = functools.partial(complete, max_new_tokens=NEW, temperature=1.0)
+    second = draw(PROMPTS, seed=4)[1]
+    assert draw([PROMPTS[1]], seed=5) == [second] != draw([PROMPTS[1]], seed=4)
+
+
 def test_a_model_can_be_filled_to_its_last_position(cfg, complete):
     (new,) = complete([[1, 2]], max_new_tokens=cfg.max_positions - 2)
     assert len(new) == cfg.max_positions - 2
@@ -104,6 +117,12 @@ def test_a_model_can_be_filled_to_its_last_position(cfg, complete):
 def test_a_mistaken_argument_is_named(complete, prompts, options, complaint):
     with pytest.raises(ValueError, match=complaint):
         complete(prompts, **{"max_new_tokens": NEW, **options})
+
+
+def test_a_model_without_a_module_that_drafts_is_asked_for_none(cfg, variables):
+    without = dataclasses.replace(cfg, mtp_depth=0)
+    with pytest.raises(ValueError, match="drafts=1 needs a model with an MTP module"):
+        generate(without, variables, [[1]], max_new_tokens=1, drafts=1)
 
 
 @pytest.mark.parametrize("kind", ["expert_choice", "replayed"])

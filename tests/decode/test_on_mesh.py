@@ -3,13 +3,13 @@
 import runpy
 
 import jax
-import numpy as np
 import pytest
 
 from jmoe.config import override
-from jmoe.decode import generate as generating
 from jmoe.decode.generate import generate
-from jmoe.decode.on_mesh import make_next_logits
+from jmoe.decode.limits import Limits
+from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.on_mesh import OnMesh, make_programs
 from jmoe.nn.model import Transformer
 from jmoe.train import layout as layouts
 from tests.decode.conftest import EXPERIMENT
@@ -37,21 +37,34 @@ def placed(mesh, settings, variables):
 @pytest.mark.parametrize(("mesh", "settings"), MESHES.items(), ids=MESHES)
 def test_a_mesh_finds_the_tokens_of_one_device(cfg, variables, mesh, settings):
     run, layout, divided = placed(mesh, settings, variables)
-    next_logits = make_next_logits(run, layout)
-    got = generate(cfg, divided, PROMPTS, max_new_tokens=NEW, next_logits=next_logits)
+    programs = make_programs(run, layout.mesh)
+    got = generate(cfg, divided, PROMPTS, max_new_tokens=NEW, programs=programs)
     assert got == generate(cfg, variables, PROMPTS, max_new_tokens=NEW)
 
 
 def test_no_device_gets_more_of_a_parameter_than_it_computes_with(variables):
     run, layout, divided = placed("data=2,expert=4,tensor=2", [], variables)
-    operands = divided, np.zeros((4, 64), np.int32), np.ones(4, np.int32), NEW, 0
-    next_logits = make_next_logits(run, layout)
-    program = generating._complete.lower(next_logits, *operands, 0.0, 1.0).compile()
+    limits = Limits(rows=(2,), chunks=(16,), max_length=64)
+    made = OnMesh(run, layout.mesh, "native", divided, limits)
+    nobody = made._put(given(limits, made.parts, 2, 16))
+    underway = made._programs.begin(nobody)
+    operands = made._weights, made.state, underway, nobody
+    text = made._programs.step.lower(*operands).compile().as_text()
     whole = {
-        str(path): "[" + ",".join(map(str, x.shape)) + "]"
-        for path, x in jax.tree.leaves_with_path(variables["params"])
-        if {"experts", "head", "embedding"} & {key.key for key in path}
+        str(path): "[" + ",".join(map(str, x.shape[1:])) + "]"
+        for path, x in jax.tree.leaves_with_path(variables["params"]["moe"])
+        if "experts" in {key.key for key in path}
     }
-    assert len(whole) > 3
-    text = str(program.as_text())
+    assert len(whole) == 2
     assert not [path for path, shape in whole.items() if f"f32{shape}" in text]
+    assert "all-gather" in text
+    vocab, hidden = variables["params"]["embedding"].shape
+    # Nor whole logits, nor noise of the whole vocabulary.
+    assert f"[{vocab},{hidden}]" not in text and f",{vocab}]" not in text
+
+
+def given(limits, parts, rows, chunk):
+    """The arrays of a step in which nobody takes part."""
+    nobody = [[] for _ in range(parts)]
+    made = make_rows(limits, nobody, rows)
+    return made, make_chunks(limits, [None] * parts, chunk)

@@ -49,6 +49,30 @@ def test_the_imported_model_writes_the_same_text(script, trained, imported):
     assert texts[0] == texts[1] != ""
 
 
+def test_a_directory_writes_the_text_of_the_run_that_it_was_exported_from(
+    script, trained, exported, tmp_path
+):
+    text = script("generate", f"--workdir={trained}", *GREEDY).out
+    assert script("generate", f"--model={exported}", *GREEDY).out == text != ""
+    narrow = tmp_path / "bfloat16"
+    to = (f"--out={narrow}", "--dtype=bfloat16")
+    assert script("export_hf", f"--workdir={trained}", *to).code == 0
+    outcome = script("generate", f"--model={narrow}", "--weights=fp8", *GREEDY)
+    assert outcome.code == 0 and "is" in outcome.out
+
+
+@pytest.mark.parametrize(
+    "missing", ["config.json", "tokenizer.json", "model.safetensors"]
+)
+def test_what_a_directory_lacks_to_generate_text_is_named(
+    script, exported, tmp_path, missing
+):
+    partial = shutil.copytree(exported, tmp_path / "partial")
+    (partial / missing).unlink()
+    outcome = script("generate", f"--model={partial}", *GREEDY)
+    assert missing.removeprefix("model") in outcome.mistake()
+
+
 def test_training_goes_on_from_imported_weights(script, trained, imported):
     def losses(workdir):
         rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

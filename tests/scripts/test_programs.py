@@ -34,7 +34,7 @@ def test_every_script_is_a_command_too_but_those_of_a_clone():
 
 def test_help_is_of_the_program(script):
     outcome = script("generate", "--help")
-    assert outcome.out.startswith("Completes a prompt with the model of a run.")
+    assert outcome.out.startswith("Completes prompts with the model of a run")
     assert "python scripts/generate.py --num_samples=3" in outcome.out
     assert "--max_new_tokens: " in outcome.out and "--helpfull" in outcome.out
 

@@ -1,0 +1,200 @@
+"""A decoder's weights on a mesh: where they lie, and how they get there.
+
+They lie as a model computes with them: divided by the rules of their dimensions
+(`jmoe.parallel.rules`), not by ZeRO. A pipeline's ranks have layers of their own: a row
+of layers, one of each rank, is one tree of arrays with the rank as first dimension. A
+rank that has no layer for a row has zeros, and doesn't compute it.
+
+Shapes: P rank of the pipeline.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jmoe.config import ModelConfig
+from jmoe.config.model import FeedForwardConfig
+from jmoe.decode.weights import (
+    MTP,
+    PARAMS,
+    ROUTER_STATE,
+    LayerPlace,
+    Weights,
+    assemble,
+    ends,
+    layer_of,
+    places,
+)
+from jmoe.nn.parameter import Parameter
+from jmoe.nn.quantized import quantize_weight
+from jmoe.parallel.partition import partition
+from jmoe.train.layout import WHOLE, Layout, on_mesh
+from jmoe.train.stages import layer_costs, tail_cost
+
+PIPE = "pipe"
+
+
+class LayerRow(NamedTuple):
+    """Layers that the ranks compute at once; -1, and no place, where one has none."""
+
+    feed_forward: FeedForwardConfig
+    numbers: tuple[int, ...]
+    places: tuple[LayerPlace | None, ...]
+
+
+def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
+    """Returns rows of layers, for ranks whose layers cost about the same.
+
+    Args:
+      length: of sequences, by which attention costs.
+
+    Raises:
+      ValueError: there are more ranks than layers.
+    """
+    costs, last = layer_costs(cfg, length), tail_cost(cfg, length)
+    bounds = partition(costs, ranks, last=last)
+    every, rows = places(cfg), []
+    for stack in cfg.stacks.values():
+        begin, end = stack.layers.start, stack.layers.stop
+        own = [
+            [n for n in range(*bounds[rank : rank + 2]) if begin <= n < end]
+            for rank in range(ranks)
+        ]
+        for i in range(max(map(len, own))):
+            numbers = tuple(n[i] if i < len(n) else -1 for n in own)
+            where = tuple(every[n] if n >= 0 else None for n in numbers)
+            rows.append(LayerRow(stack.feed_forward, numbers, where))
+    return tuple(rows)
+
+
+class _Piece(NamedTuple):
+    """Some of the parameters: what they are, and their specs as they are computed with.
+
+    has_ranks: whether each rank of the pipeline has its own, by the first dimension.
+    """
+
+    records: Any
+    specs: Any
+    has_ranks: bool
+
+
+def place(
+    cfg: ModelConfig,
+    layout: Layout,
+    rows: tuple[LayerRow, ...],
+    form: str,
+    variables: Any,
+) -> Weights:
+    """Returns the weights as they lie on the mesh.
+
+    It handles a layer of each rank at a time, and needs no room for more.
+
+    Args:
+      form: one of `jmoe.nn.quantized.FORMS`.
+      variables: as a run's state has them.
+    """
+    make = functools.partial(_place, cfg, layout, form)
+    layers = []
+    for row in rows:
+        own = [where and layer_of(variables, where) for where in row.places]
+        some = next(filter(None, own))
+        # What a rank doesn't have, it doesn't read.
+        filled = [tree or jax.tree.map(jnp.zeros_like, some) for tree in own]
+        layers.append(make(_of_row(layout, row), *filled))
+    mtp = None
+    if cfg.mtp_depth:
+        mtp = make(_of_mtp(layout), layer_of(variables, MTP))
+    params = {name: variables[PARAMS][name] for name in ends(cfg)}
+    found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
+    return assemble(found[PARAMS], tuple(layers), mtp)
+
+
+def specs(
+    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
+) -> Weights:
+    """Returns the weights' specs, of a weight in fewer bits one for all its arrays."""
+    layers = tuple(_converted_specs(_of_row(layout, row), form) for row in rows)
+    mtp = _converted_specs(_of_mtp(layout), form) if cfg.mtp_depth else None
+    found = _converted_specs(_of_ends(cfg, layout), form)
+    return assemble(found[PARAMS], layers, mtp)
+
+
+def _of_row(layout: Layout, row: LayerRow) -> _Piece:
+    name, index = next(filter(None, row.places))
+    records, placements = layout.records[name], layout.placements[name]
+    if index is not None:
+        records = jax.tree.map(_unstacked, records)
+        placements = jax.tree.map(lambda x: x.of_layer(), placements)
+    specs = jax.tree.map(lambda x: PartitionSpec(PIPE, *x.whole), placements)
+    return _Piece(records, specs, True)
+
+
+def _of_mtp(layout: Layout) -> _Piece:
+    return _whole(layout.records[MTP.name], layout.placements[MTP.name])
+
+
+def _of_ends(cfg: ModelConfig, layout: Layout) -> _Piece:
+    records, placements = (
+        {name: tree[name] for name in ends(cfg)}
+        for tree in (layout.records, layout.placements)
+    )
+    return _whole(records, placements)
+
+
+def _whole(records: Any, placements: Any) -> _Piece:
+    return _Piece(records, jax.tree.map(lambda x: x.whole, placements), False)
+
+
+def _unstacked(record: Parameter) -> Parameter:
+    return dataclasses.replace(record, dims=record.dims[1:])
+
+
+def _place(
+    cfg: ModelConfig, layout: Layout, form: str, piece: _Piece, *trees: Any
+) -> Any:
+    """Returns a piece's collections on the mesh, of one tree, or one of each rank."""
+
+    def convert(record: Parameter, w: jax.Array) -> Any:
+        if form != "native" and record.formats:
+            return quantize_weight(record, w, form)
+        return w.astype(record.compute_dtype(cfg.dtype))
+
+    def of_rank(record: Parameter, w: jax.Array) -> Any:
+        if not piece.has_ranks:
+            return convert(record, w)
+        return jax.tree.map(lambda x: x[None], convert(record, w[0]))
+
+    def of_device(params: Any) -> Any:
+        return jax.tree.map(of_rank, piece.records, params)
+
+    after = _converted_specs(piece, form)
+    converted = on_mesh(of_device, layout, (piece.specs,), after[PARAMS])
+
+    def make(*trees: Any) -> Any:
+        join = (lambda *x: jnp.stack(x)) if piece.has_ranks else (lambda x: x)
+        joined = jax.tree.map(join, *trees)
+        return {**joined, PARAMS: converted(joined[PARAMS])}
+
+    state = NamedSharding(layout.mesh, after[ROUTER_STATE])
+    lie = jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), after[PARAMS])
+    return jax.jit(make, out_shardings={PARAMS: lie, ROUTER_STATE: state})(*trees)
+
+
+def _converted_specs(piece: _Piece, form: str) -> Any:
+    """Returns the specs of a piece's collections; its router state is whole."""
+
+    def convert(record: Parameter, spec: PartitionSpec) -> PartitionSpec:
+        if form == "native" or not record.formats:
+            return spec
+        # A matrix in fewer bits has all its outputs in one dimension.
+        first = record.num_lead + piece.has_ranks + 1
+        outputs = [axis for axis in spec[first:] if axis is not None]
+        return PartitionSpec(*spec[:first], outputs[0] if outputs else None)
+
+    params = jax.tree.map(convert, piece.records, piece.specs)
+    state = PartitionSpec(PIPE) if piece.has_ranks else WHOLE
+    return {PARAMS: params, ROUTER_STATE: state}

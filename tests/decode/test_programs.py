@@ -1,0 +1,24 @@
+"""A decoder's programs: each size is compiled once, wherever its weights come from."""
+
+import jax
+import numpy as np
+
+from jmoe.decode import programs
+from jmoe.decode.limits import Limits
+from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.programs import OneDevice
+
+LIMITS = Limits(rows=(1,), chunks=(16,), max_length=64)
+
+
+def test_a_size_is_compiled_once_for_weights_of_a_host_and_of_a_checkpoint(
+    cfg, variables
+):
+    placed = jax.device_put(variables, jax.devices()[0])  # as a checkpoint's are
+    rows, chunks = make_rows(LIMITS, [[]], 1), make_chunks(LIMITS, [None], 0)
+    before = programs._step._cache_size()
+    for weights in (variables, jax.tree.map(np.asarray, variables), placed):
+        made = OneDevice(cfg, weights, LIMITS)
+        for _ in range(2):
+            made.run(rows, chunks)
+    assert programs._step._cache_size() == before + 1
