@@ -1,6 +1,7 @@
 """Measures jmoe against the alternatives, in one run on one machine.
 
 python scripts/bench.py --suite=train_cpu
+python scripts/bench.py --suite=decode_cpu
 python scripts/bench.py --suite=convert
 python scripts/bench.py --suite=mesh
 python scripts/bench.py --suite=pipeline
@@ -33,6 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # needs other libraries. One with a record `Settings` takes that too.
 SUITES = {
     "convert": "experiments.benchmarks.convert",
+    "decode_cpu": "experiments.benchmarks.decode_cpu",
     "faults": "experiments.benchmarks.faults",
     "gpu": "experiments.benchmarks.gpu",
     "mesh": "experiments.benchmarks.mesh",

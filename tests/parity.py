@@ -157,6 +157,18 @@ def random_variables(cfg, seed=0):
     return jax.tree_util.tree_map_with_path(leaf, abstract_variables(cfg))
 
 
+def exportable_variables(cfg):
+    """The same, but zero where the family's files have nothing."""
+    variables = random_variables(cfg)
+    for path in names.absent(cfg):
+        *parents, last = path.split("/")
+        node = variables
+        for parent in parents:
+            node = node[parent]
+        node[last] *= 0
+    return variables
+
+
 def relative_error(got, want):
     """The largest error, relative to the largest entry.
 

@@ -54,7 +54,12 @@ FLAGS = {
     "experiments/loss_free_vs_frozen.py": ["workdir", "set"],
     "scripts/bench.py": ["suite", "repeats", "set"],
     "scripts/check_hopper.py": ["suite", "program", "environment"],
-    "jmoe/commands/evaluate.py": ["workdir", "step", "weights", "set"],
+    "experiments/tiny_math.py": ["workdir", "set", "math500"],
+    "jmoe/commands/evaluate.py": [
+        *("workdir", "model", "step", "weights", "set", "task", "data", "limit"),
+        *("samples", "temperature", "max_new_tokens", "seed", "out"),
+        *("endpoint", "endpoint_model", "endpoint_api", "concurrency"),
+    ],
     "jmoe/commands/export_hf.py": [
         "workdir",
         "out",
@@ -126,9 +131,8 @@ COMMON_NAMES = {
 }
 # And some have to be known elsewhere:
 NAMED = {
-    # a pipeline and a decoder hand the table of embeddings to what makes the logits
+    # a pipeline hands the table of embeddings to what makes the logits
     "jmoe/train/pipelined.py": {"embedding"},
-    "jmoe/decode/on_mesh.py": {"embedding"},
     # a decoder takes the model's parameters apart
     "jmoe/decode/weights.py": {"embedding", "final_norm", "mtp_0"},
     # a checkpoint of Hugging Face's may repeat it, or leave it to be the head

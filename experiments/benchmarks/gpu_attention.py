@@ -1,7 +1,7 @@
 """Attention that JAX does in the GPU benchmark: ours, cuDNN's, `tokamax`'s; decoding.
 
 Shapes: B batch, T position, H head, Q query/key and V value dimension; of decoding, S
-cached position, X latent dimension.
+cached position, M page of a sequence, X latent dimension.
 """
 # pyright: reportMissingImports=false
 
@@ -18,7 +18,7 @@ from experiments.benchmarks.gpu_measure import ATTENTION, Subject
 from experiments.benchmarks.gpu_shapes import BOTH_PASSES, FORWARD, Attention, Decode
 from jmoe.config import MLAConfig
 from jmoe.ops import attention as ops
-from jmoe.ops import latent_attention
+from jmoe.ops import latent_attention, paged
 
 BLOCK_SIZE = MLAConfig.block_size
 
@@ -135,19 +135,27 @@ def _naive(scale: float) -> Attend:
 def decode(case: Decode) -> Iterator[Subject]:
     """One query of each head and sequence to all that is cached."""
     B, S, H, X = case.batch, case.length, case.heads, case.latent_dim
+    page = latent_attention.KERNEL_PAGE
+    pages = -(-S // page)  # of a sequence, which lie one after the other
 
     def make(key: jax.Array) -> tuple[jax.Array, ...]:
         q_key, cache_key = jax.random.split(key)
         return (
             jax.random.normal(q_key, (B, H, X), jnp.bfloat16),
-            jax.random.normal(cache_key, (B, S, X), jnp.bfloat16),
+            jax.random.normal(cache_key, (B, pages * page, X), jnp.bfloat16),
             jnp.full(B, S, jnp.int32),
         )
 
     def ours(q_BHX, cache_BSX, length_B):
-        return latent_attention.latent_decode(
-            q_BHX, cache_BSX, length_B, value_dim=case.value_dim, scale=case.scale
+        table_BM = jnp.arange(B * pages, dtype=jnp.int32).reshape(B, pages)
+        out_BQHV = latent_attention.latent_decode(
+            q_BHX[:, None],
+            cache_BSX.reshape(-1, page, X),
+            paged.Sequences(table_BM, length_B[:, None] - 1),
+            value_dim=case.value_dim,
+            scale=case.scale,
         )
+        return out_BQHV[:, 0]
 
     by_xla = functools.partial(_decode_by_xla, case)
 

@@ -24,7 +24,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks.report import Figure, Report
-from experiments.benchmarks.workers import Seat, Turn, Worker, take_turns
+from experiments.benchmarks.workers import (
+    Seat,
+    Turn,
+    Worker,
+    per_round,
+    ratio,
+    take_turns,
+)
 from experiments.benchmarks.workload import Linear, Workload
 from jmoe.config import ModelConfig
 from jmoe.train.runtime import keep_freed_memory
@@ -39,7 +46,7 @@ _OURS = "experiments.benchmarks.ours"
 _THEIRS = "experiments.benchmarks.theirs"
 
 # What keep_freed_memory asks of glibc, for a process that cannot ask by itself.
-_KEEP_FREED_MEMORY = {
+KEEP_FREED_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "1000000000000",
 }
@@ -60,7 +67,7 @@ def run(rounds: int, say: Callable[[str], None]) -> Report:
     workload = Workload(model=ModelConfig.preset("bench_s"), batch=4, length=512)
     say("torch's AdamW, fused and foreach")
     adamw = measure_adamw(workload)
-    fastest = min(adamw, key=lambda kind: _median(_rounds(adamw[kind])))
+    fastest = min(adamw, key=lambda kind: _median(per_round(adamw[kind])))
     say("training steps: compiling both sides takes a minute or two")
     step, parameters = measure_step(workload, rounds, adamw=fastest)
     say("one MoE layer")
@@ -140,7 +147,7 @@ def _ours(side: str, **options: Any) -> Worker:
 
 
 def _theirs(side: str, **options: Any) -> Worker:
-    return Worker(f"{_THEIRS}.{side}", environment=_KEEP_FREED_MEMORY, **options)
+    return Worker(f"{_THEIRS}.{side}", environment=KEEP_FREED_MEMORY, **options)
 
 
 def floor_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
@@ -168,7 +175,7 @@ def floor_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
     for side, at_least in (("ours", 0.8), ("theirs", None)):
         yield Figure(
             name=f"floor / {side}",
-            value=_ratio(floors[True], _rounds(turns[side])),
+            value=ratio(floors[True], per_round(turns[side])),
             unit="×",
             definition="share of a training step that its matmuls need",
             at_least=at_least,
@@ -178,7 +185,7 @@ def floor_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
 def step_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
     """Speed of training."""
     for side in SIDES:
-        step = _median(_rounds(turns[side]))
+        step = _median(per_round(turns[side]))
         yield Figure(
             name=f"training step, {side}",
             value=step,
@@ -193,7 +200,7 @@ def step_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
         )
     yield Figure(
         name="training speed, ours / theirs",
-        value=_ratio(_rounds(turns["theirs"]), _rounds(turns["ours"])),
+        value=ratio(per_round(turns["theirs"]), per_round(turns["ours"])),
         unit="×",
         definition="tokens/s of jmoe over tokens/s of transformers",
         at_least=1.0,
@@ -237,7 +244,9 @@ def layer_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
         "in_place": "the experts as one batched MLP, as many rows each, nothing routed",
         "matmuls": f"plain {', '.join(shapes)}, and each one's two gradients",
     }
-    seconds = {name: _rounds(turns[name]) for name in definitions if name != "matmuls"}
+    seconds = {
+        name: per_round(turns[name]) for name in definitions if name != "matmuls"
+    }
     seconds["matmuls"] = _matmul_seconds(turns["matmuls"], linears)
     for name, definition in definitions.items():
         yield Figure(
@@ -248,20 +257,20 @@ def layer_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
         )
     yield Figure(
         name="MoE layer, ours / matmuls",
-        value=_ratio(seconds["ours"], seconds["matmuls"]),
+        value=ratio(seconds["ours"], seconds["matmuls"]),
         unit="×",
         definition="time over that of the same operations as plain dense matmuls",
         at_most=1.35,
     )
     yield Figure(
         name="MoE layer, in_place / matmuls",
-        value=_ratio(seconds["in_place"], seconds["matmuls"]),
+        value=ratio(seconds["in_place"], seconds["matmuls"]),
         unit="×",
         definition="the same of experts alone, which route nothing",
     )
     yield Figure(
         name="MoE layer, gshard / ours",
-        value=_ratio(seconds["gshard"], seconds["ours"]),
+        value=ratio(seconds["gshard"], seconds["ours"]),
         unit="×",
         definition="time of the capacity layer over jmoe's",
         at_least=2.5,
@@ -269,7 +278,7 @@ def layer_figures(turns: Turns, workload: Workload) -> Iterator[Figure]:
     best = min(("theirs", "compiled"), key=lambda name: _median(seconds[name]))
     yield Figure(
         name="MoE layer, theirs / ours",
-        value=_ratio(seconds[best], seconds["ours"]),
+        value=ratio(seconds[best], seconds["ours"]),
         unit="×",
         definition="time of transformers' layer, the faster one, over jmoe's",
     )
@@ -303,15 +312,6 @@ def _matmul_seconds(turns: Sequence[Turn], linears: Sequence[Linear]) -> list[fl
         )
         for turn in turns
     ]
-
-
-def _rounds(turns: Sequence[Turn]) -> list[float]:
-    """Seconds of one call, for each round."""
-    return [_median(turn.seconds) for turn in turns]
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> float:
-    return _median([a / b for a, b in zip(above, below, strict=True)])
 
 
 def _median(values: Sequence[float]) -> float:

@@ -15,8 +15,9 @@ import importlib
 import multiprocessing
 import os
 import resource
+import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
@@ -129,6 +130,16 @@ def take_turns(seats: Mapping[str, Seat], rounds: int) -> dict[str, list[Turn]]:
             worker, task, calls = seats[name]
             turns[name].append(worker.run(task, calls))
     return turns
+
+
+def per_round(turns: Sequence[Turn]) -> list[float]:
+    """Returns seconds of one call, for each round."""
+    return [statistics.median(turn.seconds) for turn in turns]
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Returns the median over rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def warm_up(task: Callable[[], Any]) -> None:

@@ -21,6 +21,7 @@ from absl import flags
 
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, checks, override, presets
+from jmoe.config.model import ROUTERS
 from jmoe.data import cache
 from jmoe.parallel import processes
 from jmoe.train import runtime
@@ -101,10 +102,9 @@ def _run_file(path: pathlib.Path) -> Any:
 def sample(run, layout, variables, tokenizer) -> list[tuple[str, str]]:
     """Returns short completions, as far as the model can make them."""
     from jmoe.decode.generate import generate
-    from jmoe.decode.limits import WITHOUT_TEXT
     from jmoe.decode.on_mesh import make_programs
 
-    if run.model.moe.router.kind in WITHOUT_TEXT:
+    if ROUTERS[run.model.moe.router.kind].no_text:
         return []
     prompts = [tokenizer.prompt(text) for text in PROMPTS]
     room = run.model.max_positions - max(map(len, prompts))

@@ -16,14 +16,6 @@ from jmoe.config.attention import AttentionConfig
 
 DTYPES = ("float32", "bfloat16")
 SCORES = ("sigmoid", "softmax", "sqrt_softplus")
-ROUTERS = (
-    "token_choice",
-    "noisy",
-    "expert_choice",
-    "hash",
-    "balanced",
-    "replayed",
-)
 GROUP_SCORES = ("top2_sum", "max")
 REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
@@ -34,6 +26,32 @@ DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
 AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")
+
+
+class RouterKind(NamedTuple):
+    """What others must know of a kind of router; how it chooses, `jmoe.nn.choices` has.
+
+    as_token_choice: whether it chooses so where nothing is trained: the only way that
+      Hugging Face's files can tell of.
+    by_experts: whether experts choose their tokens, not tokens their experts.
+    no_text: why it can't choose for the newest token of a text; empty: it can.
+    """
+
+    as_token_choice: bool = False
+    by_experts: bool = False
+    no_text: str = ""
+
+
+ROUTERS: Mapping[str, RouterKind] = {
+    "token_choice": RouterKind(as_token_choice=True),
+    "noisy": RouterKind(as_token_choice=True),
+    "expert_choice": RouterKind(
+        by_experts=True, no_text="compares tokens with later ones"
+    ),
+    "hash": RouterKind(),
+    "balanced": RouterKind(),
+    "replayed": RouterKind(no_text="is told the experts"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +95,7 @@ class RouterConfig:
         )
         checks.one_of(
             self,
-            kind=ROUTERS,
+            kind=tuple(ROUTERS),
             score=SCORES,
             group_score=GROUP_SCORES,
             update_rule=UPDATE_RULES,
@@ -114,7 +132,7 @@ class RouterConfig:
                 f"noise_std={self.noise_std} must be above 0 with kind='noisy', and 0 "
                 f"with any other; it is {self.kind!r}."
             )
-        if self.kind != "expert_choice":
+        if not ROUTERS[self.kind].by_experts:
             return
         excluded = {
             "auxiliary_loss": "none",
@@ -125,7 +143,7 @@ class RouterConfig:
             if getattr(self, field) != allowed:
                 raise ValueError(
                     f"{field}={getattr(self, field)!r} must be {allowed!r} with "
-                    "kind='expert_choice': experts choose among all tokens, and are "
+                    f"kind={self.kind!r}: experts choose among all tokens, and are "
                     "loaded alike."
                 )
 

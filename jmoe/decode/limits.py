@@ -3,6 +3,7 @@
 import dataclasses
 
 from jmoe.config import ModelConfig, checks
+from jmoe.config.model import ROUTERS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,13 +65,6 @@ class Limits:
         return self.num_pages
 
 
-# Routers that can't choose for the newest token, and why.
-WITHOUT_TEXT = {
-    "expert_choice": "compares tokens with later ones",
-    "replayed": "is told the experts",
-}
-
-
 def check(cfg: ModelConfig, limits: Limits) -> None:
     """Refuses a model that generates no text, or lacks what the limits ask for.
 
@@ -79,10 +73,10 @@ def check(cfg: ModelConfig, limits: Limits) -> None:
         module, or a smaller vocabulary.
     """
     kind = cfg.moe.router.kind
-    if kind in WITHOUT_TEXT:
+    if reason := ROUTERS[kind].no_text:
         raise ValueError(
-            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}, and for new tokens "
-            "there are none: such a model generates no text."
+            f"model.moe.router.kind={kind!r} {reason}, and for new tokens there are "
+            "none: such a model generates no text."
         )
     if limits.max_length > cfg.max_positions:
         raise ValueError(

@@ -22,9 +22,10 @@ from jmoe.decode.weights import (
     MTP,
     PARAMS,
     ROUTER_STATE,
-    Place,
+    LayerPlace,
     Weights,
     assemble,
+    ends,
     layer_of,
     places,
 )
@@ -37,15 +38,15 @@ from jmoe.train.stages import layer_costs, tail_cost
 PIPE = "pipe"
 
 
-class Row(NamedTuple):
+class LayerRow(NamedTuple):
     """Layers that the ranks compute at once; -1, and no place, where one has none."""
 
     feed_forward: FeedForwardConfig
     numbers: tuple[int, ...]
-    places: tuple[Place | None, ...]
+    places: tuple[LayerPlace | None, ...]
 
 
-def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[Row, ...]:
+def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
     """Returns rows of layers, for ranks whose layers cost about the same.
 
     Args:
@@ -66,7 +67,7 @@ def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[Row, ...]:
         for i in range(max(map(len, own))):
             numbers = tuple(n[i] if i < len(n) else -1 for n in own)
             where = tuple(every[n] if n >= 0 else None for n in numbers)
-            rows.append(Row(stack.feed_forward, numbers, where))
+            rows.append(LayerRow(stack.feed_forward, numbers, where))
     return tuple(rows)
 
 
@@ -82,7 +83,11 @@ class _Piece(NamedTuple):
 
 
 def place(
-    cfg: ModelConfig, layout: Layout, rows: tuple[Row, ...], form: str, variables: Any
+    cfg: ModelConfig,
+    layout: Layout,
+    rows: tuple[LayerRow, ...],
+    form: str,
+    variables: Any,
 ) -> Weights:
     """Returns the weights as they lie on the mesh.
 
@@ -103,22 +108,22 @@ def place(
     mtp = None
     if cfg.mtp_depth:
         mtp = make(_of_mtp(layout), layer_of(variables, MTP))
-    ends = {name: variables[PARAMS][name] for name in _ends(cfg)}
-    found = make(_of_ends(cfg, layout), {PARAMS: ends, ROUTER_STATE: {}})
+    params = {name: variables[PARAMS][name] for name in ends(cfg)}
+    found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
     return assemble(found[PARAMS], tuple(layers), mtp)
 
 
 def specs(
-    cfg: ModelConfig, layout: Layout, rows: tuple[Row, ...], form: str
+    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
 ) -> Weights:
     """Returns the weights' specs, of a weight in fewer bits one for all its arrays."""
     layers = tuple(_converted_specs(_of_row(layout, row), form) for row in rows)
     mtp = _converted_specs(_of_mtp(layout), form) if cfg.mtp_depth else None
-    ends = _converted_specs(_of_ends(cfg, layout), form)
-    return assemble(ends[PARAMS], layers, mtp)
+    found = _converted_specs(_of_ends(cfg, layout), form)
+    return assemble(found[PARAMS], layers, mtp)
 
 
-def _of_row(layout: Layout, row: Row) -> _Piece:
+def _of_row(layout: Layout, row: LayerRow) -> _Piece:
     name, index = next(filter(None, row.places))
     records, placements = layout.records[name], layout.placements[name]
     if index is not None:
@@ -134,16 +139,10 @@ def _of_mtp(layout: Layout) -> _Piece:
 
 def _of_ends(cfg: ModelConfig, layout: Layout) -> _Piece:
     records, placements = (
-        {name: tree[name] for name in _ends(cfg)}
+        {name: tree[name] for name in ends(cfg)}
         for tree in (layout.records, layout.placements)
     )
     return _whole(records, placements)
-
-
-def _ends(cfg: ModelConfig) -> tuple[str, ...]:
-    """Returns the parameters before and behind the layers."""
-    head = () if cfg.tie_embeddings else ("head",)
-    return ("embedding", "final_norm", *head)
 
 
 def _whole(records: Any, placements: Any) -> _Piece:

@@ -32,7 +32,7 @@ from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
 from jmoe.decode.limits import Limits
 from jmoe.decode.live import make_chunks, make_rows
-from jmoe.decode.mesh_weights import PIPE, Row
+from jmoe.decode.mesh_weights import PIPE, LayerRow
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
@@ -79,7 +79,7 @@ def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakeProgr
 
 
 class OnMesh:
-    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
+    """MeshPrograms for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
 
     def __init__(
         self, run: RunConfig, mesh: Mesh, form: str, variables: Any, limits: Limits
@@ -136,7 +136,7 @@ class OnMesh:
         return put_whole(self._programs.layout, given)
 
 
-class Programs(NamedTuple):
+class MeshPrograms(NamedTuple):
     """What a mesh runs, compiled when it is called with arrays of a new size.
 
     layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
@@ -145,14 +145,14 @@ class Programs(NamedTuple):
     """
 
     layout: Layout
-    rows: tuple[Row, ...]
+    rows: tuple[LayerRow, ...]
     start: Callable[[], Any]
     begin: Callable[[Given], Underway]
     step: Callable[..., tuple[Any, Underway, StepResult]]
 
 
 @functools.lru_cache(maxsize=16)
-def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> Programs:
+def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
     """Returns the programs of a run's model on this mesh."""
     cfg = run.model
     layout = make_layout(Transformer(cfg), mesh)
@@ -180,7 +180,7 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> Progra
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
     flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
-    return Programs(
+    return MeshPrograms(
         layout,
         rows,
         jax.jit(on_mesh(start, layout, (), OWN)),
@@ -194,7 +194,7 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> Progra
     )
 
 
-def _own_layers(rows: tuple[Row, ...], weights: Weights) -> list[Layer]:
+def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     """Returns this rank's layers; the number of one that it doesn't have is below 0."""
     rank = collectives.axis_index(PIPE)
     found = []

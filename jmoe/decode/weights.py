@@ -17,14 +17,14 @@ from jmoe.ops.stored import FewerBits
 PARAMS, ROUTER_STATE = "params", "router_state"
 
 
-class Place(NamedTuple):
+class LayerPlace(NamedTuple):
     """The entry of the variables' trees that has a layer, and its index in a stack."""
 
     name: str
     index: int | None
 
 
-MTP = Place("mtp_0", None)
+MTP = LayerPlace("mtp_0", None)
 
 
 class Layer(NamedTuple):
@@ -73,6 +73,12 @@ def assemble(params: Any, layers: tuple[Any, ...], mtp: Any) -> Weights:
     return Weights(params["embedding"], final_norm, params.get("head"), layers, mtp)
 
 
+def ends(cfg: ModelConfig) -> tuple[str, ...]:
+    """Returns the names of the parameters before and behind the layers."""
+    head = () if cfg.tie_embeddings else ("head",)
+    return ("embedding", "final_norm", *head)
+
+
 def layers_of(cfg: ModelConfig, weights: Weights) -> list[Layer]:
     """Returns the model's blocks, in their order."""
     kinds = feed_forwards(cfg)
@@ -97,22 +103,22 @@ def feed_forwards(cfg: ModelConfig) -> list[FeedForwardConfig]:
     return [stack.feed_forward for stack in cfg.stacks.values() for _ in stack.layers]
 
 
-def places(cfg: ModelConfig) -> list[Place]:
+def places(cfg: ModelConfig) -> list[LayerPlace]:
     """Returns where each layer's variables are."""
     is_stacked = cfg.layer_loop == "scan"
     return [
-        Place(name, i) if is_stacked else Place(f"{name}_{i}", None)
+        LayerPlace(name, i) if is_stacked else LayerPlace(f"{name}_{i}", None)
         for name, stack in cfg.stacks.items()
         for i in range(stack.num_layers)
     ]
 
 
-def layer_of(variables: Any, place: Place) -> Any:
+def layer_of(variables: Any, place: LayerPlace) -> Any:
     """Returns a layer's collections."""
     return {name: _of(variables[name], place) for name in (PARAMS, ROUTER_STATE)}
 
 
-def _of(tree: Any, place: Place) -> Any:
+def _of(tree: Any, place: LayerPlace) -> Any:
     entry = tree.get(place.name, {})  # a layer without experts has no state
     if place.index is None:
         return entry

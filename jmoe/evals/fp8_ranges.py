@@ -30,6 +30,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
+from jmoe.config.model import ROUTERS
 from jmoe.data.loader import validation_batches
 from jmoe.nn.choices import Routing
 from jmoe.nn.linear import Linear
@@ -64,10 +65,11 @@ def fp8_ranges(trained: Trained) -> dict[str, dict[str, Fractions]]:
     if run.precision not in fp8.RECIPES:
         known = ", ".join(fp8.RECIPES)
         raise ValueError(f"precision={run.precision!r} is not FP8, one of {known}.")
-    if run.model.moe.router.kind == "expert_choice":
+    kind = run.model.moe.router.kind
+    if ROUTERS[kind].by_experts:
         raise ValueError(
-            "model.moe.router.kind='expert_choice' has experts choose; what FP8 loses "
-            "is measured where tokens do."
+            f"model.moe.router.kind={kind!r} has experts choose; what FP8 loses is "
+            "measured where tokens do."
         )
     (batch,) = validation_batches(
         run.data,

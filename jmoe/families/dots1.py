@@ -35,7 +35,9 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(cfg: ModelConfig) -> dict[str, Any]:
     """Returns the keys that follow from several fields, or from a record."""
+    assert isinstance(cfg.attention, GQAConfig)
     require(cfg, cfg.family, "attention.qk_norm_eps", cfg.norm_eps)
+    require(cfg, cfg.family, "attention.rope_dim", cfg.attention.head_dim)
     return {
         **attention.write_grouped(cfg),
         "layer_types": ["full_attention"] * cfg.num_layers,

@@ -10,10 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jmoe.config import GQAConfig, MLAConfig, ModelConfig
+from jmoe.config.model import ROUTERS
 
 # What every family's files leave open, and how far; all else readers would not follow.
 COMMON = {
-    "moe.router.kind": ("token_choice", "noisy"),  # alike where nothing is trained
+    "moe.router.kind": tuple(
+        name for name, kind in ROUTERS.items() if kind.as_token_choice
+    ),
     "moe.router.score": ("sigmoid", "softmax"),
     "moe.router.hash_layers": (0,),
 }

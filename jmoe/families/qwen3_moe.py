@@ -33,7 +33,9 @@ def read(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def write(cfg: ModelConfig) -> dict[str, Any]:
     """Returns attention's keys that aren't renames."""
+    assert isinstance(cfg.attention, GQAConfig)
     require(cfg, cfg.family, "attention.qk_norm_eps", cfg.norm_eps)
+    require(cfg, cfg.family, "attention.rope_dim", cfg.attention.head_dim)
     return attention.write_grouped(cfg)
 
 

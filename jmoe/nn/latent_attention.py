@@ -156,11 +156,12 @@ def _attend_absorbed(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
 
 
 def _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
-    def read(page_BJ):
-        entry_BSX = paged.entries(pages_PKX, page_BJ).astype(up_CHX.dtype)
-        latent, k_rope = jnp.split(entry_BSX, [cfg.kv_latent_dim], axis=-1)
-        up = jnp.einsum("bsc,chx->bshx", latent, up_CHX)
-        return _expand(cfg, up, k_rope[:, :, None])
+    def read(page_WJ, is_there_WS):
+        entry_WSX = paged.entries(pages_PKX, page_WJ, is_there_WS).astype(up_CHX.dtype)
+        latent, k_rope = jnp.split(entry_WSX, [cfg.kv_latent_dim], axis=-1)
+        up = jnp.einsum("wsc,chx->wshx", latent, up_CHX)
+        k_WSHQ, v_WSHV = _expand(cfg, up, k_rope[:, :, None])
+        return k_WSHQ.swapaxes(1, 2), v_WSHV.swapaxes(1, 2)
 
     out_BQHV = paged.attend(
         q_BQHX[:, :, :, None],

@@ -36,6 +36,8 @@ from jax import lax
 
 from jmoe.ops import dot, fp8, stored
 from jmoe.ops.row_tasks import (
+    BLOCK,
+    FEW,
     add_own,
     block_rows,
     cut,
@@ -89,13 +91,27 @@ def routed_mlp_blocks(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _compute(*operands):
-    return _forward(*operands)[0]
+def _compute(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, apart):
+    del remat, apart  # nothing is differentiated, so nothing is stored
+    few = FEW if len(x_TD) <= BLOCK else ()
+    weights = gate_up_ED2F, down_EFD
+    return _run(x_TD, expert_TK, gate_TK, *weights, recipe, stores=False, few=few)[0]
 
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, apart):
     del apart
-    stores = not remat
+    weights = gate_up_ED2F, down_EFD
+    return _run(x_TD, expert_TK, gate_TK, *weights, recipe, stores=not remat, few=())
+
+
+def _run(
+    x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, *, stores, few
+) -> tuple[jax.Array, BlockResiduals]:
+    """Returns the output, and what a backward pass is given.
+
+    Args:
+      few: sizes that are compiled besides, as `in_smallest_size` has them.
+    """
     left = fp8.roundings(recipe)
     num_experts, mlp_dim = down_EFD.shape[:2]
     block = block_rows(len(x_TD))
@@ -122,7 +138,7 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, ap
             y_BD = pad(gate_R1 * _dot(act_RF, down_FD, 1, 0), block)
             return pad(h_RX, block) if stores else None, y_BD
 
-        h_BX, y_BD = in_smallest_size(tasks.rows_M[i], block, chain)
+        h_BX, y_BD = in_smallest_size(tasks.rows_M[i], block, chain, few)
         if stores:
             # What h_BX has beyond the task's own rows, the next task writes over.
             h_NX = write_rows(h_NX, h_BX, start)

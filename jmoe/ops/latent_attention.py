@@ -75,16 +75,17 @@ def _kernel(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
 
 
 def _reference(q_BQHX, pages_PKX, table_BM, position_BQ, *, value_dim, scale):
-    def read(page_BJ):
-        entry_BSX = paged.entries(pages_PKX, page_BJ)[:, :, None]
-        return entry_BSX, entry_BSX[..., :value_dim]
+    def read(page_WJ, is_there_WS):
+        entry_W1SX = paged.entries(pages_PKX, page_WJ, is_there_WS)[:, None]
+        # As values too, since a part of it would be a copy.
+        return entry_W1SX, entry_W1SX
 
-    out = paged.attend(
+    out_BQHX = paged.attend(
         q_BQHX[:, :, None],
         paged.Sequences(table_BM, position_BQ),
         read,
         page_size=pages_PKX.shape[1],
-        value_dim=value_dim,
+        value_dim=pages_PKX.shape[2],
         scale=scale,
-    )
-    return out[:, :, 0]
+    )[:, :, 0]
+    return out_BQHX[..., :value_dim]

@@ -6,11 +6,15 @@ p % K of page table[p // K]. So sequences of any lengths share one array, and on
 has ended leaves its pages to others. What is in a page before it is written, or stays
 of an earlier sequence, is never read, and may be anything, NaN too.
 
-The softmax is computed a few pages at a time, as in `jmoe.ops.attention`.
+The softmax is computed a few pages at a time, as in `jmoe.ops.attention`: in blocks of
+a sequence's pages. As many blocks are computed at a time as there are sequences, but of
+whichever these are: so all take as long as their blocks are many, and not as the
+longest times their number.
 
 Shapes: B sequence, Q token of this step, P page of the cache, K position in a page, M
-page of a sequence, J pages read at a time, S = J * K their positions, G head of keys
-and values, H head that shares one, X query/key dimension, V value dimension.
+page of a sequence, W block that is computed at a time, J page of one, S = J * K its
+positions, G head of keys and values, H head that shares one, R = Q * H its queries, X
+query/key dimension, V value dimension.
 """
 
 from collections.abc import Callable
@@ -22,10 +26,11 @@ from jax import lax
 
 from jmoe.ops.attention import MASKED
 
-BLOCK = 512  # positions scored at a time, but at least a page
+BLOCK = 256  # positions scored at a time, in all, but at least a page a sequence
 
-# Of pages [B, J]: keys [B, S, G, X] and values [B, S, G, V].
-Read = Callable[[jax.Array], tuple[jax.Array, jax.Array]]
+# Of pages [W, J], and which of their positions [W, S] are written: keys [W, G, S, X]
+# and values [W, G, S, V], finite ones everywhere.
+Read = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
 
 class Sequences(NamedTuple):
@@ -59,10 +64,12 @@ def write(pages: jax.Array, new: jax.Array, sequences: Sequences) -> jax.Array:
     return pages.at[page_BQ, entry_BQ].set(new.astype(pages.dtype), mode="drop")
 
 
-def entries(pages: jax.Array, page_BJ: jax.Array) -> jax.Array:
-    """Returns what is in these pages, [B, J * K, ...]."""
-    found = jnp.take(pages, page_BJ, axis=0, mode="clip")
-    return found.reshape(page_BJ.shape[0], -1, *pages.shape[2:])
+def entries(pages: jax.Array, page_WJ: jax.Array, is_there_WS: jax.Array) -> jax.Array:
+    """Returns what is in these pages, [W, S, ...], and zeros where nothing is."""
+    found = jnp.take(pages, page_WJ, axis=0, mode="clip")
+    found = found.reshape(*is_there_WS.shape, *pages.shape[2:])
+    is_there = is_there_WS.reshape(*is_there_WS.shape, *(1,) * (found.ndim - 2))
+    return jnp.where(is_there, found, 0)
 
 
 def attend(
@@ -79,46 +86,69 @@ def attend(
     In q's dtype; zeros where there is no token.
 
     Args:
-      read: what turns pages into keys and values.
+      read: what turns pages into keys and values (`Read`).
       scale: multiplies the logits before the float32 softmax.
     """
-    table_BM, position_BQ = sequences
-    last_B = position_BQ.max(-1)
-    pages = min(max(BLOCK // page_size, 1), table_BM.shape[1])
-    table_BM = jnp.pad(table_BM, ((0, 0), (0, -table_BM.shape[1] % pages)))
+    batch, _, groups, heads, dim = q_BQGHX.shape
+    pages = min(max(BLOCK // (batch * page_size), 1), sequences.table_BM.shape[1])
+    num_blocks, find = _blocks(sequences, pages, page_size)
+    q_BGRX = q_BQGHX.swapaxes(1, 2).reshape(batch, groups, -1, dim)
+    position_B1R = jnp.repeat(sequences.position_BQ, heads, axis=1)[:, None]
 
     def visit(i, carry):
         out, top, total = carry
-        k_BSGX, v_BSGV = read(lax.dynamic_slice_in_dim(table_BM, i * pages, pages, 1))
-        position_S = i * pages * page_size + jnp.arange(k_BSGX.shape[1])
-        is_there_BS = position_S <= last_B[:, None]
-        v_BSGV = jnp.where(is_there_BS[..., None, None], v_BSGV, 0)
-        is_seen_BQS = position_S <= position_BQ[..., None]
-        is_seen_BQGHS = is_seen_BQS[:, :, None, None]
-        s_BQGHS = scale * jnp.einsum(
-            "bqghx,bsgx->bqghs", q_BQGHX, k_BSGX, preferred_element_type=jnp.float32
+        b_W, page_WJ, position_WS, is_there_WS = find(i * batch + jnp.arange(batch))
+        k_WGSX, v_WGSV = read(page_WJ, is_there_WS)
+        s_WGRS = scale * jnp.einsum(
+            "wgrx,wgsx->wgrs", q_BGRX[b_W], k_WGSX, preferred_element_type=jnp.float32
         )
-        s_BQGHS = jnp.where(is_seen_BQGHS, s_BQGHS, MASKED)
-        new_top = jnp.maximum(top, s_BQGHS.max(-1))
-        weight_BQGHS = jnp.exp(s_BQGHS - new_top[..., None]) * is_seen_BQGHS
+        is_seen_W1RS = position_WS[:, None, None] <= position_B1R[b_W][..., None]
+        s_WGRS = jnp.where(is_seen_W1RS, s_WGRS, MASKED)
+        new_top = top.at[b_W].max(s_WGRS.max(-1), mode="drop")
+        weight_WGRS = jnp.exp(s_WGRS - new_top[b_W][..., None])
         shrink = jnp.exp(top - new_top)
-        value = jnp.einsum(
-            "bqghs,bsgv->bqghv",
-            weight_BQGHS.astype(v_BSGV.dtype),
-            v_BSGV,
+        value_WGRV = jnp.einsum(
+            "wgrs,wgsv->wgrv",
+            weight_WGRS.astype(v_WGSV.dtype),
+            v_WGSV,
             preferred_element_type=jnp.float32,
         )
-        out = out * shrink[..., None] + value
-        return out, new_top, total * shrink + weight_BQGHS.sum(-1)
+        out = (out * shrink[..., None]).at[b_W].add(value_WGRV, mode="drop")
+        total = (total * shrink).at[b_W].add(weight_WGRS.sum(-1), mode="drop")
+        return out, new_top, total
 
-    heads = q_BQGHX.shape[:-1]
+    rows = q_BGRX.shape[:-1]
     start = (
-        jnp.zeros((*heads, value_dim), jnp.float32),
-        jnp.full(heads, MASKED, jnp.float32),
-        jnp.zeros(heads, jnp.float32),
+        jnp.zeros((*rows, value_dim), jnp.float32),
+        jnp.full(rows, MASKED, jnp.float32),
+        jnp.zeros(rows, jnp.float32),
     )
-    # As many pages as the longest sequence has.
-    count = (last_B.max() + pages * page_size) // (pages * page_size)
+    count = (num_blocks + batch - 1) // batch
     out, _, total = lax.fori_loop(0, count, visit, start)
-    total = jnp.where(total > 0, total, 1.0)
-    return (out / total[..., None]).astype(q_BQGHX.dtype)
+    is_there_B1R = position_B1R >= 0  # others have seen nothing
+    out = jnp.where(is_there_B1R[..., None], out / total[..., None], 0)
+    out = out.reshape(batch, groups, -1, heads, value_dim).swapaxes(1, 2)
+    return out.astype(q_BQGHX.dtype)
+
+
+def _blocks(sequences: Sequences, pages: int, page_size: int):
+    """Returns how many blocks of so many pages all sequences have, and what finds some.
+
+    That is a function of indices [W] among all, those of a sequence one after the
+    other. It returns whose these are (B: no one's), their pages [W, J] and positions
+    [W, S], and which of the latter are cached.
+    """
+    table_BM, position_BQ = sequences
+    size = pages * page_size
+    last_B = position_BQ.max(-1)
+    count_B = (last_B + size) // size
+    end_B = jnp.cumsum(count_B)
+
+    def find(index_W):
+        b_W = (index_W[:, None] >= end_B).sum(-1)
+        of_own_W1 = (index_W - (end_B - count_B)[b_W])[:, None]
+        page_WJ = table_BM[b_W[:, None], of_own_W1 * pages + jnp.arange(pages)]
+        position_WS = of_own_W1 * size + jnp.arange(size)
+        return b_W, page_WJ, position_WS, position_WS <= last_B[b_W][:, None]
+
+    return end_B[-1], find

@@ -17,6 +17,7 @@ from jax import lax
 
 BLOCK = 256
 STEP = 32  # compiled sizes are STEP, 2 STEP, ... B rows
+FEW = (1, 4, 8, 16)  # and these, where a decoder's steps have few rows of an expert
 
 
 class Tasks(NamedTuple):
@@ -99,10 +100,20 @@ def zeros_after(
     return jnp.broadcast_to(zero.astype(dtype), shape)
 
 
-def in_smallest_size(rows: jax.Array, block: int, chain: Callable[[int], Any]) -> Any:
-    """Returns `chain(size)` for the smallest compiled size of at least `rows` rows."""
-    branches = [functools.partial(chain, s) for s in range(STEP, block + 1, STEP)]
-    return lax.switch((rows - 1) // STEP, branches)
+def in_smallest_size(
+    rows: jax.Array,
+    block: int,
+    chain: Callable[[int], Any],
+    few: tuple[int, ...] = (),
+) -> Any:
+    """Returns `chain(size)` for the smallest compiled size of at least `rows` rows.
+
+    Args:
+      few: sizes below STEP that are compiled too.
+    """
+    sizes = [*few, *range(STEP, block + 1, STEP)]
+    branches = [functools.partial(chain, size) for size in sizes]
+    return lax.switch(sum(rows > size for size in sizes[:-1]), branches)
 
 
 def add_own(

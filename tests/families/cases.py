@@ -83,6 +83,16 @@ TINY = {
     ),
 }
 
+
+def with_heads_of(cfg: ModelConfig, head_dim: int) -> ModelConfig:
+    """Returns a model of grouped queries with as large a part of a head rotated."""
+    assert isinstance(cfg.attention, GQAConfig)
+    rope_dim = head_dim * cfg.attention.rope_dim // cfg.attention.head_dim
+    sizes = {"head_dim": head_dim, "rope_dim": rope_dim}
+    attention = dataclasses.replace(cfg.attention, **sizes)
+    return dataclasses.replace(cfg, attention=attention)
+
+
 MOONLIGHT = {
     "architectures": ["DeepseekV3ForCausalLM"],
     "attention_bias": False,

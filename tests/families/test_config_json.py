@@ -173,6 +173,8 @@ def test_what_only_some_families_could_say_is_refused(name, change, said):
         ("dots1", "attention.qk_norm_eps", None, 1e-6),
         ("qwen3_moe", "attention.qk_norm_eps", 1e-5, 1e-6),
         ("qwen3_moe", "attention.yarn.mscale", 1.0, None),
+        ("dots1", "attention.rope_dim", 6, 12),
+        ("qwen3_moe", "attention.rope_dim", 6, 12),
     ],
 )
 def test_what_follows_from_other_keys_is_not_written_otherwise(

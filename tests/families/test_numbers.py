@@ -11,25 +11,18 @@ from jmoe.config import records
 from jmoe.export import hf, names
 from tests import parity
 from tests.families.cases import TINY
-from tests.parity import by_expert, hf_tensors, relative_error
+from tests.parity import (
+    by_expert,
+    exportable_variables,
+    hf_tensors,
+    relative_error,
+)
 
 torch = pytest.importorskip("torch", reason="compares with torch")
 pytest.importorskip("transformers", reason="compares with transformers")
 load_file = pytest.importorskip("safetensors.torch").load_file
 
 TOLERANCE = 1e-5
-
-
-def random_variables(cfg):
-    """Without what the family's files don't have."""
-    variables = parity.random_variables(cfg)
-    for path in names.absent(cfg):
-        *parents, last = path.split("/")
-        node = variables
-        for parent in parents:
-            node = node[parent]
-        node[last] *= 0
-    return variables
 
 
 def loaded(cfg, directory, **options):
@@ -54,7 +47,7 @@ def tokens(cfg):
 @pytest.fixture(scope="module")
 def measured(cfg):
     """The same model on both sides: (jmoe's, transformers'), theirs without MTP."""
-    variables = random_variables(cfg)
+    variables = exportable_variables(cfg)
     state = hf_tensors(variables, cfg)
     mtp = f"model.layers.{cfg.num_layers}."
     own = {name: x for name, x in state.items() if not name.startswith(mtp)}
@@ -80,7 +73,7 @@ def test_every_router_chooses_the_same_experts_with_the_same_gates(measured):
 
 
 def test_an_export_loads_with_no_missing_and_no_unexpected_key(cfg, tmp_path):
-    hf.save(tmp_path / "hf", cfg, random_variables(cfg), shard_bytes=20_000)
+    hf.save(tmp_path / "hf", cfg, exportable_variables(cfg), shard_bytes=20_000)
     _, info = loaded(cfg, tmp_path / "hf", output_loading_info=True)
     mtp = f"model.layers.{cfg.num_layers}."  # which no family's class has
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith(mtp)]
@@ -105,7 +98,7 @@ def test_variables_come_back_bit_by_bit_with_mtp_modules_and_stacked_layers(
     cfg, tmp_path
 ):
     cfg = records.override(cfg, ["layer_loop=scan"])
-    variables = random_variables(cfg)
+    variables = exportable_variables(cfg)
     hf.save(tmp_path / "hf", cfg, variables)
     got_cfg, got = hf.load(tmp_path / "hf")
     assert dataclasses.replace(got_cfg, hf_extras="{}") == cfg
@@ -134,7 +127,7 @@ def test_an_mtp_module_computes_what_transformers_makes_of_the_export(
     layers = pytest.importorskip("transformers.modeling_layers")
     if not hasattr(layers, "MtpModel"):
         pytest.skip("transformers computes MTP modules since 5.24")
-    hf.save(tmp_path / "hf", cfg, random_variables(cfg))
+    hf.save(tmp_path / "hf", cfg, exportable_variables(cfg))
     model = loaded(cfg, tmp_path / "hf")
     model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{cfg.num_layers}\."]
     mtp = layers.MtpModel.from_pretrained(model)

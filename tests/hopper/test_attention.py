@@ -7,8 +7,9 @@ import pytest
 from jmoe.config import GQAConfig
 from jmoe.nn.grouped_query_attention import GroupedQueryAttention
 from jmoe.nn.mixers import rotation
+from jmoe.ops import paged
 from jmoe.ops.attention import attention
-from jmoe.ops.latent_attention import latent_decode
+from jmoe.ops.latent_attention import KERNEL_PAGE, latent_decode
 
 pytestmark = pytest.mark.hopper
 
@@ -108,18 +109,18 @@ def test_in_float32_there_is_no_kernel(compile_kernels):
 def test_decoding_from_latents_is_a_kernel_that_spills_nothing(
     sequences, heads, compile_kernels
 ):
-    positions, latent_dim, rope_dim = 4096, 512, 64
+    pages, latent_dim, rope_dim = 64, 512, 64
     dim = latent_dim + rope_dim
 
-    def decode(q_BHX, cache_BSX, length_B):
-        return latent_decode(
-            q_BHX, cache_BSX, length_B, value_dim=latent_dim, scale=0.1
-        )
+    def decode(q_BQHX, pages_PKX, table_BM, position_BQ):
+        where = paged.Sequences(table_BM, position_BQ)
+        return latent_decode(q_BQHX, pages_PKX, where, value_dim=latent_dim, scale=0.1)
 
     (kernel,) = compile_kernels(
         decode,
-        ((sequences, heads, dim), jnp.bfloat16),
-        ((sequences, positions, dim), jnp.bfloat16),
-        ((sequences,), jnp.int32),
+        ((sequences, 1, heads, dim), jnp.bfloat16),
+        ((sequences * pages, KERNEL_PAGE, dim), jnp.bfloat16),
+        ((sequences, pages), jnp.int32),
+        ((sequences, 1), jnp.int32),
     )
     kernel.check()

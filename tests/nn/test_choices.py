@@ -10,7 +10,7 @@ import pytest
 from jmoe.config import MeshConfig, MoEConfig, RouterConfig
 from jmoe.config.model import ROUTERS as KINDS
 from jmoe.nn import noise
-from jmoe.nn.choices import ROUTERS, Scored
+from jmoe.nn.choices import ROUTERS, Picks, Scored
 from jmoe.nn.moe import MoE
 from jmoe.nn.tokens import Tokens
 from jmoe.parallel.mesh import make_mesh
@@ -45,10 +45,32 @@ def choose(kind, given):
 
 
 def test_the_config_knows_the_same_kinds():
-    assert tuple(ROUTERS) == KINDS
+    assert tuple(ROUTERS) == tuple(KINDS)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "expert_choice"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_config_says_of_a_kind_is_what_it_does(kind):
+    settled = TOKENS._replace(noise=None)
+    given, shorter = scored(tokens=settled), T // 2
+    routing, _ = ROUTERS[kind](given, config(kind))
+    assert isinstance(routing, Picks) == KINDS[kind].by_experts
+    if KINDS[kind].by_experts:
+        return
+    plain = choose("token_choice", given)
+    chosen = choose(kind, given)
+    assert np.array_equal(chosen, plain) == KINDS[kind].as_token_choice
+    if not KINDS[kind].no_text:  # what follows doesn't matter
+        begun = settled._replace(id_BT=settled.id_BT[:, :shorter], choice_BTK=None)
+        given = Scored(given.score_BSE[:, :shorter], given.bias_E, begun)
+        routing, _ = ROUTERS[kind](given, config(kind))
+        got = np.asarray(routing.expert_NK).reshape(B, shorter, K)
+        np.testing.assert_array_equal(got, chosen[:, :shorter])
+
+
+BY_TOKENS = [kind for kind, said in KINDS.items() if not said.by_experts]
+
+
+@pytest.mark.parametrize("kind", BY_TOKENS)
 def test_gates_are_of_the_raw_scores_and_choices_are_distinct(kind):
     given = scored()
     routing, margin_EM = ROUTERS[kind](given, config(kind))

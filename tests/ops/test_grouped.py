@@ -91,6 +91,17 @@ def test_output_and_all_gradients_equal_the_dense_experts(backend, case):
     compare(got, value_and_gradients(dense, expert_TK, *arrays), 2e-6)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 21])
+def test_without_gradients_few_tokens_equal_the_dense_experts(tokens):
+    """Expert 2 has all of the tokens, expert 5 one, 0 those between."""
+    expert_TK = np.full((tokens, 3), NOBODY)
+    expert_TK[:, 0], expert_TK[:1, 1], expert_TK[tokens // 2 :, 2] = 2, 5, 0
+    _, x_TD, gate_TK, *weights = floats(expert_TK.shape)
+    operands = x_TD, jnp.asarray(expert_TK, jnp.int32), gate_TK, *weights
+    got, want = BACKENDS["blocks"](*operands), dense(*operands)
+    compare({"output": np.asarray(got)}, {"output": np.asarray(want)}, 2e-6)
+
+
 @ALL_BACKENDS
 def test_bfloat16_differs_from_float32_by_its_rounding(backend):
     expert_TK = jnp.asarray(CHOICES["some_choose_nobody"], jnp.int32)

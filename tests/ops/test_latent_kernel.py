@@ -1,7 +1,8 @@
 """The kernel for decoding from latents, interpreted on the CPU, against the reference.
 
 The interpreter has no products of what is in registers: they are computed as JAX would
-here. That they are tensor cores' is left to the compiler (tests/hopper).
+here. That they are tensor cores' is left to the compiler (tests/hopper). Pages are in
+any order, and NaN where no sequence has written.
 """
 
 import functools
@@ -13,32 +14,39 @@ import pytest
 
 from jmoe.ops import latent_attention
 from jmoe.ops.kernels import latent_decode
+from tests import caches
 
 
-def inputs(heads, positions, length_B):
+def inputs(heads, length_B):
     rng = np.random.default_rng(0)
-    shapes = (len(length_B), heads, 192), (len(length_B), positions, 192)
-    arrays = [jnp.asarray(rng.normal(size=shape), jnp.bfloat16) for shape in shapes]
-    return *arrays, jnp.asarray(length_B, jnp.int32)
+    q_BHX = rng.normal(size=(len(length_B), heads, 192))
+    cache_BSX = rng.normal(size=(len(length_B), max(length_B), 192))
+    pages_PKX, table_BM = caches.scatter(cache_BSX, length_B, latent_decode.POSITIONS)
+    arrays = [jnp.asarray(x, jnp.bfloat16) for x in (q_BHX, pages_PKX)]
+    return *arrays, jnp.asarray(table_BM), jnp.asarray(length_B, jnp.int32)
 
 
 @pytest.mark.parametrize(
-    ("heads", "positions", "length_B", "parts"),
+    ("heads", "length_B", "parts"),
     [
-        (64, 128, [128, 64], 1),
-        (3, 100, [100, 0, 65], 2),
-        (20, 64, [50], 1),
-        (70, 200, [1, 193], 3),
-        (16, 300, [130], 5),  # of which two have nothing
+        (64, [128, 64], 1),
+        (3, [100, 0, 65], 2),
+        (20, [50], 1),
+        (70, [1, 193], 3),
+        (16, [130], 5),  # of which two have nothing
     ],
 )
 def test_parts_of_sequences_give_the_references_attention(
-    heads, positions, length_B, parts, interpreted, product_by_jax, monkeypatch
+    heads, length_B, parts, interpreted, product_by_jax, monkeypatch
 ):
-    arrays = jax.block_until_ready(inputs(heads, positions, length_B))
+    arrays = jax.block_until_ready(inputs(heads, length_B))
+    q_BHX, pages_PKX, table_BM, lengths = arrays
     sizes = {"value_dim": 128, "scale": 0.1}
-    want = latent_attention._reference(*arrays, **sizes)
-    want = np.asarray(want, np.float32)
+    position_BQ = lengths[:, None] - 1
+    want = latent_attention._reference(
+        q_BHX[:, None], pages_PKX, table_BM, position_BQ, **sizes
+    )
+    want = np.asarray(want[:, 0], np.float32)
     monkeypatch.setattr(latent_decode, "num_parts", lambda *_: parts)
     decode = functools.partial(latent_decode.latent_decode.__wrapped__, **sizes)
     got = decode(*arrays)

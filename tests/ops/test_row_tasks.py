@@ -38,3 +38,16 @@ def test_tasks_cover_each_row_once_and_idle_experts_cost_nothing(sizes, block):
     owner = np.repeat(np.arange(5), sizes)
     assert covered == list(zip(owner, range(sum(sizes)), strict=True))
     assert own[2].max(initial=0) <= block
+
+
+def test_rows_are_computed_in_the_smallest_size_that_holds_them():
+    block, few = 2 * row_tasks.STEP, row_tasks.FEW
+
+    def sizes(few):
+        size_of = jax.jit(
+            lambda rows: row_tasks.in_smallest_size(rows, block, np.int32, few)
+        )
+        return [int(size_of(rows)) for rows in (1, 2, 4, 5, 16, 17, 32, 33, 64)]
+
+    assert sizes(few) == [1, 4, 4, 8, 16, 32, 32, 64, 64]
+    assert sizes(()) == [32] * 7 + [64] * 2

@@ -3,6 +3,7 @@
 A flag that is new belongs in the table; `test_every_flag_is_tried` says so.
 """
 
+import json
 import os
 import pathlib
 from collections.abc import Iterator
@@ -34,6 +35,8 @@ SMALLEST, TRAINED, EXPORTED = "smallest run", "trained run", "exported run"
 NEW = f"--experiment={ROOT / 'tests' / 'smallest_run.py'}", "--workdir=new"
 TWO = (*NEW, "--num_processes=2", "--process_id=0")
 OLD = (f"--workdir={TRAINED}",)
+MATH = ("--task=math500", "--data=problems.jsonl")
+NO_SERVER = "http://127.0.0.1:9/v1"
 SCHEDULES = ("schedules", "--pp=2", "--schedule=interleaved_1f1b")
 # Where pip would install gigabytes is left out.
 UNTRIED = {("check_hopper", "environment")}
@@ -52,6 +55,19 @@ TABLE = {
     ("evaluate", "weights"): (OLD, ["", "a\nb"]),
     # Here few: what is checked once the weights are read takes its time.
     ("evaluate", "set"): (OLD, ["x", "nosuch=1"]),
+    ("evaluate", "model"): ((), [*PATHS, "dir", "file"]),
+    ("evaluate", "task"): (OLD, [*NAMES, "nothing.yaml", "dir", "https://h/x.yaml"]),
+    ("evaluate", "data"): ((*OLD, *MATH), [*PATHS, "dir", "file"]),
+    ("evaluate", "limit"): ((*OLD, *MATH), ["", "x", "1.5", "nan", "-1", "0"]),
+    ("evaluate", "samples"): ((*OLD, *MATH), [*INTEGERS, "0", "2"]),
+    ("evaluate", "temperature"): ((*OLD, *MATH), NUMBERS),
+    ("evaluate", "max_new_tokens"): ((*OLD, *MATH), ["", "x", "1.5", "-1", "0"]),
+    ("evaluate", "seed"): ((*OLD, *MATH), INTEGERS),
+    ("evaluate", "out"): ((*OLD, *MATH), [*NO_NEW, "dir", "file"]),
+    ("evaluate", "endpoint"): (MATH, [*NAMES, "localhost:8000", "gs://bucket/v1"]),
+    ("evaluate", "endpoint_model"): ((*OLD, *MATH), NAMES[1:]),
+    ("evaluate", "endpoint_api"): ((*MATH, f"--endpoint={NO_SERVER}"), NAMES),
+    ("evaluate", "concurrency"): ((*OLD, *MATH), [*INTEGERS, "0"]),
     ("generate", "workdir"): ((), [*PATHS, "dir", "file"]),
     ("generate", "step"): (OLD, INTEGERS),
     ("generate", "prompt"): (OLD, [NOT_UTF8, "x" * 1000]),
@@ -115,6 +131,8 @@ def places(trained, exported, tmp_path, monkeypatch) -> dict[str, str]:
     """Where the words of the table are; what is wrong lies in the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
+    problem = {"problem": "1 + 1?", "answer": "2", "subject": "Algebra", "level": 1}
+    (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
     for name in ("dir", "dir.py", "dir.svg"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("precious")

@@ -2,6 +2,9 @@
 
     out = softmax(scale q . cache[:length]) . cache[:length, :value_dim]
 
+where the cache of a sequence is in pages, which its row of a table lists: a step's
+positions are a page's, and where that is, the warpgroup that fetches looks up.
+
 All heads share keys and values, and values are a part of keys: so what is fetched of
 the cache once serves both products of all heads of a tile. A block of threads has such
 a tile and a part of a sequence, of which the next POSITIONS are under way from memory
@@ -17,9 +20,9 @@ comes out of one product goes into the next from registers. Few heads would leav
 empty, for which an H20 has no time: they are the columns instead, of as many as there
 are, and probabilities go through shared memory.
 
-Shapes: B sequence, H head, S position of the cache, X latent and rotated dimension, C
-the latent's, P part of a sequence; within a kernel, R head of a tile, K position of a
-step, V dimension of a warpgroup's output.
+Shapes: B sequence, H head, P page, K position in one, M page of a sequence, X latent
+and rotated dimension, C the latent's, S part of a sequence; within a kernel, R head of
+a tile, V dimension of a warpgroup's output.
 """
 
 import functools
@@ -39,8 +42,9 @@ from jmoe.ops.kernels.stream import SMS, fill
 ROWS = 64  # that tensor cores multiply at a time
 FEW = 32  # heads that are columns
 COLUMNS = 16  # that the two warpgroups can fetch
-POSITIONS = 64  # in a step
+POSITIONS = 64  # in a step, and a page
 STAGES = 2  # steps whose positions are in shared memory
+ZEROED = 64  # dimensions of values that are in registers at a time
 FETCH_REGISTERS = 24  # of a thread that fetches; those that multiply share the rest
 
 EXTRA_STEPS = 4  # that starting a block, and storing and adding its result, takes
@@ -93,18 +97,25 @@ class _Columns(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("value_dim", "scale"))
 def latent_decode(
     q_BHX: jax.Array,
-    cache_BSX: jax.Array,
+    pages_PKX: jax.Array,
+    table_BM: jax.Array,
     length_B: jax.Array,
     *,
     value_dim: int,
     scale: float,
 ) -> jax.Array:
-    """Returns [B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`."""
+    """Returns [B, H, value_dim] in q's dtype; see `jmoe.ops.latent_attention`.
+
+    Args:
+      pages_PKX: with POSITIONS in a page. What is in a page beyond a sequence's length
+        may be anything, NaN too.
+      table_BM: int32. Beyond a sequence's length, its row isn't read.
+    """
     batch, heads, dim = q_BHX.shape
     form = _Columns(heads + -heads % COLUMNS) if heads <= FEW else _Rows()
     q_BHX = fill(q_BHX, 1, form.heads, 1)
     tiles = q_BHX.shape[1] // form.heads
-    parts = num_parts(batch * tiles, -(-cache_BSX.shape[1] // POSITIONS))
+    parts = num_parts(batch * tiles, table_BM.shape[1])
     outputs = batch, parts, *form.outputs(q_BHX.shape[1], value_dim)
     call = launcher(
         functools.partial(_kernel, form, scale, tiles),
@@ -122,10 +133,11 @@ def latent_decode(
         {"block": batch * parts * tiles},
         approx_math=True,
     )
-    out, log_sum_BPH = call(length_B.astype(jnp.int32), q_BHX, cache_BSX)
-    weight_BPH = jax.nn.softmax(log_sum_BPH, axis=1)
-    out_BPHC = out if form.heads_dim == 0 else out.mT
-    out_BHC = (weight_BPH[..., None] * out_BPHC).sum(1)
+    where_B = table_BM.astype(jnp.int32), length_B.astype(jnp.int32)
+    out, log_sum_BSH = call(*where_B, q_BHX, pages_PKX)
+    weight_BSH = jax.nn.softmax(log_sum_BSH, axis=1)
+    out_BSHC = out if form.heads_dim == 0 else out.mT
+    out_BHC = (weight_BSH[..., None] * out_BSHC).sum(1)
     return out_BHC[:, :heads].astype(q_BHX.dtype)
 
 
@@ -142,7 +154,7 @@ def num_parts(sequences: int, steps: int) -> int:
     return min(range(1, max(2, min(steps, SMS) + 1)), key=time)
 
 
-def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
+def _kernel(form, scale, tiles, table_gmem, length_gmem, q_gmem, pages_gmem, *rest):
     out_gmem, log_sum_gmem, q_smem, log_sum_smem, barrier, *p_smem = rest
     # Tiles of heads that need the same positions are next to each other.
     block, tile = _divide(lax.axis_index("block"), tiles)
@@ -158,11 +170,13 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
         """Returns each head's number, for all else."""
         return lax.broadcast_in_dim(x_R, like.shape, (form.heads_dim,))
 
-    def step(indices, cache_smem, carry) -> Any:
+    def step(indices, page_smem, carry) -> Any:
         out, top_R, total_R = carry
-        s = scale * math.log2(math.e) * form.scores(q_smem, cache_smem)
+        s = scale * math.log2(math.e) * form.scores(q_smem, page_smem)
         left = length - (first + indices[0]) * POSITIONS
         s = _mask(s, left, form.positions_dim)
+        value_smem = page_smem.at[:, values]
+        _zero(value_smem, left)
         new_top_R = jnp.maximum(top_R, s.max(axis=form.positions_dim))
         shrink_R = jnp.exp2(top_R - new_top_R)
         p = jnp.exp2(s - across(new_top_R, s))
@@ -170,7 +184,7 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
         out = form.add_values(
             out * across(shrink_R, out),
             p,
-            cache_smem.at[:, values],
+            value_smem,
             *(ref.at[warpgroup] for ref in p_smem),
         )
         return out, new_top_R, total_R
@@ -199,7 +213,10 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
         step,
         grid=(count,),
         in_specs=[
-            plgpu.BlockSpec((POSITIONS, q_smem.shape[1]), lambda i: (first + i, 0))
+            plgpu.BlockSpec(
+                (None, POSITIONS, q_smem.shape[1]),
+                lambda i: (table_gmem[b, first + i], 0, 0),
+            )
         ],
         max_concurrent_steps=STAGES,
         wg_axis="warpgroup",
@@ -207,7 +224,7 @@ def _kernel(form, scale, tiles, length_gmem, q_gmem, cache_gmem, *rest):
         memory_registers=FETCH_REGISTERS,
         compute_context=compute,
     )
-    pipeline(cache_gmem.at[b])
+    pipeline(pages_gmem)
 
 
 def _steps(length: Any, part: Any, parts: int) -> tuple[Any, Any]:
@@ -230,3 +247,20 @@ def _mask(s: jax.Array, left: Any, positions_dim: int) -> jax.Array:
         return jnp.where(position < left, s, MASKED)
 
     return lax.cond(left < POSITIONS, inside, lambda: s)
+
+
+def _zero(value_smem: Any, left: Any) -> None:
+    """Writes zeros over the values from position `left` of the step on.
+
+    A probability of zero is not enough where a value is NaN. To the other warpgroup
+    these are keys, whose scores it masks whatever they are.
+    """
+
+    @pl.when(left < POSITIONS)
+    def _():
+        for start in range(0, value_smem.shape[1], ZEROED):
+            some_smem = value_smem.at[:, pl.ds(start, ZEROED)]
+            some = plgpu.layout_cast(some_smem[...], plgpu.Layout.WGMMA)
+            position = lax.broadcasted_iota(jnp.int32, some.shape, 0)
+            some_smem[...] = jnp.where(position < left, some, jnp.zeros_like(some))
+        plgpu.commit_smem()
