@@ -45,6 +45,10 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty} must be above 0, and "
                 "finite."
             )
+        for field in ("stop_ids", "stop_texts"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple):
+                raise ValueError(f"{field}={value!r} must be a tuple.")
         if not all(self.stop_texts):
             raise ValueError("stop_texts must not hold an empty text.")
 
