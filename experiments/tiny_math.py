@@ -302,8 +302,8 @@ def _number(rng: random.Random, digits: int) -> int:
 
 def _places(a: int, b: int) -> Iterator[tuple[int, int]]:
     """The digits of both numbers, from the right, as far as the longer goes."""
-    digits = (map(int, reversed(str(number))) for number in (a, b))
-    return itertools.zip_longest(*digits, fillvalue=0)
+    x, y = (map(int, reversed(str(number))) for number in (a, b))
+    return itertools.zip_longest(x, y, fillvalue=0)
 
 
 def _from_right(steps: list[str]) -> str:
