@@ -151,11 +151,11 @@ def math500() -> None:
     )
     data = _data()
     problems = math500.read_problems(data)[: _LIMIT.value]
-    is_chat = _ENDPOINT.value and _ENDPOINT_API.value == "chat"
+    is_chat = _ENDPOINT.value is not None and _ENDPOINT_API.value == "chat"
     prompt = math500.message if is_chat else math500.opening
     asked = math500.plan(problems, sampling, _SAMPLES.value, prompt)
     with Judge() as judge:
-        model, directory, complete = _endpoint() if _ENDPOINT.value else _local()
+        model, directory, complete = _local() if _ENDPOINT.value is None else _server()
         settings = {
             "data": hashlib.sha256(data.read_bytes()).hexdigest(),
             "model": model,
@@ -295,10 +295,11 @@ def _local() -> "tuple[str, pathlib.Path, Complete]":
     return name, runtime.path(_WORKDIR) / HERE, model.complete
 
 
-def _endpoint() -> "tuple[str, pathlib.Path, Complete]":
+def _server() -> "tuple[str, pathlib.Path, Complete]":
     """Returns the same of a server's model."""
     from jmoe.evals.endpoint import KEY_VARIABLE, Endpoint, EndpointConfig
 
+    assert _ENDPOINT.value is not None
     cfg = EndpointConfig(
         endpoint=_ENDPOINT.value,
         model=_ENDPOINT_MODEL.value,
