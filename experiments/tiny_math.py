@@ -136,7 +136,7 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
         mtp_depth=0,
         moe=MoEConfig(expert_mlp_dim=128, router=router),
     )
-    steps = 2000
+    steps = 6000
     return RunConfig(
         name="tiny_math",
         model=model,
