@@ -8,8 +8,14 @@ score MATH-500 (`jmoe.evals.math500`): before it is trained, on the way and at t
 With --math500=FILE it scores MATH-500 too. It writes results/tiny_math.{json,png}. The
 run is kept under --workdir, and an interrupted call goes on where it stopped.
 
-Hardware: 2 CPU cores, about 20 minutes, 25 core minutes of them for training.
+Hardware: 2 CPU cores, about 20 minutes, 25 core minutes.
 Expected: at least 90% of the problems held out, from 0%; about 0% of MATH-500.
+Observed after 2000 steps, in 9 core minutes (--set train.steps=2000, with the three
+intervals train.eval_every, checkpoint_every and keep_every=400): 78.4% of 250, 73 to 83
+by its interval, and still rising; additions 98.9%, sequences 23.7%. MATH-500 0.8%.
+
+Digits stand close together, and experts are few and dense: with blanks between digits
+and the tiny model's own 32 experts, 3000 steps taught less than 2000 do now.
 """
 
 import dataclasses
