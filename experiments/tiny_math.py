@@ -14,8 +14,8 @@ Observed after 2000 steps, in 9 core minutes (--set train.steps=2000, with the t
 intervals train.eval_every, checkpoint_every and keep_every=400): 78.4% of 250, 73 to 83
 by its interval, and still rising; additions 98.9%, sequences 23.7%. MATH-500 0.8%.
 
-Digits stand close together, and experts are few and dense: with blanks between digits
-and the tiny model's own 32 experts, 3000 steps taught less than 2000 do now.
+Digits stand close together, and experts are few and dense. With blanks between digits,
+more kinds of facts, the tiny model's own 32 experts and AdamW, 3000 steps reached 46.5%.
 """
 
 import dataclasses
