@@ -96,8 +96,11 @@ def test_each_sample_has_the_seed_after_that_of_the_one_before():
 def test_no_part_of_a_stop_text_is_shown():
     out = Pieces()
     sampling = Sampling(stop_texts=("\n\n",))
-    Completer(Told("a\nb\n\n"), TOKENIZER, sampling).show("", out, never)
+    completer = Completer(Told("a\nb\n\n", "c\n"), TOKENIZER, sampling)
+    completer.show("", out, never)
     assert out.getvalue() == "a\nb\n"
+    completer.show("", out, never)  # what only may be the beginning of one is text
+    assert out.getvalue() == "a\nb\nc\n\n"
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from jmoe.evals import math500
 from jmoe.evals.judge import boxed
 
-STEP = re.compile(r"(?<![\dx] )\b(\d[\d +*/-]*) = (?=(\d+))")
+STEP = re.compile(r"(?<!\d)(\d[\d+*/-]*)=(?=(\d+))")
 
 
 @pytest.fixture(scope="module")
