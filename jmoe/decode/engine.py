@@ -235,8 +235,6 @@ class Engine:
         rows: list[list[Live]] = [[] for _ in self._slots]
         parts: list[PromptChunk | None] = [None for _ in self._slots]
         for live in here:
-            if live.completion.finish_reason:
-                continue
             if live.is_read:
                 rows[live.part].append(live)
             elif parts[live.part] is None:

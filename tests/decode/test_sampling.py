@@ -97,6 +97,8 @@ def test_tokens_of_successive_positions_and_of_successive_seeds_are_independent(
     token_B, next_B = drawn(), drawn(position_B=np.full(ROWS, 8), seed=np.arange(ROWS))
     assert_drawn_by(SIZE * token_B + next_B, pair_VV.ravel())
     assert_drawn_by(SIZE * token_B[::2] + token_B[1::2], pair_VV.ravel())
+    # Nor is a seed's position the next seed's position before it.
+    assert_drawn_by(SIZE * token_B[1:] + next_B[:-1], pair_VV.ravel())
 
 
 def test_temperature_0_takes_the_most_likely_token_and_of_equal_ones_the_first():
@@ -120,6 +122,7 @@ def test_each_row_has_its_own_parameters_and_knows_of_no_other():
     columns = {name: [x.get(name, NEUTRAL[name]) for x in every] for name in NEUTRAL}
     given = draws(rows, **{**columns, "seed": np.arange(rows) // 2})
     logits_BV = np.array(jax.random.normal(jax.random.key(1), (rows, SIZE)))
+    logits_BV[-1] = 2.0  # of equal ones, the greedy row takes the first
     operands = logits_BV, given, np.arange(rows) // 3
     together_B = np.asarray(sample(*operands).token)
     for i, token in enumerate(together_B):
