@@ -3,7 +3,7 @@
 import numpy as np
 
 from jmoe.decode.limits import Limits
-from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
+from jmoe.decode.live import NOWHERE, Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.requests import Completion, Sampling
 
 LIMITS = Limits(rows=(1, 3), chunks=(4,), max_length=12, page_size=4, drafts=2)
@@ -28,8 +28,8 @@ def live(**where) -> Live:
 def assert_nobody(arrays, i: int) -> None:
     """Slot and pages are none, so that what is written of it goes nowhere."""
     slot, table = arrays[0], arrays[-2]
-    assert slot[i] == LIMITS.slots
-    assert (table[i] == LIMITS.pages).all()
+    assert slot[i] == NOWHERE
+    assert (table[i] == NOWHERE).all()
     assert arrays.draws.temperature[i] == 0 and arrays.draws.penalty[i] == 1
 
 
@@ -39,7 +39,7 @@ def test_a_row_has_the_last_token_and_the_drafts_at_their_position():
     assert rows.token_BQ[2].tolist() == [9, 70, 71]
     assert rows.position_B.tolist() == [-1, -1, 7, -1]
     assert (rows.slot_B[2], rows.end_B[2]) == (2, 9)
-    assert rows.table_BM[2].tolist() == [5, 0, LIMITS.pages]
+    assert rows.table_BM[2].tolist() == [5, 0, NOWHERE]
     assert [float(x[2]) for x in rows.draws] == [0.5, 7, 0.25, 0.125, 1.5, 2**32 - 1]
     for nobody in (0, 1, 3):
         assert_nobody(rows, nobody)
@@ -55,7 +55,7 @@ def test_a_chunk_has_the_prompts_next_tokens_and_the_one_behind_them():
     assert chunks.count_A.tolist() == [4, 0, 2]
     assert (chunks.next_A[0], chunks.next_A[2]) == (5, -1)
     assert chunks.end_A[0] == chunks.end_A[2] == 9
-    assert chunks.slot_A.tolist() == [2, LIMITS.slots, 0]
+    assert chunks.slot_A.tolist() == [2, NOWHERE, 0]
     assert_nobody(chunks, 1)
 
 
