@@ -1,12 +1,13 @@
-"""Compiles training steps for GPUs that aren't here, and shows what they would take.
+"""Compiles steps for GPUs that aren't here, and shows what they would take.
 
 python scripts/check_hopper.py
 python scripts/check_hopper.py --program=v2_lite_16
 python scripts/check_hopper.py --suite=pipeline
+python scripts/check_hopper.py --suite=decode
 
 It needs no GPU. Where JAX can't compile for GPUs, it makes an environment that can,
 once (scripts/make_hopper_env.sh, 5 GB), and goes on in that. What it shows, it also
-writes to experiments/results/hopper.json, or hopper_pipeline.json.
+writes to experiments/results/hopper.json, hopper_pipeline.json or hopper_decode.json.
 """
 
 import importlib
@@ -31,18 +32,24 @@ from jmoe.plan import programs
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for experiments, which are not installed
 
-SUITES = {"mesh": programs.PROGRAMS, "pipeline": programs.PIPELINES}
+SUITES = {
+    "mesh": programs.PROGRAMS,
+    "pipeline": programs.PIPELINES,
+    "decode": programs.DECODERS,
+}
 # Modules with a `run(names, console) -> Report`.
 REPORTS = {
     "mesh": "experiments.benchmarks.hopper",
     "pipeline": "experiments.benchmarks.hopper_pipeline",
+    "decode": "experiments.benchmarks.hopper_decode",
 }
 
 _SUITE = flags.DEFINE_enum(
     "suite",
     "mesh",
     list(SUITES),
-    "Which programs: steps without a pipeline, or with one by every schedule.",
+    "Which programs: training steps without a pipeline, or with one by every schedule; "
+    "or a decoder's steps.",
 )
 _PROGRAM = flags.DEFINE_multi_enum(
     "program",

@@ -288,7 +288,7 @@ def test_a_figure_is_in_what_its_command_wrote(row):
     given, _ = parse(*pages.script_of(shlex.split(row.command)))
     stem = pathlib.Path(shlex.split(row.command)[1]).stem
     if stem == "check_hopper":
-        stem = "hopper" if given["suite"] == "mesh" else "hopper_pipeline"
+        stem = "hopper" if given["suite"] == "mesh" else f"hopper_{given['suite']}"
     stem = given["suite"] if stem == "bench" else stem
     result = json.loads((RESULTS / f"{stem}.json").read_text())
     there = list(pages.numbers_in(result.get("figures", result)))

@@ -29,10 +29,11 @@ from jmoe.decode.weights import (
     layer_of,
     places,
 )
+from jmoe.nn.model import abstract_variables
 from jmoe.nn.parameter import Parameter
 from jmoe.nn.quantized import quantize_weight
 from jmoe.parallel.partition import partition
-from jmoe.train.layout import WHOLE, Layout, on_mesh
+from jmoe.train.layout import WHOLE, Layout, lying, on_mesh
 from jmoe.train.stages import layer_costs, tail_cost
 
 PIPE = "pipe"
@@ -111,6 +112,15 @@ def place(
     params = {name: variables[PARAMS][name] for name in ends(cfg)}
     found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
     return assemble(found[PARAMS], tuple(layers), mtp)
+
+
+def abstract(
+    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
+) -> Weights:
+    """Returns the arrays that `place` returns, as shapes that know where they lie."""
+    make = functools.partial(place, cfg, layout, rows, form)
+    shapes = jax.eval_shape(make, abstract_variables(cfg))
+    return lying(layout, specs(cfg, layout, rows, form), shapes)
 
 
 def specs(

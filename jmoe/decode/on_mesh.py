@@ -40,7 +40,7 @@ from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES
-from jmoe.train.layout import WHOLE, Layout, make_layout, on_mesh, put_whole
+from jmoe.train.layout import WHOLE, Layout, lying, make_layout, on_mesh, put_whole
 
 OWN = PartitionSpec(MESH_AXES)  # each device's own, by the first dimension
 SEQUENCES = PartitionSpec(BATCH_AXES)
@@ -142,6 +142,7 @@ class MeshPrograms(NamedTuple):
     layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
     state. begin: of a step's arrays, what is underway before any. step: of weights,
     state, what is underway and what is given, the new ones and what was found.
+    abstract: of a step's arrays without values, all that `step` takes, likewise.
     """
 
     layout: Layout
@@ -149,6 +150,7 @@ class MeshPrograms(NamedTuple):
     start: Callable[[], Any]
     begin: Callable[[Given], Underway]
     step: Callable[..., tuple[Any, Underway, StepResult]]
+    abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
 @functools.lru_cache(maxsize=16)
@@ -171,7 +173,7 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
         state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
         every = (given, *underway.given)
         layers = _own_layers(rows, weights)
-        x_SD, caches = _blocks(cfg, weights, layers, state.layers, x_SD, every)
+        x_SD, caches = _blocks(cfg, rows, weights, layers, state.layers, x_SD, every)
         state = state._replace(layers=())
         state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
         state = state._replace(layers=caches)
@@ -180,18 +182,19 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
     flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
-    return MeshPrograms(
-        layout,
-        rows,
-        jax.jit(on_mesh(start, layout, (), OWN)),
-        jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight)),
-        jax.jit(
-            on_mesh(
-                step, layout, (placed, OWN, flight, SEQUENCES), (OWN, flight, WHOLE)
-            ),
-            donate_argnums=(1, 2),
-        ),
+    taken = placed, OWN, flight, SEQUENCES
+    starts = jax.jit(on_mesh(start, layout, (), OWN))
+    begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
+    steps = jax.jit(
+        on_mesh(step, layout, taken, (OWN, flight, WHOLE)), donate_argnums=(1, 2)
     )
+
+    def abstract(given: Given) -> Any:
+        weights = mesh_weights.abstract(cfg, layout, rows, form)
+        state, underway = jax.eval_shape(starts), jax.eval_shape(begins, given)
+        return lying(layout, taken, (weights, state, underway, given))
+
+    return MeshPrograms(layout, rows, starts, begins, steps, abstract)
 
 
 def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
@@ -205,7 +208,7 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     return found
 
 
-def _blocks(cfg, weights, own, caches, x_SD, every):
+def _blocks(cfg, cut, weights, own, caches, x_SD, every):
     """Returns what this rank's layers compute of its tokens, and their caches."""
     rank = collectives.axis_index(PIPE)
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
@@ -214,13 +217,21 @@ def _blocks(cfg, weights, own, caches, x_SD, every):
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
     kept = []
-    for layer, cache in zip(own, caches, strict=True):
+    for row, layer, cache in zip(cut, own, caches, strict=True):
         compute = functools.partial(layers.block, cfg, layer, known=known)
-        x_SD, cache = lax.cond(
-            layer.number >= 0, compute, lambda cache, x_SD: (x_SD, cache), cache, x_SD
-        )
+        if -1 in row.numbers:
+            # A choice costs a GPU a wait for the host, so others have none.
+            operands = layer.number >= 0, compute, _skip, cache, x_SD
+            x_SD, cache = lax.cond(*operands)
+        else:
+            x_SD, cache = compute(cache, x_SD)
         kept.append(cache)
     return x_SD, tuple(kept)
+
+
+def _skip(cache, x_SD):
+    """Returns what a rank without a layer has in place of the layer's results."""
+    return x_SD, cache
 
 
 def _finish(cfg, limits, weights, state, x_SD, given):

@@ -9,7 +9,7 @@ kernels by trying them, and time.
 import dataclasses
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -32,18 +32,10 @@ NODE = 8  # GPUs that share a node
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes on one device while a step runs.
+class Allocated:
+    """Bytes that a program needs of one device, as the compiler counts them."""
 
-    parameters_even, optimizer_even: what it would hold of these if every device had the
-    same part, and none a copy.
-    """
-
-    parameters: int
-    optimizer: int
-    parameters_even: float
-    optimizer_even: float
-    arguments: int  # those two and whatever else goes in
+    arguments: int
     outputs: int
     aliased: int  # outputs that take the place of arguments
     temporaries: int
@@ -54,11 +46,25 @@ class Memory:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory(Allocated):
+    """Bytes on one device while a training step runs.
+
+    parameters_even, optimizer_even: what it would hold of these if every device had the
+    same part, and none a copy.
+    """
+
+    parameters: int
+    optimizer: int
+    parameters_even: float
+    optimizer_even: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
     """A compiled step: its optimised HLO, and what compiling it took."""
 
     text: str
-    memory: Memory
+    memory: Any  # an `Allocated`, of the kind of program that it is
     seconds: float  # to trace, lower and compile
     cpu_seconds: float  # the CPU's meanwhile, in this process's threads
     host_bytes: int  # this process's most, ever
@@ -84,7 +90,7 @@ def absent_devices(device: Device, count: int) -> Sequence[Any]:
 
 def compile_step(run: RunConfig, devices: Sequence[Any]) -> Program:
     """Compiles the training step of `run` for `run.mesh` made of `devices`."""
-    start = _now()
+    start = now()
     step, state, batch = abstract_step(run, devices)
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     return _compile(lowered, state, devices, start)
@@ -95,7 +101,7 @@ def compile_optimizer(run: RunConfig, devices: Sequence[Any]) -> Program:
 
     Updates take the gradients' place.
     """
-    start = _now()
+    start = now()
     model, optimizer, layout = _parts(run, devices)
     state = layouts.abstract(layout, lambda: make_state(model, optimizer, 0))
 
@@ -108,30 +114,51 @@ def compile_optimizer(run: RunConfig, devices: Sequence[Any]) -> Program:
     return _compile(lowered, state, devices, start)
 
 
-def _now() -> tuple[float, float]:
+def now() -> tuple[float, float]:
+    """Returns seconds that passed, and those of this process's CPU, since any time."""
     return time.perf_counter(), time.process_time()
 
 
 def _compile(
     lowered: Any, state: TrainState, devices: Sequence[Any], start: tuple[float, float]
 ) -> Program:
+    def memory(**sizes: int) -> Memory:
+        return Memory(
+            parameters=device_bytes(state.params),
+            optimizer=device_bytes(state.opt_state),
+            parameters_even=whole_bytes(state.params) / len(devices),
+            optimizer_even=whole_bytes(state.opt_state) / len(devices),
+            **sizes,
+        )
+
+    return compile_lowered(lowered, memory, devices, start)
+
+
+def compile_lowered(
+    lowered: Any,
+    memory: Callable[..., Any],
+    devices: Sequence[Any],
+    start: tuple[float, float],
+) -> Program:
+    """Returns the program that a lowered function is on these devices.
+
+    Args:
+      memory: makes its `memory` of the bytes that the compiler counts: `arguments`,
+        `outputs`, `aliased` and `temporaries`.
+      start: what `now` returned before it was traced.
+    """
     options = compiler.options(devices[0].platform)
     compiled: Any = lowered.compile(compiler_options=options)
-    seconds, cpu_seconds = (now - then for now, then in zip(_now(), start, strict=True))
-    text, stats = compiled.as_text(), compiled.memory_analysis()
-    memory = Memory(
-        parameters=device_bytes(state.params),
-        optimizer=device_bytes(state.opt_state),
-        parameters_even=whole_bytes(state.params) / len(devices),
-        optimizer_even=whole_bytes(state.opt_state) / len(devices),
-        arguments=stats.argument_size_in_bytes,
-        outputs=stats.output_size_in_bytes,
-        aliased=stats.alias_size_in_bytes,
-        temporaries=stats.temp_size_in_bytes,
-    )
+    seconds, cpu_seconds = (end - then for end, then in zip(now(), start, strict=True))
+    stats = compiled.memory_analysis()
     return Program(
-        text=text,
-        memory=memory,
+        text=compiled.as_text(),
+        memory=memory(
+            arguments=stats.argument_size_in_bytes,
+            outputs=stats.output_size_in_bytes,
+            aliased=stats.alias_size_in_bytes,
+            temporaries=stats.temp_size_in_bytes,
+        ),
         seconds=seconds,
         cpu_seconds=cpu_seconds,
         host_bytes=_peak_host_bytes(),

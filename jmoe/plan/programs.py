@@ -1,8 +1,9 @@
-"""The runs whose training steps are compiled for GPUs that aren't here.
+"""The runs and decoders whose steps are compiled for GPUs that aren't here.
 
 Each is a published model on as many H20s as its name says. A microbatch has one
 sequence of 4,096 tokens for each part of the batch. A step has two, so that gradients
-are accumulated; with a pipeline, four for each of its ranks.
+are accumulated; with a pipeline, four for each of its ranks. A decoder's steps have
+the tokens that `Decoding` says.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ from jmoe.config.data import DataConfig
 from jmoe.config.mesh import SCHEDULES
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.train import TrainConfig
+from jmoe.decode.limits import Limits
 
 LENGTH = 4096
 MICROBATCHES = 2
@@ -163,3 +165,57 @@ def _pipelines() -> Iterator[tuple[str, Callable[[], RunConfig]]]:
 
 
 PIPELINES: Mapping[str, Callable[[], RunConfig]] = dict(_pipelines())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """A decoder's step of one size.
+
+    run: says the model and the mesh. form: of the weights, one of
+    `jmoe.nn.quantized.FORMS`. rows: sequences that are decoded, in each part of a
+    batch. chunk: tokens of a prompt that are read beside them; 0: none.
+    """
+
+    run: RunConfig
+    form: str
+    limits: Limits
+    rows: int
+    chunk: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens each part of a batch computes."""
+        return self.rows * (1 + self.limits.drafts) + self.chunk
+
+    @property
+    def positions(self) -> int:
+        """How many positions the cache has room for, in each part of a batch."""
+        return self.limits.pages * self.limits.page_size
+
+
+def v3_decoding(name: str, *, drafts: int = 0, chunk: int = 0) -> Decoding:
+    """Puts V3's weights in FP8 on 16 H20s, beside a cache of 2**20 positions.
+
+    32 sequences of each of the pipeline's two turns are decoded at once.
+    """
+    mesh, rows, length = MeshConfig(pipe=2, tensor=8), 32, 8192
+    limits = Limits(
+        rows=(rows, mesh.pipe * rows),
+        chunks=(256,),
+        max_length=length,
+        num_pages=2**20 // Limits.page_size,
+        drafts=drafts,
+    )
+    run = run_on(ModelConfig.preset("v3"), mesh, name, exchange=ExchangeConfig())
+    return Decoding(run=run, form="fp8", limits=limits, rows=rows, chunk=chunk)
+
+
+def _decoders() -> Iterator[tuple[str, Callable[[], Decoding]]]:
+    """Yields one token of each sequence, one with a draft, and a prompt's beside it."""
+    kinds = {"decode": {}, "decode_draft": {"drafts": 1}, "prefill": {"chunk": 256}}
+    for kind, sizes in kinds.items():
+        name = f"v3_fp8_tp8_pp2_{kind}"
+        yield name, functools.partial(v3_decoding, name, **sizes)
+
+
+DECODERS: Mapping[str, Callable[[], Decoding]] = dict(_decoders())

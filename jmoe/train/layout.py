@@ -117,6 +117,22 @@ def abstract(layout: Layout, make: Callable[[], Any]) -> Any:
     )
 
 
+def lying(layout: Layout, specs: Any, shapes: Any) -> Any:
+    """Returns shapes that know where they lie, each by a spec of its own or a tree's.
+
+    Args:
+      specs: of `shapes`, or of trees in it.
+    """
+
+    def put(spec: PartitionSpec, tree: Any) -> Any:
+        sharding = NamedSharding(layout.mesh, spec)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        )
+
+    return jax.tree.map(put, specs, shapes)
+
+
 def born(layout: Layout, make: Callable[[], Any]) -> Any:
     """Returns what `make` returns, each array made where it lies; waits for it."""
     where = shardings(layout, jax.eval_shape(make))

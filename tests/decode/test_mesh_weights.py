@@ -1,10 +1,12 @@
-"""Which layers a pipeline's ranks have: each once, in order, for about equal work."""
+"""Which layers a pipeline's ranks have, and their weights without values."""
 
+import jax
 import pytest
 
 from jmoe.config import records
 from jmoe.decode import mesh_weights
 from jmoe.decode.weights import LayerPlace, feed_forwards, places
+from tests.decode.test_on_mesh import placed
 
 DENSE, MOE = 3, 7
 
@@ -58,3 +60,15 @@ def test_places_count_each_kind_of_layers_from_0(cfg):
 def test_ranks_without_a_layer_are_refused(model):
     with pytest.raises(ValueError, match="10 .*11|11 .*10"):
         mesh_weights.cut(model, DENSE + MOE + 1, 64)
+
+
+@pytest.mark.parametrize("form", ["native", "fp8"])
+def test_weights_without_values_are_what_is_placed(cfg, variables, form):
+    _, layout, divided = placed("pipe=2,data=2,expert=2,tensor=2", [], variables)
+    rows = mesh_weights.cut(cfg, 2, 64)
+    want = mesh_weights.place(cfg, layout, rows, form, divided)
+    got = mesh_weights.abstract(cfg, layout, rows, form)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
