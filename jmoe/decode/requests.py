@@ -14,8 +14,8 @@ class Sampling:
     """How a request's tokens are drawn, and where they end.
 
     The parameters are those of `jmoe.decode.sampling.Draws`. stop_ids: tokens that end
-    it, and aren't part of it; stop_texts: likewise texts, which need an engine that
-    knows the tokenizer. logprobs: how many of the likeliest tokens to tell of each.
+    it, and aren't part of it; stop_texts: texts that end it, of which the last token
+    is part, and which need an engine that knows the tokenizer. logprobs: how many of the likeliest tokens to tell of each.
     """
 
     max_new_tokens: int = 128
