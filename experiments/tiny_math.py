@@ -8,8 +8,15 @@ score MATH-500 (`jmoe.evals.math500`): before it is trained, on the way and at t
 With --math500=FILE it scores MATH-500 too. It writes results/tiny_math.{json,png}. The
 run is kept under --workdir, and an interrupted call goes on where it stopped.
 
-Hardware: 2 CPU cores, about 20 minutes, 25 core minutes of them for training.
+Hardware: 2 CPU cores, about 20 minutes, 25 core minutes.
 Expected: at least 90% of the problems held out, from 0%; about 0% of MATH-500.
+Observed after 2000 steps, in 9 core minutes (--set train.steps=2000, with the three
+intervals train.eval_every, checkpoint_every and keep_every=400): 78.4% of 250, 73 to 83
+by its interval, and still rising; additions 98.9%, sequences 23.7%. MATH-500 0.8%.
+
+Digits stand close together, and experts are few and dense. With blanks between digits,
+more kinds of facts, the tiny model's own 32 experts and AdamW, 3000 steps reached
+46.5%.
 """
 
 import dataclasses
@@ -29,7 +36,9 @@ from matplotlib.figure import Figure
 
 from jmoe.config import (
     DataConfig,
+    MoEConfig,
     OptimizerConfig,
+    RouterConfig,
     RunConfig,
     ScheduleConfig,
     SourceConfig,
@@ -70,29 +79,29 @@ def addition(rng: random.Random, digits: int) -> Steps:
     a, b = _number(rng, digits), _number(rng, digits)
     steps, carry = [], 0
     for x, y in _places(a, b):
-        carried = f" + {carry}" if carry else ""
-        steps.append(f"{x} + {y}{carried} = {x + y + carry}")
+        carried = f"+{carry}" if carry else ""
+        steps.append(f"{x}+{y}{carried}={x + y + carry}")
         carry = (x + y + carry) // 10
-    return f"What is ${a} + {b}$?", _from_right(steps), a + b
+    return f"What is ${a}+{b}$?", _from_right(steps), a + b
 
 
 def subtraction(rng: random.Random, digits: int) -> Steps:
     b, a = sorted((_number(rng, digits), _number(rng, digits)))
     steps, borrow = [], 0
     for x, y in _places(a, b):
-        borrowed = f" - {borrow}" if borrow else ""
+        borrowed = f"-{borrow}" if borrow else ""
         top = x if x >= y + borrow else x + 10
-        steps.append(f"{top} - {y}{borrowed} = {top - y - borrow}")
+        steps.append(f"{top}-{y}{borrowed}={top - y - borrow}")
         borrow = int(top > x)
-    return f"What is ${a} - {b}$?", _from_right(steps), a - b
+    return f"What is ${a}-{b}$?", _from_right(steps), a - b
 
 
 def multiplication(rng: random.Random, digits: int) -> Steps:
     a, b = _number(rng, digits), rng.randint(2, 9)
     parts = [int(digit) * 10**i for i, digit in enumerate(reversed(str(a)))][::-1]
-    steps = [f"{part} * {b} = {part * b}" for part in parts if part]
+    steps = [f"{part}*{b}={part * b}" for part in parts if part]
     if len(steps) > 1:
-        steps.append(f"{' + '.join(str(part * b) for part in parts)} = {a * b}")
+        steps.append(f"{'+'.join(str(part * b) for part in parts)}={a * b}")
     return f"What is ${a} \\cdot {b}$?", f"{', '.join(steps)}.", a * b
 
 
@@ -100,20 +109,18 @@ def sequence(rng: random.Random, digits: int) -> Steps:
     first, more = _number(rng, digits), rng.randint(2, 9)
     terms = [first + i * more for i in range(4)]
     listed = ", ".join(map(str, terms[:3]))
-    steps = (
-        f"Each is {more} more than the one before: {terms[2]} + {more} = {terms[3]}."
-    )
+    steps = f"Each is {more} more than the one before: {terms[2]}+{more}={terms[3]}."
     return f"What comes after ${listed}$?", steps, terms[3]
 
 
 def equation(rng: random.Random, digits: int) -> Steps:
     a, x, b = rng.randint(2, 9), rng.randint(2, 12), rng.randint(1, 9)
-    division = f"x = {a * x} / {a} = {x}."
+    division = f"x={a * x}/{a}={x}."
     if digits == 1:
-        return f"Solve ${a}x = {a * x}$ for $x$.", division, x
+        return f"Solve ${a}x={a * x}$ for $x$.", division, x
     c = a * x + b
-    problem = f"Solve ${a}x + {b} = {c}$ for $x$."
-    return problem, f"{a}x = {c} - {b} = {a * x}, {division}", x
+    problem = f"Solve ${a}x+{b}={c}$ for $x$."
+    return problem, f"{a}x={c}-{b}={a * x}, {division}", x
 
 
 # Each with the numbers of digits that it comes in: its levels.
@@ -129,10 +136,17 @@ KINDS: dict[str, tuple[Callable[[random.Random, int], Steps], tuple[int, ...]]] 
 def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunConfig:
     """The tiny run on problems alone, with sequences that don't see each other."""
     run = presets.tiny_run()
-    steps = 3000
+    router = RouterConfig(num_experts=8, top_k=2)
+    model = dataclasses.replace(
+        run.model,
+        vocab_size=400,
+        mtp_depth=0,
+        moe=MoEConfig(expert_mlp_dim=128, router=router),
+    )
+    steps = 6000
     return RunConfig(
         name="tiny_math",
-        model=dataclasses.replace(run.model, vocab_size=400),
+        model=model,
         data=DataConfig(
             sources=(SourceConfig(path=str(directory / TEXT)),),
             sequence_length=256,
@@ -143,7 +157,6 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
             steps=steps,
             batch_size=8,
             microbatch_size=8,
-            bias_rate=run.train.bias_rate,
             eval_every=steps // EVALUATIONS,
             checkpoint_every=steps // EVALUATIONS,
             keep_every=steps // EVALUATIONS,
@@ -152,9 +165,9 @@ def get_config(directory: pathlib.Path = pathlib.Path("runs/tiny_math")) -> RunC
             name="muon",
             schedule=ScheduleConfig(
                 name="wsd",
-                peak=3e-3,
+                peak=2e-3,
                 warmup_steps=100,
-                decay_fraction=0.5,
+                decay_fraction=0.7,
                 end_fraction=0.02,
             ),
         ),
@@ -296,8 +309,8 @@ def _number(rng: random.Random, digits: int) -> int:
 
 def _places(a: int, b: int) -> Iterator[tuple[int, int]]:
     """The digits of both numbers, from the right, as far as the longer goes."""
-    digits = (map(int, reversed(str(number))) for number in (a, b))
-    return itertools.zip_longest(*digits, fillvalue=0)
+    x, y = (map(int, reversed(str(number))) for number in (a, b))
+    return itertools.zip_longest(x, y, fillvalue=0)
 
 
 def _from_right(steps: list[str]) -> str:

@@ -25,7 +25,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
@@ -33,6 +33,10 @@ from jmoe.commands import evaluation_tables as tables
 from jmoe.config import checks
 from jmoe.data import cache, durable
 from jmoe.train import runtime
+
+if TYPE_CHECKING:
+    from jmoe.evals.completions import Complete, LocalModel
+    from jmoe.train.trained import Trained
 
 HARNESS = "harness"
 ANSWER_TOKENS = 8192  # DeepSeek-V3's evaluations (arXiv 2412.19437, section 5.3.1)
@@ -147,11 +151,11 @@ def math500() -> None:
     )
     data = _data()
     problems = math500.read_problems(data)[: _LIMIT.value]
-    is_chat = _ENDPOINT.value and _ENDPOINT_API.value == "chat"
+    is_chat = _ENDPOINT.value is not None and _ENDPOINT_API.value == "chat"
     prompt = math500.message if is_chat else math500.opening
     asked = math500.plan(problems, sampling, _SAMPLES.value, prompt)
     with Judge() as judge:
-        model, directory, complete = _endpoint() if _ENDPOINT.value else _local()
+        model, directory, complete = _local() if _ENDPOINT.value is None else _server()
         settings = {
             "data": hashlib.sha256(data.read_bytes()).hexdigest(),
             "model": model,
@@ -250,37 +254,24 @@ def _refuse_idle_flags() -> None:
             )
 
 
-def _load() -> Any:
-    """Returns the run's model, or a Hugging Face directory's, as `Trained`."""
+def _load() -> "Trained":
+    """Returns the run's model, or a Hugging Face directory's."""
     from jmoe.checkpoint.retention import parse_which
+    from jmoe.export.trained import load_exported
     from jmoe.train.trained import load_trained, reconfigured
 
     runtime.start_jax()
     if _MODEL.value is not None:
-        trained = _exported(runtime.path(_MODEL))
+        trained = load_exported(runtime.path(_MODEL))
     else:
-        workdir = runtime.path(_WORKDIR)
-        trained = load_trained(workdir, step=parse_which(_STEP.value))
-        trained = reconfigured(trained, _SET.value)
+        step = parse_which(_STEP.value)
+        trained = load_trained(runtime.path(_WORKDIR), step=step)
+    trained = reconfigured(trained, _SET.value)
     runtime.keep_compiled(cache.directory(trained.run.data) / runtime.COMPILED)
     return trained
 
 
-def _exported(directory: pathlib.Path) -> Any:
-    """Returns the model of a Hugging Face directory, with the defaults of a run."""
-    from jmoe.data.tokenizer import Tokenizer
-    from jmoe.export import hf, import_run
-    from jmoe.export.read import Reader
-    from jmoe.train.trained import TOKENIZER, Trained
-
-    with Reader(directory) as reader:
-        run = import_run.make_run(reader, directory, _SET.value)
-    tokenizer = Tokenizer.from_file(directory / TOKENIZER)
-    _, variables = hf.load(directory)
-    return Trained(run, tokenizer, variables, 0)
-
-
-def _local_model() -> tuple[Any, str]:
+def _local_model() -> "tuple[LocalModel, str]":
     """Returns the model as `LocalModel`, and what tells it apart from others."""
     from jmoe.evals.completions import LocalModel
     from jmoe.train.trained import quantized
@@ -296,7 +287,7 @@ def _local_model() -> tuple[Any, str]:
     return model, f"{trained.run.name}, step {trained.step}, {forms[0]} weights"
 
 
-def _local() -> tuple[str, pathlib.Path, Any]:
+def _local() -> "tuple[str, pathlib.Path, Complete]":
     """Returns the model's name, where its answers go, and its completions."""
     model, name = _local_model()
     if _MODEL.value is not None:
@@ -304,10 +295,11 @@ def _local() -> tuple[str, pathlib.Path, Any]:
     return name, runtime.path(_WORKDIR) / HERE, model.complete
 
 
-def _endpoint() -> tuple[str, pathlib.Path, Any]:
+def _server() -> "tuple[str, pathlib.Path, Complete]":
     """Returns the same of a server's model."""
     from jmoe.evals.endpoint import KEY_VARIABLE, Endpoint, EndpointConfig
 
+    assert _ENDPOINT.value is not None
     cfg = EndpointConfig(
         endpoint=_ENDPOINT.value,
         model=_ENDPOINT_MODEL.value,

@@ -111,7 +111,11 @@ def main(argv: list[str]) -> int:
 
 
 def check_flags() -> None:
-    """Raises ValueError for flags that exclude each other, or a file that exists."""
+    """Raises ValueError for flags that exclude each other, or name what can't be."""
+    from jmoe.config import override
+    from jmoe.decode.limits import Limits
+
+    override(Limits(), _SET.value)
     given = [flag.name for flag in (_PROMPT, _PROMPTS, _INTERACTIVE) if flag.present]
     if len(given) > 1:
         raise ValueError(f"--{given[0]} and --{given[1]} exclude each other.")
@@ -206,7 +210,7 @@ def complete_file(
     from jmoe.decode.terminal import summarize
 
     cfg = trained.run.model
-    ids = encode(trained.tokenizer, prompts, _PROMPTS.value)
+    ids = encode(trained.tokenizer, prompts, str(_PROMPTS.value))
     room = cfg.max_positions - sampling.max_new_tokens
     longest = max([len(x) for x in ids if len(x) <= room], default=1)
     sizes = len(prompts) * _NUM_SAMPLES.value, longest, sampling.max_new_tokens

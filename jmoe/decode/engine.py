@@ -98,10 +98,10 @@ class Engine:
         check(cfg, limits)
         self.cfg, self.limits, self._text = cfg, limits, text
         self.programs = programs(cfg, variables, limits)
-        parts = self.programs.parts
-        self._pages = [Pages(limits.pages) for _ in range(parts)]
-        # Those whose number divides by `turns` alike take turns together.
-        self._slots = [list(range(limits.slots))[::-1] for _ in range(parts)]
+        parts, turns = self.programs.parts, self.programs.turns
+        self._pages = [Pages(limits.pages * turns) for _ in range(parts)]
+        # Those whose numbers leave the same when divided by `turns` are one set.
+        self._slots = [list(range(limits.slots * turns))[::-1] for _ in range(parts)]
         self._asked: collections.deque[_Asked] = collections.deque()
         self._waiting: collections.deque[Live] = collections.deque()
         self._live: list[Live] = []
@@ -235,8 +235,6 @@ class Engine:
         rows: list[list[Live]] = [[] for _ in self._slots]
         parts: list[PromptChunk | None] = [None for _ in self._slots]
         for live in here:
-            if live.completion.finish_reason:
-                continue
             if live.is_read:
                 rows[live.part].append(live)
             elif parts[live.part] is None:

@@ -10,6 +10,9 @@ from jmoe.config.model import ROUTERS
 class Limits:
     """Sizes of a decoder's programs and of its cache.
 
+    On a mesh they are of each device that has sequences of its own, and with a pipeline
+    of each of the sets that take turns (`jmoe.decode.on_mesh`).
+
     rows: how many sequences are decoded at once, in ascending order; each is compiled,
       and of each step the smallest that suffices is taken. The last is how many there
       may be at a time.

@@ -17,6 +17,8 @@ from jmoe.decode.limits import Limits
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.decode.sampling import Draws
 
+NOWHERE = 2**30  # the slot, and the pages, of a row that isn't there
+
 
 @dataclasses.dataclass
 class Live:
@@ -82,11 +84,11 @@ def make_rows(limits: Limits, parts: Sequence[Sequence[Live]], size: int) -> Dec
     width, pages = 1 + limits.drafts, limits.pages_of_one
     count = len(parts) * size
     rows = DecodeRows(
-        slot_B=np.full(count, limits.slots, np.int32),
+        slot_B=np.full(count, NOWHERE, np.int32),
         token_BQ=np.zeros((count, width), np.int32),
         position_B=np.full(count, -1, np.int32),
         end_B=np.zeros(count, np.int32),
-        table_BM=np.full((count, pages), limits.pages, np.int32),
+        table_BM=np.full((count, pages), NOWHERE, np.int32),
         draws=_no_draws(count),
     )
     for part, lives in enumerate(parts):
@@ -106,13 +108,13 @@ def make_chunks(
     """Returns each part's chunk, of `size` tokens; of size 0, there are none."""
     count = len(parts) if size else 0
     chunks = PrefillChunks(
-        slot_A=np.full(count, limits.slots, np.int32),
+        slot_A=np.full(count, NOWHERE, np.int32),
         token_AC=np.zeros((count, size), np.int32),
         start_A=np.zeros(count, np.int32),
         count_A=np.zeros(count, np.int32),
         next_A=np.zeros(count, np.int32),
         end_A=np.zeros(count, np.int32),
-        table_AM=np.full((count, limits.pages_of_one), limits.pages, np.int32),
+        table_AM=np.full((count, limits.pages_of_one), NOWHERE, np.int32),
         draws=_no_draws(count),
     )
     for i, part in enumerate(parts if size else ()):

@@ -92,7 +92,8 @@ def place(
 ) -> Weights:
     """Returns the weights as they lie on the mesh.
 
-    It handles a layer of each rank at a time, and needs no room for more.
+    It handles a layer of each rank at a time. XLA may hold an array of these whole on
+    each device, while it moves between layouts.
 
     Args:
       form: one of `jmoe.nn.quantized.FORMS`.

@@ -162,7 +162,7 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
     own = functools.partial(jax.tree.map, lambda x: x[None])
 
     def start() -> Any:
-        return own(make_state(cfg, limits, len(rows)))
+        return own(make_state(cfg, limits, len(rows), run.mesh.pipe))
 
     def begin(given: Given) -> Underway:
         x_TD = jnp.zeros((len(batches.join(*given).token_T), cfg.hidden_dim), cfg.dtype)

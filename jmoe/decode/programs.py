@@ -36,7 +36,7 @@ class OneDevice:
         # JAX compiles a program again for arrays that were told where to be, as those
         # of a checkpoint; so all of them are, from the first step on.
         weights = jax.device_put(prepare(cfg, variables))
-        state = make_state(cfg, limits, cfg.num_layers)
+        state = make_state(cfg, limits, cfg.num_layers, self.turns)
         (device,) = weights.embedding.devices()
         self._weights, self.state = jax.device_put((weights, state), device)
 
@@ -54,13 +54,17 @@ class OneDevice:
         return []
 
 
-def make_state(cfg: ModelConfig, limits: Limits, num_layers: int) -> State:
-    """Returns the state of a decoder that has read nothing, and has so many layers."""
-    size = limits.pages, limits.page_size
+def make_state(cfg: ModelConfig, limits: Limits, num_layers: int, turns: int) -> State:
+    """Returns the state of a decoder that has read nothing.
+
+    Args:
+      num_layers: that are on this device. turns: as `OneDevice` has it.
+    """
+    size = limits.pages * turns, limits.page_size
     layers = tuple(block.empty_cache(cfg, *size) for _ in range(num_layers))
     mtp_cache = mtp.empty_cache(cfg, *size) if limits.drafts else None
     vocab = collectives.share(cfg.vocab_size, AXIS, "vocab_size")
-    return State(layers, mtp_cache, jnp.zeros((limits.slots, vocab), bool))
+    return State(layers, mtp_cache, jnp.zeros((limits.slots * turns, vocab), bool))
 
 
 def cache_bytes_a_token(cfg: ModelConfig) -> int:

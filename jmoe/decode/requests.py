@@ -14,8 +14,8 @@ class Sampling:
     """How a request's tokens are drawn, and where they end.
 
     The parameters are those of `jmoe.decode.sampling.Draws`. stop_ids: tokens that end
-    it, and aren't part of it; stop_texts: likewise texts, which need an engine that
-    knows the tokenizer. logprobs: how many of the likeliest tokens to tell of each.
+    it, and aren't part of it; stop_texts: texts that end it, of which the last token
+    is part, and which need an engine that knows the tokenizer. logprobs: how many of the likeliest tokens to tell of each.
     """
 
     max_new_tokens: int = 128
@@ -45,6 +45,10 @@ class Sampling:
                 f"repetition_penalty={self.repetition_penalty} must be above 0, and "
                 "finite."
             )
+        for field in ("stop_ids", "stop_texts"):
+            value = getattr(self, field)
+            if not isinstance(value, tuple):
+                raise ValueError(f"{field}={value!r} must be a tuple.")
         if not all(self.stop_texts):
             raise ValueError("stop_texts must not hold an empty text.")
 

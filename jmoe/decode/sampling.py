@@ -95,16 +95,23 @@ def _penalized(logits_BV, seen_BV, penalty_B):
 
 def _drawn(logits_BV, draws, position_B):
     is_drawn_B1 = (draws.temperature > 0)[:, None]
-    tempered_BV = logits_BV / jnp.where(is_drawn_B1, draws.temperature[:, None], 1.0)
+    # Differences: large logits by a temperature close to 0 would be infinite, and tie.
+    below_BV = logits_BV - _most_likely(logits_BV)[0][:, None]
+    coldest = jnp.finfo(jnp.float32).tiny
+    tempered_BV = below_BV / jnp.maximum(draws.temperature, coldest)[:, None]
     kept_BV = _filtered(tempered_BV, draws)
     noisy_BV = kept_BV + _noise(draws.seed, position_B, logits_BV.shape[1])
     return _most_likely(jnp.where(is_drawn_B1, noisy_BV, logits_BV))[1]
 
 
 def _filtered(logits_BV: jax.Array, draws: Draws) -> jax.Array:
-    """Returns -inf in place of what isn't drawn from: by k, then p, then min."""
-    top_B, _ = _most_likely(logits_BV)
-    share_BV = jnp.exp(logits_BV - top_B[:, None])
+    """Returns -inf in place of what isn't drawn from: by k, then p, then min.
+
+    Args:
+      logits_BV: of which the whole vocabulary's largest is 0.
+    """
+    top_B = jnp.zeros(len(logits_BV))
+    share_BV = jnp.exp(logits_BV)
 
     def few(least_B):
         is_in_BV = logits_BV >= least_B[:, None]
@@ -129,7 +136,7 @@ def _filtered(logits_BV: jax.Array, draws: Draws) -> jax.Array:
         return jnp.where(draws.top_p < 1, _largest(misses, top_B), lowest_B)
 
     p_B = lax.cond((draws.top_p < 1).any(), nucleus, lambda: lowest_B)
-    least_B = jnp.maximum(jnp.maximum(k_B, p_B), top_B + jnp.log(draws.min_p))
+    least_B = jnp.maximum(jnp.maximum(k_B, p_B), jnp.log(draws.min_p))
     return jnp.where(logits_BV >= least_B[:, None], logits_BV, -jnp.inf)
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jmoe.config import ModelConfig
-from jmoe.decode.limits import WITHOUT_TEXT
+from jmoe.config.model import ROUTERS
 from jmoe.nn.model import Transformer
 
 BATCH_TOKENS = 4096
@@ -54,10 +54,10 @@ def likelihoods(
         follows.
     """
     kind = cfg.moe.router.kind
-    if kind in WITHOUT_TEXT:
+    if reason := ROUTERS[kind].no_text:
         raise ValueError(
-            f"model.moe.router.kind={kind!r} {WITHOUT_TEXT[kind]}: such a model gives "
-            "a token no likelihood by those before it alone."
+            f"model.moe.router.kind={kind!r} {reason}: such a model gives a token no "
+            "likelihood by those before it alone."
         )
     fitted = sorted(
         (_fit(cfg, number, *pair) for number, pair in enumerate(pairs)),

@@ -7,7 +7,7 @@ Texts begin as documents did in training, with what opens one (`Tokenizer.openin
 There is no chat template. What is too long for the model loses its beginning.
 """
 
-# pyright: reportMissingImports=false
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 import pathlib
 from collections.abc import Callable, Sequence

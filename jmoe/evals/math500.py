@@ -27,6 +27,7 @@ from jmoe.evals.records import read_records
 DIRECTIVE = "Please reason step by step, and put your final answer within \\boxed{}."
 FIELDS = ("problem", "answer", "subject", "level")
 NAME = "unique_id"  # optional
+SEEDS = 2**20  # between those of one sample and the next; more than there are problems
 NORMAL_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
@@ -149,9 +150,7 @@ def plan(
         Asked(
             problem,
             i,
-            Prompted(
-                prompt(problem.problem), _seeded(sampling, place + i * len(problems))
-            ),
+            Prompted(prompt(problem.problem), _seeded(sampling, place + i * SEEDS)),
         )
         for i in range(num_samples)
         for place, problem in enumerate(problems)

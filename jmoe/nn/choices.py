@@ -225,7 +225,11 @@ def hashed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
 
 
 def balanced(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
-    """Returns K experts in a row for each position, those after its predecessor's."""
+    """Returns K experts in a row for each position, those after its predecessor's.
+
+    It is for measuring systems. In a step of decoding, a position is a token's place in
+    the step, and so what is generated depends on who shares it.
+    """
     sequences, length = scored.score_BSE.shape[:2]
     position_S = collectives.axis_index("tensor") * length + jnp.arange(length)
     first_S1 = position_S[:, None] * cfg.top_k

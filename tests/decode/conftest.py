@@ -2,6 +2,7 @@
 
 import pathlib
 import runpy
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +16,7 @@ from jmoe.nn.model import Transformer
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "smallest_run.py"
 
 
-@pytest.fixture(scope="session")
-def cfg() -> ModelConfig:
-    return runpy.run_path(str(EXPERIMENT))["get_config"]().model
-
-
-@pytest.fixture(scope="session")
-def variables(cfg):
+def random_variables(cfg: ModelConfig) -> Any:
     rng = np.random.default_rng(0)
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     shapes = jax.eval_shape(Transformer(cfg).init, jax.random.key(0), tokens_BT)
@@ -29,3 +24,13 @@ def variables(cfg):
         lambda x: np.float32(rng.normal(size=x.shape) / x.shape[0] ** 0.5),
         meta.unbox(shapes),
     )
+
+
+@pytest.fixture(scope="session")
+def cfg() -> ModelConfig:
+    return runpy.run_path(str(EXPERIMENT))["get_config"]().model
+
+
+@pytest.fixture(scope="session")
+def variables(cfg):
+    return random_variables(cfg)

@@ -4,6 +4,7 @@ import io
 import itertools
 import signal
 import sys
+from typing import Any
 
 import pytest
 
@@ -64,20 +65,24 @@ class Pieces(io.StringIO):
         return super().write(text)
 
 
+def completer(engine: Any, num_samples: int = 1, **sampling: Any) -> Completer:
+    return Completer(engine, TOKENIZER, Sampling(**sampling), num_samples)
+
+
 def never() -> bool:
     return False
 
 
 def test_text_is_written_as_it_comes_and_a_character_when_it_is_whole():
     out = Pieces()
-    Completer(Told("a€b"), TOKENIZER, Sampling()).show("A: ", out, never)
+    completer(Told("a€b")).show("A: ", out, never)
     assert out.pieces == ["A: ", "a", "€", "b", "\n"]
 
 
 def test_samples_grow_side_by_side_and_are_shown_one_after_the_other():
     out = Pieces()
     engine = Told("long one", "short", "")
-    found = Completer(engine, TOKENIZER, Sampling(), 3).show(">", out, never)
+    found = completer(engine, 3).show(">", out, never)
     shown = [">long one\n", ">short\n", ">\n"]
     assert out.getvalue() == f"{RULE}\n".join(shown)
     assert out.pieces[:3] == [">", "l", "o"]
@@ -86,18 +91,20 @@ def test_samples_grow_side_by_side_and_are_shown_one_after_the_other():
 
 def test_each_sample_has_the_seed_after_that_of_the_one_before():
     engine = Told(*"abcd")
-    completer = Completer(engine, TOKENIZER, Sampling(seed=2**32 - 3), 2)
+    asking = completer(engine, 2, seed=2**32 - 3)
     for prompt in ("one", "two"):
-        completer.show(prompt, io.StringIO(), never)
+        asking.show(prompt, io.StringIO(), never)
     seeds = [sampling.seed for sampling in engine.asked]
     assert seeds == [2**32 - 3, 2**32 - 2, 2**32 - 1, 0]
 
 
 def test_no_part_of_a_stop_text_is_shown():
     out = Pieces()
-    sampling = Sampling(stop_texts=("\n\n",))
-    Completer(Told("a\nb\n\n"), TOKENIZER, sampling).show("", out, never)
+    stopping = completer(Told("a\nb\n\n", "c\n"), stop_texts=("\n\n",))
+    stopping.show("", out, never)
     assert out.getvalue() == "a\nb\n"
+    stopping.show("", out, never)  # what only may be the beginning of one is text
+    assert out.getvalue() == "a\nb\nc\n\n"
 
 
 @pytest.fixture
@@ -105,7 +112,7 @@ def interact(monkeypatch):
     def run(engine, typed: str, out=None) -> tuple[bool, str]:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
         monkeypatch.setattr(sys, "stdout", out or Pieces())
-        all_worked = terminal.interact(Completer(engine, TOKENIZER, Sampling()))
+        all_worked = terminal.interact(completer(engine))
         return all_worked, sys.stdout.getvalue()  # type: ignore[attr-defined]
 
     return run

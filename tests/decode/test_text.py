@@ -63,6 +63,15 @@ def test_a_token_reads_as_it_does_after_those_before_it():
     assert pieces([1, 0], decode=decode) == ["two", " one", ""]
 
 
+def test_bytes_that_are_decoded_one_by_one_wait_for_their_character_too():
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<0x00>"))
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    decode = Tokenizer(backend, eos_id=0).decode
+    assert decode("€".encode()[:2]) == "\ufffd\ufffd"
+    assert pieces("€".encode(), decode=decode) == ["", "", "€", ""]
+
+
 def test_what_is_decoded_for_a_new_token_does_not_grow_with_the_text():
     longest = 0
 

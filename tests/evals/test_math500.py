@@ -64,14 +64,15 @@ def test_each_sample_has_a_seed_of_its_own_whatever_else_is_asked(problems):
         for asked in math500.plan(problems, DRAWN, 4)
     }
     assert len(set(seeds.values())) == 4 * len(problems)
-    fewer = math500.plan(problems, DRAWN, 2)
+    fewer = math500.plan(problems[:3], DRAWN, 2)
+    assert len(fewer) == 6
     assert all(seeds[asked.key] == asked.prompted.sampling.seed for asked in fewer)
 
 
 def test_of_several_samples_the_mean_counts_and_one_is_enough_to_pass(problems, judge):
     def every_other(prompts):
-        for number, prompt in enumerate(prompts):
-            text = "\\boxed{1/4}" if prompt.sampling.seed % 2 else "\\boxed{1/5}"
+        for number in range(len(prompts)):
+            text = "\\boxed{1/4}" if number % 2 else "\\boxed{1/5}"
             yield Reply(number, text, "length")
 
     samples = solve(problems[:1], every_other, judge, DRAWN, num_samples=4)

@@ -58,7 +58,7 @@ def test_a_rerun_knows_what_was_written_and_adds_to_it(path):
 def test_what_a_killed_process_left_of_a_line_is_cut_off(path):
     write(path, 1, 2)
     whole = path.read_bytes()
-    for length in range(whole.index(b"\n") + 1, len(whole)):
+    for length in range(whole.index(b"\n") + 1, len(whole), 9):
         path.write_bytes(whole[:length])
         with SampleFile(path, SETTINGS) as file:
             known = len(file.known)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,7 @@ def recorded(deeper, variables):
 def test_a_model_that_replays_them_computes_the_same(deeper, variables, recorded):
     def hidden(cfg, choice_BLTK):
         apply = functools.partial(Transformer(cfg).apply, method="features")
-        features = apply(variables, TOKENS_BT, choice_BLTK=choice_BLTK)
+        features: Any = apply(variables, TOKENS_BT, choice_BLTK=choice_BLTK)
         return features.hidden_BSD, features.mtp_BSD[0][:, :-1]
 
     replay = of_kind(deeper, "replayed")

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 ROOT = pathlib.Path(__file__).parents[2]
-FLAGS_OF = (str(ROOT / "scripts"), "jmoe.commands.")
+FLAGS_OF = (str(ROOT / "scripts"), "jmoe.commands.", "experiments.")
 
 
 class Outcome(NamedTuple):
@@ -49,6 +49,19 @@ def forget_flags() -> None:
             delattr(flags.FLAGS, name)
     for module in [name for name in sys.modules if name.startswith("jmoe.commands.")]:
         del sys.modules[module]  # its next import defines them again
+
+
+@pytest.fixture(scope="session")
+def without_flags():
+    """A context at whose beginning and end no program's flags are defined."""
+
+    @contextlib.contextmanager
+    def context():
+        forget_flags()
+        yield
+        forget_flags()
+
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -95,8 +95,7 @@ def test_the_best_checkpoint_by_validation_can_be_asked_for(script, copied):
         ("--repetition_penalty=0", "repetition_penalty=0.0 must be above 0"),
         ("--stop=", "stop_texts must not hold an empty text"),
         ("--stop=\udcff", "stop=.* must be UTF-8"),
-        ("--set=pages=3", "pages"),
-        ("--set=max_length=65", "max_length=65 must be at most .*max_positions=64"),
+        ("--set=pages=3", "Unknown field 'pages'"),
         ("--prompts={}/nowhere", "prompts='.*nowhere' is not a file"),
         ("--model={}", "exclude each other"),
         ("--output={}/new", "--output is for what becomes of --prompts"),
@@ -108,6 +107,12 @@ def test_the_best_checkpoint_by_validation_can_be_asked_for(script, copied):
 def test_a_mistake_is_one_line_that_names_it(script, trained, argument, complaint):
     outcome = script("generate", f"--workdir={trained}", argument.format(trained))
     assert_mistake(outcome, complaint)
+
+
+def test_a_limit_that_the_model_does_not_have_is_refused(script, trained):
+    options = (f"--workdir={trained}", *GREEDY, "--set=max_length=65")
+    complaint = "max_length=65 must be at most the model's max_positions=64"
+    assert_mistake(script("generate", *options), complaint)
 
 
 def test_what_excludes_each_other_is_refused(script, trained):

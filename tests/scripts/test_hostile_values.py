@@ -77,6 +77,16 @@ TABLE = {
     ("generate", "top_p"): ((*OLD, "--max_new_tokens=1"), ["x", "nan", "-1"]),
     ("generate", "weights"): (OLD, ["", "a\nb"]),
     ("generate", "seed"): (OLD, INTEGERS),
+    ("generate", "model"): ((), [*PATHS, "dir", "file"]),
+    ("generate", "prompts"): (OLD, [*PATHS, "dir", "empty"]),
+    ("generate", "interactive"): (OLD, ["", "x", "2"]),
+    ("generate", "output"): ((*OLD, "--prompts=file"), [*NO_NEW, "dir", "file"]),
+    ("generate", "top_k"): (OLD, INTEGERS),
+    ("generate", "min_p"): (OLD, [*NUMBERS, "2"]),
+    ("generate", "repetition_penalty"): (OLD, [*NUMBERS, "0"]),
+    ("generate", "stop"): (OLD, ["", NOT_UTF8]),
+    ("generate", "drafts"): (OLD, [*INTEGERS, "1000000000"]),
+    ("generate", "set"): (OLD, ["", "x", "=1", "nosuch=1", "rows=-1", "drafts=1"]),
     ("export_hf", "workdir"): (("--out=new",), [*PATHS, "dir", "file"]),
     ("export_hf", "out"): (OLD, [*NO_NEW, "dir", "file"]),
     ("export_hf", "step"): ((*OLD, "--out=new"), INTEGERS),
@@ -131,6 +141,7 @@ def places(trained, exported, tmp_path, monkeypatch) -> dict[str, str]:
     """Where the words of the table are; what is wrong lies in the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("text")
+    (tmp_path / "empty").write_text("")
     problem = {"problem": "1 + 1?", "answer": "2", "subject": "Algebra", "level": 1}
     (tmp_path / "problems.jsonl").write_text(json.dumps(problem))
     for name in ("dir", "dir.py", "dir.svg"):

@@ -17,6 +17,7 @@ from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
 from tests.train.training import (
     GROUPED_QUERIES,
+    MESHES,
     Trainer,
     assert_same,
     batch,
@@ -26,17 +27,6 @@ from tests.train.training import (
 
 STEPS, A, B = 20, 2, 16
 ONE = ""
-MESHES = [
-    "data=16",
-    "expert=16",
-    "tensor=16",
-    "data=4,expert=4",
-    "data=4,tensor=4",
-    "expert=4,tensor=4",
-    "data=2,expert=4,tensor=2",
-    "data=2,expert=2,tensor=4,zero_stage=3",
-]
-EXCHANGES = ["gather", "padded"]
 
 each_mesh = pytest.mark.parametrize("mesh", MESHES)
 

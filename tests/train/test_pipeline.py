@@ -23,6 +23,7 @@ from jmoe.train import microbatch, pipelined, stages
 from jmoe.train import step as steps
 from tests.train.training import (
     GROUPED_QUERIES,
+    PIPELINES,
     Trainer,
     assert_same,
     batch,
@@ -32,15 +33,6 @@ from tests.train.training import (
 
 STEPS = 6
 MICROBATCHES = 8
-
-PIPELINES = {
-    "gpipe": "pipe=4,data=4",
-    "1f1b": "pipe=2,expert=8",
-    "interleaved_1f1b": "pipe=2,expert=4,tensor=2",
-    "zb_h1": "pipe=4,data=2,tensor=2",
-    "dualpipe": "pipe=4,expert=4",
-    "dualpipe_v": "pipe=2,data=2,expert=2,tensor=2",
-}
 
 
 @pytest.fixture(scope="module")

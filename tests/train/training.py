@@ -30,6 +30,26 @@ GROUPED_QUERIES = (
     " 'rope_dim': 8, 'qk_norm_eps': 1e-6, 'qkv_bias': True}"
 )
 
+# What sixteen devices are divided by, without a pipeline and with each schedule's.
+MESHES = (
+    "data=16",
+    "expert=16",
+    "tensor=16",
+    "data=4,expert=4",
+    "data=4,tensor=4",
+    "expert=4,tensor=4",
+    "data=2,expert=4,tensor=2",
+    "data=2,expert=2,tensor=4,zero_stage=3",
+)
+PIPELINES = {
+    "gpipe": "pipe=4,data=4",
+    "1f1b": "pipe=2,expert=8",
+    "interleaved_1f1b": "pipe=2,expert=4,tensor=2",
+    "zb_h1": "pipe=4,data=2,tensor=2",
+    "dualpipe": "pipe=4,expert=4",
+    "dualpipe_v": "pipe=2,data=2,expert=2,tensor=2",
+}
+
 TIES = 2  # choices of a step that a rounding may decide
 
 
@@ -80,18 +100,18 @@ class Trainer(NamedTuple):
             training.states.append(jax.device_get(state))
         return training
 
-    def train_beside(self, want: Training) -> list[Step]:
+    def train_beside(self, want: Training, of_a_tie: int = TIES) -> list[Step]:
         """Takes the same steps, and asserts that each is the other training's.
 
         But for steps in which a tie falls otherwise: which of two scores is larger that
-        differ by a rounding is up to the CPU. Then no more than TIES choices differ,
-        and this training goes on from the other's state, or all that follows would
-        differ. Such steps are few.
+        differ by a rounding is up to the CPU. Then no more than `of_a_tie` choices
+        differ, and this training goes on from the other's state, or all that follows
+        would differ. Such steps are few.
         """
         taken, state, ties = [], self.state, 0
         for i, (step, state_after) in enumerate(zip(*want, strict=True)):
             state, got = self.take(state, seed=i)
-            if 0 < moved_choices(got, step) <= TIES:
+            if 0 < moved_choices(got, step) <= of_a_tie:
                 state = put(self.layout, state_after)
                 ties += 1
             else:
