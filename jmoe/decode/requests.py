@@ -15,7 +15,8 @@ class Sampling:
 
     The parameters are those of `jmoe.decode.sampling.Draws`. stop_ids: tokens that end
     it, and aren't part of it; stop_texts: texts that end it, of which the last token
-    is part, and which need an engine that knows the tokenizer. logprobs: how many of the likeliest tokens to tell of each.
+    is part, and which need an engine that knows the tokenizer. logprobs: how many of
+    the likeliest tokens to tell of each.
     """
 
     max_new_tokens: int = 128
