@@ -64,13 +64,14 @@ def choices(cfg: ModelConfig, variables: Any, tokens_BT: np.ndarray) -> np.ndarr
 
     @jax.jit
     def run(variables, tokens_BT):
-        _, found = Transformer(cfg).apply(
+        output: Any = Transformer(cfg).apply(
             variables,
             tokens_BT,
             method="features",
             capture_intermediates=lambda module, _: isinstance(module, Router),
             mutable=["intermediates"],
         )
+        _, found = output
         of_blocks = [found["intermediates"][f"moe_{i}"] for i in range(layers)]
         return [x["moe"]["router"]["__call__"][0][0].expert_NK for x in of_blocks]
 

@@ -79,7 +79,7 @@ class _Side:
     def _go_on(
         self, tokens_BT: Any, cache: Any, new: int, experts: str, is_compiled: bool
     ) -> Any:
-        compiling = transformers.CompileConfig(fullgraph=False, dynamic=False)
+        compiling: Any = transformers.CompileConfig(fullgraph=False, dynamic=False)
         compiling._compile_all_devices = True  # otherwise on GPUs alone
         self._model.set_experts_implementation(experts)
         return self._model.generate(

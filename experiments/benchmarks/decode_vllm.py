@@ -4,6 +4,7 @@ The parent process has to set `environment()`. The model's attention is expanded
 heads: vLLM's kernels for latents have one size, which isn't the model's.
 """
 
+import importlib
 import os
 import pathlib
 import sys
@@ -31,9 +32,9 @@ def environment() -> dict[str, str]:
 
 def generate(directory: str, decoding: Decoding) -> Tasks:
     """`prefill_B` and `generate_B` of each batch return tokens."""
-    from vllm import LLM, SamplingParams
+    vllm: Any = importlib.import_module("vllm")  # in an environment of its own
 
-    llm = LLM(
+    llm = vllm.LLM(
         model=directory,
         dtype="float32",
         skip_tokenizer_init=True,
@@ -44,7 +45,7 @@ def generate(directory: str, decoding: Decoding) -> Tasks:
     )
 
     def task(batch: int, new: int):
-        sampling = SamplingParams(
+        sampling = vllm.SamplingParams(
             temperature=0.0, max_tokens=new, ignore_eos=True, detokenize=False
         )
         prompts: Any = [

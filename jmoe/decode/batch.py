@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jmoe.decode.sampling import Draws
+from jmoe.decode.sampling import Draws, Values
 from jmoe.ops.paged import Sequences
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import AXIS
@@ -23,11 +23,11 @@ class DecodeRows(NamedTuple):
     how many positions the sequence has room for. draws: see `jmoe.decode.sampling`.
     """
 
-    slot_B: jax.Array
-    token_BQ: jax.Array
-    position_B: jax.Array
-    end_B: jax.Array
-    table_BM: jax.Array
+    slot_B: Values
+    token_BQ: Values
+    position_B: Values
+    end_B: Values
+    table_BM: Values
     draws: Draws
 
 
@@ -38,13 +38,13 @@ class PrefillChunks(NamedTuple):
     rows have it.
     """
 
-    slot_A: jax.Array
-    token_AC: jax.Array
-    start_A: jax.Array
-    count_A: jax.Array
-    next_A: jax.Array
-    end_A: jax.Array
-    table_AM: jax.Array
+    slot_A: Values
+    token_AC: Values
+    start_A: Values
+    count_A: Values
+    next_A: Values
+    end_A: Values
+    table_AM: Values
     draws: Draws
 
 
@@ -112,14 +112,14 @@ def heads(rows: DecodeRows, chunks: PrefillChunks, new_B: jax.Array) -> Heads:
     own_B = width * jnp.arange(len(new_B)) + new_B - 1
     position_B = jnp.where(rows.position_B >= 0, rows.position_B + new_B - 1, -1)
     position_A = jnp.where(chunks.count_A > 0, chunks.start_A + chunks.count_A - 1, -1)
-    parts = (
-        (own_B, _last_of(rows, chunks)),
-        (rows.slot_B, chunks.slot_A),
-        (position_B, position_A),
-        (rows.end_B, chunks.end_A),
-        (rows.table_BM, chunks.table_AM),
+    return Heads(
+        index_R=jnp.concatenate([own_B, _last_of(rows, chunks)]),
+        slot_R=jnp.concatenate([rows.slot_B, chunks.slot_A]),
+        position_R=jnp.concatenate([position_B, position_A]),
+        end_R=jnp.concatenate([rows.end_B, chunks.end_A]),
+        table_RM=jnp.concatenate([rows.table_BM, chunks.table_AM]),
+        draws=joined(rows.draws, chunks.draws),
     )
-    return Heads(*map(jnp.concatenate, parts), joined(rows.draws, chunks.draws))
 
 
 def follow(chunks: PrefillChunks, drawn_BQ: jax.Array, drawn_A: jax.Array) -> jax.Array:

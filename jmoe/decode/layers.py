@@ -88,8 +88,7 @@ def mtp(
 
 def logits(weights: Weights, hidden_LD: jax.Array) -> jax.Array:
     """Returns float32 logits of this device's part of the vocabulary, [L, V]."""
-    is_tied = weights.head is None
-    head_DV = weights.embedding.T if is_tied else weights.head
+    head_DV = weights.embedding.T if weights.head is None else weights.head
     head_DV = head_DV.astype(hidden_LD.dtype)
     return jnp.dot(hidden_LD, head_DV, preferred_element_type=jnp.float32)
 
@@ -106,11 +105,12 @@ def _apply(
 
     The last operand is the number of its layer.
     """
-    *operands, number = operands
-    (*outputs, _), changed = module.apply(
+    *inputs, number = operands
+    applied: Any = module.apply(
         {**collections, COLLECTION: cache},
-        *operands,
+        *inputs,
         jnp.int32(number),
         mutable=[COLLECTION],
     )
+    (*outputs, _), changed = applied
     return tuple(outputs), changed[COLLECTION]

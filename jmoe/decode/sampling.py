@@ -17,7 +17,7 @@ for.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,9 @@ from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import AXIS
 
 BITS = 32  # of a float32, by which a threshold is found
+
+
+Values = Any  # NumPy's array on the host, JAX's in a step
 
 
 class Draws(NamedTuple):
@@ -39,12 +42,12 @@ class Draws(NamedTuple):
     occurred, and multiplies negative ones (CTRL, arXiv 1909.05858). seed: uint32.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    min_p: jax.Array
-    penalty: jax.Array
-    seed: jax.Array
+    temperature: Values
+    top_k: Values
+    top_p: Values
+    min_p: Values
+    penalty: Values
+    seed: Values
 
 
 class Sampled(NamedTuple):

@@ -91,8 +91,9 @@ def _converted(cfg: ModelConfig, params: Any) -> Any:
 
     def convert(record: Parameter, x: Any) -> Any:
         dtype = record.compute_dtype(cfg.dtype)
-        is_kept = isinstance(x, FewerBits) or x.dtype == dtype
-        return x if is_kept else x.astype(dtype)
+        if isinstance(x, FewerBits):
+            return x
+        return x if x.dtype == dtype else x.astype(dtype)
 
     records = parameter_records(cfg)[PARAMS]
     return jax.tree.map(convert, records, params)

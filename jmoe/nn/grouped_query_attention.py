@@ -119,11 +119,11 @@ def _attend(cfg, pages, sequences, q_BQHX):
     """Returns each token's attention to what is cached, [B, Q, H, X]."""
 
     def read(page_WJ, is_there_WS):
-        found = [
+        key_WSKX, value_WSKX = (
             paged.entries(pages[name], page_WJ, is_there_WS).astype(q_BQHX.dtype)
             for name in ("key", "value")
-        ]
-        return tuple(x_WSKX.swapaxes(1, 2) for x_WSKX in found)
+        )
+        return key_WSKX.swapaxes(1, 2), value_WSKX.swapaxes(1, 2)
 
     batch, tokens, heads, dim = q_BQHX.shape
     kv_heads = pages["key"].shape[2]

@@ -24,6 +24,7 @@ from jmoe.plan.traffic import Collective
 
 SMALL = 2**16
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -150,7 +151,7 @@ def optimizer_bytes(run: RunConfig, device: Device = H20) -> int:
     return aot.device_bytes(state.opt_state)
 
 
-def apart(function: Callable[[RunConfig], T], run: RunConfig) -> T:
+def apart(function: Callable[[R], T], run: R) -> T:
     """Returns `function(run)` of a process of its own."""
     with concurrent.futures.ProcessPoolExecutor(
         max_workers=1,
