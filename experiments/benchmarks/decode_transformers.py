@@ -28,7 +28,6 @@ _FEW = 8  # sequences for which batched_mm has memory
 def generate(directory: str, decoding: Decoding) -> Tasks:
     """`prefill_B` and `generate_B` of each batch return tokens; `kept` the ways."""
     torch.set_num_threads(cores())
-    torch.set_grad_enabled(False)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32
     )
@@ -63,6 +62,7 @@ class _Side:
     def task(self, batch: int, new: int, *way: Any):
         return lambda: self.complete(batch, new, *way)
 
+    @torch.no_grad()
     def complete(
         self, batch: int, new: int, experts: str, is_compiled: bool
     ) -> list[list[int]]:

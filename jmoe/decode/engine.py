@@ -217,14 +217,19 @@ class Engine:
         while self._waiting:
             live = self._waiting[0]
             pages = -(-live.length // self.limits.page_size)
-            part = max(range(len(self._slots)), key=lambda i: len(self._slots[i]))
-            if not self._slots[part]:
-                return
-            taken = self._pages[part].take(pages)
-            if taken is None:
+            parts = [
+                part
+                for part, slots in enumerate(self._slots)
+                if slots and self._pages[part].num_free >= pages
+            ]
+            if not parts:
                 return
             self._waiting.popleft()
-            live.part, live.slot, live.pages = part, self._slots[part].pop(), taken
+            live.part = max(parts, key=lambda part: len(self._slots[part]))
+            live.slot = self._slots[live.part].pop()
+            taken = self._pages[live.part].take(pages)
+            assert taken is not None, "as many are free"
+            live.pages = taken
             self._live.append(live)
 
     def _ask(self) -> _Asked | None:
