@@ -3,7 +3,7 @@
 They lie as a model computes with them: divided by the rules of their dimensions
 (`jmoe.parallel.rules`), not by ZeRO. A pipeline's ranks have layers of their own: a row
 of layers, one of each rank, is one tree of arrays with the rank as first dimension. A
-rank that has no layer for a row has zeros, and doesn't compute it.
+rank that has no layer for a row has zeros, and no use for what it computes with them.
 
 Shapes: P rank of the pipeline.
 """
@@ -104,7 +104,7 @@ def place(
     for row in rows:
         own = [where and layer_of(variables, where) for where in row.places]
         some = next(filter(None, own))
-        # What a rank doesn't have, it doesn't read.
+        # Of what a rank doesn't have, it has zeros.
         filled = [tree or jax.tree.map(jnp.zeros_like, some) for tree in own]
         layers.append(make(_of_row(layout, row), *filled))
     mtp = None

@@ -172,8 +172,8 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
     def step(weights: Weights, state: Any, underway: Underway, given: Given) -> Any:
         state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
         every = (given, *underway.given)
-        layers = _own_layers(rows, weights)
-        x_SD, caches = _blocks(cfg, rows, weights, layers, state.layers, x_SD, every)
+        own_layers = _own_layers(rows, weights)
+        x_SD, caches = _blocks(cfg, weights, own_layers, state.layers, x_SD, every)
         state = state._replace(layers=())
         state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
         state = state._replace(layers=caches)
@@ -208,7 +208,7 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     return found
 
 
-def _blocks(cfg, cut, weights, own, caches, x_SD, every):
+def _blocks(cfg, weights, own, caches, x_SD, every):
     """Returns what this rank's layers compute of its tokens, and their caches."""
     rank = collectives.axis_index(PIPE)
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
@@ -217,44 +217,25 @@ def _blocks(cfg, cut, weights, own, caches, x_SD, every):
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
     kept = []
-    for row, layer, cache in zip(cut, own, caches, strict=True):
-        compute = functools.partial(layers.block, cfg, layer, known=known)
-        if -1 in row.numbers:
-            # A choice costs a GPU a wait for the host, so others have none.
-            operands = layer.number >= 0, compute, _skip, cache, x_SD
-            x_SD, cache = lax.cond(*operands)
-        else:
-            x_SD, cache = compute(cache, x_SD)
+    for layer, cache in zip(own, caches, strict=True):
+        out_SD, cache = layers.block(cfg, layer, cache, x_SD, known)
+        # All ranks compute every row, as the longest must: a choice would cost copies
+        # of the pages that go through it.
+        x_SD = jnp.where(layer.number >= 0, out_SD, x_SD)
         kept.append(cache)
     return x_SD, tuple(kept)
 
 
-def _skip(cache, x_SD):
-    """Returns what a rank without a layer has in place of the layer's results."""
-    return x_SD, cache
-
-
 def _finish(cfg, limits, weights, state, x_SD, given):
-    """Returns what the last rank finds, of all devices' sequences, and its state."""
-    compute = functools.partial(finish, cfg, limits.top_logprobs, weights)
-    _, shapes = jax.eval_shape(compute, state, x_SD, *given)
+    """Returns what the last rank finds, of all devices' sequences, and its state.
 
-    def last(state, x_SD, *given):
-        state, found = compute(state, x_SD, *given)
-        return state, _packed(found)
-
-    def other(state, *_):
-        size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-        return state, jnp.zeros(size, jnp.int32)
-
-    if collectives.axis_size(PIPE) == 1:
-        state, packed_N = last(state, x_SD, *given)
-    else:
-        is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
-        state, packed_N = lax.cond(is_last, last, other, state, x_SD, *given)
-        packed_N = collectives.psum(packed_N, PIPE)
+    Other ranks compute the same of what means nothing, for which no one waits.
+    """
+    state, found = finish(cfg, limits.top_logprobs, weights, state, x_SD, *given)
+    is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
+    packed_N = collectives.psum(jnp.where(is_last, _packed(found), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, shapes)
+    return state, _unpacked(packed_PN, found)
 
 
 def _packed(found: StepResult) -> jax.Array:
