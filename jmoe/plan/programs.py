@@ -190,7 +190,7 @@ class Decoding:
     @property
     def positions(self) -> int:
         """How many positions the cache has room for, in each part of a batch."""
-        return self.limits.pages * self.limits.page_size
+        return self.run.mesh.pipe * self.limits.pages * self.limits.page_size
 
 
 def v3_decoding(name: str, *, drafts: int = 0, chunk: int = 0) -> Decoding:
@@ -200,10 +200,10 @@ def v3_decoding(name: str, *, drafts: int = 0, chunk: int = 0) -> Decoding:
     """
     mesh, rows, length = MeshConfig(pipe=2, tensor=8), 32, 8192
     limits = Limits(
-        rows=(rows, mesh.pipe * rows),
+        rows=(rows,),
         chunks=(256,),
         max_length=length,
-        num_pages=2**20 // Limits.page_size,
+        num_pages=2**20 // (mesh.pipe * Limits.page_size),
         drafts=drafts,
     )
     run = run_on(ModelConfig.preset("v3"), mesh, name, exchange=ExchangeConfig())
