@@ -12,8 +12,8 @@ import numpy as np
 
 from experiments.benchmarks.workers import Tasks, cores, warm_up
 from jmoe.config import ModelConfig
-from jmoe.nn.model import Transformer, abstract_variables
-from jmoe.nn.router import Router
+from jmoe.nn.model import abstract_variables
+from jmoe.nn.recorded import record_choices
 
 
 class Bytes(NamedTuple):
@@ -57,27 +57,10 @@ def _bytes(cfg: ModelConfig, is_read: Callable[[str], bool]) -> Bytes:
 
 
 def choices(cfg: ModelConfig, variables: Any, tokens_BT: np.ndarray) -> np.ndarray:
-    """Returns the experts that each layer's router chooses, int32 [L, B, T, K].
-
-    The model's layers must be unrolled.
-    """
-
-    @jax.jit
-    def run(variables, tokens_BT):
-        output: Any = Transformer(cfg).apply(
-            variables,
-            tokens_BT,
-            method="features",
-            capture_intermediates=lambda module, _: isinstance(module, Router),
-            mutable=["intermediates"],
-        )
-        _, found = output
-        of_blocks = [found["intermediates"][f"moe_{i}"] for i in range(layers)]
-        return [x["moe"]["router"]["__call__"][0][0].expert_NK for x in of_blocks]
-
-    layers = cfg.num_moe_layers
-    shape = (layers, *tokens_BT.shape, cfg.moe.router.top_k)
-    return np.stack(run(variables, tokens_BT)).reshape(shape)
+    """Returns the experts that each layer's router chooses, int32 [L, B, T, K]."""
+    record = jax.jit(record_choices, static_argnums=0)
+    expert_BLTK = record(cfg, variables, tokens_BT).expert_BLTK
+    return np.asarray(expert_BLTK[:, : cfg.num_moe_layers].swapaxes(0, 1))
 
 
 def distinct(expert_LSN: np.ndarray) -> float:

@@ -24,11 +24,12 @@ from experiments.benchmarks.workers import Tasks
 from jmoe.config import DataConfig, ModelConfig, override
 from jmoe.data import cache
 from jmoe.data.loader import validation_batches
+from jmoe.decode.acceptance import acceptance
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
-from jmoe.decode.programs import cache_bytes_a_token
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.export import hf
+from jmoe.nn import block
 from jmoe.nn.model import Transformer, make_variables
 from jmoe.train import runtime
 from jmoe.train.trained import load_trained
@@ -78,7 +79,7 @@ def generate(directory: str, decoding: Decoding) -> Tasks:
             "step": {str(b): own.of(experts) for b, experts in batches.items()},
             "experts": {str(b): experts for b, experts in batches.items()},
             "with_draft": own.of(two) + drafting.of(two / cfg.num_moe_layers),
-            "cache_token": cache_bytes_a_token(cfg),
+            "cache_token": cfg.num_layers * block.cached_bytes(cfg),
         }
 
     return {**tasks, "bytes": count}
@@ -173,10 +174,11 @@ def drafts(workdir: str, prompts: int, prompt: int, new: int) -> Tasks:
 
         def run() -> dict[str, Any]:
             done = [complete(engine, [Request(text, new)])[0] for text in texts]
+            drafted = acceptance(done)
             return {
                 "tokens": [each.tokens for each in done],
-                "steps": sum(each.steps for each in done),
-                "accepted": np.sum([each.accepted for each in done], axis=0).tolist(),
+                "steps": drafted.steps,
+                "accepted": list(drafted.accepted),
             }
 
         run()

@@ -23,14 +23,19 @@ from typing import Any, NamedTuple, Protocol
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, check
-from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
+from jmoe.decode.live import (
+    Live,
+    PromptChunk,
+    make_chunks,
+    make_nobody,
+    make_rows,
+)
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Completion, Sampling, check_prompt
 from jmoe.decode.sampling import Sampled
 from jmoe.decode.step import StepResult
-
-Text = Callable[[Sequence[int]], str]
+from jmoe.decode.text import Text, TextStream
 
 
 class Programs(Protocol):
@@ -124,6 +129,9 @@ class Engine:
         accepted = [0] * self.limits.drafts
         completion = Completion(number, accepted=accepted)
         live = Live(list(prompt), sampling, completion, time.perf_counter())
+        if sampling.stop_texts:
+            assert self._text is not None, "checked above"
+            live.stream = TextStream(self._text, stop_texts=sampling.stop_texts)
         self._waiting.append(live)
         return number
 
@@ -205,11 +213,10 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles each size, by steps in which nobody takes part."""
-        nobody = [[] for _ in range(self.programs.parts)]
+        parts = self.programs.parts
         for rows in self.limits.rows:
-            for size in (0, *self.limits.chunks):
-                chunks = make_chunks(self.limits, [None] * len(nobody), size)
-                self.programs.run(make_rows(self.limits, nobody, rows), chunks)
+            for chunk in (0, *self.limits.chunks):
+                self.programs.run(*make_nobody(self.limits, parts, rows, chunk))
                 self.programs.flush()
 
     def _admit(self) -> None:
@@ -300,9 +307,11 @@ class Engine:
                 likely = zip(drawn.top_token[i], drawn.top_logprob[i], strict=True)
                 top = itertools.islice(likely, sampling.logprobs)
                 completion.top_logprobs.append({int(t): float(p) for t, p in top})
-            if self._has_stop_text(live):
-                completion.finish_reason = "stop"
-                break
+            if live.stream is not None:
+                live.stream.add([token])
+                if live.stream.is_stopped:
+                    completion.finish_reason = "stop"
+                    break
             if len(completion.tokens) == sampling.max_new_tokens:
                 completion.finish_reason = "length"
                 break
@@ -311,13 +320,6 @@ class Engine:
             *drafts.tolist(),
         ]
         return Update(completion, len(completion.tokens) - before)
-
-    def _has_stop_text(self, live: Live) -> bool:
-        if not live.sampling.stop_texts:
-            return False
-        assert self._text is not None, "checked when it was submitted"
-        text = self._text(live.completion.tokens)
-        return any(stop in text for stop in live.sampling.stop_texts)
 
     def _leave(self) -> None:
         """Frees what requests that have ended had."""

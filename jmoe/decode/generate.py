@@ -5,9 +5,9 @@ from typing import Any
 
 from jmoe.config import ModelConfig
 from jmoe.decode.engine import Engine, MakePrograms
-from jmoe.decode.limits import Limits, check
+from jmoe.decode.limits import Limits
 from jmoe.decode.programs import OneDevice
-from jmoe.decode.requests import MAX_SEED, Sampling, check_prompt
+from jmoe.decode.requests import Sampling, check_prompt
 from jmoe.train import compiled
 
 PAGE_SIZE = 64  # and the step of a sequence's length, so that few programs are compiled
@@ -53,24 +53,21 @@ def generate(
     """
     if not prompts:
         raise ValueError("prompts must hold at least one prompt.")
-    samplings = [
-        Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=(seed + i) % (MAX_SEED + 1),
-            stop_ids=tuple(stop_ids),
-        )
-        for i in range(len(prompts))
-    ]
+    first = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        stop_ids=tuple(stop_ids),
+    )
     for prompt in prompts:
         check_prompt(cfg, prompt, max_new_tokens, cfg.max_positions)
     longest = max(map(len, prompts))
     limits = fitting_limits(cfg, len(prompts), longest, max_new_tokens, drafts)
-    check(cfg, limits)
     compiled.make_room()
     engine = Engine(cfg, variables, limits, programs=programs)
-    done = engine.complete(zip(prompts, samplings, strict=True))
+    asked = ((prompt, first.further(i)) for i, prompt in enumerate(prompts))
+    done = engine.complete(asked)
     tokens = {completion.number: completion.tokens for completion in done}
     return [tokens[number] for number in range(len(prompts))]
 

@@ -16,6 +16,7 @@ from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.decode.sampling import Draws
+from jmoe.decode.text import TextStream
 
 NOWHERE = 2**30  # the slot, and the pages, of a row that isn't there
 
@@ -25,7 +26,8 @@ class Live:
     """A request: what was asked, what became of it so far, and where it is.
 
     part: whose device's; slot: its place there. pages: of the cache. read: how many of
-    the prompt's tokens are cached. tail: the token drawn last, and drafts.
+    the prompt's tokens are cached. tail: the token drawn last, and drafts. stream: what
+    looks for texts that end it; None: there are none.
     """
 
     prompt: Sequence[int]
@@ -37,10 +39,7 @@ class Live:
     pages: list[int] = dataclasses.field(default_factory=list)
     read: int = 0
     tail: list[int] = dataclasses.field(default_factory=list)
-
-    @property
-    def num_pages(self) -> int:
-        return len(self.pages)
+    stream: TextStream | None = None
 
     @property
     def length(self) -> int:
@@ -97,7 +96,7 @@ def make_rows(limits: Limits, parts: Sequence[Sequence[Live]], size: int) -> Dec
             rows.token_BQ[i] = live.tail
             rows.position_B[i] = live.position
             rows.end_B[i] = live.length
-            rows.table_BM[i, : live.num_pages] = live.pages
+            rows.table_BM[i, : len(live.pages)] = live.pages
             _set_draws(rows.draws, i, live.sampling)
     return rows
 
@@ -127,9 +126,18 @@ def make_chunks(
         chunks.count_A[i] = part.count
         chunks.next_A[i] = -1 if part.is_last else live.prompt[end]
         chunks.end_A[i] = live.length
-        chunks.table_AM[i, : live.num_pages] = live.pages
+        chunks.table_AM[i, : len(live.pages)] = live.pages
         _set_draws(chunks.draws, i, live.sampling)
     return chunks
+
+
+def make_nobody(
+    limits: Limits, parts: int, rows: int, chunk: int
+) -> tuple[DecodeRows, PrefillChunks]:
+    """Returns the arrays of a step of this size in which no request takes part."""
+    nobody = [[] for _ in range(parts)]
+    made = make_rows(limits, nobody, rows)
+    return made, make_chunks(limits, [None] * parts, chunk)
 
 
 def _no_draws(count: int) -> Draws:

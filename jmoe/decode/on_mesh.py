@@ -31,7 +31,7 @@ from jmoe.decode import layers, mesh_weights
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
 from jmoe.decode.limits import Limits
-from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
@@ -79,7 +79,7 @@ def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakeProgr
 
 
 class OnMesh:
-    """MeshPrograms for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
+    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
 
     def __init__(
         self, run: RunConfig, mesh: Mesh, form: str, variables: Any, limits: Limits
@@ -126,11 +126,7 @@ class OnMesh:
 
     def _nobody(self) -> Given:
         """Returns a step's arrays in which no sequence takes part."""
-        rows, chunk = self._size
-        nobody = [[] for _ in range(self.parts)]
-        none = [None] * self.parts
-        made = make_rows(self._limits, nobody, rows)
-        return made, make_chunks(self._limits, none, chunk)
+        return make_nobody(self._limits, self.parts, *self._size)
 
     def _put(self, given: Given) -> Given:
         return put_whole(self._programs.layout, given)

@@ -14,7 +14,6 @@ from jmoe.decode.limits import Limits
 from jmoe.decode.step import State, StepResult, step
 from jmoe.decode.weights import prepare
 from jmoe.nn import block, mtp
-from jmoe.nn.mixers import MIXERS
 from jmoe.parallel import collectives
 from jmoe.parallel.vocabulary import AXIS
 
@@ -65,9 +64,3 @@ def make_state(cfg: ModelConfig, limits: Limits, num_layers: int, turns: int) ->
     mtp_cache = mtp.empty_cache(cfg, *size) if limits.drafts else None
     vocab = collectives.share(cfg.vocab_size, AXIS, "vocab_size")
     return State(layers, mtp_cache, jnp.zeros((limits.slots * turns, vocab), bool))
-
-
-def cache_bytes_a_token(cfg: ModelConfig) -> int:
-    """Returns what the model's layers keep of a token; an MTP module is one more."""
-    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
-    return cfg.num_layers * sum(x.size * x.dtype.itemsize for x in kept.values())

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from jmoe.config import ModelConfig, checks
 
-MAX_SEED = 2**32 - 1
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -32,7 +30,7 @@ class Sampling:
 
     def __post_init__(self):
         checks.at_least(self, max_new_tokens=1, top_k=0, seed=0, logprobs=0)
-        checks.at_most(self, seed=MAX_SEED, top_k=2**31 - 1)
+        checks.at_most(self, seed=checks.MAX_SEED, top_k=2**31 - 1)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature={self.temperature} must be at least 0, and finite."
@@ -52,6 +50,11 @@ class Sampling:
                 raise ValueError(f"{field}={value!r} must be a tuple.")
         if not all(self.stop_texts):
             raise ValueError("stop_texts must not hold an empty text.")
+
+    def further(self, number: int) -> "Sampling":
+        """Returns the same with a seed so many further; behind the last one is 0."""
+        seed = (self.seed + number) % (checks.MAX_SEED + 1)
+        return dataclasses.replace(self, seed=seed)
 
 
 @dataclasses.dataclass

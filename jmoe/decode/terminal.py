@@ -16,7 +16,7 @@ from jmoe.config import checks
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.decode.acceptance import acceptance
 from jmoe.decode.engine import Engine
-from jmoe.decode.requests import MAX_SEED, Completion, Sampling
+from jmoe.decode.requests import Completion, Sampling
 from jmoe.decode.text import TextStream
 
 RULE = "-" * 40  # between the samples of one prompt
@@ -39,8 +39,7 @@ class Completer:
         """Yields those of the samples of one text, and moves on to the next text's."""
         for _ in range(self.num_samples):
             yield self.sampling
-            seed = (self.sampling.seed + 1) % (MAX_SEED + 1)
-            self.sampling = dataclasses.replace(self.sampling, seed=seed)
+            self.sampling = self.sampling.further(1)
 
     def text_stream(self, prompt: list[int]) -> TextStream:
         """Returns what makes text of the tokens that follow the prompt's."""

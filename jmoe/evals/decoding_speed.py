@@ -15,6 +15,7 @@ import numpy as np
 
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
+from jmoe.decode.acceptance import acceptance
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
 from jmoe.decode.requests import Completion, Sampling
@@ -134,8 +135,7 @@ def summarize(done: Sequence[Completion], seconds: float) -> Speed:
     done = [each for each in done if each.tokens]
     if not done:
         raise ValueError("No token came of any prompt.")
-    steps = sum(each.steps for each in done)
-    accepted = np.sum([each.accepted for each in done], axis=0)
+    drafted = acceptance(done)
     between = np.concatenate([np.diff(each.times) for each in done])
     return Speed(
         requests=len(done),
@@ -143,8 +143,8 @@ def summarize(done: Sequence[Completion], seconds: float) -> Speed:
         seconds=seconds,
         first=_quantiles([each.times[0] for each in done]),
         between=_quantiles(between),
-        acceptance=tuple((accepted / max(steps, 1)).tolist()),
-        tokens_a_step=1 + float(accepted.sum() / max(steps, 1)),
+        acceptance=drafted.rates,
+        tokens_a_step=drafted.tokens_a_step,
     )
 
 

@@ -11,14 +11,12 @@ problems of which one of the k is right.
 """
 
 import collections
-import dataclasses
 import math
 import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from jmoe.config import checks
 from jmoe.decode.requests import Sampling
 from jmoe.evals.completions import Complete, Prompted
 from jmoe.evals.judge import Judge
@@ -150,7 +148,7 @@ def plan(
         Asked(
             problem,
             i,
-            Prompted(prompt(problem.problem), _seeded(sampling, place + i * SEEDS)),
+            Prompted(prompt(problem.problem), sampling.further(place + i * SEEDS)),
         )
         for i in range(num_samples)
         for place, problem in enumerate(problems)
@@ -244,8 +242,3 @@ def _accuracy(groups: Sequence[list[Sample]]) -> Accuracy:
     shares = [sum(s.is_correct for s in group) / len(group) for group in groups]
     accuracy = sum(shares) / len(shares)
     return Accuracy(accuracy, *wilson(accuracy, len(shares)), len(shares))
-
-
-def _seeded(sampling: Sampling, number: int) -> Sampling:
-    seed = (sampling.seed + number) % (checks.MAX_SEED + 1)
-    return dataclasses.replace(sampling, seed=seed)

@@ -54,6 +54,12 @@ def positions(
     return Positions(rotation(cfg.attention, tokens_BT.shape[-1]), segment_BT, told)
 
 
+def cached_bytes(cfg: ModelConfig) -> int:
+    """Returns what a decoder keeps of a token for one block."""
+    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
+    return sum(x.size * x.dtype.itemsize for x in kept.values())
+
+
 def empty_cache(cfg: ModelConfig, num_pages: int, page_size: int) -> Any:
     """Returns a block's collection `cache`, of a decoder that has read nothing."""
     kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jmoe.decode import on_mesh
-from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.live import make_nobody
 from jmoe.parallel.mesh import make_mesh
 from jmoe.plan import aot, traffic
 from jmoe.plan.aot import Allocated
@@ -113,10 +113,7 @@ def compile_step(decoding: Decoding, devices: Sequence[Any]) -> aot.Program:
     mesh = make_mesh(run.mesh, devices)
     programs = on_mesh.compile_for(run, mesh, decoding.form, limits)
     parts = run.mesh.batch_parts
-    given = (
-        make_rows(limits, [[]] * parts, decoding.rows),
-        make_chunks(limits, [None] * parts, decoding.chunk),
-    )
+    given = make_nobody(limits, parts, decoding.rows, decoding.chunk)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     weights, state, *others = programs.abstract(shapes)
 

@@ -11,7 +11,7 @@ import jax
 import rich.table
 
 from jmoe.config import ModelConfig
-from jmoe.nn.mixers import MIXERS
+from jmoe.nn import block
 from jmoe.nn.model import Transformer, make_variables, parameter_records
 from jmoe.nn.quantized import quantize_weights
 
@@ -74,9 +74,7 @@ def weights(cfg: ModelConfig, form: str) -> dict[str, Footprint]:
 
 def cached_bytes(cfg: ModelConfig) -> int:
     """Returns what a decoder keeps of a token for all layers, MTP modules' too."""
-    kept = MIXERS[cfg.attention.kind].cached(cfg.attention, cfg.dtype)
-    of_layer = sum(x.size * x.dtype.itemsize for x in kept.values())
-    return (cfg.num_layers + cfg.mtp_depth) * of_layer
+    return (cfg.num_layers + cfg.mtp_depth) * block.cached_bytes(cfg)
 
 
 def _part(path: Any) -> str:

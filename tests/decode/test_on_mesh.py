@@ -13,7 +13,7 @@ from jmoe.config import GQAConfig, override
 from jmoe.decode.engine import Engine
 from jmoe.decode.generate import generate
 from jmoe.decode.limits import Limits
-from jmoe.decode.live import make_chunks, make_rows
+from jmoe.decode.live import make_nobody
 from jmoe.decode.on_mesh import OnMesh, make_programs
 from jmoe.decode.requests import Sampling
 from jmoe.nn.model import Transformer
@@ -127,7 +127,7 @@ def test_weights_in_fp8_on_a_mesh_find_the_tokens_of_one_device(cfg, variables):
 
 
 def compiled_step(made: OnMesh, limits: Limits, rows: int, chunk: int) -> str:
-    nobody = made._put(given(limits, made.parts, rows, chunk))
+    nobody = made._put(make_nobody(limits, made.parts, rows, chunk))
     underway = made._programs.begin(nobody)
     operands = made._weights, made.state, underway, nobody
     return made._programs.step.lower(*operands).compile().as_text()
@@ -159,10 +159,3 @@ def test_no_device_gets_more_of_a_parameter_than_it_computes_with(variables):
     vocab, hidden = variables["params"]["embedding"].shape
     # Nor whole logits, nor noise of the whole vocabulary.
     assert f"[{vocab},{hidden}]" not in text and f",{vocab}]" not in text
-
-
-def given(limits, parts, rows, chunk):
-    """The arrays of a step in which nobody takes part."""
-    nobody = [[] for _ in range(parts)]
-    made = make_rows(limits, nobody, rows)
-    return made, make_chunks(limits, [None] * parts, chunk)
