@@ -116,6 +116,12 @@ def figures(results: Mapping[str, Sequence[Lent]]) -> Iterator[Figure]:
             unit="%",
             definition=definition,
         )
+        yield Figure(
+            name=f"more than 1% above the mean, slots: {slots}",
+            value=sum(value > 1 for value in after),
+            unit="routings",
+            definition=f"of {len(after)}",
+        )
         loans = [count for lent in all_lent for count in lent.loans]
         yield Figure(
             name=f"experts that a device borrows, slots: {slots}, mean / device",
