@@ -177,11 +177,10 @@ def _find_flow(load_P: jax.Array, threshold: float, devices_per_node: int) -> _F
     if devices_per_node == devices:
         return _fill(surplus_P, room_P, devices)
     near = _fill(surplus_P, room_P, devices_per_node)
-    # Who is filled up by a node's last lender takes that one below its share. It is
+    # Who is filled up by a node's last lender may take that one below its share. It is
     # then filled up from another node: it still has one lender.
+    room_P += jnp.maximum(near.given_P - surplus_P, 0)
     room_P = jnp.where(near.lender_P < devices, 0, room_P)
-    overdrawn_P = jnp.maximum(near.given_P - surplus_P, 0)
-    room_P += jnp.where(near.lender_P < devices, 0, overdrawn_P)
     far = _fill(jnp.maximum(surplus_P - near.given_P, 0), room_P, devices)
     given_P = jnp.append(near.given_P, 0)
     return _Flow(
@@ -210,36 +209,36 @@ def _most_rows(load_P: jax.Array, threshold: float) -> jax.Array:
 def _fill(surplus_P: jax.Array, room_P: jax.Array, devices_per_node: int) -> _Flow:
     """Returns who fills up whom within nodes, the most to give to the most room first.
 
-    Room and surplus are laid out on two lines. A device is filled up by the lender in
-    whose stretch of the second line its stretch of the first begins.
+    Of each node, room is laid out on one line and surplus on another. A device is
+    filled up by the lender in whose stretch of the second its stretch of the first
+    begins: up to its share, or as far as there is surplus anywhere.
 
-    What a device lacks is filled up entirely, or as far as there is surplus on any
-    node.
+    Shapes here: P and L device of a node.
     """
     devices = surplus_P.size
-    node_P = jnp.arange(devices) // devices_per_node
-    is_near_PL = node_P[:, None] == node_P
-    to_fill_P = _sum_of_larger_near(room_P, is_near_PL)
-    first_L = _sum_of_larger_near(surplus_P, is_near_PL)
-    end_L = first_L + surplus_P
-    wanted_P = jnp.minimum(room_P, surplus_P.sum() - to_fill_P)
-    begins_PL = (first_L <= to_fill_P[:, None]) & (to_fill_P[:, None] < end_L)
-    begins_PL &= is_near_PL & (wanted_P > 0)[:, None]
-    # Up to where the lenders up to this one are asked.
-    is_before_PL = begins_PL.any(1)[:, None] & is_near_PL & (to_fill_P[:, None] < end_L)
-    filled_P = (to_fill_P + wanted_P)[:, None]
-    asked_L = jnp.where(is_before_PL, filled_P, 0).max(0)
-    given_L = jnp.where(surplus_P > 0, jnp.maximum(asked_L - first_L, 0), 0)
+    surplus_GP, room_GP = (
+        x_P.reshape(-1, devices_per_node) for x_P in (surplus_P, room_P)
+    )
+    to_fill_GP, first_GL = _sum_of_larger(jnp.stack([room_GP, surplus_GP]))
+    end_GL = first_GL + surplus_GP
+    wanted_GP = jnp.clip(surplus_P.sum() - to_fill_GP, 0, room_GP)
+    is_past_GPL = to_fill_GP[:, :, None] < end_GL[:, None]
+    filled_GP1 = jnp.where(wanted_GP > 0, to_fill_GP + wanted_GP, 0)[:, :, None]
+    asked_GL = jnp.where(is_past_GPL, filled_GP1, 0).max(1)
+    given_GL = jnp.where(surplus_GP > 0, jnp.maximum(asked_GL - first_GL, 0), 0)
     # A lender that gave away too much is filled up by the next, before all others.
-    overdrawn_P = jnp.maximum(given_L - surplus_P, 0)
-    is_next_PL = is_near_PL & (end_L[:, None] == first_L) & (surplus_P > 0)
-    is_next_PL &= (overdrawn_P > 0)[:, None]
-    number_L = jnp.arange(devices, dtype=jnp.int32)
-    lender_P = jnp.where(begins_PL | is_next_PL, number_L, devices).min(1)
-    start_P = jnp.where(begins_PL, to_fill_P[:, None] - first_L, 0).sum(1)
-    rows_P = jnp.where(begins_PL.any(1), wanted_P, 0)
-    rows_P += jnp.where(is_next_PL.any(1), overdrawn_P, 0)
-    return _Flow(lender_P, start_P, rows_P, given_L)
+    overdrawn_GP = jnp.maximum(given_GL - surplus_GP, 0)
+    begins_GP = jnp.where(overdrawn_GP > 0, end_GL, to_fill_GP)
+    is_wanting_GP = (wanted_GP > 0) | (overdrawn_GP > 0)
+    begins_GP1 = jnp.where(is_wanting_GP, begins_GP, -1)[:, :, None]
+    is_lender_GPL = (first_GL[:, None] <= begins_GP1) & (begins_GP1 < end_GL[:, None])
+    device_GP = jnp.arange(devices, dtype=jnp.int32).reshape(room_GP.shape)
+    lender_GP = jnp.where(is_lender_GPL, device_GP[:, None], devices).min(2)
+    rows_GP = jnp.where(lender_GP < devices, wanted_GP + overdrawn_GP, 0)
+    first_P = jnp.append(first_GL, 0)
+    start_GP = jnp.maximum(begins_GP - first_P[lender_GP], 0)
+    start_GP = jnp.where(lender_GP < devices, start_GP, 0)
+    return _Flow(*(x.reshape(-1) for x in (lender_GP, start_GP, rows_GP, given_GL)))
 
 
 def _are_larger(x_XM: jax.Array) -> jax.Array:
@@ -255,10 +254,6 @@ def _are_larger(x_XM: jax.Array) -> jax.Array:
 def _sum_of_larger(x_XM: jax.Array) -> jax.Array:
     """Returns the sum of what comes before each, the larger before the smaller."""
     return jnp.where(_are_larger(x_XM), x_XM[..., None, :], 0).sum(-1)
-
-
-def _sum_of_larger_near(x_P: jax.Array, is_near_PP: jax.Array) -> jax.Array:
-    return jnp.where(_are_larger(x_P) & is_near_PP, x_P, 0).sum(-1)
 
 
 def _is_home(devices: int, experts: int) -> jax.Array:
