@@ -9,6 +9,7 @@ device's part of it, and the parts' results are summed as they go back to the po
 devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
+from jmoe.parallel.travel import Group
 
 
 class SwiGLU(nn.Module):
@@ -90,36 +92,47 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        weights = gate_up_ED2F, down_EFD
-        exchanged = x_BSD.shape[0] * x_BSD.shape[1] // cfg.exchange.chunks
-        rows = exchanged * collectives.axis_size("tensor") * cfg.router.top_k
-
         def compute(
-            x: jax.Array, expert: jax.Array, gate: jax.Array, weights: Any
+            x: jax.Array,
+            expert: jax.Array,
+            gate: jax.Array,
+            weights: Any,
+            rows: int,
+            apart: bool,
         ) -> jax.Array:
-            """Returns this device's part of the experts that are here."""
+            """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
                 *(x, expert, gate, *weights),
                 recipe=fp8.recipe_of(self.dot_general),
                 rows=rows,
                 remat=cfg.remat == "activations",
-                apart=self.apart,
+                apart=apart,
             )
 
+        weights = gate_up_ED2F, down_EFD
         if isinstance(routing, Picks):
-            y_BSD = exchange_picks(x_BSD, *routing, compute, weights)
+            y_BSD = exchange_picks(
+                *(x_BSD, *routing),
+                lambda x, groups: compute(x, *groups[0], self.apart),
+                weights,
+            )
             none = jnp.int32(0)
             return Exchanged(y_BSD.reshape(-1, hidden), none, none, {})
 
         def apply(
-            x: jax.Array, expert: jax.Array, gate: jax.Array, weights: Any
+            x_RD: jax.Array, groups: Sequence[Group], *, is_rare: bool = False
         ) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
-            of_group = (
-                collectives.all_gather(tokens, "tensor", 0)
-                for tokens in (x, expert, gate)
-            )
-            return collectives.reduce_scatter(compute(*of_group, weights), "tensor", 0)
+            devices = collectives.axis_size("tensor")
+            x = collectives.all_gather(x_RD, "tensor", 0)
+            y = jnp.zeros_like(x)
+            for expert, gate, weights, rows in groups:
+                choices = (
+                    collectives.all_gather(z, "tensor", 0) for z in (expert, gate)
+                )
+                apart = self.apart or is_rare
+                y += compute(x, *choices, weights, devices * rows, apart)
+            return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
         return exchange(

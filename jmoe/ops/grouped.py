@@ -14,8 +14,8 @@ All backends share one signature,
 are dropless, cost time in proportion to T * K and not to E, and let gradients flow to
 x, the gates and the weights. A token's experts are distinct, except that any number of
 its choices may be expert E, "nobody", and contribute nothing: that is how a device
-skips the experts that other devices host. About `rows` choices aren't nobody's, all of
-them if it is None; buffers are sized for that, and any number is right.
+skips the experts that other devices compute. About `rows` choices aren't nobody's, all
+of them if it is None; buffers are sized for that, and any number is right.
 
 Products have x's dtype, to which weights are converted. An expert's gradient is summed
 in float32 over all of its rows, and has its weights' own dtype.
@@ -26,8 +26,7 @@ waits for the weights' gradients, which a pipeline's schedule puts off; without,
 loop yields all gradients.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
-[E, F, D]; that is for inference, without gradients. Or they come in parts, lists of
-arrays of some experts each, and so do their gradients.
+[E, F, D]; that is for inference, without gradients.
 
 With a `recipe` (`jmoe.ops.fp8`), all products are FP8, by its blocks. Gate and up make
 one matrix; what is summed over an expert's rows has blocks from its first row on, or

@@ -31,7 +31,7 @@ from jmoe.balance import lending
 from jmoe.config import ExchangeConfig, RouterConfig
 from jmoe.ops import fp8
 from jmoe.parallel import collectives, loans, reductions, travel
-from jmoe.parallel.travel import AXIS, Experts
+from jmoe.parallel.travel import AXIS, Experts, Group
 
 ROOM = 1.25
 """Times the expected visits is what buffers hold, where no `capacity_factor` is set."""
@@ -40,7 +40,10 @@ _LENT = "lent experts"
 
 
 class _Layout(NamedTuple):
-    """What stays the same for all parts of an exchange."""
+    """What stays the same for all parts of an exchange.
+
+    stations: of all devices together, of which each has `own` and `slots`.
+    """
 
     experts: Experts
     transport: travel.Transport
@@ -48,6 +51,8 @@ class _Layout(NamedTuple):
     form: loans.Form
     capacity: int
     stations: int
+    own: int
+    slots: int
     remat: bool
 
 
@@ -90,7 +95,8 @@ def exchange(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """Returns what `jmoe.parallel.exchange` does, and what lending measures.
 
-    `experts` is given each of `weights` as two parts, a device's own and its borrowed.
+    A device's own experts are one group, and those that it borrows another: the first
+    is computed while the others' weights are on their way.
     """
     peers = collectives.axis_size(AXIS)
     own = collectives.share(router.num_experts, AXIS, "num_experts")
@@ -117,6 +123,8 @@ def exchange(
             peers,
         ),
         stations.num_experts,
+        own,
+        slots,
         remat,
     )
     done = []
@@ -175,11 +183,11 @@ def _exchange_chunk(
     x_ND, gate_NK, weights, nothing_ND = _with_gradients_of_later_parts(
         layout, parts, x_ND, gate_NK, weights, chunk
     )
-    y_ND, held = _exchange_part(layout, 0, x_ND, gate_NK, weights, chunk)
-    held, (x_ND, gate_NK) = lax.stop_gradient((held, (x_ND, gate_NK)))
+    y_ND, lent = _exchange_part(layout, 0, x_ND, gate_NK, weights, chunk)
+    given = lax.stop_gradient((x_ND, gate_NK, weights, lent))
 
     def add(nth, y_ND):
-        more_ND = _apply_part(layout, nth, x_ND, gate_NK, held, chunk)
+        more_ND = _compute_part(layout, nth, *given, chunk)
         return y_ND + more_ND.astype(jnp.float32)
 
     later_ND = lax.fori_loop(1, parts, add, jnp.zeros(x_ND.shape, jnp.float32))
@@ -195,46 +203,39 @@ def _exchange_part(
     weights: Any,
     chunk: _Chunk,
 ) -> tuple[jax.Array, Any]:
-    """Returns the results of one part's visits, and own and borrowed weights."""
-    path = layout.transport.path(chunk.trips, layout.capacity, nth)
+    """Returns the results of one part's visits, and borrowed weights."""
 
-    def compute(arrived: travel.Arrived, weights: Any):
-        held = _lend(layout, weights, chunk.borrowed_PS)
-        return layout.experts(*arrived, held), held
+    def compute(x_ND: jax.Array, gate_NK: jax.Array, weights: Any):
+        both = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
+        own, lent = zip(*both, strict=True)
+        lent = checkpoint_name(lent, _LENT)
+        return _compute_part(layout, nth, x_ND, gate_NK, own, lent, chunk), lent
 
     if layout.remat:
         policy = jax.checkpoint_policies.save_anything_except_these_names(_LENT)
         compute = jax.checkpoint(compute, policy=policy)
-    y_RD, held = compute(_bring(layout, path, x_ND, gate_NK, chunk), weights)
-    return path.carry_back(y_RD), held
+    return compute(x_ND, gate_NK, weights)
 
 
-def _apply_part(
+def _compute_part(
     layout: _Layout,
     nth: jax.Array | int,
     x_ND: jax.Array,
     gate_NK: jax.Array,
-    held: Any,
+    own: Any,
+    lent: Any,
     chunk: _Chunk,
 ) -> jax.Array:
     path = layout.transport.path(chunk.trips, layout.capacity, nth)
-    arrived = _bring(layout, path, x_ND, gate_NK, chunk)
-    return path.carry_back(layout.experts(*arrived, held))
-
-
-def _bring(layout, path, x_ND, gate_NK, chunk) -> travel.Arrived:
     tokens = x_ND, chunk.station_NK, gate_NK
-    return travel.bring(path, layout.wire, *tokens, layout.stations)
-
-
-def _lend(layout: _Layout, weights: Any, borrowed_PS: jax.Array) -> Any:
-    """Returns each array's own and borrowed experts, as a list of the two."""
-
-    def both(w: jax.Array) -> list[jax.Array]:
-        own, lent = loans.lend(w, borrowed_PS, layout.form)
-        return [own, checkpoint_name(lent, _LENT)]
-
-    return jax.tree.map(both, weights)
+    arrived = travel.bring(path, layout.wire, *tokens, layout.stations)
+    at_home = Group(
+        *arrived.choices_of(0, layout.own), own, rows=chunk.station_NK.size
+    )
+    borrowed = Group(*arrived.choices_of(layout.own, layout.slots), lent, rows=0)
+    is_rare = not isinstance(nth, int)
+    y_RD = layout.experts(arrived.x_RD, [at_home, borrowed], is_rare=is_rare)
+    return path.carry_back(y_RD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -23,7 +23,7 @@ from jmoe.balance import dropping
 from jmoe.config import ExchangeConfig, RouterConfig
 from jmoe.ops import fp8
 from jmoe.parallel import balanced, collectives, travel
-from jmoe.parallel.travel import AXIS, Experts
+from jmoe.parallel.travel import AXIS, Experts, Group
 
 
 class Exchanged(NamedTuple):
@@ -71,7 +71,8 @@ def exchange(
     """
     none = jnp.int32(0)
     if collectives.axis_size(AXIS) == 1:
-        return Exchanged(experts(x_ND, expert_NK, gate_NK, weights), none, none, {})
+        everything = Group(expert_NK, gate_NK, weights, expert_NK.size)
+        return Exchanged(experts(x_ND, [everything]), none, none, {})
     if x_ND.shape[0] % cfg.chunks:
         raise ValueError(
             f"chunks={cfg.chunks} must divide a device's {x_ND.shape[0]} tokens."
@@ -82,7 +83,6 @@ def exchange(
             *tokens, experts, weights, cfg, router, recipe=recipe, remat=remat
         )
         return Exchanged(y_ND, none, none, metrics)
-    collectives.share(router.num_experts, AXIS, "num_experts")
     chunks = zip(*(jnp.split(part, cfg.chunks) for part in tokens), strict=True)
     done = [_exchange_chunk(*chunk, experts, weights, cfg, router) for chunk in chunks]
     y, dropped = zip(*done, strict=True)
@@ -109,8 +109,10 @@ def _exchange_chunk(
         trips, transport.capacity(cfg.capacity_factor, len(x_ND), router, peers)
     )
     wire = travel.WIRES[cfg.dispatch_dtype]
+    own = collectives.share(router.num_experts, AXIS, "num_experts")
     arrived = travel.bring(path, wire, x_ND, expert_NK, gate_NK, router.num_experts)
-    y_ND = path.carry_back(experts(*arrived, weights))
+    group = Group(*arrived.choices_of(0, own), weights, expert_NK.size)
+    y_ND = path.carry_back(experts(arrived.x_RD, [group]))
     return y_ND, dropping.dropped_choices(trips.visits, path.is_kept_NV)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jmoe.parallel import collectives
-from jmoe.parallel.travel import AXIS, Experts
+from jmoe.parallel.travel import AXIS, Experts, Group
 
 
 def exchange_picks(
@@ -51,7 +51,8 @@ def exchange_picks(
     x_RD, told_R2 = there(x_BECD), there(told_BEC2)
     expert_R = jnp.repeat(jnp.arange(own, dtype=jnp.int32), x_RD.shape[0] // own)
     expert_R = jnp.where(told_R2[:, 1] > 0, expert_R, own)
-    y_RD = experts(x_RD, expert_R[:, None], told_R2[:, :1], weights)
+    group = Group(expert_R[:, None], told_R2[:, :1], weights, len(expert_R))
+    y_RD = experts(x_RD, [group])
     back = collectives.all_to_all(y_RD.reshape(own, -1, y_RD.shape[-1]), AXIS, 1, 0)
     y_EBCD = back.reshape(num_experts, sequences, capacity, -1)
 

@@ -33,11 +33,26 @@ from jmoe.parallel import collectives, ragged, slots
 
 AXIS = "expert"
 
-Experts = Callable[[jax.Array, jax.Array, jax.Array, Any], jax.Array]
-"""`experts(x_RD, expert_RK, gate_RK, weights) -> y_RD`, of those that are here.
 
-expert_RK: int32; the number after the last expert is "nobody", and contributes nothing,
-neither to a result nor to a gradient. The contract of `jmoe.ops.grouped`.
+class Group(NamedTuple):
+    """Choices of a group of experts that are here, and these experts' weights.
+
+    expert_RK: int32; the number after the last expert is "nobody", and contributes
+    nothing, neither to a result nor to a gradient. The contract of `jmoe.ops.grouped`.
+    rows: about how many choices a device of this group's aren't nobody's.
+    """
+
+    expert_RK: jax.Array
+    gate_RK: jax.Array
+    weights: Any
+    rows: int
+
+
+Experts = Callable[..., jax.Array]
+"""`experts(x_RD, groups, *, is_rare=False) -> y_RD`, the sum of all groups' experts.
+
+is_rare: this is for an overload, for which no step should hold memory: weights'
+gradients need no array in float32.
 """
 
 
@@ -280,14 +295,31 @@ def plan(
 
 
 class Arrived(NamedTuple):
-    """What comes to this device: tokens, and choices of its experts with their gates.
+    """What comes to this device: tokens, and their choices with gates.
 
-    expert_RK: int32 in [0, E / P]; the last is nobody, and whatever other devices have.
+    local_RK: int32, a choice's number less that of this device's first expert. So it is
+    out of range where it is another device's.
     """
 
     x_RD: jax.Array
-    expert_RK: jax.Array
+    local_RK: jax.Array
     gate_RK: jax.Array
+
+    def choices_of(self, first: int, count: int) -> tuple[jax.Array, jax.Array]:
+        """Returns choices of so many experts, 0 to `count`; others are nobody's.
+
+        Where there are fewer experts than a token has choices, a column for each of
+        them holds as much, and the grouped matmul has fewer rows to sort and to make
+        room for.
+        """
+        expert_RK, gate_RK = self.local_RK - first, self.gate_RK
+        if count >= expert_RK.shape[1]:
+            is_here_RK = (expert_RK >= 0) & (expert_RK < count)
+            return jnp.where(is_here_RK, expert_RK, count), gate_RK
+        expert_E = jnp.arange(count, dtype=jnp.int32)
+        is_chosen_REK = expert_RK[:, None] == expert_E[:, None]
+        expert_RE = jnp.where(is_chosen_REK.any(-1), expert_E, count)
+        return expert_RE, jnp.where(is_chosen_REK, gate_RK[:, None], 0).sum(-1)
 
 
 def bring(
@@ -306,21 +338,5 @@ def bring(
     choices_NX = jnp.concatenate([number_NK.astype(jnp.float32), gate_NK], axis=1)
     number_RK, gate_RK = jnp.split(path.carry(choices_NX, AS_IT_IS), 2, axis=1)
     local_RK = number_RK.astype(jnp.int32) - 1 - collectives.axis_index(AXIS) * own
-    return Arrived(x_RD, *_of_own_experts(local_RK, gate_RK, own))
+    return Arrived(x_RD, local_RK, gate_RK)
 
-
-def _of_own_experts(
-    local_RK: jax.Array, gate_RK: jax.Array, own: int
-) -> tuple[jax.Array, jax.Array]:
-    """Returns choices of this device's experts, 0 to `own`; others are nobody's.
-
-    Where a device has fewer experts than a token has choices, a column for each of them
-    holds as much, and the grouped matmul has fewer rows to sort and to make room for.
-    """
-    if own >= local_RK.shape[1]:
-        is_own_RK = (local_RK >= 0) & (local_RK < own)
-        return jnp.where(is_own_RK, local_RK, own), gate_RK
-    expert_E = jnp.arange(own, dtype=jnp.int32)
-    is_chosen_REK = local_RK[:, None] == expert_E[:, None]
-    expert_RE = jnp.where(is_chosen_REK.any(-1), expert_E, own)
-    return expert_RE, jnp.where(is_chosen_REK, gate_RK[:, None], 0).sum(-1)

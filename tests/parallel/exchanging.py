@@ -13,7 +13,6 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jmoe.config import MeshConfig, RouterConfig
-from jmoe.ops import stored
 from jmoe.parallel import collectives, travel
 from jmoe.parallel import exchange as subject
 from jmoe.parallel.mesh import make_mesh
@@ -56,13 +55,15 @@ def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
     return jnp.einsum("re,ref,efd->rd", gate_RE, act_REF, down_EFD)
 
 
-def experts(x_RD, expert_RK, gate_RK, weights):
+def experts(x_RD, groups, is_rare=False):
     """`mlps` of the tokens of all the tensor group."""
-    tokens = (
-        collectives.all_gather(x, "tensor", 0) for x in (x_RD, expert_RK, gate_RK)
-    )
-    y_RD = mlps(*tokens, *(stored.joined(w) for w in weights))
-    return collectives.reduce_scatter(y_RD, "tensor", 0)
+    y = 0
+    for expert_RK, gate_RK, weights, _ in groups:
+        tokens = (
+            collectives.all_gather(x, "tensor", 0) for x in (x_RD, expert_RK, gate_RK)
+        )
+        y += mlps(*tokens, *weights)
+    return collectives.reduce_scatter(y, "tensor", 0)
 
 
 @functools.cache

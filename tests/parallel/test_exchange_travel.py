@@ -29,9 +29,13 @@ from tests.parallel.exchanging import (
 ragged_on_cpu = exchanging.ragged_on_cpu
 
 
-def scaled(x_RD, expert_RK, gate_RK, weights, own):
+def scaled(x_RD, groups, own, is_rare=False):
     """Experts that only weigh: a row is the token, times the gates of its choices."""
-    sum_R1 = jnp.where(expert_RK < own, gate_RK, 0).sum(1, keepdims=True)
+    counts = [own, *(4 for _ in groups[1:])]  # and slots
+    sum_R1 = sum(
+        jnp.where(group.expert_RK < count, group.gate_RK, 0).sum(1, keepdims=True)
+        for group, count in zip(groups, counts, strict=True)
+    )
     return (x_RD * sum_R1).astype(x_RD.dtype)
 
 
@@ -97,7 +101,8 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
     def on_device(x_ND, expert_NK, gate_NK):
         arrived = []
 
-        def experts(x_RD, expert_RK, gate_RK, weights):
+        def experts(x_RD, groups):
+            (expert_RK, *_) = groups[0]
             assert expert_RK.shape[1] == 2  # no more than this device has experts
             is_own_RK = expert_RK < 2
             arrived.append((is_own_RK.any(1).sum()[None], is_own_RK.sum()[None]))
