@@ -175,28 +175,32 @@ _MISSES = 8  # rounds of `exchange` without gain until it ends
 
 
 class _State(NamedTuple):
-    """A packing and what follows from it; `busiest` is the device that has to gain.
+    """A packing and what follows from it.
 
-    No device that a change makes busier may reach `limit`, which is just below the
-    load of the busiest. `own` are the slots of that one. `held_SD` says which devices
-    hold its experts, and `is_own_E` which experts these are.
+    One device, the busiest, has to gain: `here` is its load, and no device that a
+    change makes busier may reach `limit`, just below that. `own` are its slots,
+    `is_own_E` tells its experts, and `held_SR` which devices hold each of these, for
+    each slot of such a device. `load_R` is the load of a slot's device, and `cost_R`
+    its cost.
     """
 
     weight_E: np.ndarray
     slot_R: np.ndarray
-    device_R: np.ndarray
     count_E: np.ndarray
     share_R: np.ndarray
-    load_R: np.ndarray  # of the slot's device
+    load_R: np.ndarray
+    cost_R: np.ndarray
     own: np.ndarray
-    held_SD: np.ndarray
     is_own_E: np.ndarray
+    held_SR: np.ndarray
+    here: float
     limit: float
     target: float
 
-    def cost(self, load: np.ndarray) -> np.ndarray:
-        """Returns the square of what a device has above the target."""
-        return np.square(np.maximum(load - self.target, 0))
+
+def _cost(load: np.ndarray, target: float) -> np.ndarray:
+    """Returns the square of what devices have above the target."""
+    return np.square(np.maximum(load - target, 0))
 
 
 def improve(
@@ -208,10 +212,9 @@ def improve(
 ) -> np.ndarray:
     """Changes slots until no device has more than `target`, or no change helps.
 
-    At most `changes` times.
-
-    Each change is the one that takes most off the sum over devices of the square of
-    what they have above the target, per slot that it changes, of those where
+    The next of at most `changes` is the one that takes most off the sum over devices of
+    the square of what they have above the target, per slot that it changes, of those
+    where
 
     - two slots are swapped, one of them of the busiest device, or
     - a slot of the busiest device holds another expert, and its old one fewer replicas,
@@ -239,7 +242,6 @@ def _state(
     weight_E: np.ndarray, slot_R: np.ndarray, num_devices: int, target: float
 ) -> _State:
     slots = len(slot_R) // num_devices
-    device_R = np.arange(len(slot_R)) // slots
     count_E = np.bincount(slot_R, minlength=len(weight_E))
     share_R = (weight_E / count_E)[slot_R]
     load_D = share_R.reshape(num_devices, -1).sum(1)
@@ -248,9 +250,11 @@ def _state(
     is_own_E = np.zeros(len(weight_E), bool)
     is_own_E[slot_R[own]] = True
     held_SD = (slot_R.reshape(num_devices, -1) == slot_R[own, None, None]).any(-1)
+    load_R, here = np.repeat(load_D, slots), load_D[busiest]
     return _State(
-        *(weight_E, slot_R, device_R, count_E, share_R, load_D[device_R]),
-        *(own, held_SD, is_own_E, load_D[busiest] * (1 - ROUNDING), target),
+        *(weight_E, slot_R, count_E, share_R, load_R, _cost(load_R, target)),
+        *(own, is_own_E, np.repeat(held_SD, slots, axis=1)),
+        *(here, here * (1 - ROUNDING), target),
     )
 
 
@@ -260,13 +264,12 @@ Change = tuple[float, list[int], list[int]]  # gain a slot, slots, their new exp
 def _swaps(s: _State) -> Change:
     """Returns the best swap of a slot of the busiest device with one elsewhere."""
     less_SR = s.share_R[s.own, None] - s.share_R
-    here = s.load_R[s.own[0]]
-    allowed_SR = (less_SR > 0) & (s.load_R + less_SR < s.limit)
-    allowed_SR &= (here - less_SR < s.limit) & ~s.held_SD[:, s.device_R]
-    allowed_SR &= ~s.is_own_E[s.slot_R]
-    gain_SR = s.cost(here) - s.cost(here - less_SR)
-    gain_SR += s.cost(s.load_R) - s.cost(s.load_R + less_SR)
-    gain_SR = np.where(allowed_SR, gain_SR / 2, -np.inf)
+    there_SR = s.load_R + less_SR
+    allowed_SR = (less_SR > s.here - s.limit) & (there_SR < s.limit)
+    allowed_SR &= ~(s.held_SR | s.is_own_E[s.slot_R])
+    after_SR = _cost(s.here - less_SR, s.target) + _cost(there_SR, s.target)
+    before_R = s.cost_R[s.own[0]] + s.cost_R
+    gain_SR = np.where(allowed_SR, (before_R - after_SR) / 2, -np.inf)
     own, other = np.unravel_index(gain_SR.argmax(), gain_SR.shape)
     slots = [int(s.own[own]), int(other)]
     return gain_SR[own, other], slots, s.slot_R[slots[::-1]].tolist()
@@ -279,33 +282,30 @@ def _replacements(s: _State, once_E: np.ndarray) -> Change:
     do there is bounded by the sum of what each does alone: a square is convex.
     """
     count_E, num_experts = s.count_E, len(s.weight_E)
-    relief_E = s.weight_E / (count_E * (count_E + 1))  # of a replica by one more
-    relief_R = s.cost(s.load_R) - s.cost(s.load_R - relief_E[s.slot_R])
-    gain_E = np.bincount(s.slot_R, relief_R, num_experts)
-    may_go_R = ((count_E > 1) & once_E)[s.slot_R]
-    rise_R = s.load_R + s.share_R / np.maximum(count_E[s.slot_R] - 1, 1)
-    loss_R = s.cost(rise_R) - s.cost(s.load_R)
+    # A replica more relieves those that there are; one fewer burdens the others.
+    relief_E = s.weight_E / (count_E * (count_E + 1))
+    gain_R = s.cost_R - _cost(s.load_R - relief_E[s.slot_R], s.target)
+    gain_E = np.bincount(s.slot_R, gain_R, num_experts)
+    rise_R = s.load_R + s.share_R / np.maximum(count_E - 1, 1)[s.slot_R]
+    loss_R = _cost(rise_R, s.target) - s.cost_R
     loss_R = np.bincount(s.slot_R, loss_R, num_experts)[s.slot_R] - loss_R
-    over_R = (rise_R >= s.limit).astype(np.int64)
-    may_go_R &= np.bincount(s.slot_R, over_R, num_experts)[s.slot_R] == over_R
-    arrived_E = s.weight_E / (count_E + 1)
+    over_R = rise_R >= s.limit
+    over_elsewhere_R = np.bincount(s.slot_R, over_R, num_experts)[s.slot_R] - over_R
+    may_go_R = ((count_E > 1) & once_E)[s.slot_R] & (over_elsewhere_R == 0)
+    left_R, arrived_E = s.load_R - s.share_R, s.weight_E / (count_E + 1)
 
-    def best(slot: np.ndarray, expert: np.ndarray, allowed: np.ndarray) -> Change:
-        load = (s.load_R - s.share_R)[slot] + arrived_E[expert]
-        gain = gain_E[expert] - loss_R[slot]
-        gain = gain + s.cost(s.load_R[slot]) - s.cost(load)
-        allowed = allowed & may_go_R[slot] & once_E[expert] & (load < s.limit)
-        gain = np.where(allowed, gain, -np.inf)
+    def best(slots: np.ndarray, experts: np.ndarray, allowed: np.ndarray) -> Change:
+        """Returns the best change of one of `slots` (rows) to one of `experts`."""
+        load = left_R[slots, None] + arrived_E[experts]
+        gain = (s.cost_R - loss_R)[slots, None] + gain_E[experts]
+        allowed = allowed & may_go_R[slots, None] & once_E[experts] & (load < s.limit)
+        gain = np.where(allowed, gain - _cost(load, s.target), -np.inf)
         row, column = np.unravel_index(gain.argmax(), gain.shape)
-        return (
-            gain[row, column],
-            [int(slot.ravel()[row])],
-            [int(expert.ravel()[column])],
-        )
+        return gain[row, column], [int(slots[row])], [int(experts[column])]
 
-    gone = best(s.own[:, None], np.arange(num_experts)[None], ~s.is_own_E)
-    elsewhere_RS = ~s.held_SD[:, s.device_R].T
-    come = best(np.arange(len(s.slot_R))[:, None], s.slot_R[s.own][None], elsewhere_RS)
+    gone = best(s.own, np.arange(num_experts), ~s.is_own_E)
+    slots = np.flatnonzero(may_go_R)
+    come = best(slots, s.slot_R[s.own], ~s.held_SR[:, slots].T) if len(slots) else gone
     return max(gone, come, key=lambda option: option[0])
 
 
