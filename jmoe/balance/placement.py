@@ -37,6 +37,7 @@ from numpy.typing import ArrayLike
 
 from jmoe.balance import packing
 
+_REGROUPINGS = 4  # tried, of a layer's groups on nodes
 _CHANGES = 128  # from scratch, one by one: more gain little and take long
 
 
@@ -173,6 +174,9 @@ def _from_scratch(weight_E: np.ndarray, sizes: _Sizes) -> np.ndarray:
         slot_R = packing.exchange(weight_E, slot_R, devices, target)
         return packing.improve(weight_E, slot_R, devices, target, _CHANGES)
 
+    def busiest(slot_R: np.ndarray) -> float:
+        return _busiest(weight_E, slot_R, sizes)
+
     weight_G = weight_E.reshape(sizes.groups, -1).sum(1)
     no_group_G = np.full(sizes.groups, packing.EMPTY)
     group_G = packing.fill(weight_G, no_group_G, sizes.nodes, most=1)
@@ -183,13 +187,44 @@ def _from_scratch(weight_E: np.ndarray, sizes: _Sizes) -> np.ndarray:
     options = [_on_nodes(searched, weight_E, apart_R, even_G, sizes)]
     if not np.array_equal(apart_R, rule_R):
         options.append(_on_nodes(searched, weight_E, rule_R, group_G, sizes))
-    bound = _busiest(weight_E, rule_R, sizes)
+    for group_G in _other_groups(weight_E, min(options, key=busiest), sizes):
+        other_R = _on_nodes(apart, weight_E, empty_R, group_G, sizes)
+        options.append(_on_nodes(searched, weight_E, other_R, group_G, sizes))
+    bound = busiest(rule_R)
 
     def badness(slot_R: np.ndarray) -> tuple[bool, int, float]:
-        load = _busiest(weight_E, slot_R, sizes)
-        return load > bound, packing.repeats(slot_R, sizes.devices).sum(), load
+        repeats = packing.repeats(slot_R, sizes.devices).sum()
+        return busiest(slot_R) > bound, repeats, busiest(slot_R)
 
     return min(options, key=badness)
+
+
+def _other_groups(
+    weight_E: np.ndarray, slot_R: np.ndarray, sizes: _Sizes
+) -> list[np.ndarray]:
+    """Returns the most even ways to swap a group of the busiest node with another's.
+
+    They are few, and only such that can make the busiest device less busy.
+    """
+    load_ND = packing.device_load(weight_E, slot_R, sizes.devices)
+    load_ND = load_ND.reshape(sizes.nodes, -1)
+    node, load_N = load_ND.max(1).argmax(), load_ND.sum(1)
+    group_NX = _groups(slot_R, sizes).reshape(sizes.nodes, -1)
+    weight_G = weight_E.reshape(sizes.groups, -1).sum(1)
+    ways = []
+    for own in range(group_NX.shape[1]):
+        for other, group in np.ndindex(group_NX.shape):
+            less = weight_G[group_NX[node, own]] - weight_G[group_NX[other, group]]
+            after = max(load_N[node] - less, load_N[other] + less)
+            if other != node and after < load_ND.max() * sizes.node_devices:
+                ways.append((after, own, other, group))
+    found = []
+    for _, own, other, group in sorted(ways)[:_REGROUPINGS]:
+        swapped_NX = group_NX.copy()
+        swapped_NX[node, own] = group_NX[other, group]
+        swapped_NX[other, group] = group_NX[node, own]
+        found.append(swapped_NX.ravel())
+    return found
 
 
 def _from_previous(
@@ -282,6 +317,7 @@ def _as_placement(slot_LR: np.ndarray, num_experts: int) -> Placement:
 
 
 def checked_load(name: str, load: ArrayLike, dims: int) -> np.ndarray:
+    """Returns a load as float64; ValueError if it is none or has other dimensions."""
     load = np.asarray(load, np.float64)
     if load.ndim != dims or not load.size:
         raise ValueError(

@@ -98,12 +98,13 @@ def test_no_device_is_busier_than_the_busiest_is_by_deepseeks_rule(case):
             assert not packing.repeats(ours_R, sizes[-1]).any()
 
 
-def test_the_published_example_is_at_least_as_balanced_as_published():
+def test_the_published_example_is_balanced_as_well_as_it_can_be():
     sizes, load_LE = (16, 4, 2, 8), np.array(README)
-    got_L = busiest(load_LE, place(load_LE, *sizes), sizes)
-    _, bound_L = rule(load_LE, sizes)
-    assert (got_L <= bound_L).all()
-    np.testing.assert_allclose(bound_L / load_LE.mean(-1) / 1.5, [1.208, 1.242], 1e-3)
+    got_L = busiest(load_LE, place(load_LE, *sizes), sizes) / load_LE.mean(-1) / 1.5
+    rule_L = rule(load_LE, sizes)[1] / load_LE.mean(-1) / 1.5
+    np.testing.assert_allclose(rule_L, [1.2081, 1.2422], rtol=1e-4)
+    # The least of all groups on nodes, all counts and all pairs of replicas.
+    np.testing.assert_allclose(got_L, [1.1694, 1.2422], rtol=1e-4)
 
 
 @pytest.mark.parametrize("sizes", DEPLOYED, ids=str)
