@@ -278,7 +278,7 @@ class StagedModel:
         index_PR, layout = self.rows[name].index_PR, self.layout
 
         def gather(
-            record: Parameter, x: jax.Array, placement: zero.Placement
+            record: Parameter, x: jax.Array, placement: zero.ParameterPlacement
         ) -> jax.Array:
             x = x.astype(record.compute_dtype(self.cfg.dtype))
             return zero.gather_rows(x, placement, index_PR)
