@@ -329,3 +329,9 @@ def _is_json_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except json.JSONDecodeError:
         return False
+    @property
+    def moe_layer_names(self) -> tuple[str, ...]:
+        """What loads and biases are of, in their order: `moe_0` on, then `mtp_0` on."""
+        main = (f"moe_{i}" for i in range(self.num_moe_layers))
+        return (*main, *(f"mtp_{k}" for k in range(self.mtp_depth)))
+

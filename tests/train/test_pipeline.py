@@ -114,6 +114,7 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
             "pipeline.schedule=zb_h1",
+            "train.bias_rate_factors=[{'layers': 'mtp_1', 'factor': 0}]",
         ),
     ],
     ids=[
