@@ -239,6 +239,7 @@ def test_an_unknown_rule_is_refused_with_the_known_ones():
 
 def test_the_config_knows_the_same_rules():
     assert tuple(bias.UPDATE_RULES) == model.UPDATE_RULES
+    assert bias.MARGIN_RULES == set(model.MARGIN_RULES)
 
 
 # A router at a standstill: fresh tokens each step, some experts far more popular.
