@@ -9,6 +9,8 @@ device's part of it, and the parts' results are summed as they go back to the po
 devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +18,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
-from jmoe.nn.measured import Measured
+from jmoe.nn.measured import Measured, beside
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
 from jmoe.nn.router import Router
 from jmoe.nn.tokens import UNTOLD, Tokens
@@ -88,28 +90,43 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(x: jax.Array, expert: jax.Array, gate: jax.Array) -> jax.Array:
+        weights = gate_up_ED2F, down_EFD
+        exchanged = x_BSD.shape[0] * x_BSD.shape[1] // cfg.exchange.chunks
+        rows = exchanged * collectives.axis_size("tensor") * cfg.router.top_k
+
+        def compute(
+            x: jax.Array, expert: jax.Array, gate: jax.Array, weights: Any
+        ) -> jax.Array:
             """Returns this device's part of the experts that are here."""
             return grouped.BACKENDS[cfg.backend](
-                *(x, expert, gate, gate_up_ED2F, down_EFD),
+                *(x, expert, gate, *weights),
                 recipe=fp8.recipe_of(self.dot_general),
-                hosts=collectives.axis_size("expert"),
+                rows=rows,
                 remat=cfg.remat == "activations",
                 apart=self.apart,
             )
 
         if isinstance(routing, Picks):
-            y_BSD = exchange_picks(x_BSD, *routing, compute)
+            y_BSD = exchange_picks(x_BSD, *routing, compute, weights)
             none = jnp.int32(0)
-            return Exchanged(y_BSD.reshape(-1, hidden), none, none)
+            return Exchanged(y_BSD.reshape(-1, hidden), none, none, {})
 
-        def apply(*tokens_R: jax.Array) -> jax.Array:
+        def apply(
+            x: jax.Array, expert: jax.Array, gate: jax.Array, weights: Any
+        ) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
-            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
-            return collectives.reduce_scatter(compute(*of_group), "tensor", 0)
+            of_group = (
+                collectives.all_gather(tokens, "tensor", 0)
+                for tokens in (x, expert, gate)
+            )
+            return collectives.reduce_scatter(compute(*of_group, weights), "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        return exchange(x_ND, *routing, apply, cfg.exchange, cfg.router)
+        return exchange(
+            *(x_ND, *routing, apply, weights, cfg.exchange, cfg.router),
+            recipe=fp8.recipe_of(self.dot_general),
+            remat=cfg.remat == "activations",
+        )
 
 
 def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
@@ -148,4 +165,5 @@ class MoE(nn.Module):
             mlp_dim = cfg.num_shared_experts * cfg.expert_mlp_dim
             shared = SwiGLU(mlp_dim, self.init_std, self.dot_general, name="shared")
             out_BSD += shared(x_BSD)
-        return out_BSD, measured._replace(load=load)
+        measured = measured._replace(load=load)
+        return out_BSD, beside(measured, Measured(None, {}, routed.metrics))

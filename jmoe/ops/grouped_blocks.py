@@ -65,9 +65,9 @@ class BlockResiduals(NamedTuple):
     x_TD: jax.Array  # what was left of it once quantized
     gate_TK: jax.Array
     gate_N: jax.Array
-    gate_up_EDX: stored.Weight
-    down_EFD: stored.Weight
-    like: tuple[jax.Array, jax.Array]  # of the weights, `stored.like`
+    gate_up_EDX: stored.Weights
+    down_EFD: stored.Weights
+    like: tuple[Any, Any]  # of the weights, `stored.like`
     rows: Rows
     kept_NX: Kept | None  # gate and up activations; None: to be computed again
 
@@ -76,16 +76,16 @@ def routed_mlp_blocks(
     x_TD: jax.Array,
     expert_TK: jax.Array,
     gate_TK: jax.Array,
-    gate_up_ED2F: stored.Weight,
-    down_EFD: stored.Weight,
+    gate_up_ED2F: stored.Weights,
+    down_EFD: stored.Weights,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
     remat: bool = False,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
-    del hosts  # a loop over the rows that there are needs no array for more
+    del rows  # a loop over those that there are needs no array for more
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
 
@@ -113,17 +113,17 @@ def _run(
       few: sizes that are compiled besides, as `in_smallest_size` has them.
     """
     left = fp8.roundings(recipe)
-    num_experts, mlp_dim = down_EFD.shape[:2]
-    block = block_rows(len(x_TD))
-    rows = sort_rows(expert_TK, num_experts, spare=block, by_keys=True)
-    tasks = plan_tasks(rows.size_E, expert_TK.size, block)
-    gate_N = take(gate_TK.reshape(-1), rows.choice_N)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
     gate_up_EDX, down_EFD = (
         stored.as_matrices(w, x_TD.dtype) for w in (gate_up_ED2F, down_EFD)
     )
-    x_TD = fp8.roundings(fp8.of_tokens(recipe)).activations(x_TD)
     weights = _rounded(recipe, gate_up_EDX), _rounded(recipe, down_EFD)
+    num_experts, mlp_dim = weights[1].shape[:2]
+    block = block_rows(len(x_TD))
+    rows = sort_rows(expert_TK, num_experts, spare=block, by_keys=True)
+    tasks = plan_tasks(rows.size_E, expert_TK.size, block)
+    gate_N = take(gate_TK.reshape(-1), rows.choice_N)
+    x_TD = fp8.roundings(fp8.of_tokens(recipe)).activations(x_TD)
 
     def run(i, carry):
         y_TD, h_NX = carry
@@ -164,7 +164,7 @@ _compute.defvjp(_forward, _backward)
 
 
 def _in_one_loop(recipe: Recipe, saved: BlockResiduals, dy_TD):
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, kept_NX = saved
+    x_TD, gate_TK, gate_N, *_, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     block = block_rows(len(x_TD))
@@ -201,8 +201,7 @@ def _in_one_loop(recipe: Recipe, saved: BlockResiduals, dy_TD):
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
-        zeros_after(dy_TD, gate_up_EDX.shape, jnp.float32),
-        zeros_after(dy_TD, down_EFD.shape, jnp.float32),
+        *(zeros_after(dy_TD, w.shape, jnp.float32) for w in weights),
     )
     return _gradients(saved, *over_experts(run, rows.size_E, gate_TK.shape, carry))
 
@@ -215,7 +214,7 @@ def _in_two_loops(recipe: Recipe, saved: BlockResiduals, dy_TD):
 
 def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
     """Returns gradients of x and the gates; h as it is kept; and h's gradient."""
-    x_TD, gate_TK, gate_N, gate_up_EDX, _, _, rows, kept_NX = saved
+    x_TD, gate_TK, gate_N, *_, rows, kept_NX = saved
     h_NX = _read(kept_NX, x_TD.dtype)
     weights = _rounded(recipe, saved.gate_up_EDX), _rounded(recipe, saved.down_EFD)
     block = block_rows(len(x_TD))
@@ -249,7 +248,7 @@ def _input_gradients(recipe: Recipe, saved: BlockResiduals, dy_TD):
             ),
         )
 
-    shape = (rows.token_N.size, gate_up_EDX.shape[-1])
+    shape = (rows.token_N.size, weights[0].shape[-1])
     carry = (
         jnp.zeros(x_TD.shape, jnp.float32),
         jnp.zeros(gate_TK.size, jnp.float32),
@@ -265,7 +264,7 @@ def _weight_gradients(
 ):
     h_NX: Any = _read(kept_NX, dy_TD.dtype)
     activations = fp8.roundings(recipe).activations
-    x_TD, gate_TK, gate_N, gate_up_EDX, down_EFD, _, rows, _ = saved
+    x_TD, gate_TK, gate_N, *weights, _, rows, _ = saved
     block = block_rows(len(x_TD))
 
     def run(expert, start, own, carry, write):
@@ -290,29 +289,27 @@ def _weight_gradients(
             write(d_down_EFD, expert, d_down_FD),
         )
 
-    carry = (
-        zeros_after(d_h_NX, gate_up_EDX.shape, jnp.float32),
-        zeros_after(d_h_NX, down_EFD.shape, jnp.float32),
-    )
+    shapes = (stored.joined(w).shape for w in weights)
+    carry = tuple(zeros_after(d_h_NX, shape, jnp.float32) for shape in shapes)
     return over_experts(run, rows.size_E, gate_TK.shape, carry)
 
 
 def _gradients(saved: BlockResiduals, dx_TD, d_gate_N, d_gate_up_EDX, d_down_EFD):
     """Returns gradients of x, (no) choices, gates and weights, for `jax.custom_vjp`."""
-    num_experts, mlp_dim, hidden_dim = saved.down_EFD.shape
     of_gate_up, of_down = saved.like
-    d_gate_up_ED2F = d_gate_up_EDX.reshape(num_experts, hidden_dim, 2, mlp_dim)
+    d_gate_up_ED2F = d_gate_up_EDX.reshape(*d_gate_up_EDX.shape[:2], 2, -1)
     return (
         dx_TD.astype(saved.x_TD.dtype),
         None,
         d_gate_N.reshape(saved.gate_TK.shape).astype(saved.gate_TK.dtype),
-        d_gate_up_ED2F.astype(of_gate_up.dtype),
-        d_down_EFD.astype(of_down.dtype),
+        stored.gradient(d_gate_up_ED2F, saved.gate_up_EDX, of_gate_up),
+        stored.gradient(d_down_EFD, saved.down_EFD, of_down),
     )
 
 
-def _rounded(recipe: Recipe, w_EIO: stored.Weight) -> stored.Weight:
+def _rounded(recipe: Recipe, w_EIO: stored.Weights) -> stored.Weight:
     """Returns weights as FP8 leaves them; those stored in fewer bits, as they are."""
+    w_EIO = stored.joined(w_EIO)
     if isinstance(w_EIO, stored.FewerBits):
         return w_EIO
     return fp8.roundings(recipe).weights(w_EIO)

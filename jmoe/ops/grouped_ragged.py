@@ -91,9 +91,9 @@ class Residuals(NamedTuple):
 
     x_TD: jax.Array
     gate_TK: jax.Array
-    gate_up_EDX: Weight
-    down_EFD: Weight
-    like: tuple[jax.Array, jax.Array]
+    gate_up_EDX: stored.Weights
+    down_EFD: stored.Weights
+    like: tuple[Any, Any]
     plan: RowPlan
 
 
@@ -109,17 +109,17 @@ def routed_mlp_ragged(
     x_TD: jax.Array,
     expert_TK: jax.Array,
     gate_TK: jax.Array,
-    gate_up_ED2F: stored.Weight,
-    down_EFD: stored.Weight,
+    gate_up_ED2F: stored.Weights,
+    down_EFD: stored.Weights,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
     remat: bool = True,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
-    lengths = _lengths(expert_TK.shape, hosts, apart)
+    lengths = _lengths(expert_TK.shape, rows, apart)
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
 
@@ -131,16 +131,16 @@ def _compute(*operands):
 
 def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, apart):
     del apart
-    plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
-    gate_up_EDX, down_EFD = (
-        _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
-    )
+    weights = (stored.as_matrices(w, x_TD.dtype) for w in (gate_up_ED2F, down_EFD))
+    gate_up_EDX, down_EFD = weights
+    plan = _plan(expert_TK, _num_experts(down_EFD), lengths)
     saved = Residuals(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
+    ready = _with_ready_weights(recipe, saved)
 
     def output(segment):
-        act_MF = _activations(*_hidden(recipe, saved, segment), segment)
-        y_MD = _dot(recipe, act_MF, down_EFD, segment)
+        act_MF = _activations(*_hidden(recipe, ready, segment), segment)
+        y_MD = _dot(recipe, act_MF, ready.down_EFD, segment)
         return _collect(y_MD, plan, segment).sum(1)
 
     y_TD = _over_segments(plan, lengths, output)
@@ -149,13 +149,15 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, 
 
 def _backward(recipe: Recipe, lengths: Lengths, apart: bool, saved: Residuals, dy_TD):
     gradients = _in_two_loops if apart else _in_one_loop
-    return gradients(recipe, lengths, saved, dy_TD)
+    ready = _with_ready_weights(recipe, saved)
+    return _results(saved, *gradients(recipe, lengths, ready, dy_TD))
 
 
 _compute.defvjp(_forward, _backward)
 
 
 def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
+    """Returns gradients of x, the gates and the weights."""
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
@@ -165,10 +167,11 @@ def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.
         of_inputs = _input_gradients(recipe, saved, middle, segment)
         return of_inputs + _weight_gradients(recipe, summed, dy_TD, middle, segment)
 
-    return _results(saved, *_over_segments(saved.plan, lengths, gradients))
+    return _over_segments(saved.plan, lengths, gradients)
 
 
 def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
+    """Returns gradients of x and the gates, and apart from these, of the weights."""
     plan = saved.plan
     first = _cut(plan, 0, lengths.first)
 
@@ -196,27 +199,38 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
 
     of_first = _weight_gradients(recipe, of_pass, dy_TD, middle, first)
     of_weights = _add_later(plan, lengths, weight_gradients, of_first)
-    return _results(saved, *of_inputs, *of_weights)
+    return *of_inputs, *of_weights
 
 
-def _lengths(shape_TK: tuple[int, ...], hosts: int, apart: bool) -> Lengths:
+def _lengths(shape_TK: tuple[int, ...], rows: int | None, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
-    balanced = 0 if apart else -(-tokens * top_k // hosts)
-    return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
+    expected = tokens * top_k if rows is None else min(rows, tokens * top_k)
+    first = tokens if apart else max(tokens, expected)
+    return Lengths(_whole_tiles(first), _whole_tiles(tokens))
 
 
 def _whole_tiles(rows: int) -> int:
     return -(-rows // TILE) * TILE
 
 
-def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
-    """Returns weights as products take them: [E, I, O] in `dtype`, or quantized."""
-    w_EIO = stored.as_matrices(w, dtype)
-    if recipe is None:
-        return stored.as_array(w_EIO, dtype)
-    if isinstance(w_EIO, fp8.Quantized):
-        return w_EIO
-    return recipe.quantize(stored.as_array(w_EIO, dtype), recipe.weights)
+def _num_experts(w_EIO: stored.Weights) -> int:
+    return sum(map(len, w_EIO)) if isinstance(w_EIO, list) else w_EIO.shape[0]
+
+
+def _with_ready_weights(recipe: Recipe, saved: Residuals) -> Residuals:
+    """Returns weights as products take them: [E, I, O] in x's dtype, or quantized."""
+    dtype = saved.x_TD.dtype
+
+    def ready(w_EIO: stored.Weights) -> Weight:
+        w_EIO = stored.joined(w_EIO)
+        if recipe is None:
+            return stored.as_array(w_EIO, dtype)
+        if isinstance(w_EIO, fp8.Quantized):
+            return w_EIO
+        return recipe.quantize(stored.as_array(w_EIO, dtype), recipe.weights)
+
+    gate_up_EDX, down_EFD = ready(saved.gate_up_EDX), ready(saved.down_EFD)
+    return saved._replace(gate_up_EDX=gate_up_EDX, down_EFD=down_EFD)
 
 
 def _hidden(recipe: Recipe, saved: Residuals, segment: Segment):
@@ -259,7 +273,8 @@ def _weight_gradients(
 ):
     """Returns one segment's gradients, no narrower than the weights are."""
     x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
-    dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
+    likes = (jax.tree.leaves(like)[0] for like in saved.like)
+    dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in likes)
     outer = functools.partial(_outer, recipe, segment=segment)
     operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
     return tuple(outer(*xy, dtype=d) for xy, d in zip(operands, dtypes, strict=True))
@@ -273,8 +288,8 @@ def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
         dx_TD.astype(saved.x_TD.dtype),
         None,
         d_gate_TK,
-        d_gate_up_ED2F.astype(of_gate_up.dtype),
-        d_down_EFD.astype(of_down.dtype),
+        stored.gradient(d_gate_up_ED2F, saved.gate_up_EDX, of_gate_up),
+        stored.gradient(d_down_EFD, saved.down_EFD, of_down),
     )
 
 
