@@ -257,8 +257,9 @@ def assign(
     load_PE: jax.Array,
     expert_NK: jax.Array,
     source: jax.Array | int,
+    before_E: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns which device computes each choice of this device's, and its group there.
+    """Returns which device computes each of these choices, and its group there.
 
     All devices' choices of an expert together are divided as the plan says. A device
     computes its own as far as it may. Of the others, those of the first devices go to
@@ -267,7 +268,8 @@ def assign(
     Args:
       load_PE: as `plan` got it.
       expert_NK: int32 in [0, E]; E is nobody.
-      source: this device.
+      source: where these choices are.
+      before_E: int32, how many of its choices of each expert come before these.
 
     Returns:
       computer_NK: int32 in [0, P]; P is nobody.
@@ -282,10 +284,9 @@ def assign(
     is_earlier_P = jnp.arange(devices) < source
     first_away_E = jnp.where(is_earlier_P, away_EP, 0).sum(1) - own_E
     free_until_EP = jnp.cumsum(lending.rows_EP - own_EP, axis=1)
-    load_E = load_EP[:, source]
-    first_row_E = jnp.cumsum(load_E) - load_E
 
-    choice_R = sort_rows(expert_NK, experts, spare=0).choice_N
+    choice_R, _, load_E = sort_rows(expert_NK, experts, spare=0)
+    first_row_E = jnp.cumsum(load_E) - load_E - before_E
     expert_R = expert_NK.reshape(-1)[choice_R]
     number_R = jnp.arange(choice_R.size, dtype=jnp.int32)
     known_R = jnp.minimum(expert_R, experts - 1)
