@@ -21,7 +21,7 @@ REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
 EXPERT_BACKENDS = ("auto", "blocks", "ragged")
 EXPERT_REMATS = ("none", "activations")
-EXCHANGES = ("padded", "ragged", "gather")
+EXCHANGES = ("padded", "ragged", "gather", "balanced")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
@@ -159,6 +159,12 @@ class ExchangeConfig:
     `capacity_factor` multiplies the balanced load of a device: the tokens that visit it
     if all experts are alike, each counted once, whatever the number of its choices
     there. What is beyond that is dropped, and counted. None: there is always room.
+
+    With `balanced`, devices lend experts, and nothing is dropped: `capacity_factor` is
+    the size of buffers, which are filled as often as need be; none: 1.25. A device
+    borrows up to `slots` experts; none: as many as it has, and no more than 4. Nobody
+    lends to be less than a fraction `lend_above` above the mean. Within nodes of
+    `node_size` devices experts are lent first; none: all are alike.
     """
 
     backend: str = "padded"
@@ -166,6 +172,9 @@ class ExchangeConfig:
     drop_order: str = "score"  # which tokens go last: the lowest scores, or positions
     chunks: int = 1  # parts of the tokens, of which one travels while another computes
     dispatch_dtype: str = "activations"  # on the way to the experts
+    slots: int | None = None
+    lend_above: float = 0.02
+    node_size: int | None = None
 
     def __post_init__(self):
         checks.one_of(
@@ -174,7 +183,10 @@ class ExchangeConfig:
             drop_order=DROP_ORDERS,
             dispatch_dtype=WIRE_DTYPES,
         )
-        checks.at_least(self, chunks=1)
+        checks.at_least(self, chunks=1, lend_above=0)
+        for name in ("slots", "node_size"):
+            if getattr(self, name) is not None:
+                checks.at_least(self, **{name: 1})
         factor = self.capacity_factor
         if factor is not None and not 1 <= factor < math.inf:
             raise ValueError(

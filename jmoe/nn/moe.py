@@ -9,6 +9,9 @@ device's part of it, and the parts' results are summed as they go back to the po
 devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +19,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
-from jmoe.nn.measured import Measured
+from jmoe.nn.measured import Measured, beside
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
 from jmoe.nn.router import Router
 from jmoe.nn.tokens import UNTOLD, Tokens
@@ -26,6 +29,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
+from jmoe.parallel.travel import Group
 
 
 class SwiGLU(nn.Module):
@@ -88,28 +92,54 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(x: jax.Array, expert: jax.Array, gate: jax.Array) -> jax.Array:
-            """Returns this device's part of the experts that are here."""
+        def compute(
+            x: jax.Array,
+            expert: jax.Array,
+            gate: jax.Array,
+            weights: Any,
+            rows: int,
+            apart: bool,
+        ) -> jax.Array:
+            """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
-                *(x, expert, gate, gate_up_ED2F, down_EFD),
+                *(x, expert, gate, *weights),
                 recipe=fp8.recipe_of(self.dot_general),
-                hosts=collectives.axis_size("expert"),
+                rows=rows,
                 remat=cfg.remat == "activations",
-                apart=self.apart,
+                apart=apart,
             )
 
+        weights = gate_up_ED2F, down_EFD
         if isinstance(routing, Picks):
-            y_BSD = exchange_picks(x_BSD, *routing, compute)
+            y_BSD = exchange_picks(
+                *(x_BSD, *routing),
+                lambda x, groups: compute(x, *groups[0], self.apart),
+                weights,
+            )
             none = jnp.int32(0)
-            return Exchanged(y_BSD.reshape(-1, hidden), none, none)
+            return Exchanged(y_BSD.reshape(-1, hidden), none, none, {})
 
-        def apply(*tokens_R: jax.Array) -> jax.Array:
+        def apply(
+            x_RD: jax.Array, groups: Sequence[Group], *, is_rare: bool = False
+        ) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
-            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
-            return collectives.reduce_scatter(compute(*of_group), "tensor", 0)
+            devices = collectives.axis_size("tensor")
+            x = collectives.all_gather(x_RD, "tensor", 0)
+            y = jnp.zeros_like(x)
+            for expert, gate, weights, rows in groups:
+                choices = (
+                    collectives.all_gather(z, "tensor", 0) for z in (expert, gate)
+                )
+                apart = self.apart or is_rare
+                y += compute(x, *choices, weights, devices * rows, apart)
+            return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        return exchange(x_ND, *routing, apply, cfg.exchange, cfg.router)
+        return exchange(
+            *(x_ND, *routing, apply, weights, cfg.exchange, cfg.router),
+            recipe=fp8.recipe_of(self.dot_general),
+            remat=cfg.remat == "activations",
+        )
 
 
 def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
@@ -148,4 +178,5 @@ class MoE(nn.Module):
             mlp_dim = cfg.num_shared_experts * cfg.expert_mlp_dim
             shared = SwiGLU(mlp_dim, self.init_std, self.dot_general, name="shared")
             out_BSD += shared(x_BSD)
-        return out_BSD, measured._replace(load=load)
+        measured = measured._replace(load=load)
+        return out_BSD, beside(measured, Measured(None, {}, routed.metrics))
