@@ -100,8 +100,11 @@ class OnMesh:
 
         Steps of one size follow each other closely; before another, all are done.
         """
-        counts = (len(slots) // self.parts for slots in (rows.slot_B, chunks.slot_A))
-        size = StepSize(*counts, chunks.token_AC.shape[1])
+        size = StepSize(
+            rows=len(rows.slot_B) // self.parts,
+            prompts=len(chunks.slot_A) // self.parts,
+            chunk=chunks.token_AC.shape[1],
+        )
         done = self.flush() if size != self._size else []
         if self._underway is None:
             self._size = size
