@@ -6,38 +6,31 @@ than its share lends its busiest experts to devices with less, for one microbatc
 get the weights and compute some of the rows. What is computed doesn't change, only
 where. (Experts lent for a microbatch: LLEP, arXiv 2601.17111.)
 
-Each borrower has one lender. As long as a device has more than its share, it fills up
-others, each to its share, and the last of them may take it below its own: then the next
-lender fills it up in turn. (So are alias tables made: Walker, 1977. In the order of
-sums, who fills whom is known without doing one after the other.) Every device is filled
-up at most once, hence from one lender's experts, of which there are E / P: with as many
-slots, the balance is exact whatever the load is. In general position, none with fewer
-than P - 1 borrowers is, and this one has at most as many.
-
-A lender gives away the rows of its busiest expert first, then those of the next, to its
-borrowers one after the other, so that few experts are lent. If a borrower has too few
-slots for what it is to get, it takes the experts with the most rows, and the rest stays
-at home.
+Each borrower has one lender (`jmoe.balance.lenders`), so that it needs at most as many
+slots as a device has experts. A lender gives away the rows of its busiest expert first,
+then those of the next, so that few experts are lent. If a borrower has too few slots
+for what it is to get, it takes the experts with the most rows, and the rest stays at
+home.
 
 All is computed from the counts of all devices, as integers: each device makes the same
-plan. Whatever is ordered is so few that all pairs are compared, which takes fewer
-kernels than sorting and cumulating.
+plan. There is no loop over loans.
 
 Shapes: P device of the expert axis, where tokens come from and where rows are computed;
 L device as a lender; E expert; M expert of one device; S slot for a borrowed expert;
 N token of this device, K choice of a token, R row in the order of experts.
 """
 
-from fractions import Fraction
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from jmoe.balance.lenders import MAX_ROWS, Flow, are_larger, find_flow
 from jmoe.balance.load import max_violation
 from jmoe.ops.rows import sort_rows
-
-MAX_ROWS = 2**31 - 1  # of all devices together, so that sums are right in int32
 
 
 class LendingPlan(NamedTuple):
@@ -67,20 +60,6 @@ class LendingMetrics(NamedTuple):
     max_violation_after: jax.Array
     lent: jax.Array
     left_over: jax.Array
-
-
-class _Flow(NamedTuple):
-    """Rows that lenders give to borrowers; all int32 [P].
-
-    lender_P: P where a device borrows nothing. start_P, rows_P: of the rows that its
-    lender gives away, the first that it gets, and how many. given_P: how many rows it
-    gives away itself.
-    """
-
-    lender_P: jax.Array
-    start_P: jax.Array
-    rows_P: jax.Array
-    given_P: jax.Array
 
 
 def check_rows(num_tokens: int, top_k: int, devices: int) -> None:
@@ -126,22 +105,18 @@ def plan(
     devices, experts = load_PE.shape
     _check(devices, experts, slots, threshold, devices_per_node)
     load_LM = load_PE.sum(0, dtype=jnp.int32).reshape(devices, -1)
-    flow = _find_flow(load_LM.sum(1), threshold, devices_per_node or devices)
-    before_LM = _sum_of_larger(load_LM)
-    # What a borrower gets of each expert: the overlap of two intervals.
-    start_PLM = jnp.maximum(flow.start_P[:, None, None], before_LM)
-    end_P = flow.start_P + flow.rows_P
-    end_PLM = jnp.minimum(end_P[:, None, None], before_LM + load_LM)
-    is_lender_PL = flow.lender_P[:, None] == jnp.arange(devices)
-    lent_PLM = jnp.where(is_lender_PL[:, :, None], end_PLM - start_PLM, 0)
-    lent_PLM = jnp.maximum(lent_PLM, 0)
-    slot_PLM = _are_larger(lent_PLM).sum(-1, dtype=jnp.int32)
-    lent_PLM = jnp.where(slot_PLM < slots, lent_PLM, 0)
-    lent_PE, slot_PE = (x.reshape(devices, experts) for x in (lent_PLM, slot_PLM))
+    flow = find_flow(load_LM.sum(1), threshold, devices_per_node or devices)
+    # If all others borrow from one device, they split at most so many of its experts.
+    pieces = experts // devices + devices - 2
+    dealt = [0] if pieces <= (devices - 1) * slots else [0, 1, slots // 2, slots]
+    lent_LPM, slot_LPM = _share_out(load_LM, flow, slots, sorted(set(dealt)))
+    lent_PE, slot_PE = (
+        x.swapaxes(0, 1).reshape(devices, experts) for x in (lent_LPM, slot_LPM)
+    )
     is_in_PSE = slot_PE[:, None] == jnp.arange(slots)[:, None]
     is_in_PSE &= lent_PE[:, None] > 0
     expert_E = jnp.arange(experts, dtype=jnp.int32)
-    borrowed_PS = jnp.where(is_in_PSE, expert_E, experts).min(-1, initial=experts)
+    borrowed_PS = jnp.where(is_in_PSE, expert_E, experts).min(-1)
     at_home_E = load_LM.reshape(-1) - lent_PE.sum(0, dtype=jnp.int32)
     rows_PE = jnp.where(_is_home(devices, experts), at_home_E, lent_PE)
     return LendingPlan(borrowed_PS, rows_PE.T)
@@ -158,8 +133,8 @@ def _check(devices, experts, slots, threshold, devices_per_node):
             f"slots={slots} must be from 0 to {elsewhere}, the number of experts that "
             "are other devices'."
         )
-    if not threshold >= 0:
-        raise ValueError(f"threshold={threshold} must be at least 0.")
+    if not 0 <= threshold < math.inf:
+        raise ValueError(f"threshold={threshold} must be at least 0, and finite.")
     if devices_per_node is not None and (
         devices_per_node < 1 or devices % devices_per_node
     ):
@@ -168,92 +143,107 @@ def _check(devices, experts, slots, threshold, devices_per_node):
         )
 
 
-def _find_flow(load_P: jax.Array, threshold: float, devices_per_node: int) -> _Flow:
-    """Returns who fills up whom: within nodes first, then between them."""
-    devices = load_P.size
-    most_P = _most_rows(load_P, threshold)
-    surplus_P = jnp.maximum(load_P - most_P, 0)
-    room_P = jnp.maximum(most_P - load_P, 0)
-    if devices_per_node == devices:
-        return _fill(surplus_P, room_P, devices)
-    near = _fill(surplus_P, room_P, devices_per_node)
-    # Who is filled up by a node's last lender may take that one below its share. It is
-    # then filled up from another node: it still has one lender.
-    room_P += jnp.maximum(near.given_P - surplus_P, 0)
-    room_P = jnp.where(near.lender_P < devices, 0, room_P)
-    far = _fill(jnp.maximum(surplus_P - near.given_P, 0), room_P, devices)
-    given_P = jnp.append(near.given_P, 0)
-    return _Flow(
-        jnp.minimum(near.lender_P, far.lender_P),
-        near.start_P + far.start_P + given_P[far.lender_P],
-        near.rows_P + far.rows_P,
-        near.given_P + far.given_P,
+def _share_out(
+    load_LM: jax.Array, flow: Flow, slots: int, dealt: Sequence[int]
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how many rows of each expert each borrower gets, and its slot there.
+
+    Both are [L, P, M]. What has no slot isn't lent. A lender's experts are laid out on
+    a line, the busiest first, and cut. As the last borrowers then get many small ones,
+    some experts may be dealt before, a number of `dealt` to each borrower. Each lender
+    takes the number by which it gives away the most rows, or of equals the one with the
+    fewest loans.
+
+    Shapes here: T number of dealt experts.
+    """
+    lent_TLPM = _deal_and_cut(load_LM, flow, slots, np.array(dealt, np.int32))
+    slot_TLPM = are_larger(lent_TLPM).sum(-1, dtype=jnp.int32)
+    lent_TLPM = jnp.where(slot_TLPM < slots, lent_TLPM, 0)
+    best = lent_TLPM[0], slot_TLPM[0]
+    if len(dealt) == 1:
+        return best
+    rows_TL = lent_TLPM.sum((2, 3))
+    loans_TL = (lent_TLPM > 0).sum((2, 3), dtype=jnp.int32)
+    rows_L, loans_L = rows_TL[0], loans_TL[0]
+    for t in range(1, len(dealt)):  # of few: without a kernel to find the best
+        is_better_L = (rows_TL[t] == rows_L) & (loans_TL[t] < loans_L)
+        is_better_L |= rows_TL[t] > rows_L
+        rows_L, loans_L = (
+            jnp.where(is_better_L, x_TL[t], x_L)
+            for x_TL, x_L in ((rows_TL, rows_L), (loans_TL, loans_L))
+        )
+        best = tuple(
+            jnp.where(is_better_L[:, None, None], x_TLPM[t], x_LPM)
+            for x_TLPM, x_LPM in zip((lent_TLPM, slot_TLPM), best, strict=True)
+        )
+    return best
+
+
+def _deal_and_cut(
+    load_LM: jax.Array, flow: Flow, slots: int, dealt_T: np.ndarray
+) -> jax.Array:
+    """Returns how many rows borrowers get, [T, L, P, M], however many loans that is.
+
+    The smallest of the experts that are needed are dealt, in the order of borrowers and
+    back; then the rest is cut to fill them up.
+    """
+    devices, hosted = load_LM.shape
+    is_larger_LMM = are_larger(load_LM)
+    before_LM = jnp.where(is_larger_LMM, load_LM[:, None], 0).sum(-1)
+    is_lender_LP = jnp.arange(devices)[:, None] == flow.lender_P
+    if not dealt_T.any():
+        return _cut(load_LM, before_LM, is_lender_LP, flow.start_P, flow.rows_P)[None]
+    rank_LM = is_larger_LMM.sum(-1, dtype=jnp.int32)
+    is_earlier_PP = flow.start_P < flow.start_P[:, None]
+    is_earlier_PP &= flow.lender_P == flow.lender_P[:, None]
+    turn_P = is_earlier_PP.sum(-1, dtype=jnp.int32)
+    borrowers_L = is_lender_LP.sum(-1, dtype=jnp.int32)
+    needed_L = (before_LM < flow.given_P[:, None]).sum(-1, dtype=jnp.int32)
+    dealt_TL = dealt_T[:, None] * borrowers_L
+    lent_TL = jnp.minimum(jnp.clip(needed_L, dealt_TL, slots * borrowers_L), hosted)
+    cut_TL1 = jnp.maximum(lent_TL - dealt_TL, 0)[:, :, None]
+
+    place_TLM = rank_LM - cut_TL1
+    lap_TLM, turn_TLM = jnp.divmod(place_TLM, jnp.maximum(borrowers_L, 1)[:, None])
+    back_TLM = borrowers_L[:, None] - 1 - turn_TLM
+    turn_TLM = jnp.where(lap_TLM % 2 == 0, turn_TLM, back_TLM)
+    is_dealt_TLM = (place_TLM >= 0) & (place_TLM < dealt_TL[:, :, None])
+    turn_TLM = jnp.where(is_dealt_TLM, turn_TLM, devices)
+    # What a borrower was dealt before.
+    is_own_TLMM = turn_TLM[..., None, :] == turn_TLM[..., None]
+    is_own_TLMM &= rank_LM[:, None] < rank_LM[:, :, None]
+    had_TL1M = jnp.where(is_own_TLMM, load_LM[:, None], 0).sum(-1)[:, :, None]
+    is_own_TLPM = turn_TLM[:, :, None] == turn_P[:, None]
+    is_own_TLPM &= is_lender_LP[:, :, None]
+    room_TLPM = jnp.clip(flow.rows_P[:, None] - had_TL1M, 0, load_LM[:, None])
+    dealt_TLPM = jnp.where(is_own_TLPM, room_TLPM, 0)
+
+    rows_TP = flow.rows_P - dealt_TLPM.sum((1, 3))
+    start_TP = jnp.where(is_earlier_PP, rows_TP[:, None], 0).sum(-1)
+    cut_TLPM = _cut(
+        load_LM, before_LM, is_lender_LP, start_TP[:, None], rows_TP[:, None]
     )
+    is_cut_TLM = rank_LM < cut_TL1
+    return dealt_TLPM + jnp.where(is_cut_TLM[:, :, None], cut_TLPM, 0)
 
 
-def _most_rows(load_P: jax.Array, threshold: float) -> jax.Array:
-    """Returns how many rows each device may have.
+def _cut(
+    load_LM: jax.Array,
+    before_LM: jax.Array,
+    is_lender_LP: jax.Array,
+    start_XP: jax.Array,
+    rows_XP: jax.Array,
+) -> jax.Array:
+    """Returns what a borrower gets of each expert: the overlap of two intervals.
 
-    Where rows don't divide evenly, the busiest may have one more, so that none is lent
-    only to have it elsewhere.
+    `before_LM` is where an expert's rows start on its lender's line, `start_XP` where a
+    borrower's do.
     """
-    mean, more = jnp.divmod(load_P.sum(), load_P.size)
-    above = Fraction(str(threshold)).limit_denominator(1000)
-    # mean * above, in factors that fit: a product of sums could overflow.
-    whole, rest = jnp.divmod(mean, above.denominator)
-    extra = whole * above.numerator + rest * above.numerator // above.denominator
-    has_one_more_P = _are_larger(load_P).sum(-1, dtype=jnp.int32) < more
-    return mean + jnp.maximum(extra, has_one_more_P.astype(jnp.int32))
-
-
-def _fill(surplus_P: jax.Array, room_P: jax.Array, devices_per_node: int) -> _Flow:
-    """Returns who fills up whom within nodes, the most to give to the most room first.
-
-    Of each node, room is laid out on one line and surplus on another. A device is
-    filled up by the lender in whose stretch of the second its stretch of the first
-    begins: up to its share, or as far as there is surplus anywhere.
-
-    Shapes here: P and L device of a node.
-    """
-    devices = surplus_P.size
-    surplus_GP, room_GP = (
-        x_P.reshape(-1, devices_per_node) for x_P in (surplus_P, room_P)
-    )
-    to_fill_GP, first_GL = _sum_of_larger(jnp.stack([room_GP, surplus_GP]))
-    end_GL = first_GL + surplus_GP
-    wanted_GP = jnp.clip(surplus_P.sum() - to_fill_GP, 0, room_GP)
-    is_past_GPL = to_fill_GP[:, :, None] < end_GL[:, None]
-    filled_GP1 = jnp.where(wanted_GP > 0, to_fill_GP + wanted_GP, 0)[:, :, None]
-    asked_GL = jnp.where(is_past_GPL, filled_GP1, 0).max(1)
-    given_GL = jnp.where(surplus_GP > 0, jnp.maximum(asked_GL - first_GL, 0), 0)
-    # A lender that gave away too much is filled up by the next, before all others.
-    overdrawn_GP = jnp.maximum(given_GL - surplus_GP, 0)
-    begins_GP = jnp.where(overdrawn_GP > 0, end_GL, to_fill_GP)
-    is_wanting_GP = (wanted_GP > 0) | (overdrawn_GP > 0)
-    begins_GP1 = jnp.where(is_wanting_GP, begins_GP, -1)[:, :, None]
-    is_lender_GPL = (first_GL[:, None] <= begins_GP1) & (begins_GP1 < end_GL[:, None])
-    device_GP = jnp.arange(devices, dtype=jnp.int32).reshape(room_GP.shape)
-    lender_GP = jnp.where(is_lender_GPL, device_GP[:, None], devices).min(2)
-    rows_GP = jnp.where(lender_GP < devices, wanted_GP + overdrawn_GP, 0)
-    first_P = jnp.append(first_GL, 0)
-    start_GP = jnp.maximum(begins_GP - first_P[lender_GP], 0)
-    start_GP = jnp.where(lender_GP < devices, start_GP, 0)
-    return _Flow(*(x.reshape(-1) for x in (lender_GP, start_GP, rows_GP, given_GL)))
-
-
-def _are_larger(x_XM: jax.Array) -> jax.Array:
-    """Returns [..., M, M]: whether the second of two comes before the first.
-
-    The larger does, or that of the lower index.
-    """
-    index_M = jnp.arange(x_XM.shape[-1])
-    this, other = x_XM[..., :, None], x_XM[..., None, :]
-    return (other > this) | ((other == this) & (index_M < index_M[:, None]))
-
-
-def _sum_of_larger(x_XM: jax.Array) -> jax.Array:
-    """Returns the sum of what comes before each, the larger before the smaller."""
-    return jnp.where(_are_larger(x_XM), x_XM[..., None, :], 0).sum(-1)
+    start_XP1, end_XP1 = start_XP[..., None], (start_XP + rows_XP)[..., None]
+    before_L1M, load_L1M = before_LM[:, None], load_LM[:, None]
+    end_XLPM = jnp.minimum(end_XP1, before_L1M + load_L1M)
+    overlap_XLPM = jnp.maximum(end_XLPM - jnp.maximum(start_XP1, before_L1M), 0)
+    return jnp.where(is_lender_LP[:, :, None], overlap_XLPM, 0)
 
 
 def _is_home(devices: int, experts: int) -> jax.Array:

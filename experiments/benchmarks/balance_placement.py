@@ -1,0 +1,195 @@
+"""How evenly experts are placed, how much moves, and how long planning takes.
+
+One part of the suite `balance`; NumPy alone, so that it runs anywhere. Balance is the
+load of the busiest device relative to the mean, averaged over layers: 1 is even. Beside
+ours stand DeepSeek's rule (`eplb`) and a placement that knows nothing of the loads.
+
+Dimensions: T windows of time, L layers, E experts.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.benchmarks import eplb
+from jmoe.balance.forecast import forecast
+from jmoe.balance.placement import Placement, device_load, moves, place
+
+# From the README of DeepSeek's EPLB.
+EXAMPLE_LE = np.array(
+    [
+        [90, 132, 40, 61, 104, 165, 39, 4, 73, 56, 183, 86],
+        [20, 107, 104, 64, 19, 197, 187, 157, 172, 86, 16, 27],
+    ]
+)
+LAYERS, EXPERTS = 58, 256  # DeepSeek-V3's
+DRIFT = 0.1  # each load is multiplied by exp(0.1 times a normal number)
+TOLERANCE = 1.05
+WINDOWS, TOKENS = 24, 4096  # of the forecasts, and what a window has of them
+
+
+class Sizes(NamedTuple):
+    """What `place` takes besides the loads, in its order."""
+
+    num_replicas: int
+    num_groups: int
+    num_nodes: int
+    num_devices: int
+
+
+ON_NODES = Sizes(288, 8, 4, 32)  # DeepSeek-V3's prefilling: a node's experts stay there
+ANYWHERE = Sizes(320, 1, 1, 64)
+SMALL = Sizes(80, 1, 1, 16)
+TIMED = (Sizes(320, 1, 1, 320), Sizes(640, 1, 1, 320))
+
+
+def measure(recorded_NLE: np.ndarray | None = None) -> dict[str, Any]:
+    """Returns all figures, as JSON has them.
+
+    Args:
+      recorded_NLE: loads of a run or a server, [N, L, E] in the order of time, of
+        experts that 16 devices divide; None: no such figures.
+    """
+    rng = np.random.default_rng(0)
+    uniform_LE = rng.random((LAYERS, EXPERTS))
+    zipf_LE = _zipf(rng)
+    cases = {
+        "example": (EXAMPLE_LE, Sizes(16, 4, 2, 8)),
+        "uniform, on nodes": (uniform_LE, ON_NODES),
+        "zipf, on nodes": (zipf_LE, ON_NODES),
+        "uniform, anywhere": (uniform_LE, ANYWHERE),
+        "zipf, anywhere": (zipf_LE, ANYWHERE),
+    }
+    if recorded_NLE is not None:
+        cases["recorded"] = recorded_NLE[-1], _recorded_sizes(recorded_NLE)
+    return {
+        "balance": {name: balance_of(*case) for name, case in cases.items()},
+        "drift": {name: after_drift(*case) for name, case in cases.items()},
+        "forecast": forecasts(recorded_NLE),
+        "seconds": seconds(zipf_LE, uniform_LE),
+    }
+
+
+def balance_of(load_LE: np.ndarray, sizes: Sizes) -> dict[str, float]:
+    """Returns the balance by each way to place, and where ours is best and worst."""
+    rule = [eplb.rule(load_E, *sizes) for load_E in load_LE.tolist()]
+    ours_L = _balance_L(load_LE, place(load_LE, *sizes).physical_to_logical, sizes)
+    rule_L = _balance_L(load_LE, np.array(rule), sizes)
+    unaware = place(np.ones(load_LE.shape), *sizes).physical_to_logical
+    return {
+        "unaware": float(_balance_L(load_LE, unaware, sizes).mean()),
+        "eplb": float(rule_L.mean()),
+        "ours": float(ours_L.mean()),
+        "most_above_eplb": float((ours_L / rule_L).max() - 1),
+    }
+
+
+def after_drift(load_LE: np.ndarray, sizes: Sizes) -> dict[str, float]:
+    """Returns what moves when loads have drifted a little, and the balance then.
+
+    Moves are shares of all slots.
+    """
+    previous = place(load_LE, *sizes)
+    rng = np.random.default_rng(1)
+    load_LE = load_LE * np.exp(DRIFT * rng.normal(size=load_LE.shape))
+    scratch = place(load_LE, *sizes)
+    kept = place(load_LE, *sizes, previous, tolerance=TOLERANCE)
+
+    def balance(placed: Placement) -> float:
+        slot_LR = placed.physical_to_logical
+        return float(_balance_L(load_LE, slot_LR, sizes).mean())
+
+    few, many = moves(previous, kept).mean(), moves(previous, scratch).mean()
+    return {
+        "balance_before": balance(previous),
+        "balance_after": balance(kept),
+        "balance_from_scratch": balance(scratch),
+        "moves": float(few),
+        "moves_from_scratch": float(many),
+        "moves_of_those_from_scratch": float(few / many) if many else 0.0,
+    }
+
+
+def forecasts(recorded_NLE: np.ndarray | None) -> dict[str, dict[str, float]]:
+    """Returns the next window's balance, where experts are placed by past windows.
+
+    `known`: by the loads of that window itself.
+    """
+    rng = np.random.default_rng(2)
+    found = {}
+    for name, drift in (("stays", 0.0), ("drifts", 0.05), ("wanders", 0.4)):
+        step_TLE = rng.normal(size=(WINDOWS + 1, 8, 64))
+        step_TLE[1:] *= drift
+        rate_TLE = np.exp(np.cumsum(step_TLE, axis=0))
+        rate_TLE /= rate_TLE.sum(-1, keepdims=True)
+        load_TLE = rng.multinomial(TOKENS, rate_TLE[:-1])
+        found[name] = _next_balance(load_TLE, rate_TLE[-1], SMALL)
+    if recorded_NLE is not None:
+        past, sizes = recorded_NLE[-WINDOWS - 1 : -1], _recorded_sizes(recorded_NLE)
+        found["recorded"] = _next_balance(past, recorded_NLE[-1], sizes)
+    return found
+
+
+def _next_balance(
+    load_TLE: np.ndarray, next_LE: np.ndarray, sizes: Sizes
+) -> dict[str, float]:
+    guesses = {
+        "last": load_TLE[-1],
+        "mean": load_TLE.mean(0),
+        "forecast": forecast(load_TLE),
+        "known": next_LE,
+    }
+    slots = {
+        name: place(guess_LE, *sizes).physical_to_logical
+        for name, guess_LE in guesses.items()
+    }
+    return {
+        name: float(_balance_L(next_LE, slot_LR, sizes).mean())
+        for name, slot_LR in slots.items()
+    }
+
+
+def seconds(*loads: np.ndarray) -> dict[str, dict[str, float]]:
+    """Returns how long all layers take, on 320 devices; the slowest of these loads."""
+    found = {}
+    for sizes in TIMED:
+        scratch, again = [], []
+        for load_LE in loads:
+            scratch.append(_timed(functools.partial(place, load_LE, *sizes)))
+            previous = place(load_LE, *sizes)
+            drifted_LE = load_LE[:, ::-1] * 0.1 + load_LE
+            again.append(_timed(functools.partial(place, drifted_LE, *sizes, previous)))
+        found[f"{sizes.num_replicas} replicas on {sizes.num_devices} devices"] = {
+            "from_scratch": max(scratch),
+            "from_previous": max(again),
+        }
+    return found
+
+
+def _timed(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _zipf(rng: np.random.Generator) -> np.ndarray:
+    load_E = 1 / np.arange(1, EXPERTS + 1) ** 0.8
+    return np.stack([rng.permutation(load_E) for _ in range(LAYERS)])
+
+
+def _recorded_sizes(recorded_NLE: np.ndarray) -> Sizes:
+    """Returns sizes with a quarter more slots than experts, on 16 devices."""
+    num_experts = recorded_NLE.shape[-1]
+    return Sizes(16 * -(-5 * num_experts // 64), 1, 1, 16)
+
+
+def _balance_L(load_LE: np.ndarray, slot_LR: np.ndarray, sizes: Sizes) -> np.ndarray:
+    """Returns the balance of each layer."""
+    experts_E = np.arange(load_LE.shape[1])
+    count_LE = (slot_LR[:, :, None] == experts_E).sum(1)
+    placed = Placement(slot_LR, np.empty(0), count_LE)
+    load_LD = device_load(load_LE, placed, sizes.num_devices)
+    return load_LD.max(-1) / load_LD.mean(-1)
