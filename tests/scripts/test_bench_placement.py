@@ -28,6 +28,11 @@ def test_figures_are_json_and_no_placement_is_below_the_mean_or_above_the_rule()
     assert 0 < drift["moves"] <= 0.3 * drift["moves_from_scratch"]
     assert drift["balance_after"] <= 1.05 * drift["balance_from_scratch"] + 1e-9
     json.dumps([balance, drift, bench.forecasts()])
+    found = {"balance": {"a": balance}, "drift": {"a": drift}, "seconds": {}}
+    assert [figure.met for figure in bench.figures(found)] == [True, True]
+    found["balance"]["a"] |= {"most_above_eplb": 0.01}
+    found["drift"]["a"] |= {"moves_of_those_from_scratch": 0.31}
+    assert [figure.met for figure in bench.figures(found)] == [False, False]
 
 
 def test_what_stays_busy_is_balanced_over_time_with_few_moves():
