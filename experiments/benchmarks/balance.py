@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from experiments.benchmarks.balance_lending import lending, planning_time
 from experiments.benchmarks.balance_part import Part
+from experiments.benchmarks.balance_placement import placement
 from experiments.benchmarks.report import Report
 
 Say = Callable[[str], None]
@@ -18,6 +19,7 @@ Say = Callable[[str], None]
 PARTS: dict[str, Callable[[int, Say], Part]] = {
     "lending": lending,
     "planning_time": planning_time,
+    "placement": placement,
 }
 
 

@@ -95,8 +95,8 @@ def place(
     With `previous`, a layer changes only where its busiest device has more than
     `tolerance` times what it would have from scratch, and then until it has not.
 
-    A layer without any load counts as one whose experts are equally busy; experts
-    without load share what replicas the others don't need.
+    A layer without any load stays as it is, or counts as one whose experts are equally
+    busy; experts without load share what replicas the others don't need.
 
     Args:
       load_LE: what each expert has to do, in any unit: counts, or a `forecast`.
@@ -118,15 +118,13 @@ def place(
         raise ValueError(f"tolerance={tolerance} must be at least 1 and finite.")
     nodes = num_nodes if num_groups > 1 else 1
     sizes = _Sizes(num_experts, num_replicas, num_groups, nodes, num_devices)
-    weights = map(_weights, load_LE)
     if previous is None:
-        slots = [_from_scratch(weight_E, sizes) for weight_E in weights]
+        slots = [_from_scratch(_weights(load_E), sizes) for load_E in load_LE]
     else:
-        previous_LR = _checked_slots(previous, num_layers, sizes)
-        slots = [
-            _from_previous(weight_E, previous_R, tolerance, sizes)
-            for weight_E, previous_R in zip(weights, previous_LR, strict=True)
-        ]
+        slots = list(_checked_slots(previous, num_layers, sizes))
+        for layer in np.flatnonzero(load_LE.any(-1)):
+            weight_E = _weights(load_LE[layer])
+            slots[layer] = _from_previous(weight_E, slots[layer], tolerance, sizes)
     return _as_placement(np.stack(slots), num_experts)
 
 
@@ -236,13 +234,11 @@ def _from_previous(
     on the devices that hold most of them.
     """
     tolerance *= 1 + packing.ROUNDING
-    busiest, devices = _busiest(weight_E, previous_R, sizes), sizes.node_devices
-    if busiest <= tolerance * weight_E.sum() / sizes.devices:
-        return previous_R  # the mean is less than what any placement reaches
+    devices, mean = sizes.node_devices, weight_E.sum() / sizes.devices
+    if _busiest(weight_E, previous_R, sizes) <= tolerance * mean:
+        return previous_R  # no placement reaches less than the mean
     scratch_R = _from_scratch(weight_E, sizes)
     allowed = tolerance * _busiest(weight_E, scratch_R, sizes)
-    if busiest <= allowed:
-        return previous_R
 
     def searched(weight_E: np.ndarray, slot_R: np.ndarray) -> np.ndarray:
         if (slot_R == packing.EMPTY).any():  # left by groups that go to other nodes

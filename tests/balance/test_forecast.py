@@ -60,6 +60,22 @@ def test_what_never_changes_is_forecast_as_it_is_and_one_window_is_the_forecast(
         np.testing.assert_allclose(got_LE, load_LE, rtol=1e-12)
 
 
+def test_loads_that_something_pulls_to_their_mean_are_forecast_nearer_to_it():
+    rng, load_TLE = np.random.default_rng(0), np.full((T, L, E), 100.0)
+    for window in range(1, T):  # half of what was off comes back
+        load_TLE[window] += (load_TLE[window - 1] - 100) / 2 + rng.normal(size=(L, E))
+    next_LE = 100 + (load_TLE[-1] - 100) / 2
+    off = {
+        name: np.abs(guess_LE - next_LE).mean()
+        for name, guess_LE in (
+            ("forecast", forecast(load_TLE)),
+            ("last", load_TLE[-1]),
+            ("none", 100.0),
+        )
+    }
+    assert off["forecast"] < 0.5 * min(off["last"], off["none"])
+
+
 def test_layers_have_decays_of_their_own():
     parts = [drawn(kind, 0)[0] for kind in ("stays", "wanders")]
     together = forecast(np.concatenate(parts, axis=1))

@@ -155,6 +155,12 @@ def test_without_load_replicas_are_spread_evenly(case):
     assert (np.ptp(got.replica_count, axis=-1) <= 1).all()
 
 
+def test_a_layer_without_load_stays_as_it_is():
+    previous = place(README, 16, 4, 2, 8)
+    kept = place(np.zeros((2, 12)), 16, 4, 2, 8, previous, tolerance=1.0)
+    assert_equal(kept, previous)
+
+
 def test_experts_without_load_share_what_the_others_do_not_need():
     got = place([[8.0, 0, 0, 0]], 12, 1, 1, 3)
     assert got.replica_count.tolist() == [[3, 3, 3, 3]]
