@@ -21,7 +21,7 @@ from experiments.benchmarks.balance_routings import (
     routings,
 )
 from experiments.benchmarks.report import Figure
-from jmoe.balance.lending import LendingPlan, plan
+from jmoe.balance.lending import plan
 
 SLOTS: dict[str, Callable[[Shape], int]] = {
     "1": lambda shape: 1,
@@ -76,16 +76,16 @@ def lending(rounds: int, say: Callable[[str], None]) -> Part:
 def lend(routing: Routing, slots: int) -> Lent:
     """Plans loans for a routing, with so many slots for each device."""
     devices, experts, _ = routing.shape
-    got = LendingPlan(*map(np.asarray, _plan(routing.load_PE, slots)))
+    borrowed_PS, rows_EP = map(np.asarray, _plan(routing.load_PE, slots))
     before_P = routing.load_PE.sum(0).reshape(devices, -1).sum(1)
-    after_P = got.rows_EP.sum(0)
+    after_P = rows_EP.sum(0)
     return Lent(
         routing=routing,
         before=float(before_P.max() / before_P.mean() - 1),
         after=float(after_P.max() / before_P.mean() - 1),
         spread=int(after_P.max() - after_P.min()),
-        loans=(got.borrowed_PS < experts).sum(1).tolist(),
-        lost=int(np.abs(got.rows_EP.sum(1) - routing.load_PE.sum(0)).sum()),
+        loans=(borrowed_PS < experts).sum(1).tolist(),
+        lost=int(np.abs(rows_EP.sum(1) - routing.load_PE.sum(0)).sum()),
     )
 
 
@@ -115,6 +115,12 @@ def figures(results: Mapping[str, Sequence[Lent]]) -> Iterator[Figure]:
             value=statistics.mean(after),
             unit="%",
             definition=definition,
+        )
+        yield Figure(
+            name=f"more than 1% above the mean, slots: {slots}",
+            value=sum(value > 1 for value in after),
+            unit="routings",
+            definition=f"of {len(after)}",
         )
         loans = [count for lent in all_lent for count in lent.loans]
         yield Figure(

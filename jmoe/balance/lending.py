@@ -159,24 +159,21 @@ def _share_out(
     lent_TLPM = _deal_and_cut(load_LM, flow, slots, np.array(dealt, np.int32))
     slot_TLPM = are_larger(lent_TLPM).sum(-1, dtype=jnp.int32)
     lent_TLPM = jnp.where(slot_TLPM < slots, lent_TLPM, 0)
-    best = lent_TLPM[0], slot_TLPM[0]
+    lent_LPM, slot_LPM = lent_TLPM[0], slot_TLPM[0]
     if len(dealt) == 1:
-        return best
+        return lent_LPM, slot_LPM
     rows_TL = lent_TLPM.sum((2, 3))
     loans_TL = (lent_TLPM > 0).sum((2, 3), dtype=jnp.int32)
     rows_L, loans_L = rows_TL[0], loans_TL[0]
     for t in range(1, len(dealt)):  # of few: without a kernel to find the best
         is_better_L = (rows_TL[t] == rows_L) & (loans_TL[t] < loans_L)
         is_better_L |= rows_TL[t] > rows_L
-        rows_L, loans_L = (
-            jnp.where(is_better_L, x_TL[t], x_L)
-            for x_TL, x_L in ((rows_TL, rows_L), (loans_TL, loans_L))
-        )
-        best = tuple(
-            jnp.where(is_better_L[:, None, None], x_TLPM[t], x_LPM)
-            for x_TLPM, x_LPM in zip((lent_TLPM, slot_TLPM), best, strict=True)
-        )
-    return best
+        rows_L = jnp.where(is_better_L, rows_TL[t], rows_L)
+        loans_L = jnp.where(is_better_L, loans_TL[t], loans_L)
+        is_better_L11 = is_better_L[:, None, None]
+        lent_LPM = jnp.where(is_better_L11, lent_TLPM[t], lent_LPM)
+        slot_LPM = jnp.where(is_better_L11, slot_TLPM[t], slot_LPM)
+    return lent_LPM, slot_LPM
 
 
 def _deal_and_cut(

@@ -92,47 +92,28 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(
-            x: jax.Array,
-            expert: jax.Array,
-            gate: jax.Array,
-            weights: Any,
-            rows: int,
-            apart: bool,
-        ) -> jax.Array:
+        def compute(x: jax.Array, group: Group) -> jax.Array:
             """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
-                *(x, expert, gate, *weights),
+                *(x, group.expert_RK, group.gate_RK, *group.weights),
                 recipe=fp8.recipe_of(self.dot_general),
-                rows=rows,
+                rows=group.rows,
+                is_bound=group.is_bound,
                 remat=cfg.remat == "activations",
-                apart=apart,
+                apart=self.apart,
             )
 
         weights = gate_up_ED2F, down_EFD
         if isinstance(routing, Picks):
-            y_BSD = exchange_picks(
-                *(x_BSD, *routing),
-                lambda x, groups: compute(x, *groups[0], self.apart),
-                weights,
-            )
+            y_BSD = exchange_picks(x_BSD, *routing, compute, weights)
             none = jnp.int32(0)
             return Exchanged(y_BSD.reshape(-1, hidden), none, none, {})
 
-        def apply(
-            x_RD: jax.Array, groups: Sequence[Group], *, is_rare: bool = False
-        ) -> jax.Array:
+        def apply(x_RD: jax.Array, groups: Sequence[Group]) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
-            devices = collectives.axis_size("tensor")
             x = collectives.all_gather(x_RD, "tensor", 0)
-            y = jnp.zeros_like(x)
-            for expert, gate, weights, rows in groups:
-                choices = (
-                    collectives.all_gather(z, "tensor", 0) for z in (expert, gate)
-                )
-                apart = self.apart or is_rare
-                y += compute(x, *choices, weights, devices * rows, apart)
-            return collectives.reduce_scatter(y, "tensor", 0)
+            parts = (compute(x, _of_tensor_group(group)) for group in groups)
+            return collectives.reduce_scatter(sum(parts), "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
         return exchange(
@@ -140,6 +121,15 @@ class RoutedExperts(nn.Module):
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+
+
+def _of_tensor_group(group: Group) -> Group:
+    """Returns the choices of all the tensor group's tokens."""
+    expert, gate = (
+        collectives.all_gather(choices, "tensor", 0) for choices in group[:2]
+    )
+    rows = group.rows * collectives.axis_size("tensor")
+    return group._replace(expert_RK=expert, gate_RK=gate, rows=rows)
 
 
 def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:

@@ -81,11 +81,12 @@ def routed_mlp_blocks(
     recipe: Recipe = None,
     rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = False,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
-    del rows  # a loop over those that there are needs no array for more
+    del rows, is_bound  # a loop over those that there are needs no array for more
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
 

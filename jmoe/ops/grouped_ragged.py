@@ -56,10 +56,11 @@ Weight = jax.Array | fp8.Quantized
 
 
 class Lengths(NamedTuple):
-    """How many rows the first segment has, and each later one."""
+    """How many rows the first segment has, and each later one; are these rare."""
 
     first: int
     later: int
+    are_later_rare: bool = False
 
 
 class RowPlan(NamedTuple):
@@ -114,12 +115,13 @@ def routed_mlp_ragged(
     recipe: Recipe = None,
     rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = True,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
-    lengths = _lengths(expert_TK.shape, rows, apart)
+    lengths = _lengths(expert_TK.shape, rows, is_bound, apart)
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
 
@@ -158,6 +160,7 @@ _compute.defvjp(_forward, _backward)
 def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
+    several &= not lengths.are_later_rare
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
 
     def gradients(segment):
@@ -199,11 +202,13 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _lengths(shape_TK: tuple[int, ...], rows: int | None, apart: bool) -> Lengths:
+def _lengths(
+    shape_TK: tuple[int, ...], rows: int | None, is_bound: bool, apart: bool
+) -> Lengths:
     tokens, top_k = shape_TK
     expected = tokens * top_k if rows is None else min(rows, tokens * top_k)
     first = tokens if apart else max(tokens, expected)
-    return Lengths(_whole_tiles(first), _whole_tiles(tokens))
+    return Lengths(_whole_tiles(first), _whole_tiles(tokens), is_bound)
 
 
 def _whole_tiles(rows: int) -> int:

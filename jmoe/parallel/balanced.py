@@ -229,13 +229,11 @@ def _compute_part(
     path = layout.transport.path(chunk.trips, layout.capacity, nth)
     tokens = x_ND, chunk.station_NK, gate_NK
     arrived = travel.bring(path, layout.wire, *tokens, layout.stations)
-    at_home = Group(
-        *arrived.choices_of(0, layout.own), own, rows=chunk.station_NK.size
-    )
-    borrowed = Group(*arrived.choices_of(layout.own, layout.slots), lent, rows=0)
-    is_rare = not isinstance(nth, int)
-    y_RD = layout.experts(arrived.x_RD, [at_home, borrowed], is_rare=is_rare)
-    return path.carry_back(y_RD)
+    rows = chunk.station_NK.size
+    at_home = Group(*arrived.choices_of(0, layout.own), own, rows, is_bound=True)
+    choices = arrived.choices_of(layout.own, layout.slots)
+    borrowed = Group(*choices, lent, rows=0, is_bound=True)
+    return path.carry_back(layout.experts(arrived.x_RD, [at_home, borrowed]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,7 +20,7 @@ section 3.3.3).
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,21 +39,19 @@ class Group(NamedTuple):
 
     expert_RK: int32; the number after the last expert is "nobody", and contributes
     nothing, neither to a result nor to a gradient. The contract of `jmoe.ops.grouped`.
-    rows: about how many choices a device of this group's aren't nobody's.
+    rows, is_bound: about how many choices of a device's tokens aren't nobody's, and
+    whether more are rare.
     """
 
     expert_RK: jax.Array
     gate_RK: jax.Array
     weights: Any
     rows: int
+    is_bound: bool = False
 
 
-Experts = Callable[..., jax.Array]
-"""`experts(x_RD, groups, *, is_rare=False) -> y_RD`, the sum of all groups' experts.
-
-is_rare: this is for an overload, for which no step should hold memory: weights'
-gradients need no array in float32.
-"""
+Experts = Callable[[jax.Array, Sequence[Group]], jax.Array]
+"""`experts(x_RD, groups) -> y_RD`, the sum of all groups' experts."""
 
 
 class Wire(NamedTuple):

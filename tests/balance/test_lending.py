@@ -97,7 +97,9 @@ def test_only_those_above_the_threshold_lend_and_nobody_gets_above_it(
     got = planned(load_PE, slots, threshold, devices_per_node)
     after_P = got.rows_EP.sum(0)
     mean, more = divmod(int(before_P.sum()), devices)
-    most = max(mean + bool(more), mean + mean * round(threshold * 10) // 10)
+    above = mean + mean * round(threshold * 10) // 10
+    most = max(mean + bool(more), above)
+    assert (after_P >= before_P)[before_P <= above].all()
     assert (after_P <= np.maximum(before_P, most)).all()
     if slots >= experts // devices:
         assert after_P.max() <= most
@@ -149,14 +151,14 @@ def test_what_is_even_is_left_as_it_is(most):
     np.testing.assert_array_equal(got.rows_EP.sum(0)[:3], 4 * most)
 
 
-def test_sums_may_be_as_large_as_an_int32():
-    load_PE = np.zeros((4, 8), np.int32)
-    load_PE[:, 5] = lending.MAX_ROWS // 4
-    load_PE[3, 5] += lending.MAX_ROWS % 4
-    for threshold in (0.0, 0.999, 50.0):
-        rows_P = planned(load_PE, 2, threshold, None).rows_EP.astype(np.int64).sum(0)
-        assert rows_P.sum() == lending.MAX_ROWS
-        assert rows_P.max() <= 2**29 * min(1 + threshold, 4)
+@pytest.mark.parametrize("threshold", [0.0, 1.9, 50.0])
+def test_sums_may_be_as_large_as_an_int32(threshold):
+    load_PE = np.zeros((8, 16), np.int32)
+    load_PE[:, 5] = lending.MAX_ROWS // 64 * 8
+    rows_EP = planned(load_PE, 2, threshold, None).rows_EP.astype(np.int64)
+    assert (rows_EP >= 0).all() and rows_EP[5].sum() == load_PE.sum(dtype=int)
+    mean = lending.MAX_ROWS // 64 * 8
+    assert rows_EP[5, 2] == min(8 * mean, mean + mean * round(threshold * 10) // 10)
 
 
 def test_more_rows_than_an_int32_counts_are_refused():
@@ -252,6 +254,22 @@ def test_choices_are_divided_as_planned_and_stay_where_they_can(shape, data):
     np.testing.assert_array_equal(count_PEP.sum(0), rows_EP)
     stays_PE = count_PEP[np.arange(devices), :, np.arange(devices)]
     np.testing.assert_array_equal(stays_PE, np.minimum(load_PE, rows_EP.T))
+
+
+def test_choices_may_be_assigned_in_chunks():
+    rng = np.random.default_rng(0)
+    expert_NK = np.argsort(rng.normal(size=(12, 8)))[:, :3].astype(np.int32)
+    load_E = np.bincount(expert_NK.ravel(), minlength=8).astype(np.int32)
+    load_PE = np.stack([load_E, load_E * np.arange(8, dtype=np.int32), load_E, load_E])
+    lent = PLAN(load_PE, 2, 0.0, None)
+    whole = ASSIGN(lent, load_PE, expert_NK, 2)
+    before_E = np.bincount(expert_NK[:5].ravel(), minlength=8).astype(np.int32)
+    first = ASSIGN(lent, load_PE, expert_NK[:5], 2)
+    second = ASSIGN(lent, load_PE, expert_NK[5:], 2, before_E)
+    for x_NK, *chunks in zip(whole, first, second, strict=True):
+        np.testing.assert_array_equal(np.concatenate(chunks), x_NK)
+    ignored, _ = ASSIGN(lent, load_PE, expert_NK[5:], 2)
+    assert (ignored != second[0]).any()
 
 
 def test_metrics_tell_what_was_uneven_what_was_lent_and_what_is_left_over():

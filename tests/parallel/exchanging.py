@@ -55,10 +55,10 @@ def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
     return jnp.einsum("re,ref,efd->rd", gate_RE, act_REF, down_EFD)
 
 
-def experts(x_RD, groups, is_rare=False):
+def experts(x_RD, groups):
     """`mlps` of the tokens of all the tensor group."""
     y = 0
-    for expert_RK, gate_RK, weights, _ in groups:
+    for expert_RK, gate_RK, weights, *_ in groups:
         tokens = (
             collectives.all_gather(x, "tensor", 0) for x in (x_RD, expert_RK, gate_RK)
         )

@@ -29,7 +29,7 @@ from tests.parallel.exchanging import (
 ragged_on_cpu = exchanging.ragged_on_cpu
 
 
-def scaled(x_RD, groups, own, is_rare=False):
+def scaled(x_RD, groups, own):
     """Experts that only weigh: a row is the token, times the gates of its choices."""
     counts = [own, *(4 for _ in groups[1:])]  # and slots
     sum_R1 = sum(
