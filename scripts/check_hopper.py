@@ -4,10 +4,12 @@ python scripts/check_hopper.py
 python scripts/check_hopper.py --program=v2_lite_16
 python scripts/check_hopper.py --suite=pipeline
 python scripts/check_hopper.py --suite=decode
+python scripts/check_hopper.py --suite=balance
 
 It needs no GPU. Where JAX can't compile for GPUs, it makes an environment that can,
 once (scripts/make_hopper_env.sh, 5 GB), and goes on in that. What it shows, it also
-writes to experiments/results/hopper.json, hopper_pipeline.json or hopper_decode.json.
+writes to experiments/results/hopper.json, hopper_pipeline.json, hopper_decode.json or
+hopper_balance.json.
 """
 
 import importlib
@@ -36,12 +38,14 @@ SUITES = {
     "mesh": programs.PROGRAMS,
     "pipeline": programs.PIPELINES,
     "decode": programs.DECODERS,
+    "balance": {**programs.LAYERS, **programs.LENDING_STEPS},
 }
 # Modules with a `run(names, console) -> Report`.
 REPORTS = {
     "mesh": "experiments.benchmarks.hopper",
     "pipeline": "experiments.benchmarks.hopper_pipeline",
     "decode": "experiments.benchmarks.hopper_decode",
+    "balance": "experiments.benchmarks.hopper_balance",
 }
 
 _SUITE = flags.DEFINE_enum(
@@ -49,7 +53,7 @@ _SUITE = flags.DEFINE_enum(
     "mesh",
     list(SUITES),
     "Which programs: training steps without a pipeline, or with one by every schedule; "
-    "or a decoder's steps.",
+    "or a decoder's steps; or layers and steps that lend experts, and such that don't.",
 )
 _PROGRAM = flags.DEFINE_multi_enum(
     "program",

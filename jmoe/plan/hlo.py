@@ -172,6 +172,12 @@ def shape_bytes(shape: str) -> int:
     return bits // 8
 
 
+def dimensions(shape: str) -> tuple[int, ...]:
+    """Returns the dimensions of an array's shape, such as those of `bf16[2,3]{1,0}`."""
+    (dims,) = (dims for _, dims in _SHAPE.findall(shape))
+    return tuple(int(size) for size in dims.split(",") if size)
+
+
 def _bits(dtype: str) -> int:
     if dtype in ("pred", "token"):
         return 8

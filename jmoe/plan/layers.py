@@ -4,7 +4,6 @@ A training step's program has much besides; here is what one way to exchange tok
 costs against another.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -19,31 +18,13 @@ from jmoe.nn.moe import MoE
 from jmoe.ops import fp8
 from jmoe.parallel import rules
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
-from jmoe.plan import aot, traffic
-from jmoe.plan.aot import Allocated
+from jmoe.plan import aot, summary
+from jmoe.plan.aot import Memory
 from jmoe.plan.device import H20, Device
-from jmoe.plan.traffic import Collective
+from jmoe.plan.summary import Summary
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerSummary:
-    """A compiled layer, for one device."""
-
-    memory: Allocated
-    collectives: Sequence[Collective]
-    text: str
-    seconds: float
-
-    def sent_bytes(self, kind: str, scope: str = "") -> int:
-        """Returns what a device sends by collectives of this kind and named scope."""
-        return sum(
-            c.times * c.moved_bytes
-            for c in self.collectives
-            if c.kind == kind and scope in c.computation
-        )
-
-
-def compile_layer(run: RunConfig, device: Device = H20) -> LayerSummary:
+def compile_layer(run: RunConfig, device: Device = H20) -> Summary:
     """Compiles an MoE layer of the run's model, its output and all its gradients.
 
     Weights and tokens are bfloat16. Each part of the batch has one sequence.
@@ -53,17 +34,21 @@ def compile_layer(run: RunConfig, device: Device = H20) -> LayerSummary:
     """
     devices = aot.absent_devices(device, run.mesh.num_devices)
     start = aot.now()
-    lowered = _lower(run, devices)
-    program = aot.compile_lowered(lowered, Allocated, devices, start)
-    return LayerSummary(
-        memory=program.memory,
-        collectives=traffic.collectives(program.text, run.mesh.shape),
-        text=program.text,
-        seconds=program.seconds,
+    function, params, *others = _layer(run, devices)
+    memory = functools.partial(
+        Memory,
+        parameters=aot.device_bytes(params),
+        optimizer=0,
+        parameters_even=aot.whole_bytes(params) / len(devices),
+        optimizer_even=0.0,
     )
+    lowered = function.lower(params, *others)
+    program = aot.compile_lowered(lowered, memory, devices, start)
+    return summary.summarise(run, device, program)
 
 
-def _lower(run: RunConfig, devices: Sequence[Any]) -> Any:
+def _layer(run: RunConfig, devices: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the compilable layer, and its abstract arguments, the weights first."""
     mesh = make_mesh(run.mesh, devices)
     cfg = run.model
     layer = MoE(cfg.moe, cfg.init_std, fp8.dot_general(run.precision))
@@ -105,4 +90,4 @@ def _lower(run: RunConfig, devices: Sequence[Any]) -> Any:
     )
     state = jax.tree.map(lambda x, spec: placed(x, spec, x.dtype), state, of_state)
     tokens = in_bfloat16(x_BTD, of_tokens)
-    return jax.jit(mapped).lower(params, state, tokens, tokens)
+    return jax.jit(mapped), params, state, tokens, tokens

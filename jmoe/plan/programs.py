@@ -167,6 +167,40 @@ def _pipelines() -> Iterator[tuple[str, Callable[[], RunConfig]]]:
 PIPELINES: Mapping[str, Callable[[], RunConfig]] = dict(_pipelines())
 
 
+# One lends experts, one drops tokens, and one has room for whatever comes.
+COMPARED: Mapping[str, ExchangeConfig] = {
+    "balanced": ExchangeConfig(backend="balanced"),
+    "capacity": ExchangeConfig(backend="ragged", capacity_factor=1.05),
+    "dropless": ExchangeConfig(backend="padded"),
+}
+
+
+def compared(preset: str, devices: int, kind: str, name: str) -> RunConfig:
+    """Puts a preset's experts on so many devices, with one of `COMPARED`."""
+    model, mesh = ModelConfig.preset(preset), MeshConfig(expert=devices)
+    return run_on(model, mesh, name, exchange=COMPARED[kind])
+
+
+def _compared(
+    preset: str, what: str, devices: int, *kinds: str
+) -> Iterator[tuple[str, Callable[[], RunConfig]]]:
+    for kind in kinds:
+        name = f"{what}_{devices}_{kind}"
+        yield name, functools.partial(compared, preset, devices, kind, name)
+
+
+# Of these, one layer is compiled,
+LAYERS: Mapping[str, Callable[[], RunConfig]] = {
+    **dict(_compared("v3", "v3_layer", 8, "balanced", "capacity")),
+    **dict(_compared("v3", "v3_layer", 16, *COMPARED)),
+    **dict(_compared("v3", "v3_layer", 64, *COMPARED)),
+}
+# and of these the step.
+LENDING_STEPS: Mapping[str, Callable[[], RunConfig]] = dict(
+    _compared("v2_lite", "v2_lite", 8, "balanced", "capacity")
+)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoding:
     """A decoder's step of one size.
