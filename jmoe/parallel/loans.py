@@ -120,7 +120,9 @@ def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     home_PS = _home_PS(borrowed_PS, len(own))
     peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
     carried = []
-    for slot, (expert_P, home_P) in enumerate(zip(borrowed_PS.T, home_PS.T, strict=True)):
+    for slot, (expert_P, home_P) in enumerate(
+        zip(borrowed_PS.T, home_PS.T, strict=True)
+    ):
         is_mine_P = home_P == me
         sizes = (
             jnp.where(is_mine_P, expert_P - me * len(own), 0),
@@ -192,7 +194,10 @@ def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
 
 
 class _Transport(NamedTuple):
-    """lend(own, borrowed_PS) -> lent; give_back(d_own, d_lent, borrowed_PS) -> d_own."""
+    """lend(own, borrowed_PS) -> lent.
+
+    give_back(d_own, d_lent, borrowed_PS) -> d_own.
+    """
 
     lend: Callable[..., jax.Array]
     give_back: Callable[..., jax.Array]
