@@ -185,8 +185,11 @@ class Console:
         if "val_perplexity" in latest:
             yield "perplexity", f"{latest['val_perplexity']:.2f}", ""
         if "global_max_vio" in latest:
-            vio = latest["global_max_vio"]
-            meaning = f"a busiest expert gets {1 + vio:.2f} times its fair share"
+            vio, worst = latest["global_max_vio"], latest["global_max_vio_max"]
+            meaning = (
+                f"a busiest expert gets {1 + vio:.2f} times its fair share, "
+                f"{1 + worst:.2f} in the worst layer"
+            )
             yield "global MaxVio", f"{vio:.3f}", meaning
         if latest.get("skipped"):
             meaning = "steps whose loss or gradients weren't finite, or were spikes"

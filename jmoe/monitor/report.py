@@ -148,7 +148,18 @@ def _balance(run: Run) -> str:
 <p>MaxVio is how far the busiest expert of a layer exceeds its fair share: 0 is perfect,
 1 is twice the share. Batch MaxVio counts the tokens of one training step; the global
 one those of the whole validation set, where chance plays little part.</p>
-{curve}"""
+{_over_layers(run)}{curve}"""
+
+
+def _over_layers(run: Run) -> str:
+    names = [f"global_max_vio_{suffix}" for suffix in ("p50", "p95", "max")]
+    found = [value_K[0] for name in names if (value_K := run.last(name)) is not None]
+    if len(found) < len(names):
+        return ""
+    middle, most, worst = found
+    return f"""
+<p>Over the layers, at the last evaluation, the median of global MaxVio is {middle:.3f},
+the 95th percentile {most:.3f} and the largest {worst:.3f}.</p>"""
 
 
 def _training(run: Run) -> str:

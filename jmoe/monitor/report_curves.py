@@ -115,8 +115,8 @@ def draw_loss(axes: Axes, run: Run) -> bool:
 
 def draw_max_vio(axes: Axes, run: Run) -> bool:
     """Draws batch MaxVio with its spread over the layers, and the global one."""
-    names = ("max_vio", "max_vio_L", "global_max_vio")
-    batch, batch_L, globally = (run.series(name) for name in names)
+    names = ("max_vio", "max_vio_L", "max_vio_p95", "global_max_vio")
+    batch, batch_L, most, globally = (run.series(name) for name in names)
     if batch is None and globally is None:
         return False
     if batch_L is not None:
@@ -127,6 +127,9 @@ def draw_max_vio(axes: Axes, run: Run) -> bool:
         axes.fill_between(step_N, low_N, high_N, label="range over layers", **band)
     if batch is not None:
         noisy_line(axes, batch.step_N, batch.value_NK[:, 0], "blue", "batch")
+    if most is not None:
+        value_N = most.value_NK[:, 0]
+        noisy_line(axes, most.step_N, value_N, "violet", "95th percentile of layers")
     if globally is not None:
         _draw_evaluations(axes, globally, "global")
     goal = {"color": COLOURS["green"], "ls": "--", "lw": 1.2}

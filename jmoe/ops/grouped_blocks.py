@@ -81,13 +81,14 @@ def routed_mlp_blocks(
     gate_up_ED2F: stored.Weight,
     down_EFD: stored.Weight,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = False,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
-    del hosts  # a loop over the rows that there are needs no array for more
+    del rows, is_bound  # a loop over those that there are needs no array for more
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
 

@@ -8,7 +8,7 @@ Rows are sorted by expert, and one kernel multiplies each expert's rows by its w
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
 taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. It holds the rows of balanced experts, all of them where no other
+with communication. It holds as many rows as are expected, all of them where no other
 device has experts, and no less than T. A loop takes as many segments of T more as there
 are. No array is longer than a segment, and what is nobody's
 is computed only to fill the last one.
@@ -56,10 +56,11 @@ Weight = jax.Array | fp8.Quantized
 
 
 class Lengths(NamedTuple):
-    """How many rows the first segment has, and each later one."""
+    """How many rows the first segment has, and each later one; are these rare."""
 
     first: int
     later: int
+    are_later_rare: bool = False
 
 
 class RowPlan(NamedTuple):
@@ -112,14 +113,15 @@ def routed_mlp_ragged(
     gate_up_ED2F: stored.Weight,
     down_EFD: stored.Weight,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = True,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
-    lengths = _lengths(expert_TK.shape, hosts, apart)
+    lengths = _lengths(expert_TK.shape, rows, is_bound, apart)
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
 
@@ -158,6 +160,7 @@ _compute.defvjp(_forward, _backward)
 def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
     several = saved.plan.rows.choice_N.size > lengths.first
+    several &= not lengths.are_later_rare
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
 
     def gradients(segment):
@@ -199,10 +202,13 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _lengths(shape_TK: tuple[int, ...], hosts: int, apart: bool) -> Lengths:
+def _lengths(
+    shape_TK: tuple[int, ...], rows: int | None, is_bound: bool, apart: bool
+) -> Lengths:
     tokens, top_k = shape_TK
-    balanced = 0 if apart else -(-tokens * top_k // hosts)
-    return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
+    expected = tokens * top_k if rows is None else min(rows, tokens * top_k)
+    first = tokens if apart else max(tokens, expected)
+    return Lengths(_whole_tiles(first), _whole_tiles(tokens), is_bound)
 
 
 def _whole_tiles(rows: int) -> int:

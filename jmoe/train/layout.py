@@ -28,8 +28,8 @@ WHOLE = PartitionSpec()
 class Layout(NamedTuple):
     """A mesh, and three trees like the model's parameters.
 
-    placements: of `zero.Placement`. records: of `nn.parameter.Parameter`. shapes: of
-    `jax.ShapeDtypeStruct`.
+    placements: of `zero.ParameterPlacement`. records: of `nn.parameter.Parameter`.
+    shapes: of `jax.ShapeDtypeStruct`.
     """
 
     mesh: Mesh

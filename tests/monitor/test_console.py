@@ -10,7 +10,12 @@ from jmoe.data.formatting import count, duration
 from jmoe.monitor.console import Console
 
 METRICS = {"loss": 2.5, "max_vio": 0.25, "tokens_per_second": 45_200.0}
-EVALUATION = {"val_loss": 2.75, "val_perplexity": 15.64, "global_max_vio": 0.05}
+EVALUATION = {
+    "val_loss": 2.75,
+    "val_perplexity": 15.64,
+    "global_max_vio": 0.05,
+    "global_max_vio_max": 0.125,
+}
 
 
 class Terminal(io.StringIO):
@@ -97,7 +102,7 @@ def test_the_header_and_the_final_table_say_what_was_trained_and_how_it_went():
     for expected in (
         "jmoe tiny parameters 1.9M, 934.1k active per token tokens per step 4,096",
         "validation loss 2.7500 the corpus's unigram entropy is 5.6123",
-        "global MaxVio 0.050 a busiest expert gets 1.05 times its fair share",
+        "global MaxVio 0.050 a busiest expert gets 1.05 times its fair share, 1.12 in",
         "report runs/tiny/report.html",
     ):
         assert expected in shown

@@ -31,10 +31,18 @@ METRICS = {
     "step_seconds": 0.1,
     "max_vio": 0.5,
     "max_vio_L": [0.25, 0.75],
+    "max_vio_p95": 0.725,
     "dead_experts_L": [0, 3],
     "drop_rate_L": [0.0, 0.125],
 }
-EVALUATION = {"val_loss": 3.1, "val_perplexity": 22.2, "global_max_vio": 0.0625}
+EVALUATION = {
+    "val_loss": 3.1,
+    "val_perplexity": 22.2,
+    "global_max_vio": 0.0625,
+    "global_max_vio_p50": 0.0625,
+    "global_max_vio_p95": 0.118,
+    "global_max_vio_max": 0.125,
+}
 
 
 class Page(html.parser.HTMLParser):
@@ -116,6 +124,16 @@ def test_a_run_that_logged_once_has_a_report(tmp_path):
     assert "MoE layer 1 batch MaxVio 0.75, 3 dead, 12.5% dropped" in " ".join(
         _read_report(tmp_path).text.split()
     )
+
+
+def test_the_spread_over_layers_is_told_and_drawn(tmp_path):
+    _write_run(tmp_path, logs=2)
+    shown = " ".join(_read_report(tmp_path).text.split())
+    assert (
+        "the median of global MaxVio is 0.062, the 95th percentile 0.118 and the "
+        "largest 0.125."
+    ) in shown
+    assert "95th percentile of layers" in shown
 
 
 FILES = ["metrics.jsonl", "balance.npy", "samples.jsonl", "run.json", "config.json"]

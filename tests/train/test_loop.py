@@ -30,6 +30,8 @@ from tests.train.whole_runs import assert_same_end, last_state, rows
 
 STOP = 5  # inside the ramp, and between checkpoints
 
+pytestmark = pytest.mark.usefixtures("sharing_programs")
+
 
 def sample(run, layout, variables, tokenizer):
     return [("prompt", tokenizer.decode([7]))]
@@ -71,6 +73,7 @@ def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
     assert set(logged.rows[-1]) >= {
         *("loss", "mtp_loss", "grad_norm", "learning_rate", "bias_rate", "tokens"),
         *("max_vio", "max_vio_L", "load_entropy_L", "dead_experts_L", "drop_rate_L"),
+        *("max_vio_p50", "max_vio_p95", "max_vio_max", "global_max_vio_p95"),
         *("tokens_per_second", "step_seconds"),
         *("val_loss", "val_perplexity", "global_max_vio", "global_max_vio_L"),
     }
@@ -290,7 +293,8 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
     assert got["val_perplexity"] == pytest.approx(np.exp(2.0))
     # Global: the first layer's two imbalances cancel, the second's don't.
     np.testing.assert_allclose(got["global_max_vio_L"], [0.0, 0.5])
-    assert got["global_max_vio"] == pytest.approx(0.25)
+    assert got["global_max_vio"] == got["global_max_vio_p50"] == pytest.approx(0.25)
+    assert got["global_max_vio_max"] == pytest.approx(0.5)
 
 
 def test_the_record_of_a_run_says_how_it_was_made(whole_run):

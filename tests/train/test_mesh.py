@@ -101,6 +101,7 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.moe.router.auxiliary_loss=global_batch",
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
+            "train.bias_rate_factors=[{'layers': 'mtp_1', 'factor': 0}]",
         ),
         (
             GROUPED_QUERIES,
