@@ -10,9 +10,10 @@ run is kept under --workdir, and an interrupted call goes on where it stopped.
 
 Hardware: 2 CPU cores, about 20 minutes, 25 core minutes.
 Expected: at least 90% of the problems held out, from 0%; about 0% of MATH-500.
-Observed after 2000 steps, in 9 core minutes (--set train.steps=2000, with the three
-intervals train.eval_every, checkpoint_every and keep_every=400): 78.4% of 250, 73 to 83
-by its interval, and still rising; additions 98.9%, sequences 23.7%. MATH-500 0.8%.
+Observed: 98.8% of 250 after 6000 steps, 96.5 to 99.6 by its interval, in about 25 core
+minutes; 19.2% after 1200, 62.8% after 2400, 86.4% after 3600. What is wrong are two
+equations and one multiplication; all additions, subtractions and sequences are right.
+MATH-500 0%: it has learned these kinds of problem, and no others.
 
 Digits stand close together, and experts are few and dense. With blanks between digits,
 more kinds of facts, the tiny model's own 32 experts and AdamW, 3000 steps reached
@@ -276,28 +277,45 @@ def draw(scores: dict[int, math500.Score], path: pathlib.Path) -> None:
     """The accuracy over the steps, and by subject before and after."""
     figure = Figure(figsize=(9, 3.4), layout="constrained")
     FigureCanvasAgg(figure)
-    curve, bars = figure.subplots(1, 2)
+    curve, kinds = figure.subplots(1, 2)
     totals = [found.total for found in scores.values()]
-    steps = list(scores)
+    steps, percent = list(scores), [100 * total.accuracy for total in totals]
     low, high = ([100 * getattr(t, name) for t in totals] for name in ("low", "high"))
     curve.fill_between(steps, low, high, alpha=0.2, linewidth=0)
-    curve.plot(steps, [100 * total.accuracy for total in totals], marker=".")
+    curve.plot(steps, percent, marker="o", markersize=4)
+    curve.annotate(
+        f"{percent[-1]:.1f}%",
+        (steps[-1], percent[-1]),
+        xytext=(0, -26),
+        textcoords="offset points",
+        horizontalalignment="right",
+    )
     curve.set(title="problems held out", xlabel="step", ylabel="% right")
+    curve.set(ylim=(0, 104))
+
     first, *_, last = scores.values()
-    for place, (name, found) in enumerate((("before", first), ("after", last))):
+    for name, found, color in (("before", first, "C1"), ("after", last, "C0")):
         rows = list(found.by_subject.values())
-        heights = [100 * row.accuracy for row in rows]
         errors = [
             [100 * (row.accuracy - row.low) for row in rows],
             [100 * (row.high - row.accuracy) for row in rows],
         ]
-        places = [i + 0.4 * place for i in range(len(rows))]
-        bars.bar(places, heights, 0.4, yerr=errors, label=name, color=f"C{1 - place}")
-    bars.set_xticks([i + 0.2 for i in range(len(KINDS))], sorted(KINDS), fontsize=7)
-    bars.set(title="by kind, with 95% intervals")
-    bars.legend(frameon=False)
-    for axes in (curve, bars):
-        axes.set(ylim=(0, 104))
+        kinds.errorbar(
+            [100 * row.accuracy for row in rows],
+            range(len(rows)),
+            xerr=errors,
+            fmt="o",
+            color=color,
+            label=f"{name} training",
+            clip_on=False,
+        )
+    kinds.set_yticks(range(len(KINDS)), sorted(KINDS))
+    kinds.invert_yaxis()
+    kinds.set(title="by kind, with 95% intervals", xlabel="% right", xlim=(0, 104))
+    kinds.tick_params(axis="y", length=0)
+    kinds.grid(axis="y", alpha=0.3)
+    kinds.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.6))
+    for axes in (curve, kinds):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=160)
 

@@ -1,5 +1,6 @@
 """Sixteen virtual CPU devices, and one compilation cache for all test runs."""
 
+import gc
 import math
 import os
 import pathlib
@@ -37,6 +38,31 @@ def programs_are_freed_before_there_are_too_many():
     yield
     if compiled.make_room(share=0.3):
         assert not compiled.make_room(share=0.3)
+
+
+@pytest.fixture(scope="session")
+def compile_once():
+    """Returns a context in which runs with the same steps share their programs."""
+    from tests.train import whole_runs
+
+    return whole_runs.sharing_programs()
+
+
+@pytest.fixture(scope="module")
+def sharing_programs(compile_once):
+    """Runs of this module, and of others that ask for it, share programs."""
+    with compile_once():
+        yield
+
+
+def pytest_collection_finish():
+    """Few collections of garbage: to trace a program makes millions of objects.
+
+    What there is by then, modules and tests, stays.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_configure(config):

@@ -3,19 +3,24 @@
 Threads will do where nothing but sockets joins the processes.
 """
 
+import contextlib
+import itertools
 import os
 import pathlib
+import pkgutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from jmoe.parallel import channel, processes, rendezvous
+from tests.faults import starts
 
 ROOT = pathlib.Path(__file__).parents[1]
 SECRET = b"only these processes know it"
@@ -40,7 +45,19 @@ def start(
     root: pathlib.Path = ROOT,
     cwd: pathlib.Path | None = None,
 ) -> subprocess.Popen:
-    """Python with these arguments, so many virtual devices, and jmoe from `root`.
+    """Python with these arguments, so many virtual devices, and jmoe from `root`."""
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        env=os.environ | environment(devices) | {"PYTHONPATH": str(root)},
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def environment(devices: int) -> dict[str, str]:
+    """Variables of a process of some virtual devices and with our secret.
 
     It finds compiled what an earlier test has compiled.
     """
@@ -52,20 +69,63 @@ def start(
         )
     }
     flags = os.environ["XLA_FLAGS"], f"--xla_force_host_platform_device_count={devices}"
-    variables = {
+    return {
+        **cache,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),  # of two alike, the last one counts
-        "PYTHONPATH": str(root),
         channel.SECRET: SECRET.decode(),
     }
-    return subprocess.Popen(
-        [sys.executable, *arguments],
-        env=os.environ | cache | variables,
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+
+
+class Copy(NamedTuple):
+    """A process of a program that was imported before; out and err: what it says."""
+
+    start: starts.Start
+    out: pathlib.Path
+    err: pathlib.Path
+
+    def ended(self, timeout_s: float = 150) -> Ended:
+        code = self.start.wait(timeout_s)
+        return Ended(code, _without_gloo(self.out.read_text()), self.err.read_text())
+
+
+@contextlib.contextmanager
+def program_of_two(module: str, *imports: str) -> Iterator[Callable[..., list[Copy]]]:
+    """Gives a function that starts two processes of two devices each, at once.
+
+    Either is a copy of one that has imported the program and what else it needs, which
+    takes most of a short process's time. The function takes the arguments of both, in
+    which directories they work, and what both call first (see `starts`).
+    """
+    with tempfile.TemporaryDirectory() as said, contextlib.ExitStack() as stack:
+        programs = [
+            stack.enter_context(
+                starts.Program(
+                    module, imports=[*imports, __name__], environment=environment(2)
+                )
+            )
+            for _ in range(2)
+        ]
+        names = map(str, itertools.count())
+
+        def start(arguments, cwd=(ROOT, ROOT), first=()) -> list[Copy]:
+            copies = []
+            for program, own, at in zip(programs, arguments, cwd, strict=True):
+                name = pathlib.Path(said, next(names))
+                out, err = name.with_suffix(".out"), name.with_suffix(".err")
+                begin = f"{__name__}:begin", str(err), str(at), *first
+                copies.append(Copy(program.start(own, out, *begin), out, err))
+            return copies
+
+        yield start
+
+
+def begin(err: str, cwd: str, first: str | None = None, *given: Any) -> None:
+    """Gives a copied process a directory, and a file for its errors alone."""
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT, 0o644), sys.stderr.fileno())
+    os.chdir(cwd)
+    if first is not None:
+        pkgutil.resolve_name(first)(*given)
 
 
 def ended(running: Sequence[subprocess.Popen], timeout_s: float = 180) -> list[Ended]:

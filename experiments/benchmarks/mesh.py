@@ -23,7 +23,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from experiments.benchmarks.report import Figure, Report
-from experiments.benchmarks.workers import HUGE_PAGES, Seat, Turn, Worker, take_turns
+from experiments.benchmarks.workers import (
+    HUGE_PAGES,
+    Seat,
+    Turn,
+    Worker,
+    take_turns,
+    virtual_devices,
+)
 from experiments.benchmarks.workload import Workload
 from jmoe.config import MeshConfig, ModelConfig, override
 from jmoe.train.runtime import keep_freed_memory
@@ -92,8 +99,7 @@ def _worker(devices: int, **options: Any) -> Worker:
     return Worker(
         "experiments.benchmarks.ours.train_step",
         setup=keep_freed_memory,
-        environment={"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        | (HUGE_PAGES if devices > 1 else {}),
+        environment=virtual_devices(devices) | (HUGE_PAGES if devices > 1 else {}),
         **options,
     )
 

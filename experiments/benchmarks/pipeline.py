@@ -38,6 +38,7 @@ from experiments.benchmarks.workers import (
     Worker,
     cores,
     take_turns,
+    virtual_devices,
 )
 from experiments.benchmarks.workload import Workload
 from jmoe.config import ModelConfig, PipelineConfig, override
@@ -124,7 +125,7 @@ def _worker(side: str, devices: int, **options) -> Worker:
         f"{SIDE}.{side}",
         setup=keep_freed_memory,
         environment={
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            **virtual_devices(devices),
             "NPROC": str(cores() + waiting),  # XLA's threads
             **HUGE_PAGES,
         },

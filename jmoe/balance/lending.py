@@ -86,7 +86,8 @@ def plan(
 
     With a threshold of 0, all devices have as many rows as any other, or one more: the
     busiest do where rows don't divide evenly. This holds where slots suffice. E / P
-    always do; where a plan would need more than there are, rows stay at home.
+    always do; where a plan would need more than there are, rows stay at home: even if
+    another device was to fill up what they leave, and does.
 
     Args:
       load_PE: int, how many of each device's choices are of each expert. Device p is

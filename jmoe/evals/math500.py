@@ -223,7 +223,9 @@ def wilson(accuracy: float, count: int) -> tuple[float, float]:
     z2 = NORMAL_95**2 / count
     middle = (accuracy + z2 / 2) / (1 + z2)
     half = math.sqrt(z2 * (accuracy * (1 - accuracy) + z2 / 4)) / (1 + z2)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # Roundings may leave an end within the share that it bounds.
+    low, high = min(accuracy, middle - half), max(accuracy, middle + half)
+    return max(0.0, low), min(1.0, high)
 
 
 def _by(

@@ -84,10 +84,11 @@ def smallest_arguments(tmp_path_factory) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def trained(script, smallest_arguments, tmp_path_factory) -> pathlib.Path:
+def trained(script, smallest_arguments, compile_once, tmp_path_factory) -> pathlib.Path:
     """The directory of a run that scripts/train.py trained."""
     workdir = tmp_path_factory.mktemp("runs") / "smallest"
-    outcome = script("train", f"--workdir={workdir}", *smallest_arguments)
+    with compile_once():
+        outcome = script("train", f"--workdir={workdir}", *smallest_arguments)
     assert outcome.code == 0, outcome.err
     (workdir / "terminal").write_text(outcome.out + outcome.err)
     return workdir

@@ -10,6 +10,8 @@ from jmoe.export import safetensors
 
 GREEDY = ("--prompt=The square of ", "--temperature=0", "--max_new_tokens=20")
 
+pytestmark = pytest.mark.usefixtures("sharing_programs")
+
 
 @pytest.fixture(scope="module")
 def exported(script, trained, tmp_path_factory) -> pathlib.Path:

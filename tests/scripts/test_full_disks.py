@@ -36,7 +36,7 @@ def saves(monkeypatch, *failing: int) -> None:
 
 
 def test_a_run_goes_on_after_a_save_without_room_but_fails_if_it_is_the_last(
-    script, smallest_arguments, tmp_path, monkeypatch, caplog
+    script, smallest_arguments, sharing_programs, tmp_path, monkeypatch, caplog
 ):
     saves(monkeypatch, 2, 4, 5)  # of steps 20, and 40 twice
     arguments = [*smallest_arguments, "--set=train.checkpoint_every=10"]

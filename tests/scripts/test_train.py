@@ -29,6 +29,8 @@ from tests.train.whole_runs import last_state
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
 
+pytestmark = pytest.mark.usefixtures("sharing_programs")
+
 
 def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
     rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())

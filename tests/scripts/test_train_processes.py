@@ -1,11 +1,11 @@
 """scripts/train.py as two processes on one machine, of two devices each."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import numpy as np
@@ -14,11 +14,14 @@ import pytest
 from jmoe.monitor import run_files
 from jmoe.parallel import processes
 from tests import several_processes
+from tests.several_processes import Copy, Ended
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
 STEPS = 8
 MESH = ["--set=mesh.data=2", "--set=mesh.expert=2"]
+
+pytestmark = pytest.mark.usefixtures("sharing_programs")
 
 
 @pytest.fixture(scope="module")
@@ -39,19 +42,30 @@ def arguments(smallest_arguments) -> list[str]:
     return [*smallest_arguments, *(f"--set={k}={v}" for k, v in values.items())]
 
 
-def start_two(
-    arguments, *, own=((), ()), cwd=(None, None), root=(ROOT, ROOT)
-) -> list[subprocess.Popen]:
-    """Both processes; each with arguments, a directory and a jmoe of its own."""
+@pytest.fixture(scope="module")
+def start_two():
+    """Starts both processes; each with arguments and a directory of its own."""
+    imports = "jmoe.train.loop", "jmoe.decode.generate", "jmoe.decode.on_mesh"
+    with several_processes.program_of_two("jmoe.commands.train", *imports) as start:
+
+        def start_two(arguments, *, own=((), ()), cwd=(ROOT, ROOT)) -> list[Copy]:
+            both = zip(places(), own, strict=True)
+            return start([[*arguments, *place, *mine] for place, mine in both], cwd)
+
+        yield start_two
+
+
+def places() -> list[list[str]]:
+    """What tells each of two processes who it is."""
     address = several_processes.free_address()
-    places = (
+    return [
         [f"--coordinator={address}", "--num_processes=2", f"--process_id={index}"]
         for index in (0, 1)
-    )
-    return [
-        several_processes.start([SCRIPT, *arguments, *place, *mine], cwd=at, root=code)
-        for place, mine, at, code in zip(places, own, cwd, root, strict=True)
     ]
+
+
+def ended(running: list[Copy]) -> list[Ended]:
+    return [process.ended() for process in running]
 
 
 def measured(workdir: pathlib.Path) -> list[tuple[int, float, int]]:
@@ -80,15 +94,16 @@ def alone(script, arguments, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(arguments, tmp_path_factory) -> tuple[pathlib.Path, list]:
+def stopped(start_two, arguments, tmp_path_factory) -> tuple[pathlib.Path, list]:
     """The run as two processes, one of which was asked to stop; and how they ended."""
     workdir = tmp_path_factory.mktemp("runs") / "stopped"
     running = start_two([f"--workdir={workdir}", *arguments, *MESH])
     metrics = workdir / "metrics.jsonl"
-    while running[0].poll() is None and not (metrics.exists() and metrics.read_text()):
+    zero, one = (process.start for process in running)
+    while zero.code() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.02)
-    running[1].send_signal(signal.SIGTERM)
-    return workdir, several_processes.ended(running, timeout_s=150)
+    os.kill(one.pid, signal.SIGTERM)
+    return workdir, ended(running)
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(stopped):
@@ -113,20 +128,18 @@ def test_one_process_goes_on_where_two_stopped(script, arguments, stopped, alone
     assert_same_run(workdir, alone)
 
 
-def test_two_processes_go_on_where_one_stopped(arguments, alone, tmp_path):
+def test_two_processes_go_on_where_one_stopped(start_two, arguments, alone, tmp_path):
     workdir = shutil.copytree(alone, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
-    ended = several_processes.ended(
-        start_two([f"--workdir={workdir}", *arguments, *MESH]), timeout_s=150
-    )
-    assert [(process.code, process.err) for process in ended] == [(0, "")] * 2
-    assert f"Goes on from the checkpoint of step {STEPS - 1}" in ended[0].out
+    done = ended(start_two([f"--workdir={workdir}", *arguments, *MESH]))
+    assert [(process.code, process.err) for process in done] == [(0, "")] * 2
+    assert f"Goes on from the checkpoint of step {STEPS - 1}" in done[0].out
     assert len((workdir / "samples.jsonl").read_text().splitlines()) == 3
     assert_same_run(workdir, alone)
 
 
 def test_two_processes_go_back_together_and_end_with_the_same_error(
-    arguments, tmp_path
+    start_two, arguments, tmp_path
 ):
     diverging = {
         "optimizer.schedule.peak": 1e30,
@@ -136,30 +149,29 @@ def test_two_processes_go_back_together_and_end_with_the_same_error(
         "train.checkpoint_minutes": 0,  # at steps where both ask, which are even
     }
     more = [f"--set={k}={v}" for k, v in diverging.items()]
-    running = start_two([f"--workdir={tmp_path / 'run'}", *arguments, *MESH, *more])
-    ended = several_processes.ended(running, timeout_s=150)
-    assert [process.code for process in ended] == [3, 3]
-    assert ended[0].err == ended[1].err and ended[0].err.startswith("error: Step 3: ")
-    assert "gone back to step 2 as often as it may" in ended[0].err
+    workdir = f"--workdir={tmp_path / 'run'}"
+    zero, one = ended(start_two([workdir, *arguments, *MESH, *more]))
+    assert (zero.code, one.code) == (3, 3)
+    assert zero.err == one.err and zero.err.startswith("error: Step 3: ")
+    assert "gone back to step 2 as often as it may" in zero.err
     (row,) = run_files.read_rows(tmp_path / "run" / "roll_backs.jsonl")
     assert (row["step"], row["sequences"]) == (2, [8, 12])
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
 
 
-def complaints(running: list[subprocess.Popen]) -> list[str]:
+def complaints(both: list[Ended]) -> list[str]:
     """What both processes end with: one message each, and the exit code for it."""
-    ended = several_processes.ended(running, timeout_s=60)
-    assert [process.code for process in ended] == [2, 2]
-    for process in ended:
+    assert [process.code for process in both] == [2, 2]
+    for process in both:
         assert re.fullmatch("(Tokenised .*\n)?", process.out)
         assert process.err.startswith("error: ") and process.err.count("error") == 1
-    return [process.err.removeprefix("error: ") for process in ended]
+    return [process.err.removeprefix("error: ") for process in both]
 
 
-def test_different_records_are_refused_by_field_on_both(arguments, tmp_path):
+def test_different_records_are_refused_by_field_on_both(start_two, arguments, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     differing = (["--set=train.seed=3"], ["--set=train.log_every=7"])
-    said = complaints(start_two([*arguments, *MESH, workdir], own=differing))
+    said = complaints(ended(start_two([*arguments, *MESH, workdir], own=differing)))
     assert (
         said
         == [
@@ -172,20 +184,21 @@ def test_different_records_are_refused_by_field_on_both(arguments, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_mistake_of_one_process_ends_both(arguments, tmp_path):
+def test_a_mistake_of_one_process_ends_both(start_two, arguments, tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     own = ([], ["--set=train.stepz=1"])
-    said = complaints(start_two([*arguments, *MESH, workdir], own=own))
+    said = complaints(ended(start_two([*arguments, *MESH, workdir], own=own)))
     assert said[0] == f"process 1: {said[1]}" and "'train.stepz'" in said[1]
 
 
-def test_data_that_one_process_lacks_ends_both(arguments, tmp_path):
+def test_data_that_one_process_lacks_ends_both(start_two, arguments, tmp_path):
     (tmp_path / "here").mkdir()
     (tmp_path / "there").mkdir()
     (tmp_path / "here" / "text.txt").write_text("Some text. " * 4000)
     source = "--set=data.sources=[{'path': 'text.txt'}]"
     given = [*arguments, *MESH, source, f"--workdir={tmp_path / 'run'}"]
-    said = complaints(start_two(given, cwd=(tmp_path / "here", tmp_path / "there")))
+    running = start_two(given, cwd=(tmp_path / "here", tmp_path / "there"))
+    said = complaints(ended(running))
     assert said[1] == "No file matches the source path 'text.txt'.\n"
     assert said[0] == f"process 1: {said[1]}"
     assert not (tmp_path / "run").exists()
@@ -196,7 +209,11 @@ def test_different_code_is_refused_by_file_on_both(arguments, tmp_path):
     with (tmp_path / "jmoe" / "train" / "step.py").open("a") as file:
         file.write("# another version\n")
     given = [*arguments, *MESH, f"--workdir={tmp_path / 'run'}"]
-    said = complaints(start_two(given, root=(ROOT, tmp_path)))
+    running = [
+        several_processes.start([SCRIPT, *given, *place], root=root)
+        for place, root in zip(places(), (ROOT, tmp_path), strict=True)
+    ]
+    said = complaints(several_processes.ended(running, timeout_s=60))
     assert said[0] == said[1] and said[0].count("\n") == 2
     assert "\n  code.jmoe/train/step.py: " in said[0]
 

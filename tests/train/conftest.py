@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from jmoe.config import RunConfig, SourceConfig, override
-from jmoe.train import loop, stretch
+from jmoe.train import loop
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "smallest_run.py"
 
@@ -39,25 +39,9 @@ def quick(smallest) -> RunConfig:
     return override(smallest, [*fields, "schedule.steps=40"])
 
 
-@pytest.fixture(scope="session")
-def compiled_once():
-    """`stretch.compile_steps`, which gives the same programs to all such runs."""
-    made = {}
-    compile_steps = stretch.compile_steps
-
-    def shared(model, optimizer, run, layout):
-        key = run.model, run.optimizer, run.horizon, run.train.skips_steps
-        if key not in made:
-            made[key] = compile_steps(model, optimizer, run, layout)
-        return made[key]
-
-    return shared
-
-
 @pytest.fixture(scope="module")
-def quickly(compiled_once):
+def quickly(sharing_programs):
     """Runs of this module share programs, and draw no report."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stretch, "compile_steps", compiled_once)
         patch.setattr(loop.report, "write_report", lambda _: None)
         yield

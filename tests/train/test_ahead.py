@@ -59,7 +59,9 @@ def test_all_but_a_few_results_are_there():
     assert all(result["power"].is_ready() for result in results[:4])
 
 
-def test_a_training_counts_its_steps_and_evaluations(smallest, tmp_path, monkeypatch):
+def test_a_training_counts_its_steps_and_evaluations(
+    sharing_programs, smallest, tmp_path, monkeypatch
+):
     added = []
 
     class Counted(Ahead):

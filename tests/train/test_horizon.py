@@ -22,6 +22,8 @@ ENDED = {"learning rate": 2e-5, "bias rate": 5e-4, "MTP weight": 0.1}
 # Planned over 1000 steps, the rate at step 420 is 70 into a cosine of 450.
 ANEW = 2e-3 * (0.02 + 0.98 * (1 + math.cos(math.pi * 70 / 450)) / 2)
 
+pytestmark = pytest.mark.usefixtures("sharing_programs")
+
 
 def recorded(workdir: pathlib.Path, step: int, *settings: str) -> pathlib.Path:
     """The directory of a run that was trained for so many steps."""

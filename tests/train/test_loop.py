@@ -30,6 +30,8 @@ from tests.train.whole_runs import assert_same_end, last_state, rows
 
 STOP = 5  # inside the ramp, and between checkpoints
 
+pytestmark = pytest.mark.usefixtures("sharing_programs")
+
 
 def sample(run, layout, variables, tokenizer):
     return [("prompt", tokenizer.decode([7]))]

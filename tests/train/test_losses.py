@@ -117,6 +117,11 @@ def oracle(run, variables, batch):
     return values, lost, gradient
 
 
+def take(trainer, rows):
+    """A step on these rows: the state after it, and what it measured."""
+    return trainer.step(trainer.state, layouts.put_batch(trainer.layout, rows))
+
+
 @pytest.fixture(scope="module")
 def want(run, variables):
     return oracle(run, variables, batch(run, seed=0))
@@ -171,7 +176,7 @@ def test_what_stands_in_the_padding_changes_nothing(run, variables):
     is_padding = rows.segment_BT == PADDING
     other = rows._replace(tokens_BT=np.where(is_padding, 7, rows.tokens_BT))
     assert (other.tokens_BT != rows.tokens_BT).any()
-    (_, want), (_, got) = (trainer.step(trainer.state, r) for r in (rows, other))
+    (_, want), (_, got) = (take(trainer, r) for r in (rows, other))
     for name in ("loss", "mtp_loss", "load_LE", "bias_LE"):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
@@ -197,7 +202,7 @@ def test_a_step_without_any_target_has_no_loss_and_no_gradient(run, variables):
     weights = ["auxiliary_weight=0", "z_loss_weight=0"]
     unbound = override(run, [f"model.moe.router.{weight}" for weight in weights])
     trainer = Trainer.of(unbound, variables)
-    state, got = trainer.step(trainer.state, empty)
+    state, got = take(trainer, empty)
     assert got["loss"] == 0 and not np.any(got["mtp_loss"])
     for gradient in jax.tree.leaves(state.opt_state[0]):
         assert not np.any(gradient)
@@ -227,8 +232,7 @@ def test_a_replayed_step_counts_the_experts_that_it_was_told(run, variables):
     experts = np.tile(np.arange(router.num_experts, dtype=np.int32), shape)
     choices = np.random.default_rng(0).permuted(experts, axis=-1)[..., : router.top_k]
     trainer = Trainer.of(told, variables)
-    given = layouts.put_batch(trainer.layout, rows._replace(choice_BLTK=choices))
-    _, got = trainer.step(trainer.state, given)
+    _, got = take(trainer, rows._replace(choice_BLTK=choices))
     is_real = rows.segment_BT[..., :-1] != PADDING
     for layer in range(told.model.num_moe_layers):
         of_layer = choices[:, :, layer][is_real]

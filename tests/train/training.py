@@ -3,6 +3,7 @@
 Shapes: A microbatch, B sequence, T position.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -67,6 +68,22 @@ class Training(NamedTuple):
     states: list[TrainState]
 
 
+@functools.lru_cache(maxsize=16)
+def compiled_once(
+    run: RunConfig,
+) -> tuple[layouts.Layout, optax.GradientTransformation, steps.TrainStep]:
+    """A run's layout, optimizer and step, which all tests of that run share.
+
+    To trace and compile a step takes seconds, and to take it a fraction of one.
+    """
+    model = Transformer(run.model, fp8.dot_general(run.precision))
+    layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
+    optimizer = make_optimizer(run.optimizer, run.horizon, layout)
+    optimizer = optax.chain(KEEP, optimizer)
+    step = jax.jit(steps.make_train_step(model, optimizer, run, layout))
+    return layout, optimizer, step
+
+
 class Trainer(NamedTuple):
     """The compiled step, and the state that a run begins with."""
 
@@ -77,14 +94,10 @@ class Trainer(NamedTuple):
 
     @classmethod
     def of(cls, run, variables):
-        model = Transformer(run.model, fp8.dot_general(run.precision))
-        layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
-        optimizer = make_optimizer(run.optimizer, run.horizon, layout)
-        optimizer = optax.chain(KEEP, optimizer)
+        layout, optimizer, step = compiled_once(run)
         params = variables["params"]
         opt_state = optimizer.init(params)
         state = TrainState(jnp.int32(0), params, variables["router_state"], opt_state)
-        step = jax.jit(steps.make_train_step(model, optimizer, run, layout))
         return cls(run, layout, step, put(layout, state))
 
     def take(self, state, seed) -> tuple[TrainState, Step]:

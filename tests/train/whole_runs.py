@@ -1,6 +1,10 @@
-"""What a run left on disk, to compare with another's."""
+"""Runs from start to end: what they left on disk, and programs that they share."""
 
+import contextlib
+import functools
 import pathlib
+from collections.abc import Callable
+from unittest import mock
 
 import jax
 import numpy as np
@@ -10,6 +14,7 @@ from jmoe.config import RunConfig
 from jmoe.monitor import run_files
 from jmoe.nn.model import Transformer
 from jmoe.train import layout as layouts
+from jmoe.train import stretch
 from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
 from jmoe.train.trained import CHECKPOINTS
@@ -45,3 +50,22 @@ def assert_same_end(run: RunConfig, got: pathlib.Path, want: pathlib.Path) -> No
         for workdir in (got, want)
     ]
     assert balance[0] == balance[1]
+
+
+def sharing_programs() -> Callable[[], contextlib.AbstractContextManager]:
+    """Returns a context in which runs that take the same steps share their programs."""
+    made = {}
+    compile_steps = stretch.compile_steps
+
+    def compile_once(model, optimizer, run, layout):
+        train = run.train
+        of_losses = train.mtp_weight, train.loss_chunk, run.data, run.precision
+        of_biases = train.bias_rate, train.skips_steps, train.seed
+        of_mesh = run.mesh, run.pipeline
+        of_schedules = run.optimizer, run.horizon
+        key = run.model, of_losses, of_biases, of_mesh, of_schedules
+        if key not in made:
+            made[key] = compile_steps(model, optimizer, run, layout)
+        return made[key]
+
+    return functools.partial(mock.patch.object, stretch, "compile_steps", compile_once)
