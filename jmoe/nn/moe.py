@@ -10,7 +10,6 @@ devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp

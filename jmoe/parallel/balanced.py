@@ -40,7 +40,7 @@ _LENT = "lent experts"
 
 
 class _Layout(NamedTuple):
-    """What stays the same for all parts of an exchange.
+    """Holds what stays the same for all parts of an exchange.
 
     stations: of all devices together, of which each has `own` and `slots`.
     """
@@ -57,7 +57,7 @@ class _Layout(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Who goes where; integers alone."""
+    """Holds who goes where: integers alone."""
 
     station_NK: jax.Array
     trips: travel.Trips

@@ -13,7 +13,7 @@ move (`parallel.travel`), and `balanced` also in where experts are computed:
 - `balanced`: every device computes as many rows as any other (`parallel.balanced`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax

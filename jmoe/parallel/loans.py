@@ -205,9 +205,9 @@ def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
 
 
 class _Transport(NamedTuple):
-    """Two functions of what lies on a device and of loans.
+    """lend(own, borrowed_PS) -> lent.
 
-    lend(own, borrowed_PS) -> lent; give_back(d_own, d_lent, borrowed_PS) -> d_own.
+    give_back(d_own, d_lent, borrowed_PS) -> d_own.
     """
 
     lend: Callable[..., jax.Array]

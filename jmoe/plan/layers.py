@@ -5,7 +5,6 @@ costs against another.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.config import RunConfig
 from jmoe.nn.moe import MoE
+from jmoe.nn.parameter import records
 from jmoe.ops import fp8
 from jmoe.parallel import rules
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
@@ -33,14 +33,6 @@ class LayerSummary:
     collectives: Sequence[Collective]
     text: str
     seconds: float
-
-    def sent_bytes(self, kind: str, scope: str = "") -> int:
-        """Returns what a device sends by collectives of this kind and named scope."""
-        return sum(
-            c.times * c.moved_bytes
-            for c in self.collectives
-            if c.kind == kind and scope in c.computation
-        )
 
 
 def compile_layer(run: RunConfig, device: Device = H20) -> LayerSummary:
@@ -92,17 +84,12 @@ def _lower(run: RunConfig, devices: Sequence[Any]) -> Any:
         check_vma=False,
     )
 
-    def placed(x: Any, spec: PartitionSpec, dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+    def placed(x: Any, spec: PartitionSpec, record: Any = None) -> Any:
+        narrow = record is not None and not record.in_float32
+        dtype = jnp.bfloat16 if narrow else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    in_bfloat16 = functools.partial(placed, dtype=jnp.bfloat16)
-    params = jax.tree.map(in_bfloat16, params, of_params)
-    params["router"] = jax.tree.map(
-        lambda x, spec: placed(x, spec, jnp.float32),
-        params["router"],
-        of_params["router"],
-    )
-    state = jax.tree.map(lambda x, spec: placed(x, spec, x.dtype), state, of_state)
-    tokens = in_bfloat16(x_BTD, of_tokens)
+    params = jax.tree.map(placed, params, of_params, records(boxed["params"]))
+    state = jax.tree.map(placed, state, of_state)
+    tokens = placed(x_BTD, of_tokens)
     return jax.jit(mapped).lower(params, state, tokens, tokens)
