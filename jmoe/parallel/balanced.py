@@ -95,6 +95,11 @@ def exchange(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """Returns what `jmoe.parallel.exchange` does, and what lending measures.
 
+    Of a microbatch: device_max_vio and device_max_vio_lent, by how much the busiest
+    device exceeds the mean without lending and with it; experts_lent, the loans;
+    lent_PP, from which device (first) to which; bytes_lent, of their weights on the way
+    to borrowers, once; rows_left_over, those by which devices still exceed the mean.
+
     A device's own experts are one group, and those that it borrows another: the first
     is computed while the others' weights are on their way.
     """
@@ -111,11 +116,15 @@ def exchange(
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
     transport = travel.of_platform()
+    form = loans.AS_THEY_ARE if recipe is None else loans.in_fp8(recipe)
+    # Each device of a tensor group lends its part of an expert.
+    size = jnp.float32(group * loans.bytes_of_expert(weights, form))
+    metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
     layout = _Layout(
         experts,
         transport,
         travel.WIRES[cfg.dispatch_dtype],
-        loans.AS_THEY_ARE if recipe is None else loans.in_fp8(recipe),
+        form,
         transport.capacity(
             ROOM if cfg.capacity_factor is None else cfg.capacity_factor,
             len(x_ND) // cfg.chunks,
@@ -169,6 +178,7 @@ def _metrics(load_PE: jax.Array, plan: lending.LendingPlan) -> Mapping[str, Any]
         "device_max_vio": reductions.Max(found.max_violation_before),
         "device_max_vio_lent": reductions.Max(found.max_violation_after),
         "experts_lent": jnp.where(is_first, found.lent, 0),
+        "lent_PP": jnp.where(is_first, lending.loans_between(plan), 0),
         "rows_left_over": jnp.where(is_first, found.left_over, 0),
     }
 

@@ -50,6 +50,17 @@ def in_fp8(recipe: fp8.Recipe) -> Form:
     return Form(pack, fp8.dequantize)
 
 
+def bytes_of_expert(weights: Any, form: Form) -> int:
+    """Returns the size of one expert as it travels, of arrays with experts in front."""
+    sizes = [len(w) for w in weights]
+    packed = jax.eval_shape(lambda: [form.pack(w) for w in weights])
+    return sum(
+        x.size * x.dtype.itemsize // size
+        for tree, size in zip(packed, sizes, strict=True)
+        for x in jax.tree.leaves(tree)
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lend(
     own: jax.Array, borrowed_PS: jax.Array, form: Form

@@ -97,6 +97,11 @@ def test_what_is_measured_says_how_uneven_devices_were_and_are():
     # Each of the others borrows one of the four experts, and computes all of it.
     assert metrics["device_max_vio"] == 3 and metrics["device_max_vio_lent"] == 0
     assert metrics["experts_lent"] == 3 and metrics["rows_left_over"] == 0
+    lent_PP = np.zeros((PEERS, PEERS))
+    lent_PP[1, [0, 2, 3]] = 1
+    np.testing.assert_array_equal(metrics["lent_PP"], lent_PP)
+    up_EDF, down_EFD = weights
+    assert metrics["bytes_lent"] == 3 * (up_EDF[0].nbytes + down_EFD[0].nbytes)
 
 
 @pytest.mark.parametrize("mesh", ["expert=4", "data=2,expert=4,tensor=2"])
