@@ -3,6 +3,7 @@
 python scripts/bench.py --suite=train_cpu
 python scripts/bench.py --suite=decode_cpu
 python scripts/bench.py --suite=convert
+python scripts/bench.py --suite=balance
 python scripts/bench.py --suite=mesh
 python scripts/bench.py --suite=pipeline
 python scripts/bench.py --suite=gpu
@@ -33,6 +34,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 # Modules with a `run(rounds, say) -> Report`, imported when they are asked for: each
 # needs other libraries. One with a record `Settings` takes that too.
 SUITES = {
+    "balance": "experiments.benchmarks.balance",
     "convert": "experiments.benchmarks.convert",
     "decode_cpu": "experiments.benchmarks.decode_cpu",
     "faults": "experiments.benchmarks.faults",

@@ -50,7 +50,10 @@ def generate(directory: str, decoding: Decoding) -> Tasks:
     """`prefill_B` and `generate_B` of each batch return tokens; `bytes`: see there."""
     cfg, variables = _load(directory)
     limits = Limits(
-        rows=decoding.batches, chunks=(decoding.prompt,), max_length=decoding.length
+        rows=decoding.batches,
+        prompts=decoding.batches,
+        chunks=(decoding.prompt,),
+        max_length=decoding.length,
     )
     engine = Engine(cfg, variables, limits)
 

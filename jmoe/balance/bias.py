@@ -45,8 +45,8 @@ class UpdateRule(Protocol):
       bias_E: float32.
       load_E: int32, how many (token, choice) pairs of the global batch went to each
         expert; an empty batch moves nothing. Only a single count has to fit in int32.
-      rate: scalar, may be traced; 0 freezes the bias. `quantile` knows no other rates:
-        every one but 0 is the same.
+      rate: scalar, or [L, 1] for arrays that lead with layers, may be traced; 0
+        freezes the bias. `quantile` knows no other rates: every one but 0 is the same.
       margin_EM: int32, `margin_histogram` summed over the tokens that `load_E` counts.
         The rules in `MARGIN_RULES` raise ValueError without it, the others ignore it.
 

@@ -51,7 +51,7 @@ def most_visits(router: RouterConfig, peers: int) -> int:
         end // per_peer - start // per_peer
         for start, end in zip(starts, ends, strict=True)
     )
-    return min(router.top_k, peers, router.groups_per_token * (span + 1))
+    return min(router.top_k, peers, router.most_groups * (span + 1))
 
 
 def expected_visits(router: RouterConfig, peers: int) -> Fraction:
@@ -62,8 +62,8 @@ def expected_visits(router: RouterConfig, peers: int) -> Fraction:
     """
     hosted = router.num_experts // peers
     missed = sum(_missed(router, peer * hosted, hosted) for peer in range(peers))
-    groups = math.comb(router.num_groups, router.groups_per_token)
-    reachable = router.groups_per_token * router.group_size
+    groups = math.comb(router.num_groups, router.most_groups)
+    reachable = router.most_groups * router.group_size
     return peers - Fraction(missed, groups * math.comb(reachable, router.top_k))
 
 
@@ -76,11 +76,11 @@ def _missed(router: RouterConfig, first: int, hosted: int) -> int:
         here = max(0, end - max(start, first))
         for (chosen, experts), count in list(ways.items()):
             ways[chosen + 1, experts + here] += count
-    reachable = router.groups_per_token * router.group_size
+    reachable = router.most_groups * router.group_size
     return sum(
         count * math.comb(reachable - experts, router.top_k)
         for (chosen, experts), count in ways.items()
-        if chosen == router.groups_per_token
+        if chosen == router.most_groups
     )
 
 

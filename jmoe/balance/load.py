@@ -10,10 +10,10 @@ devices; even a perfect router has some, as a batch is a sample. *Global* MaxVio
 same function of counts summed over the whole validation set, where the sampling noise
 is gone; it says how well balanced the model is.
 
-Counts are of choices, before any are dropped. Everything works on NumPy arrays and
-under jit, computes in float32 (totals may not fit in int32), and acts on the last
-dimension. A layer that chose nothing counts as balanced: MaxVio 0, entropy 1, drop rate
-0, though all its experts are dead.
+Counts are of choices, before any are dropped. Everything but `percentiles` works on
+NumPy arrays and under jit, computes in float32 (totals may not fit in int32), and acts
+on the last dimension. A layer that chose nothing counts as balanced: MaxVio 0, entropy
+1, drop rate 0, though all its experts are dead.
 
 Dimensions: L layers, E experts.
 """
@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array | np.ndarray
+
+_PERCENTILES = {"p50": 50, "p95": 95, "max": 100}
 
 
 def max_violation(load_LE: Array) -> jax.Array:
@@ -63,6 +65,23 @@ def drop_rate(dropped: Array, routed: Array) -> jax.Array:
     """
     routed = jnp.asarray(routed, jnp.float32)
     return jnp.asarray(dropped, jnp.float32) / jnp.maximum(routed, 1)
+
+
+def percentiles(name: str, value_L: Array) -> dict[str, float]:
+    """Returns percentiles over layers of what each measured, computed on the host.
+
+    The mean over layers hides one that is far from balance; a number for each layer
+    doesn't fit into a line.
+
+    Returns:
+      name_p50: the median; name_p95: what 19 of 20 layers don't exceed, interpolated;
+      name_max: the largest.
+    """
+    found = np.percentile(np.asarray(value_L, np.float64), list(_PERCENTILES.values()))
+    return {
+        f"{name}_{suffix}": float(value)
+        for suffix, value in zip(_PERCENTILES, found, strict=True)
+    }
 
 
 def load_metrics(load_LE: Array, dropped_L: Array) -> dict[str, jax.Array]:

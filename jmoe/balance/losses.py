@@ -19,6 +19,13 @@ literature, and the others don't. Where f or P is uniform, a loss is 1. Counts h
 gradient: it flows through P alone, and lowers the scores of the experts that are chosen
 most. Tokens that aren't real (padding) are in neither f nor P.
 
+Of several microbatches, the counts of later ones aren't known when the gradient of the
+first is taken. The paper sums into a buffer: a microbatch meets the counts of those up
+to itself, so the loss depends on their order, of which a pipeline, with several on
+their way at once, has none. Here `over_step` has exact counts of all, and the loss is
+that of the step in one microbatch. It costs the step a forward pass of the layers
+(`jmoe.train.accumulated`).
+
 On a mesh, a device has a part of the tokens. It counts with all others, and returns its
 share of the loss: as P is a mean over tokens, the shares' sum is the loss.
 

@@ -21,5 +21,6 @@ from jmoe.config.run import HorizonConfig as HorizonConfig
 from jmoe.config.run import OptimizerConfig as OptimizerConfig
 from jmoe.config.run import RunConfig as RunConfig
 from jmoe.config.run import ScheduleConfig as ScheduleConfig
+from jmoe.config.train import LayerRateConfig as LayerRateConfig
 from jmoe.config.train import StepwiseConfig as StepwiseConfig
 from jmoe.config.train import TrainConfig as TrainConfig

@@ -21,10 +21,11 @@ REMAT_POLICIES = ("none", "block", "save_dots")
 LAYER_LOOPS = ("scan", "unroll")
 EXPERT_BACKENDS = ("auto", "blocks", "ragged")
 EXPERT_REMATS = ("none", "activations")
-EXCHANGES = ("padded", "ragged", "gather")
+EXCHANGES = ("padded", "ragged", "gather", "balanced")
 DROP_ORDERS = ("score", "position")
 WIRE_DTYPES = ("activations", "float8_e4m3fn")
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
+MARGIN_RULES = ("quantile",)  # they need more than counts
 AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")
 
 
@@ -33,23 +34,27 @@ class RouterKind(NamedTuple):
 
     as_token_choice: whether it chooses so where nothing is trained: the only way that
       Hugging Face's files can tell of.
+    by_bias: whether the selection bias has a part in its choices.
+    within_groups: whether a token's choices lie in `groups_per_token` groups.
     by_experts: whether experts choose their tokens, not tokens their experts.
     no_text: why it can't choose for the newest token of a text; empty: it can.
     """
 
     as_token_choice: bool = False
+    by_bias: bool = False
+    within_groups: bool = False
     by_experts: bool = False
     no_text: str = ""
 
 
 ROUTERS: Mapping[str, RouterKind] = {
-    "token_choice": RouterKind(as_token_choice=True),
-    "noisy": RouterKind(as_token_choice=True),
+    "token_choice": RouterKind(as_token_choice=True, by_bias=True, within_groups=True),
+    "noisy": RouterKind(as_token_choice=True, by_bias=True, within_groups=True),
     "expert_choice": RouterKind(
         by_experts=True, no_text="compares tokens with later ones"
     ),
     "hash": RouterKind(),
-    "balanced": RouterKind(),
+    "balanced": RouterKind(within_groups=True),
     "replayed": RouterKind(no_text="is told the experts"),
 }
 
@@ -132,6 +137,21 @@ class RouterConfig:
                 f"noise_std={self.noise_std} must be above 0 with kind='noisy', and 0 "
                 f"with any other; it is {self.kind!r}."
             )
+        if self.update_rule in MARGIN_RULES and not ROUTERS[self.kind].by_bias:
+            counting = [rule for rule in UPDATE_RULES if rule not in MARGIN_RULES]
+            raise ValueError(
+                f"update_rule={self.update_rule!r} must be one of "
+                f"{', '.join(map(repr, counting))} with kind={self.kind!r}: the bias "
+                "has no part in its choices, which could tell how far to move it."
+            )
+        is_limited = self.groups_per_token < self.num_groups
+        if self.kind == "balanced" and is_limited and not self.even_groups:
+            raise ValueError(
+                f"top_k={self.top_k} must divide evenly over groups of "
+                f"{self.group_size} experts, at most "
+                f"groups_per_token={self.groups_per_token} of them, with "
+                "kind='balanced'."
+            )
         if not ROUTERS[self.kind].by_experts:
             return
         excluded = {
@@ -151,6 +171,22 @@ class RouterConfig:
     def group_size(self) -> int:
         return self.num_experts // self.num_groups
 
+    @property
+    def even_groups(self) -> int:
+        """How many groups a token can visit with as many choices in each; 0: none."""
+        even = (
+            n
+            for n in range(1, self.groups_per_token + 1)
+            if self.top_k % n == 0 and self.top_k // n <= self.group_size
+        )
+        return max(even, default=0)
+
+    @property
+    def most_groups(self) -> int:
+        """How many groups the choices of one token may lie in."""
+        is_limited = ROUTERS[self.kind].within_groups and not self.hash_layers
+        return self.groups_per_token if is_limited else self.num_groups
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeConfig:
@@ -159,6 +195,12 @@ class ExchangeConfig:
     `capacity_factor` multiplies the balanced load of a device: the tokens that visit it
     if all experts are alike, each counted once, whatever the number of its choices
     there. What is beyond that is dropped, and counted. None: there is always room.
+
+    With `balanced`, devices lend experts, and nothing is dropped: `capacity_factor` is
+    the size of buffers, which are filled as often as need be; none: 1.25. A device
+    borrows up to `slots` experts; none: as many as it has, and no more than 4. Nobody
+    lends to be less than a fraction `lend_above` above the mean. Within nodes of
+    `node_size` devices experts are lent first; none: all are alike.
     """
 
     backend: str = "padded"
@@ -166,6 +208,9 @@ class ExchangeConfig:
     drop_order: str = "score"  # which tokens go last: the lowest scores, or positions
     chunks: int = 1  # parts of the tokens, of which one travels while another computes
     dispatch_dtype: str = "activations"  # on the way to the experts
+    slots: int | None = None
+    lend_above: float = 0.02
+    node_size: int | None = None
 
     def __post_init__(self):
         checks.one_of(
@@ -174,7 +219,10 @@ class ExchangeConfig:
             drop_order=DROP_ORDERS,
             dispatch_dtype=WIRE_DTYPES,
         )
-        checks.at_least(self, chunks=1)
+        checks.at_least(self, chunks=1, lend_above=0)
+        for name in ("slots", "node_size"):
+            if getattr(self, name) is not None:
+                checks.at_least(self, **{name: 1})
         factor = self.capacity_factor
         if factor is not None and not 1 <= factor < math.inf:
             raise ValueError(
@@ -305,6 +353,12 @@ class ModelConfig:
     def num_moe_layers(self) -> int:
         """The MoE blocks of the main model; each MTP module adds one of its own."""
         return self.num_layers - self.num_dense_layers
+
+    @property
+    def moe_layer_names(self) -> tuple[str, ...]:
+        """What loads and biases are of, in their order: `moe_0` on, then `mtp_0` on."""
+        main = (f"moe_{i}" for i in range(self.num_moe_layers))
+        return (*main, *(f"mtp_{k}" for k in range(self.mtp_depth)))
 
     @property
     def stacks(self) -> dict[str, Stack]:

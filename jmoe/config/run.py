@@ -6,6 +6,7 @@ shortened run keeps its form.
 """
 
 import dataclasses
+import fnmatch
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
@@ -195,6 +196,7 @@ class RunConfig:
                 f"data.sequence_length={length}."
             )
         self._check_schedules()
+        self._check_bias_rates()
         if self.mesh.pipe > 1:
             self._check_pipeline()
 
@@ -227,6 +229,15 @@ class RunConfig:
             raise ValueError(
                 f"train.ramp_steps={begins} must be at most {planned} (schedule.steps)."
             )
+
+    def _check_bias_rates(self) -> None:
+        names = self.model.moe_layer_names
+        for i, rate in enumerate(self.train.bias_rate_factors):
+            if not any(fnmatch.fnmatchcase(name, rate.layers) for name in names):
+                raise ValueError(
+                    f"train.bias_rate_factors[{i}].layers={rate.layers!r} matches none "
+                    f"of the layers with experts, {names[0]} to {names[-1]}."
+                )
 
     def _check_pipeline(self) -> None:
         if self.model.layer_loop != "scan":

@@ -29,6 +29,21 @@ class StepwiseConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerRateConfig:
+    """What the bias rate is multiplied by in some of the MoE layers.
+
+    layers: a pattern, as of file names (`fnmatch`), of `ModelConfig.moe_layer_names`:
+    `moe_0` is the first layer that has experts, `mtp_0` the first MTP module.
+    """
+
+    layers: str
+    factor: float  # 0 freezes the biases
+
+    def __post_init__(self):
+        checks.at_least(self, factor=0.0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Steps, batches and intervals. Batches count sequences, over all processes.
 
@@ -51,6 +66,7 @@ class TrainConfig:
     ramp_steps: int = 0  # the batch grows linearly over these
     ramp_increment: int | None = None  # by so much at a time; None: MOST_SIZES at most
     bias_rate: StepwiseConfig = StepwiseConfig(first=1e-3, last=0.0, switch=0.966)
+    bias_rate_factors: tuple[LayerRateConfig, ...] = ()  # the last that matches counts
     mtp_weight: StepwiseConfig = StepwiseConfig(first=0.3, last=0.1, switch=0.676)
     loss_chunk: int = 1024  # tokens whose logits exist at one time
     log_every: int = 10

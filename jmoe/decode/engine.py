@@ -6,8 +6,9 @@
 
 A request waits until a slot and enough pages for its longest completion are free. Then
 its prompt is read in chunks, each in a step that also decodes all other requests: so a
-long prompt delays no one by more than its chunk. All programs are compiled when the
-engine is made, and none later.
+long prompt delays no one by more than its chunk. Several prompts are read side by side,
+the oldest first, as one pass over the experts' weights serves them all. All programs
+are compiled when the engine is made, and none later.
 
 The loop here decides who takes part in a step; what a step computes is a pure function
 (`jmoe.decode.step`).
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
-from jmoe.decode.limits import Limits, check
+from jmoe.decode.limits import Limits, StepSize, check
 from jmoe.decode.live import (
     Live,
     PromptChunk,
@@ -71,8 +72,8 @@ class _Asked(NamedTuple):
     """Names who takes part in a step, by the devices' parts."""
 
     rows: list[list[Live]]
-    parts: list[PromptChunk | None]
-    size: int  # of a part's rows
+    chunks: list[list[PromptChunk]]
+    size: StepSize
 
 
 class Engine:
@@ -213,11 +214,9 @@ class Engine:
 
     def _warm_up(self) -> None:
         """Compiles each size, by steps in which nobody takes part."""
-        parts = self.programs.parts
-        for rows in self.limits.rows:
-            for chunk in (0, *self.limits.chunks):
-                self.programs.run(*make_nobody(self.limits, parts, rows, chunk))
-                self.programs.flush()
+        for size in self.limits.sizes:
+            self.programs.run(*make_nobody(self.limits, self.programs.parts, size))
+            self.programs.flush()
 
     def _admit(self) -> None:
         """Gives those that wait a slot and pages, in their order."""
@@ -245,43 +244,43 @@ class Engine:
         here = [live for live in self._live if live.slot % turns == self._turn]
         self._turn = (self._turn + 1) % turns
         rows: list[list[Live]] = [[] for _ in self._slots]
-        parts: list[PromptChunk | None] = [None for _ in self._slots]
+        chunks: list[list[PromptChunk]] = [[] for _ in self._slots]
         for live in here:
             if live.is_read:
                 rows[live.part].append(live)
-            elif parts[live.part] is None:
-                left = len(live.prompt) - live.read
-                parts[live.part] = PromptChunk(live, min(left, self.limits.chunks[-1]))
-        if not (any(rows) or any(parts)):
+            elif len(chunks[live.part]) < self.limits.most_prompts:
+                count = min(len(live.prompt) - live.read, self.limits.chunks[-1])
+                chunks[live.part].append(PromptChunk(live, count))
+        counts = [chunk.count for part in chunks for chunk in part]
+        if not (any(rows) or counts):
             return None
-        size = _smallest(self.limits.rows, max(map(len, rows)))
-        return _Asked(rows, parts, size)
+        prompts = max(map(len, chunks))
+        needed = max(map(len, rows)), prompts, max(counts, default=0)
+        return _Asked(rows, chunks, self.limits.size(*needed))
 
     def _run(self, asked: _Asked | None) -> list[StepResult]:
         """Returns what the steps that are done found."""
         if asked is None:
             return self.programs.flush()
         self._asked.append(asked)
-        counts = [part.count for part in asked.parts if part]
-        size = _smallest(self.limits.chunks, max(counts)) if counts else 0
-        rows = make_rows(self.limits, asked.rows, asked.size)
-        return self.programs.run(rows, make_chunks(self.limits, asked.parts, size))
+        rows = make_rows(self.limits, asked.rows, asked.size.rows)
+        chunks = make_chunks(self.limits, asked.chunks, asked.size)
+        return self.programs.run(rows, chunks)
 
     def _take(self, asked: _Asked, found: StepResult) -> Iterator[Update]:
         """Yields the requests that a step has found tokens of, with these."""
         for part, lives in enumerate(asked.rows):
-            for i, live in enumerate(lives, start=part * asked.size):
+            for i, live in enumerate(lives, start=part * asked.size.rows):
                 new = int(found.new_B[i])
                 self._count(live, new - 1)
                 drawn = Sampled(*(x[i, :new] for x in found.rows))
                 yield self._grow(live, drawn, found.draft_BK[i])
-        for i, part in enumerate(asked.parts):
-            if part is None:
-                continue
-            part.live.read += part.count
-            if part.live.is_read:
-                drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
-                yield self._grow(part.live, drawn, found.draft_AK[i])
+        for part, chunks in enumerate(asked.chunks):
+            for i, (live, count) in enumerate(chunks, start=part * asked.size.prompts):
+                live.read += count
+                if live.is_read:
+                    drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
+                    yield self._grow(live, drawn, found.draft_AK[i])
 
     def _count(self, live: Live, right: int) -> None:
         completion = live.completion
@@ -330,8 +329,3 @@ class Engine:
         self._live = [x for x in self._live if not x.completion.finish_reason]
         waiting = [x for x in self._waiting if not x.completion.finish_reason]
         self._waiting = collections.deque(waiting)
-
-
-def _smallest(sizes: Sequence[int], needed: int) -> int:
-    """Returns the smallest size that is enough."""
-    return next(size for size in sizes if size >= needed)

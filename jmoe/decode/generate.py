@@ -13,6 +13,7 @@ from jmoe.train import compiled
 PAGE_SIZE = 64  # and the step of a sequence's length, so that few programs are compiled
 CHUNKS = 16, 128  # of which one is compiled
 MOST_ROWS = 64  # that are decoded at once
+FIRST_PROMPTS = 8  # that are read at once where none comes later
 
 
 def generate(
@@ -86,8 +87,11 @@ def fitting_limits(
     """
     pages = _power_of_two(-(-(longest + max_new_tokens) // PAGE_SIZE))
     chunk = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
+    # Then all are read in the first steps, and none is left to be read alone.
+    is_read_at_once = longest <= chunk and num_prompts <= MOST_ROWS
     return Limits(
         rows=(min(_power_of_two(num_prompts), MOST_ROWS),),
+        prompts=(FIRST_PROMPTS,) if is_read_at_once else Limits.prompts,
         chunks=(chunk,),
         max_length=min(pages * PAGE_SIZE, cfg.max_positions),
         page_size=PAGE_SIZE,

@@ -1,9 +1,23 @@
 """How much a decoder holds at a time, and in which sizes it is compiled."""
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from jmoe.config import ModelConfig, checks
 from jmoe.config.model import ROUTERS
+
+
+class StepSize(NamedTuple):
+    """A compiled size of a step; where no prompts are read, both of theirs are 0.
+
+    rows: sequences being decoded. prompts: how many are read; chunk: tokens of each.
+    """
+
+    rows: int
+    prompts: int = 0
+    chunk: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,7 +30,12 @@ class Limits:
     rows: how many sequences are decoded at once, in ascending order; each is compiled,
       and of each step the smallest that suffices is taken. The last is how many there
       may be at a time.
-    chunks: how many tokens of a prompt are read at once, likewise.
+    prompts: how many prompts are read at once, likewise, but no more than there may be
+      sequences. Steps that read more than the first of these are compiled for the last
+      of `rows` alone: beside so many tokens, rows that aren't there cost little.
+    chunks: how many tokens of each of these prompts are read at once, likewise. So
+      others wait in a step for the last of `prompts` x the last of `chunks` tokens, at
+      most.
     max_length: positions of a sequence, its prompt and its new tokens.
     page_size: positions of a page. num_pages: of the cache; None: enough for as many
       sequences as there may be, at their longest.
@@ -26,6 +45,7 @@ class Limits:
     """
 
     rows: tuple[int, ...] = (1, 8, 32)
+    prompts: tuple[int, ...] = (1, 4)
     chunks: tuple[int, ...] = (64, 256)
     max_length: int = 4096
     page_size: int = 64
@@ -38,7 +58,7 @@ class Limits:
         checks.at_least(
             self, max_length=2, page_size=1, drafts=0, top_logprobs=0, queue=1
         )
-        for name in ("rows", "chunks"):
+        for name in ("rows", "prompts", "chunks"):
             sizes = getattr(self, name)
             if not sizes or min(sizes) < 1 or list(sizes) != sorted(set(sizes)):
                 raise ValueError(
@@ -54,6 +74,37 @@ class Limits:
     def slots(self) -> int:
         """How many sequences there may be at a time."""
         return self.rows[-1]
+
+    @property
+    def sizes(self) -> tuple[StepSize, ...]:
+        """All sizes of steps."""
+        fewest, *more = self._at_once
+        each = itertools.product(self.rows, (fewest,), self.chunks)
+        many = itertools.product(self.rows[-1:], more, self.chunks)
+        found = itertools.starmap(StepSize, itertools.chain(each, many))
+        return *map(StepSize, self.rows), *found
+
+    def size(self, rows: int, prompts: int, chunk: int) -> StepSize:
+        """Returns the smallest size that has room for so many."""
+        if not prompts:
+            return StepSize(_smallest(self.rows, rows))
+        if prompts > self._at_once[0]:
+            rows = self.rows[-1]
+        return StepSize(
+            _smallest(self.rows, rows),
+            _smallest(self._at_once, prompts),
+            _smallest(self.chunks, chunk),
+        )
+
+    @property
+    def most_prompts(self) -> int:
+        """How many prompts are read at once, at most."""
+        return self._at_once[-1]
+
+    @property
+    def _at_once(self) -> tuple[int, ...]:
+        """Numbers of prompts that are read at once."""
+        return tuple(sorted({min(number, self.slots) for number in self.prompts}))
 
     @property
     def pages_of_one(self) -> int:
@@ -96,3 +147,8 @@ def check(cfg: ModelConfig, limits: Limits) -> None:
             f"top_logprobs={limits.top_logprobs} must be at most "
             f"vocab_size={cfg.vocab_size}."
         )
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> int:
+    """Returns the smallest size that is enough."""
+    return next(size for size in sizes if size >= needed)

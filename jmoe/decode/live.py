@@ -1,7 +1,7 @@
 """A request while it is being decoded, and a step's arrays of such requests.
 
 Arrays are NumPy's; there is one section for each of `parts` devices that have sequences
-of their own, and each section is as long as the program's size.
+of their own, and each section is as long as the program's size says.
 
 Shapes: B sequence being decoded, Q token of one, A sequence being read, C token of its
 prompt, M page of a sequence.
@@ -9,11 +9,12 @@ prompt, M page of a sequence.
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jmoe.decode.batch import DecodeRows, PrefillChunks
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.decode.sampling import Draws
 from jmoe.decode.text import TextStream
@@ -56,8 +57,7 @@ class Live:
         return len(self.prompt) + len(self.completion.tokens) - 1
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptChunk:
+class PromptChunk(NamedTuple):
     """The next `count` tokens of a request's prompt."""
 
     live: Live
@@ -102,13 +102,13 @@ def make_rows(limits: Limits, parts: Sequence[Sequence[Live]], size: int) -> Dec
 
 
 def make_chunks(
-    limits: Limits, parts: Sequence[PromptChunk | None], size: int
+    limits: Limits, parts: Sequence[Sequence[PromptChunk]], size: StepSize
 ) -> PrefillChunks:
-    """Returns each part's chunk, of `size` tokens; of size 0, there are none."""
-    count = len(parts) if size else 0
+    """Returns the chunks of each part, as many a part, and as long, as the size has."""
+    count = len(parts) * size.prompts
     chunks = PrefillChunks(
         slot_A=np.full(count, NOWHERE, np.int32),
-        token_AC=np.zeros((count, size), np.int32),
+        token_AC=np.zeros((count, size.chunk), np.int32),
         start_A=np.zeros(count, np.int32),
         count_A=np.zeros(count, np.int32),
         next_A=np.zeros(count, np.int32),
@@ -116,28 +116,27 @@ def make_chunks(
         table_AM=np.full((count, limits.pages_of_one), NOWHERE, np.int32),
         draws=_no_draws(count),
     )
-    for i, part in enumerate(parts if size else ()):
-        if part is None:
-            continue
-        live, end = part.live, part.live.read + part.count
-        chunks.slot_A[i] = live.slot
-        chunks.token_AC[i, : part.count] = live.prompt[live.read : end]
-        chunks.start_A[i] = live.read
-        chunks.count_A[i] = part.count
-        chunks.next_A[i] = -1 if part.is_last else live.prompt[end]
-        chunks.end_A[i] = live.length
-        chunks.table_AM[i, : len(live.pages)] = live.pages
-        _set_draws(chunks.draws, i, live.sampling)
+    for part, read in enumerate(parts):
+        for i, chunk in enumerate(read, start=part * size.prompts):
+            live, end = chunk.live, chunk.live.read + chunk.count
+            chunks.slot_A[i] = live.slot
+            chunks.token_AC[i, : chunk.count] = live.prompt[live.read : end]
+            chunks.start_A[i] = live.read
+            chunks.count_A[i] = chunk.count
+            chunks.next_A[i] = -1 if chunk.is_last else live.prompt[end]
+            chunks.end_A[i] = live.length
+            chunks.table_AM[i, : len(live.pages)] = live.pages
+            _set_draws(chunks.draws, i, live.sampling)
     return chunks
 
 
 def make_nobody(
-    limits: Limits, parts: int, rows: int, chunk: int
+    limits: Limits, parts: int, size: StepSize
 ) -> tuple[DecodeRows, PrefillChunks]:
     """Returns the arrays of a step of this size in which no request takes part."""
     nobody = [[] for _ in range(parts)]
-    made = make_rows(limits, nobody, rows)
-    return made, make_chunks(limits, [None] * parts, chunk)
+    rows = make_rows(limits, nobody, size.rows)
+    return rows, make_chunks(limits, nobody, size)
 
 
 def _no_draws(count: int) -> Draws:

@@ -14,6 +14,7 @@ hidden.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,13 +25,13 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
 from jmoe.decode import layers, mesh_weights
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
 from jmoe.decode.programs import make_state
@@ -90,7 +91,7 @@ class OnMesh:
         layout, rows = self._programs.layout, self._programs.rows
         self._weights = mesh_weights.place(run.model, layout, rows, form, variables)
         self.state = self._programs.start()
-        self._size = 0, 0  # of the steps that aren't done
+        self._size = StepSize(0)  # of the steps that aren't done
         self._underway: Underway | None = None
         # Whether anybody took part in each of the last steps, the oldest first.
         self._calls: collections.deque[bool] = collections.deque()
@@ -100,7 +101,11 @@ class OnMesh:
 
         Steps of one size follow each other closely; before another, all are done.
         """
-        size = len(rows.slot_B) // self.parts, chunks.token_AC.shape[1]
+        size = StepSize(
+            rows=len(rows.slot_B) // self.parts,
+            prompts=len(chunks.slot_A) // self.parts,
+            chunk=chunks.token_AC.shape[1],
+        )
         done = self.flush() if size != self._size else []
         if self._underway is None:
             self._size = size
@@ -126,7 +131,7 @@ class OnMesh:
 
     def _nobody(self) -> Given:
         """Returns a step's arrays in which no sequence takes part."""
-        return make_nobody(self._limits, self.parts, *self._size)
+        return make_nobody(self._limits, self.parts, self._size)
 
     def _put(self, given: Given) -> Given:
         return put_whole(self._programs.layout, given)
@@ -149,10 +154,20 @@ class MeshPrograms(NamedTuple):
     abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
+def _with_room_for_all(cfg: ModelConfig) -> ModelConfig:
+    """Returns the model whose exchange drops nobody's tokens, and lends no experts.
+
+    A step's tokens are so few that room for all is little, and weights are more.
+    """
+    exchange = ExchangeConfig(dispatch_dtype=cfg.moe.exchange.dispatch_dtype)
+    moe = dataclasses.replace(cfg.moe, exchange=exchange)
+    return dataclasses.replace(cfg, moe=moe)
+
+
 @functools.lru_cache(maxsize=16)
 def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
     """Returns the programs of a run's model on this mesh."""
-    cfg = run.model
+    cfg = _with_room_for_all(run.model)
     layout = make_layout(Transformer(cfg), mesh)
     rows = mesh_weights.cut(cfg, run.mesh.pipe, limits.max_length)
     own = functools.partial(jax.tree.map, lambda x: x[None])

@@ -89,14 +89,16 @@ class Console:
         tokens_per_step: int,
         device: str,
         run_dir: str | pathlib.Path,
+        lending: str = "",
     ) -> None:
-        """Says what is trained, on what and where."""
+        """Says what is trained, on what and where, and how devices lend experts."""
         active = f"{count(active_parameters)} active per token"
         self._out.print(f"\n[bold]jmoe[/bold] [bold cyan]{escape(name)}[/bold cyan]")
         self._print_pairs(
             ("parameters", f"{count(parameters)}, {active}"),
             ("tokens per step", f"{tokens_per_step:,}"),
             ("device", device),
+            *([("lending", lending)] if lending else []),
             ("run directory", str(run_dir)),
         )
 
@@ -185,8 +187,11 @@ class Console:
         if "val_perplexity" in latest:
             yield "perplexity", f"{latest['val_perplexity']:.2f}", ""
         if "global_max_vio" in latest:
-            vio = latest["global_max_vio"]
-            meaning = f"a busiest expert gets {1 + vio:.2f} times its fair share"
+            vio, worst = latest["global_max_vio"], latest["global_max_vio_max"]
+            meaning = (
+                f"a busiest expert gets {1 + vio:.2f} times its fair share, "
+                f"{1 + worst:.2f} in the worst layer"
+            )
             yield "global MaxVio", f"{vio:.3f}", meaning
         if latest.get("skipped"):
             meaning = "steps whose loss or gradients weren't finite, or were spikes"

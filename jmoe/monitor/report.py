@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 
 from jmoe.data import durable
 from jmoe.data.formatting import count, duration
-from jmoe.monitor import report_balance, report_curves, report_page, run_files
+from jmoe.monitor import (
+    report_balance,
+    report_curves,
+    report_lending,
+    report_page,
+    run_files,
+)
 from jmoe.monitor.report_curves import draw_metric, exact_line, noisy_line
 from jmoe.monitor.report_page import escape
 from jmoe.monitor.run_files import Run, evenly
@@ -42,6 +48,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     sections = (
         ("Loss", _loss(run)),
         ("Balance", _balance(run)),
+        *_lending(run),
         ("Load and bias of each expert", report_balance.tiles(run)),
         ("Training", _training(run)),
         ("Generated text", _samples(run)),
@@ -148,7 +155,24 @@ def _balance(run: Run) -> str:
 <p>MaxVio is how far the busiest expert of a layer exceeds its fair share: 0 is perfect,
 1 is twice the share. Batch MaxVio counts the tokens of one training step; the global
 one those of the whole validation set, where chance plays little part.</p>
-{curve}"""
+{_over_layers(run)}{curve}"""
+
+
+def _over_layers(run: Run) -> str:
+    names = [f"global_max_vio_{suffix}" for suffix in ("p50", "p95", "max")]
+    found = [value_K[0] for name in names if (value_K := run.last(name)) is not None]
+    if len(found) < len(names):
+        return ""
+    middle, most, worst = found
+    return f"""
+<p>Over the layers, at the last evaluation, the median of global MaxVio is {middle:.3f},
+the 95th percentile {most:.3f} and the largest {worst:.3f}.</p>"""
+
+
+def _lending(run: Run) -> list[tuple[str, str]]:
+    """Returns no section of a run that lent nothing: most don't."""
+    content = report_lending.pictures(run)
+    return [("Lending of experts", content)] if content else []
 
 
 def _training(run: Run) -> str:

@@ -225,15 +225,28 @@ def hashed(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
 
 
 def balanced(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
-    """Returns K experts in a row for each position, those after its predecessor's.
+    """Returns experts that follow from each position alone, all equally often.
 
-    It is for measuring systems. In a step of decoding, a position is a token's place in
-    the step, and so what is generated depends on who shares it.
+    A position takes the groups after its predecessor's, as many as it may with as many
+    experts of each: a system is measured with what it sends, too. In a group it takes
+    the experts after those that were taken last. Where groups are no limit, the experts
+    are divided into as few equal parts as give each choice another one, in place of
+    groups. Over whole rounds, loads are exactly alike.
+
+    In a step of decoding, a position is a token's place in the step, and so what is
+    generated depends on who shares it.
     """
     sequences, length = scored.score_BSE.shape[:2]
     position_S = collectives.axis_index("tensor") * length + jnp.arange(length)
-    first_S1 = position_S[:, None] * cfg.top_k
-    expert_SK = (first_S1 + jnp.arange(cfg.top_k)) % cfg.num_experts
+    groups, visited = cfg.num_groups, cfg.even_groups
+    if groups == cfg.groups_per_token:
+        parts = range(cfg.top_k, cfg.num_experts + 1)
+        groups = next(n for n in parts if cfg.num_experts % n == 0)
+        visited = cfg.top_k
+    choice_K, size = jnp.arange(cfg.top_k), cfg.num_experts // groups
+    visit_SK = position_S[:, None] * visited + choice_K % visited
+    number_SK = visit_SK // groups * (cfg.top_k // visited) + choice_K // visited
+    expert_SK = visit_SK % groups * size + number_SK % size
     expert_NK = jnp.tile(expert_SK, (sequences, 1)).astype(jnp.int32)
     return _settled(scored, expert_NK, cfg)
 

@@ -9,6 +9,8 @@ device's part of it, and the parts' results are summed as they go back to the po
 devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,7 +18,7 @@ from flax import linen as nn
 from jmoe.config import MoEConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
-from jmoe.nn.measured import Measured
+from jmoe.nn.measured import Measured, beside
 from jmoe.nn.parameter import FP8, INT4, MATRIX, TWO_MATRICES, Parameter
 from jmoe.nn.router import Router
 from jmoe.nn.tokens import UNTOLD, Tokens
@@ -26,6 +28,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
+from jmoe.parallel.travel import Group
 
 
 class SwiGLU(nn.Module):
@@ -88,28 +91,44 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(x: jax.Array, expert: jax.Array, gate: jax.Array) -> jax.Array:
-            """Returns this device's part of the experts that are here."""
+        def compute(x: jax.Array, group: Group) -> jax.Array:
+            """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
-                *(x, expert, gate, gate_up_ED2F, down_EFD),
+                *(x, group.expert_RK, group.gate_RK, *group.weights),
                 recipe=fp8.recipe_of(self.dot_general),
-                hosts=collectives.axis_size("expert"),
+                rows=group.rows,
+                is_bound=group.is_bound,
                 remat=cfg.remat == "activations",
                 apart=self.apart,
             )
 
+        weights = gate_up_ED2F, down_EFD
         if isinstance(routing, Picks):
-            y_BSD = exchange_picks(x_BSD, *routing, compute)
+            y_BSD = exchange_picks(x_BSD, *routing, compute, weights)
             none = jnp.int32(0)
-            return Exchanged(y_BSD.reshape(-1, hidden), none, none)
+            return Exchanged(y_BSD.reshape(-1, hidden), none, none, {})
 
-        def apply(*tokens_R: jax.Array) -> jax.Array:
+        def apply(x_RD: jax.Array, groups: Sequence[Group]) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
-            of_group = [collectives.all_gather(x, "tensor", 0) for x in tokens_R]
-            return collectives.reduce_scatter(compute(*of_group), "tensor", 0)
+            x = collectives.all_gather(x_RD, "tensor", 0)
+            parts = (compute(x, _of_tensor_group(group)) for group in groups)
+            return collectives.reduce_scatter(sum(parts), "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        return exchange(x_ND, *routing, apply, cfg.exchange, cfg.router)
+        return exchange(
+            *(x_ND, *routing, apply, weights, cfg.exchange, cfg.router),
+            recipe=fp8.recipe_of(self.dot_general),
+            remat=cfg.remat == "activations",
+        )
+
+
+def _of_tensor_group(group: Group) -> Group:
+    """Returns the choices of all the tensor group's tokens."""
+    expert, gate = (
+        collectives.all_gather(choices, "tensor", 0) for choices in group[:2]
+    )
+    rows = group.rows * collectives.axis_size("tensor")
+    return group._replace(expert_RK=expert, gate_RK=gate, rows=rows)
 
 
 def _of_experts(dims: tuple[str | None, ...], matrix: MatrixDims) -> Parameter:
@@ -148,4 +167,5 @@ class MoE(nn.Module):
             mlp_dim = cfg.num_shared_experts * cfg.expert_mlp_dim
             shared = SwiGLU(mlp_dim, self.init_std, self.dot_general, name="shared")
             out_BSD += shared(x_BSD)
-        return out_BSD, measured._replace(load=load)
+        measured = measured._replace(load=load)
+        return out_BSD, beside(measured, Measured(None, {}, routed.metrics))

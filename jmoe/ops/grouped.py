@@ -7,16 +7,17 @@ All backends share one signature,
 
     routed_mlp(
         x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD,
-        recipe=None, hosts=1, *, remat, apart,
+        recipe=None, rows=None, *, is_bound, remat, apart,
     ) -> y_TD
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
 are dropless, cost time in proportion to T * K and not to E, and let gradients flow to
 x, the gates and the weights. A token's experts are distinct, except that any number of
 its choices may be expert E, "nobody", and contribute nothing: that is how a device
-skips the experts that other devices host. With all experts on `hosts` devices, about
-one choice in as many is not nobody's; buffers are sized for that, and any number is
-right.
+skips the experts that other devices compute. About `rows` choices aren't nobody's, all
+of them if it is None; buffers are sized for that, and any number is right. With
+`is_bound`, more of them are rare, and no memory is held for these: what they add to an
+expert's gradient is rounded to its weights' dtype before.
 
 Products have x's dtype, to which weights are converted. An expert's gradient is summed
 in float32 over all of its rows, and has its weights' own dtype.

@@ -25,6 +25,8 @@ these; a backward pass that computes them again rounds them alike, so that neith
 
 Weights that are kept in fewer bits (`jmoe.ops.stored`) are dequantized in the task, one
 expert's at a time.
+
+A decoder's few rows, which nothing is differentiated by, `jmoe.ops.grouped_few` takes.
 """
 
 import functools
@@ -34,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import dot, fp8, stored
+from jmoe.ops import dot, fp8, grouped_few, stored
 from jmoe.ops.row_tasks import (
     BLOCK,
     FEW,
@@ -79,13 +81,14 @@ def routed_mlp_blocks(
     gate_up_ED2F: stored.Weight,
     down_EFD: stored.Weight,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = False,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
-    del hosts  # a loop over the rows that there are needs no array for more
+    del rows, is_bound  # a loop over those that there are needs no array for more
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
 
@@ -93,8 +96,10 @@ def routed_mlp_blocks(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def _compute(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, remat, apart):
     del remat, apart  # nothing is differentiated, so nothing is stored
-    few = FEW if len(x_TD) <= BLOCK else ()
     weights = gate_up_ED2F, down_EFD
+    if recipe is None and grouped_few.suits(expert_TK.size, *weights):
+        return grouped_few.routed_mlp_few(x_TD, expert_TK, gate_TK, *weights)
+    few = FEW if len(x_TD) <= BLOCK else ()
     return _run(x_TD, expert_TK, gate_TK, *weights, recipe, stores=False, few=few)[0]
 
 

@@ -8,26 +8,24 @@ Rows are sorted by expert, and one kernel multiplies each expert's rows by its w
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
 taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. It holds the rows of balanced experts, all of them where no other
+with communication. It holds as many rows as are expected, all of them where no other
 device has experts, and no less than T. A loop takes as many segments of T more as there
 are. No array is longer than a segment, and what is nobody's
 is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
-asked for. Results go back to their tokens by gathers, as each choice knows its row; a
-scatter would add in any order.
+asked for. Results go back to their tokens by gathers: a scatter adds in any order.
 
 One loop yields all gradients of the segments after the first. With `apart`, one yields
 those of x and the gates, and another the weights'. What both need of the first segment
-is computed once. Of a later one it is computed in each loop, so that no array need hold
-it for all: seven products instead of five. There all segments have T rows: in one long
-segment, XLA puts little between the start and the end of a collective.
+is computed once; of a later one in each loop, so that no array need hold it for all:
+seven products, not five. There all segments have T rows: in one long segment, XLA puts
+little between the start and the end of a collective.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
-grows with E. Weights that are kept in fewer bits are dequantized before, all of a
-layer's.
+grows with E. Weights kept in fewer bits are dequantized before, all of a layer's.
 
 In FP8, weights are quantized once a pass, and rows by each product, whose kernels are
 our own (`jmoe.ops.grouped_fp8`). All else is computed as it is without: gates have the
@@ -56,10 +54,11 @@ Weight = jax.Array | fp8.Quantized
 
 
 class Lengths(NamedTuple):
-    """How many rows the first segment has, and each later one."""
+    """How many rows the first segment has, and each later one; are these rare."""
 
     first: int
     later: int
+    are_later_rare: bool = False
 
 
 class RowPlan(NamedTuple):
@@ -112,14 +111,15 @@ def routed_mlp_ragged(
     gate_up_ED2F: stored.Weight,
     down_EFD: stored.Weight,
     recipe: Recipe = None,
-    hosts: int = 1,
+    rows: int | None = None,
     *,
+    is_bound: bool = False,
     remat: bool = True,
     apart: bool = False,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
-    lengths = _lengths(expert_TK.shape, hosts, apart)
+    lengths = _lengths(expert_TK.shape, rows, is_bound, apart)
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
 
@@ -157,7 +157,8 @@ _compute.defvjp(_forward, _backward)
 
 def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
-    several = saved.plan.rows.choice_N.size > lengths.first
+    has_later = saved.plan.rows.choice_N.size > lengths.first
+    several = has_later and not lengths.are_later_rare
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
 
     def gradients(segment):
@@ -186,8 +187,8 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     of_first = _input_gradients(recipe, of_pass, middle, first)
     of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
-    # An overload's segments add up in the weights' dtype: float32 arrays for what few
-    # devices ever have would take room, and the exchanges' place, in every step.
+    # An overload's segments add up in the weights' dtype: float32 arrays for what is
+    # rare would take room, and the exchanges' place, in every step.
     of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
     def weight_gradients(segment):
@@ -199,10 +200,11 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _lengths(shape_TK: tuple[int, ...], hosts: int, apart: bool) -> Lengths:
+def _lengths(shape_TK, rows: int | None, is_bound: bool, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
-    balanced = 0 if apart else -(-tokens * top_k // hosts)
-    return Lengths(_whole_tiles(max(tokens, balanced)), _whole_tiles(tokens))
+    most = tokens * top_k if rows is None else min(rows, tokens * top_k)
+    first = tokens if apart else max(tokens, most)
+    return Lengths(_whole_tiles(first), _whole_tiles(tokens), is_bound)
 
 
 def _whole_tiles(rows: int) -> int:

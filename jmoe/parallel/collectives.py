@@ -35,6 +35,12 @@ def axis_index(axes: Axes) -> jax.Array | int:
     return lax.axis_index(axes) if axes else 0
 
 
+def platform() -> str:
+    """Returns what a program is traced for, such as "cpu", which needn't be here."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return jax.default_backend() if device is None else device.platform
+
+
 def share(size: int, axis: str, what: str) -> int:
     """Returns how many of `size` things one device of `axis` has.
 

@@ -8,11 +8,14 @@ Shapes: B sequence, S this device's positions, T all positions, D hidden, E expe
 tokens of a sequence that an expert takes, P device of the `expert` axis, R row here.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from jmoe.parallel import collectives
-from jmoe.parallel.exchange import AXIS, Experts
+from jmoe.parallel.travel import AXIS, Group
 
 
 def exchange_picks(
@@ -20,7 +23,8 @@ def exchange_picks(
     position_BEC: jax.Array,
     gate_BEC: jax.Array,
     is_real_BEC: jax.Array,
-    experts: Experts,
+    compute: Callable[[jax.Array, Group], jax.Array],
+    weights: Any,
 ) -> jax.Array:
     """Returns the summed outputs of the experts that have picked a token, [B, S, D].
 
@@ -30,7 +34,8 @@ def exchange_picks(
     Args:
       position_BEC: int32, among all T positions; the same on all devices of `tensor`.
       is_real_BEC: bool, which picks count.
-      experts: a part of each of this device's experts, as `tensor` divides them.
+      compute: of a part of each of this device's experts, as `tensor` divides them, of
+        whose `weights` it is given.
     """
     sequences, num_experts, capacity = position_BEC.shape
     own = collectives.share(num_experts, AXIS, "num_experts")
@@ -47,7 +52,8 @@ def exchange_picks(
     x_RD, told_R2 = there(x_BECD), there(told_BEC2)
     expert_R = jnp.repeat(jnp.arange(own, dtype=jnp.int32), x_RD.shape[0] // own)
     expert_R = jnp.where(told_R2[:, 1] > 0, expert_R, own)
-    y_RD = experts(x_RD, expert_R[:, None], told_R2[:, :1])
+    group = Group(expert_R[:, None], told_R2[:, :1], weights, len(expert_R))
+    y_RD = compute(x_RD, group)
     back = collectives.all_to_all(y_RD.reshape(own, -1, y_RD.shape[-1]), AXIS, 1, 0)
     y_EBCD = back.reshape(num_experts, sequences, capacity, -1)
 

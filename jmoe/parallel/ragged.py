@@ -37,13 +37,30 @@ class RoundTrip(NamedTuple):
     back: Sizes
 
 
-def plan(count_PP: jax.Array, rows: int, device: jax.Array | int) -> RoundTrip:
-    """Returns what `device` sends and receives, if each can receive `rows`.
+def shared(count_PP: jax.Array, rows: int) -> jax.Array:
+    """Returns how many of its rows each device sends, if each can receive `rows`.
 
     Senders whose rows are beyond a peer's capacity share it (`share_capacity`).
     """
     share = jax.vmap(dropping.share_capacity, in_axes=(1, None), out_axes=1)
-    size_PP = share(count_PP, rows)
+    return share(count_PP, rows)
+
+
+def window(
+    count_PP: jax.Array, rows: int, nth: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how many rows are in the nth part, of `rows` that each receives in one.
+
+    And how many are in parts before it. Rows are received in the order of senders.
+    """
+    before_PP = jnp.cumsum(count_PP, axis=0) - count_PP
+    skipped_PP = jnp.clip(nth * rows - before_PP, 0, count_PP)
+    end_PP = jnp.clip((nth + 1) * rows - before_PP, 0, count_PP)
+    return end_PP - skipped_PP, skipped_PP
+
+
+def plan(size_PP: jax.Array, device: jax.Array | int) -> RoundTrip:
+    """Returns what `device` sends and receives, if these are the rows that travel."""
     sent_from_PP = jnp.cumsum(size_PP, axis=1) - size_PP
     received_at_PP = jnp.cumsum(size_PP, axis=0) - size_PP
     to_others, from_others = size_PP[device], size_PP[:, device]

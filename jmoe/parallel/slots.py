@@ -23,9 +23,13 @@ class Slots(NamedTuple):
 
 
 def keep(visits: Visits, rank_NV: jax.Array, capacity_P: jax.Array) -> jax.Array:
-    """Returns which visits exist and are within their peer's capacity, bool [N, V]."""
+    """Returns which visits exist and are within their peer's capacity, bool [N, V].
+
+    Those of ranks below 0 aren't: they were in an earlier part.
+    """
     capacity_NV = jnp.append(capacity_P, 0)[visits.peer_NV]
-    return (visits.peer_NV < len(capacity_P)) & (rank_NV < capacity_NV)
+    is_within_NV = (rank_NV >= 0) & (rank_NV < capacity_NV)
+    return (visits.peer_NV < len(capacity_P)) & is_within_NV
 
 
 def assign(

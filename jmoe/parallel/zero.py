@@ -8,10 +8,10 @@ device its part of the summed gradient, which is all that its part of the optimi
 needs. Stage 3 gathers a layer's weights when the layer needs them, and again in the
 backward pass.
 
-Everything here is by parameter: a `Placement` says how one is stored and how it is
-computed with, and whole trees are mapped. Several axes may divide several dimensions,
-also such that are divided already: on thousands of devices a matrix rarely has a
-dimension for all of them, and what isn't divided is summed by an all-reduce.
+Everything here is by parameter: a `ParameterPlacement` says how one is stored and how
+it is computed with, and whole trees are mapped. Several axes may divide several
+dimensions, also such that are divided already: on thousands of devices a matrix rarely
+has a dimension for all of them, and what isn't divided is summed by an all-reduce.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Part = tuple[int, tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ParameterPlacement:
     """How one parameter lies on the mesh.
 
     whole: its spec when it is computed with. parts: the dimensions that free axes
@@ -65,14 +65,14 @@ class Placement:
         )
         return PartitionSpec(*(axes or None for axes in divided))
 
-    def of_layer(self) -> "Placement":
+    def of_layer(self) -> "ParameterPlacement":
         """Returns the placement of one layer's parameter, where this is of a stack."""
         parts = tuple((dim - 1, axes) for dim, axes in self.parts)
-        return Placement(PartitionSpec(*self.whole[1:]), parts, self.summed)
+        return ParameterPlacement(PartitionSpec(*self.whole[1:]), parts, self.summed)
 
 
 def place(boxed: Any, shape: Mapping[str, int]) -> Any:
-    """Returns a `Placement` for every parameter.
+    """Returns a `ParameterPlacement` for every parameter.
 
     Args:
       boxed: Linen's boxed parameters, or their shapes.
@@ -94,7 +94,7 @@ def _place(
     dims: Sequence[str | None],
     whole: PartitionSpec,
     shape: Mapping[str, int],
-) -> Placement:
+) -> ParameterPlacement:
     """Returns the placement that divides a parameter of this size by most devices.
 
     Of those that do, the one with the fewest parts, each of them a collective; then
@@ -130,7 +130,7 @@ def _place(
     # The most devices first, which leaves the least of a gradient to the others.
     parts = tuple(sorted(parts, key=devices, reverse=True))
     used = {axis for _, axes in parts for axis in axes}
-    return Placement(whole, parts, tuple(a for a in free if a not in used))
+    return ParameterPlacement(whole, parts, tuple(a for a in free if a not in used))
 
 
 def _parts(dim_of: Mapping[str, int | None]) -> tuple[Part, ...]:
@@ -147,7 +147,7 @@ def _parts(dim_of: Mapping[str, int | None]) -> tuple[Part, ...]:
     return tuple(axes_of.items())
 
 
-def gather(x: jax.Array, placement: Placement) -> jax.Array:
+def gather(x: jax.Array, placement: ParameterPlacement) -> jax.Array:
     """Returns the parameter as it is computed with, by all-gathers.
 
     Its transpose is `reduce`.
@@ -155,7 +155,7 @@ def gather(x: jax.Array, placement: Placement) -> jax.Array:
     return _gather(x, placement.parts)
 
 
-def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
+def reduce(gradient: jax.Array, placement: ParameterPlacement) -> jax.Array:
     """Returns this device's part of the gradient summed over all tokens.
 
     Reduce-scatters.
@@ -165,7 +165,9 @@ def reduce(gradient: jax.Array, placement: Placement) -> jax.Array:
     return collectives.psum(_reduce(gradient, placement.parts), placement.summed)
 
 
-def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax.Array:
+def gather_rows(
+    x: jax.Array, placement: ParameterPlacement, index_PR: np.ndarray
+) -> jax.Array:
     """Returns the rows of a stack that this rank of `pipe` computes with, [R, ...].
 
     What `pipe` divides besides, all its ranks have a part of: they swap parts of each
@@ -186,7 +188,7 @@ def gather_rows(x: jax.Array, placement: Placement, index_PR: np.ndarray) -> jax
 
 
 def reduce_rows(
-    gradient: jax.Array, placement: Placement, index_PR: np.ndarray, size: int
+    gradient: jax.Array, placement: ParameterPlacement, index_PR: np.ndarray, size: int
 ) -> jax.Array:
     """Returns this device's part of a stack's gradient.
 
@@ -221,7 +223,7 @@ def _reduce(gradient: jax.Array, parts: Sequence[Part]) -> jax.Array:
     return gradient
 
 
-def _without_pipe(placement: Placement) -> tuple[int | None, tuple[Part, ...]]:
+def _without_pipe(placement: ParameterPlacement) -> tuple[int | None, tuple[Part, ...]]:
     """Returns the dimension that `pipe` divides, if any, and the other axes' parts."""
     found = (dim for dim, axes in placement.parts if "pipe" in axes)
     others = (

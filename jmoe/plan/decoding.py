@@ -113,7 +113,7 @@ def compile_step(decoding: Decoding, devices: Sequence[Any]) -> aot.Program:
     mesh = make_mesh(run.mesh, devices)
     programs = on_mesh.compile_for(run, mesh, decoding.form, limits)
     parts = run.mesh.batch_parts
-    given = make_nobody(limits, parts, decoding.rows, decoding.chunk)
+    given = make_nobody(limits, parts, decoding.size)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)
     weights, state, *others = programs.abstract(shapes)
 

@@ -15,7 +15,7 @@ from jmoe.config.data import DataConfig
 from jmoe.config.mesh import SCHEDULES
 from jmoe.config.model import ExchangeConfig
 from jmoe.config.train import TrainConfig
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 
 LENGTH = 4096
 MICROBATCHES = 2
@@ -181,6 +181,10 @@ class Decoding:
     limits: Limits
     rows: int
     chunk: int = 0
+
+    @property
+    def size(self) -> StepSize:
+        return StepSize(self.rows, min(self.chunk, 1), self.chunk)
 
     @property
     def tokens(self) -> int:

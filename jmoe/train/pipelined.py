@@ -74,7 +74,9 @@ def make_gradients(model: Transformer, run: RunConfig, layout: Layout) -> Gradie
             return objective(losses, step), (losses, features.measured)
 
         if counts_first(parts.batch, run):
-            _, found = _evaluate(model, run, layout, params, router_state, parts)
+            _, found = _evaluate(
+                model, run, layout, params, router_state, parts, _predict_nothing
+            )
             router_state = with_step_loads(router_state, found, run)
         cut = staged.model(params, router_state, parts, lose)
         found = pipeline.train(
@@ -91,9 +93,18 @@ def make_losses(model: Transformer, run: RunConfig, layout: Layout) -> Shares:
 
     def losses(params, router_state, batch):
         parts = _for_forward(batch, run)
-        return _evaluate(model, run, layout, params, router_state, parts)
+        return _evaluate(
+            model, run, layout, params, router_state, parts, prediction_losses
+        )
 
     return losses
+
+
+def _predict_nothing(
+    features: Features, batch: Batch, run: RunConfig, norms: Normalisers
+) -> Losses:
+    """Returns the losses of the layers alone, for which there need be no logits."""
+    return layer_losses(features.measured, run, norms)
 
 
 def _evaluate(
@@ -103,13 +114,18 @@ def _evaluate(
     params: Any,
     router_state: Any,
     parts: Microbatch,
+    lose: Callable[[Features, Batch, RunConfig, Normalisers], Losses],
 ) -> tuple[Losses, Measured]:
-    """Returns this device's share of losses and measures, by forward passes only."""
+    """Returns this device's share of losses and measures, by forward passes only.
+
+    Args:
+      lose: a microbatch's losses; `prediction_losses`, if they are wanted.
+    """
     norms, schedule = normalisers(parts.batch, run), _forward_schedule(parts, run)
     staged = StagedModel(model, run, layout, schedule, norms)
 
     def measure(features, batch):
-        losses = prediction_losses(features, batch, run, norms)
+        losses = lose(features, batch, run, norms)
         return losses.main, (losses, features.measured)
 
     cut = staged.model(params, router_state, parts, measure)
@@ -278,7 +294,7 @@ class StagedModel:
         index_PR, layout = self.rows[name].index_PR, self.layout
 
         def gather(
-            record: Parameter, x: jax.Array, placement: zero.Placement
+            record: Parameter, x: jax.Array, placement: zero.ParameterPlacement
         ) -> jax.Array:
             x = x.astype(record.compute_dtype(self.cfg.dtype))
             return zero.gather_rows(x, placement, index_PR)

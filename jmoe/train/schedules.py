@@ -1,17 +1,21 @@
-"""Learning rate, bias rate, MTP weight and batch size as functions of the step.
+"""Learning rate, bias rates, MTP weight and batch size as functions of the step.
 
 The first three are planned over a horizon of so many steps; beyond it they keep the
 value of its last step. Fractions of it include the warm-up, so that what is to change
 together does. They are traced (a step is an int32 scalar, results are float32 scalars),
 so that a step's program is the same for all steps. The batch size decides shapes, so it
 is computed on the host.
+
+Shapes: L MoE layer.
 """
 
-from collections.abc import Callable
+import fnmatch
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jmoe.config import ScheduleConfig, StepwiseConfig, TrainConfig
@@ -86,6 +90,26 @@ def stepwise(cfg: StepwiseConfig, horizon: int) -> Schedule:
         return jnp.where(step < turn, jnp.float32(cfg.first), jnp.float32(cfg.last))
 
     return _held(value, horizon)
+
+
+def bias_rates(cfg: TrainConfig, layers: Sequence[str], horizon: int) -> Schedule:
+    """Returns the rate of each of these MoE layers' biases, float32 [L, 1].
+
+    It is `bias_rate` times the factor of the last of `bias_rate_factors` whose pattern
+    matches the layer's name, and `bias_rate` itself where none does.
+    """
+
+    def factor(name: str) -> float:
+        found = [
+            rate.factor
+            for rate in cfg.bias_rate_factors
+            if fnmatch.fnmatchcase(name, rate.layers)
+        ]
+        return found[-1] if found else 1.0
+
+    of_all = stepwise(cfg.bias_rate, horizon)
+    factor_L1 = np.array([[factor(name)] for name in layers], np.float32)
+    return lambda step: of_all(step) * factor_L1
 
 
 def _held(schedule: Callable[..., Any], horizon: int) -> Callable[..., Any]:

@@ -30,6 +30,7 @@ from jmoe.balance.bias import update_rule
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
+from jmoe.nn.measured import to_log
 from jmoe.nn.model import Transformer, read_biases, write_biases
 from jmoe.parallel import collectives, reductions
 from jmoe.parallel.mesh import BATCH_AXES
@@ -64,6 +65,7 @@ def make_train_step(
     cfg, steps = run.model, run.horizon
     bias_rule = update_rule(cfg.moe.router.update_rule)
     bias_rate = schedules.stepwise(run.train.bias_rate, steps)
+    bias_rates = schedules.bias_rates(run.train, cfg.moe_layer_names, steps)
     learning_rate = schedules.learning_rate(run.optimizer.schedule, steps)
     gradients_of = _way_through(run).make_gradients(model, run, layout)
 
@@ -91,9 +93,12 @@ def make_train_step(
         is_taken = jnp.isfinite(losses.main) & jnp.isfinite(grad_norm)
         if loss_limit is not None:
             is_taken &= losses.main <= loss_limit
-        rate, old_bias_LE = bias_rate(state.step), read_biases(state.router_state, cfg)
+        old_bias_LE = read_biases(state.router_state, cfg)
         bias_LE = bias_rule(
-            old_bias_LE, counts.load_E, rate=rate, margin_EM=counts.margin_EM
+            old_bias_LE,
+            counts.load_E,
+            rate=bias_rates(state.step),
+            margin_EM=counts.margin_EM,
         )
         if run.train.skips_steps:
             bias_LE = jnp.where(is_taken, bias_LE, old_bias_LE)
@@ -121,7 +126,7 @@ def make_train_step(
             "grad_norm": grad_norm,
             "skipped": jnp.int32(~is_taken),
             "learning_rate": learning_rate(state.step),
-            "bias_rate": rate,
+            "bias_rate": bias_rate(state.step),
             "load_LE": counts.load_E,
             "bias_LE": bias_LE,
             "max_vio": load.max_violation(counts.load_E),
@@ -132,8 +137,7 @@ def make_train_step(
         if cfg.mtp_depth:
             metrics["mtp_loss"] = losses.mtp_D
         metrics |= {name: loss.value for name, loss in losses.layers.items()}
-        reported = reductions.values(measured.metrics)
-        metrics |= {f"{name}_L": value_L for name, value_L in reported.items()}
+        metrics |= to_log(measured.metrics)
         return new_state, metrics
 
     return train_step

@@ -146,6 +146,7 @@ class Stretch:
             "rolled_back": self.back.count(step),
         }
         load_LE, bias_LE = metrics.pop("load_LE"), metrics.pop("bias_LE")
+        metrics |= load.percentiles("max_vio", metrics["max_vio_L"])
         metrics |= meter.read(step)
         load_LE = load_LE / load_LE.sum(-1, keepdims=True)
         log.log(step, metrics, load_LE=load_LE, bias_LE=bias_LE)
@@ -162,7 +163,10 @@ class Stretch:
 def evaluate(
     eval_step: steps.EvalStep, state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, Any]:
-    """Returns validation loss, perplexity and global MaxVio, on the host."""
+    """Returns validation loss, perplexity and global MaxVio, on the host.
+
+    The latter as the mean over layers, of each of them, and as percentiles.
+    """
     parts, ahead = [], Ahead()
     for batch in batches:
         parts.append(eval_step(state.params, state.router_state, batch))
@@ -176,6 +180,7 @@ def evaluate(
         "val_perplexity": math.exp(min(loss, 700.0)),
         "global_max_vio": max_vio_L.mean(),
         "global_max_vio_L": max_vio_L,
+        **load.percentiles("global_max_vio", max_vio_L),
     }
 
 

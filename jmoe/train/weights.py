@@ -33,7 +33,9 @@ def gather_weights(params: Any, layout: Layout, run: RunConfig) -> Any:
     """
     dtype = run.model.dtype
 
-    def gather(record: Parameter, x: jax.Array, placement: zero.Placement) -> jax.Array:
+    def gather(
+        record: Parameter, x: jax.Array, placement: zero.ParameterPlacement
+    ) -> jax.Array:
         return _gather(x, placement, record.compute_dtype(dtype))
 
     waiting = _waiting(run)
@@ -52,7 +54,7 @@ def reduce_gradients(gradients: Any, layout: Layout, run: RunConfig) -> Any:
       gradients: of what `gather_weights` returned.
     """
 
-    def sum_over_others(x: jax.Array, placement: zero.Placement) -> jax.Array:
+    def sum_over_others(x: jax.Array, placement: zero.ParameterPlacement) -> jax.Array:
         return collectives.psum(x, placement.summed)  # the gather has summed the rest
 
     waiting = _waiting(run)
@@ -71,7 +73,9 @@ def with_gathers(model: Transformer, run: RunConfig, layout: Layout) -> Transfor
     if run.mesh.zero_stage != 3:
         return model
 
-    def gather(record: Parameter, x: jax.Array, placement: zero.Placement) -> jax.Array:
+    def gather(
+        record: Parameter, x: jax.Array, placement: zero.ParameterPlacement
+    ) -> jax.Array:
         placement = placement.of_layer() if record.is_stacked else placement
         return gather_in_layer(x, placement, record.compute_dtype(run.model.dtype))
 
@@ -84,7 +88,7 @@ def with_gathers(model: Transformer, run: RunConfig, layout: Layout) -> Transfor
 
 
 def gather_in_layer(
-    x: jax.Array, placement: zero.Placement, dtype: jax.typing.DTypeLike
+    x: jax.Array, placement: zero.ParameterPlacement, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Gathers one float32 weight in `dtype`, and returns it in float32 again.
 
@@ -106,7 +110,7 @@ def gather_in_layer(
 
 
 def _gather(
-    x: jax.Array, placement: zero.Placement, dtype: jax.typing.DTypeLike
+    x: jax.Array, placement: zero.ParameterPlacement, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
     """Gathers in `dtype`, if there is anything to gather."""
     return zero.gather(x.astype(dtype), placement) if placement.axes else x

@@ -124,6 +124,21 @@ def test_layers_move_alone_whether_stacked_or_mapped(name):
     np.testing.assert_allclose(mapped, stacked, rtol=1e-6, atol=1e-7)
 
 
+@ALL_RULES
+def test_each_layer_moves_by_its_own_rate(name):
+    batches = [statistics(skewed_batch(seed=seed)) for seed in range(3)]
+    load_LE, margin_LEM = map(jnp.stack, zip(*batches, strict=True))
+    bias_LE, rate_L = np.stack([BIAS_E, -BIAS_E, 2 * BIAS_E]), [0.0, 0.1, 0.3]
+    got = update(name, bias_LE, load_LE, margin_LEM, np.float32(rate_L)[:, None])
+    alone = [
+        update(name, bias_LE[layer], *batches[layer], rate)
+        for layer, rate in enumerate(rate_L)
+    ]
+    np.testing.assert_array_equal(got[0], bias_LE[0])
+    np.testing.assert_allclose(got, np.stack(alone), rtol=1e-6, atol=1e-7)
+    assert (np.abs(got - bias_LE).max(-1) > 0).tolist() == [False, True, True]
+
+
 def test_quantile_knows_no_rate_but_on_and_off():
     batch = statistics(skewed_batch())
     steps = [update("quantile", BIAS_E, *batch, rate) for rate in (1e-4, 1.0)]
@@ -224,6 +239,7 @@ def test_an_unknown_rule_is_refused_with_the_known_ones():
 
 def test_the_config_knows_the_same_rules():
     assert tuple(bias.UPDATE_RULES) == model.UPDATE_RULES
+    assert bias.MARGIN_RULES == set(model.MARGIN_RULES)
 
 
 # A router at a standstill: fresh tokens each step, some experts far more popular.

@@ -1,5 +1,6 @@
 """Visits, capacity and drops against counting one by one."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -20,11 +21,11 @@ V3 = RouterConfig(num_experts=256, top_k=8, num_groups=8, groups_per_token=4)
 
 
 def random_choices(router, tokens, seed=0):
-    """Distinct choices, within `groups_per_token` groups, as a router makes them."""
+    """Distinct choices, within as many groups as it may, as a router makes them."""
     rng = np.random.default_rng(seed)
     expert_NK = np.empty((tokens, router.top_k), np.int32)
     for choices_K in expert_NK:
-        groups = rng.choice(router.num_groups, router.groups_per_token, replace=False)
+        groups = rng.choice(router.num_groups, router.most_groups, replace=False)
         reachable = groups[:, None] * router.group_size + np.arange(router.group_size)
         choices_K[:] = rng.choice(reachable.ravel(), router.top_k, replace=False)
     return expert_NK, rng.random(expert_NK.shape, np.float32)
@@ -44,6 +45,8 @@ def visits_of(expert_NK, gate_NK, router, peers):
         (V3, 4, 4),  # a device has two groups, but they may be on different ones
         (V3, 16, 8),  # a group lies on two devices
         (V3, 256, 8),
+        (dataclasses.replace(V3, kind="hash"), 8, 8),  # whatever the groups
+        (dataclasses.replace(V3, hash_layers=1), 8, 8),
         (RouterConfig(num_experts=8, top_k=4, num_groups=4, groups_per_token=2), 4, 2),
         # Groups of 3 beside devices of 4: the second group lies on two devices.
         (RouterConfig(num_experts=12, top_k=3, num_groups=4), 3, 2),
@@ -65,6 +68,9 @@ MISSED_BY_V3 = (
 ) / math.comb(8, 4)
 
 
+MISSED_BY_ANY = Fraction(math.comb(224, 8), math.comb(256, 8))
+
+
 @pytest.mark.parametrize(
     ("router", "peers", "want"),
     [
@@ -78,6 +84,7 @@ MISSED_BY_V3 = (
         (ALL_OF_TWO_GROUPS, 8, 2),
         (V3, 8, 8 * (1 - MISSED_BY_V3)),
         (V3, 256, 8),
+        (dataclasses.replace(V3, kind="hash"), 8, 8 * (1 - MISSED_BY_ANY)),
     ],
 )
 def test_balanced_visits_have_closed_forms(router, peers, want):

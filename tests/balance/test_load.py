@@ -1,5 +1,7 @@
 """Load metrics against their definitions, at their extremes and without any load."""
 
+import math
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,22 @@ def test_a_layer_without_load_counts_as_balanced_but_dead():
         "dead_experts": 4.0,
         "drop_rate": 0.0,
     }
+
+
+@EXAMPLES
+@given(st.lists(st.floats(0, 255, width=32), min_size=1, max_size=61))
+def test_percentiles_over_layers_are_interpolated_between_the_sorted_values(values):
+    ordered = sorted(values)
+
+    def naive(share):
+        at = share * (len(values) - 1)
+        low, high = (ordered[round_(at)] for round_ in (math.floor, math.ceil))
+        return low + (at - math.floor(at)) * (high - low)
+
+    got = load.percentiles("max_vio", np.float32(values))
+    want = {"max_vio_p50": 0.5, "max_vio_p95": 0.95, "max_vio_max": 1.0}
+    assert got == pytest.approx({k: naive(share) for k, share in want.items()})
+    assert got["max_vio_max"] == max(values)
 
 
 def test_global_violation_hides_the_noise_that_batch_violation_shows():

@@ -88,6 +88,18 @@ RAMP = ("train.batch_size=80", "train.ramp_start=8", "train.ramp_steps=100")
         (["train.checkpoint_minutes=inf"], "checkpoint_minutes=inf must be finite."),
         (["train.bias_rate.first=-1"], "first=-1.0 must be at least 0.0."),
         (["train.bias_rate.last=-1"], "last=-1.0 must be at least 0.0."),
+        (
+            ["train.bias_rate_factors=[{'layers': '*', 'factor': -1}]"],
+            "factor=-1.0 must be at least 0.0.",
+        ),
+        (
+            [
+                "train.bias_rate_factors="
+                "[{'layers': '*', 'factor': 0}, {'layers': 'moe_9', 'factor': 1}]"
+            ],
+            "train.bias_rate_factors[1].layers='moe_9' matches none of the layers with "
+            "experts, moe_0 to mtp_0.",
+        ),
         (["train.mtp_weight.switch=-0.5"], "switch=-0.5 must be at least 0.0."),
         (["train.mtp_weight.switch=2"], "switch=2.0 must be at most 1.0."),
         (["optimizer.name=sgd"], "name='sgd' is not one of 'adamw', 'muon'."),

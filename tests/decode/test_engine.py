@@ -126,15 +126,15 @@ def test_a_request_that_is_cancelled_while_it_waits_makes_room_at_once(cfg, vari
     assert_empty(engine)
 
 
-def test_requests_wait_for_pages_and_all_complete_in_their_order(cfg, variables):
+def test_requests_get_pages_in_their_order_and_wait_for_them(cfg, variables):
     engine = Engine(cfg, variables, LIMITS)
     asked = requests(40, 33, 40, 1, 50, 48, 3, 2, new=8)
     numbers = [engine.submit(*request) for request in asked]
     began, found, fewest = [], {}, LIMITS.pages
     while not engine.is_idle:
-        for done, _ in oracle.step(engine):
-            began += [] if done.number in began else [done.number]
-            found[done.number] = done
+        found |= {done.number: done for done, _ in oracle.step(engine)}
+        here = [live.completion.number for live in engine._live]
+        began += [number for number in here if number not in began]
         fewest = min(fewest, engine._pages[0].num_free)
     assert began == numbers
     assert fewest < 48 // LIMITS.page_size  # so one had to wait though there were slots
@@ -237,9 +237,22 @@ def test_long_prompts_stall_no_one(engine):
     engine.step()
     for request in requests(40, 20):
         engine.submit(*request)
-    for _ in range(5):  # as many as there are chunks
+    for _ in range(3):  # as many as there are chunks of the longest
         assert number in {done.number for done, new in engine.step() if new}
     finish(engine)
+
+
+def test_prompts_are_read_side_by_side_as_many_as_may_be_and_the_oldest_first(engine):
+    for request in requests(20, 33, 4, 17, new=4):
+        engine.submit(*request)
+    read, began = [], []
+    while len(began) < 4:
+        began += [done.number for done, _ in engine.step() if len(done.tokens) == 1]
+        read.append([live.read for live in engine._live])
+    assert read == [[16, 16, 4, 0], [20, 32, 4, 16], [20, 33, 4, 17]]
+    assert began == [2, 0, 1, 3]
+    finish(engine)
+    assert_empty(engine)
 
 
 TWO_DRAFTS = dataclasses.replace(DRAFTING, drafts=2)
@@ -290,7 +303,7 @@ def test_drafts_are_counted_by_how_far_they_are_right(cfg, variables):
     assert 40 <= 1 + done.steps + first + second <= 42
 
 
-MIXED = dataclasses.replace(LIMITS, rows=(1, 4))
+MIXED = dataclasses.replace(LIMITS, rows=(1, 4), prompts=(1, 3))
 
 
 @pytest.fixture
@@ -312,7 +325,7 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
     run, sizes = engine.programs.run, set()
 
     def noted(rows, chunks):
-        sizes.add((len(rows.slot_B), chunks.token_AC.shape[1]))
+        sizes.add((len(rows.slot_B), *chunks.token_AC.shape))
         return run(rows, chunks)
 
     engine.programs.run = noted
@@ -326,7 +339,9 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
     )
     others = [*requests(40, 3, 2, 33), (prompt(9), sampled), ([], Sampling())]
     assert len(list(engine.complete(others))) == len(others)
-    assert sizes == set(itertools.product((1, 4), (0, 4, 16)))
+    for few in (requests(2), requests(2, 2)):
+        assert len(list(engine.complete(few))) == len(few)
+    assert sizes == set(MIXED.sizes) and len(sizes) == 8
     assert compilations == []
     jax.jit(lambda x: x + 1)(np.zeros(7919))
     assert len(compilations) == 1  # it would have been noticed

@@ -1,6 +1,7 @@
 """How much a decoder holds: what the record, and a model, refuse."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -12,6 +13,7 @@ REFUSED = [
     ({"rows": (0, 4)}, "rows=(0, 4) must be numbers above 0 in ascending order."),
     ({"rows": (8, 4)}, "rows=(8, 4) must be numbers above 0 in ascending order."),
     ({"rows": (4, 4)}, "rows=(4, 4) must be numbers above 0 in ascending order."),
+    ({"prompts": (0,)}, "prompts=(0,) must be numbers above 0 in ascending order."),
     ({"chunks": ()}, "chunks=() must be numbers above 0 in ascending order."),
     ({"chunks": (64, 16)}, "chunks=(64, 16) must be numbers above 0 in ascending "),
     ({"max_length": 1}, "max_length=1 must be at least 2."),
@@ -42,6 +44,25 @@ def test_all_slots_have_room_for_the_longest_unless_pages_are_fewer():
     limits = Limits(rows=(1, 3), max_length=65, page_size=16)
     assert (limits.slots, limits.pages_of_one, limits.pages) == (3, 5, 15)
     assert dataclasses.replace(limits, num_pages=5).pages == 5
+
+
+def test_each_step_has_the_smallest_size_that_has_room():
+    limits = Limits(rows=(1, 3, 9), prompts=(1, 4), chunks=(2, 5))
+    needed = itertools.product(range(10), range(1, 5), range(1, 6))
+    for rows, prompts, chunk in [*needed, *((rows, 0, 0) for rows in range(10))]:
+        assert limits.size(rows, prompts, chunk) == min(
+            size
+            for size in limits.sizes
+            if size.rows >= rows and size.prompts >= prompts and size.chunk >= chunk
+            if (size.prompts > 0) == (prompts > 0)
+        )
+
+
+def test_many_prompts_are_read_beside_all_rows_alone_and_no_more_than_these():
+    sizes = Limits(rows=(1, 8), prompts=(1, 3, 16, 32), chunks=(64, 256)).sizes
+    assert len(sizes) == len(set(sizes)) == 2 + 2 * 2 + 2 * 2
+    assert {size.prompts for size in sizes if size.rows == 1} == {0, 1}
+    assert {size.prompts for size in sizes if size.rows == 8} == {0, 1, 3, 8}
 
 
 @pytest.mark.parametrize(

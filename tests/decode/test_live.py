@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import NOWHERE, Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.requests import Completion, Sampling
 
@@ -47,31 +47,34 @@ def test_a_row_has_the_last_token_and_the_drafts_at_their_position():
 
 def test_a_chunk_has_the_prompts_next_tokens_and_the_one_behind_them():
     first, last = live(read=0), live(read=4, slot=0)
-    parts = [PromptChunk(first, 4), None, PromptChunk(last, 2)]
-    chunks = make_chunks(LIMITS, parts, 4)
+    parts = [[PromptChunk(first, 4)], [], [PromptChunk(last, 2), PromptChunk(first, 3)]]
+    chunks = make_chunks(LIMITS, parts, StepSize(1, prompts=2, chunk=4))
     assert chunks.token_AC[0].tolist() == [1, 2, 3, 4]
-    assert chunks.token_AC[2, :2].tolist() == [5, 6]
-    assert chunks.start_A.tolist() == [0, 0, 4]
-    assert chunks.count_A.tolist() == [4, 0, 2]
-    assert (chunks.next_A[0], chunks.next_A[2]) == (5, -1)
-    assert chunks.end_A[0] == chunks.end_A[2] == 9
-    assert chunks.slot_A.tolist() == [2, NOWHERE, 0]
-    assert_nobody(chunks, 1)
+    assert chunks.token_AC[4, :2].tolist() == [5, 6]
+    assert chunks.token_AC[5, :3].tolist() == [1, 2, 3]
+    assert chunks.start_A.tolist() == [0, 0, 0, 0, 4, 0]
+    assert chunks.count_A.tolist() == [4, 0, 0, 0, 2, 3]
+    assert chunks.next_A[[0, 4, 5]].tolist() == [5, -1, 4]
+    assert chunks.end_A[[0, 4, 5]].tolist() == [9, 9, 9]
+    assert chunks.slot_A.tolist() == [2, NOWHERE, NOWHERE, NOWHERE, 0, 2]
+    for nobody in (1, 2, 3):
+        assert_nobody(chunks, nobody)
 
 
 def test_without_chunks_there_is_no_array_of_them():
-    chunks = make_chunks(LIMITS, [None, None], 0)
+    chunks = make_chunks(LIMITS, [[], []], StepSize(1))
     assert chunks.token_AC.shape == (0, 0)
     assert all(len(x) == 0 for x in chunks.draws)
 
 
 def test_arrays_have_the_same_dtypes_whoever_takes_part():
     """Else a program would be compiled again."""
+    one = StepSize(1, prompts=1, chunk=4)
     pairs = [
         (make_rows(LIMITS, [[]], 1), make_rows(LIMITS, [[live()]], 1)),
         (
-            make_chunks(LIMITS, [None], 4),
-            make_chunks(LIMITS, [PromptChunk(live(read=0), 4)], 4),
+            make_chunks(LIMITS, [[]], one),
+            make_chunks(LIMITS, [[PromptChunk(live(read=0), 4)]], one),
         ),
     ]
     for nobody, somebody in pairs:

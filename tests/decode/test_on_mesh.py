@@ -50,7 +50,15 @@ def test_a_mesh_finds_the_tokens_of_one_device(cfg, variables, mesh, settings):
     assert got == generate(cfg, variables, PROMPTS, max_new_tokens=NEW)
 
 
-SMALL = Limits(rows=(2,), chunks=(8,), max_length=64, page_size=8, drafts=1, queue=4)
+SMALL = Limits(
+    rows=(2,),
+    prompts=(2,),
+    chunks=(8,),
+    max_length=64,
+    page_size=8,
+    drafts=1,
+    queue=4,
+)
 WIDE = [  # so that all divides over 8 devices
     "vocab_size=304",
     "dense_mlp_dim=64",
@@ -127,7 +135,8 @@ def test_weights_in_fp8_on_a_mesh_find_the_tokens_of_one_device(cfg, variables):
 
 
 def compiled_step(made: OnMesh, limits: Limits, rows: int, chunk: int) -> str:
-    nobody = made._put(make_nobody(limits, made.parts, rows, chunk))
+    size = limits.size(rows, min(chunk, 1), chunk)
+    nobody = made._put(make_nobody(limits, made.parts, size))
     underway = made._programs.begin(nobody)
     operands = made._weights, made.state, underway, nobody
     return made._programs.step.lower(*operands).compile().as_text()
@@ -145,7 +154,7 @@ def assert_gathers_little(engine: Engine, hidden_dim: int) -> None:
 
 def test_no_device_gets_more_of_a_parameter_than_it_computes_with(variables):
     run, layout, divided = placed("data=2,expert=4,tensor=2", [], variables)
-    limits = Limits(rows=(2,), chunks=(16,), max_length=64)
+    limits = Limits(rows=(2,), prompts=(1,), chunks=(16,), max_length=64)
     made = OnMesh(run, layout.mesh, "native", divided, limits)
     text = compiled_step(made, limits, 2, 16)
     whole = {

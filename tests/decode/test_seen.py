@@ -8,17 +8,22 @@ import numpy as np
 from jax.sharding import AxisType, PartitionSpec
 
 from jmoe.decode import seen
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import Live, PromptChunk, make_chunks
 from jmoe.decode.requests import Completion, Sampling
 
 SLOTS, VOCAB = 3, 10
 LIMITS = Limits(rows=(SLOTS,), max_length=16, page_size=16)
+SIZE = StepSize(SLOTS, prompts=2, chunk=4)
 
 
-def chunk_of(slot: int, prompt: list[int], start: int, count: int):
+def chunk(slot: int, prompt: list[int], start: int, count: int) -> PromptChunk:
     live = Live(prompt, Sampling(), Completion(0), 0.0, slot=slot, read=start)
-    return make_chunks(LIMITS, [PromptChunk(live, count)], 4)
+    return PromptChunk(live, count)
+
+
+def read(seen_XV, *chunks: PromptChunk):
+    return seen.read(seen_XV, make_chunks(LIMITS, [chunks], SIZE))
 
 
 def occurred(seen_XV) -> list[set[int]]:
@@ -27,16 +32,25 @@ def occurred(seen_XV) -> list[set[int]]:
 
 def test_a_sequence_that_begins_forgets_what_its_slot_had_seen_and_others_do_not():
     seen_XV = jnp.ones((SLOTS, VOCAB), bool)
-    seen_XV = seen.read(seen_XV, chunk_of(1, [3, 4, 5, 6, 7, 8], 0, 3))
+    seen_XV = read(seen_XV, chunk(1, [3, 4, 5, 6, 7, 8], 0, 3))
     every = set(range(VOCAB))
     assert occurred(seen_XV) == [every, {3, 4, 5}, every]
-    seen_XV = seen.read(seen_XV, chunk_of(1, [3, 4, 5, 6, 7, 8], 3, 2))
+    seen_XV = read(seen_XV, chunk(1, [3, 4, 5, 6, 7, 8], 3, 2))
     assert occurred(seen_XV) == [every, {3, 4, 5, 6, 7}, every]
+
+
+def test_sequences_that_are_read_together_see_each_its_own_tokens():
+    seen_XV = jnp.ones((SLOTS, VOCAB), bool)
+    seen_XV = read(seen_XV, chunk(2, [3, 4, 5, 6], 0, 3), chunk(0, [1], 0, 1))
+    every = set(range(VOCAB))
+    assert occurred(seen_XV) == [{1}, every, {3, 4, 5}]
+    seen_XV = read(seen_XV, chunk(2, [3, 4, 5, 6], 3, 1), chunk(1, [9, 8], 0, 2))
+    assert occurred(seen_XV) == [{1}, {8, 9}, {3, 4, 5, 6}]
 
 
 def test_a_chunk_of_nobody_changes_nothing():
     seen_XV = jnp.eye(SLOTS, VOCAB, dtype=bool)
-    got_XV = seen.read(seen_XV, make_chunks(LIMITS, [None], 4))
+    got_XV = read(seen_XV)
     np.testing.assert_array_equal(got_XV, seen_XV)
 
 

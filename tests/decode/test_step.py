@@ -17,7 +17,13 @@ from tests.decode import oracle
 from tests.decode.conftest import random_variables
 
 LIMITS = Limits(
-    rows=(4,), chunks=(4, 16), max_length=64, page_size=4, num_pages=24, top_logprobs=3
+    rows=(4,),
+    prompts=(3,),
+    chunks=(4, 16),
+    max_length=64,
+    page_size=4,
+    num_pages=24,
+    top_logprobs=3,
 )
 ONE_CHUNK = dataclasses.replace(LIMITS, chunks=(16,), top_logprobs=0)
 DRAFTING = dataclasses.replace(ONE_CHUNK, drafts=1)
@@ -70,6 +76,18 @@ def test_chunks_of_all_lengths_and_both_forms_find_the_tokens_of_a_whole_pass(
 def test_sampled_tokens_are_drawn_of_a_whole_pass(cfg, variables):
     found = check(cfg, variables, LIMITS, SAMPLED)
     assert len(set(found[0].tokens)) > 6
+
+
+@pytest.mark.parametrize("limits", [LIMITS, DRAFTING], ids=["plain", "with a draft"])
+def test_prompts_that_are_read_side_by_side_change_no_token(cfg, variables, limits):
+    requests = SAMPLED + greedy(33, 20, 40, 2)
+    engine = Engine(cfg, variables, limits)
+    numbers = [engine.submit(*request) for request in requests]
+    assert numbers == list(range(10))
+    found = {}
+    while not engine.is_idle:
+        found |= {done.number: done for done, _ in oracle.step(engine)}
+    oracle.assert_recomputed(cfg, variables, requests, found)
 
 
 def test_pages_of_one_position_change_no_token(cfg, variables):

@@ -146,7 +146,7 @@ def test_routed_experts_products_are_kernels(apart):
 
     def gradients(x_TD, expert_TK, gate_TK, gate_up, down, dy_TD):
         def output(x_TD, gate_TK, gate_up, down):
-            options = {"recipe": fp8.RECIPES["fp8"], "hosts": choices, "apart": apart}
+            options = {"recipe": fp8.RECIPES["fp8"], "rows": tokens, "apart": apart}
             routed_mlp = functools.partial(grouped.BACKENDS["ragged"], **options)
             return routed_mlp(x_TD, expert_TK, gate_TK, gate_up, down)
 

@@ -10,7 +10,12 @@ from jmoe.data.formatting import count, duration
 from jmoe.monitor.console import Console
 
 METRICS = {"loss": 2.5, "max_vio": 0.25, "tokens_per_second": 45_200.0}
-EVALUATION = {"val_loss": 2.75, "val_perplexity": 15.64, "global_max_vio": 0.05}
+EVALUATION = {
+    "val_loss": 2.75,
+    "val_perplexity": 15.64,
+    "global_max_vio": 0.05,
+    "global_max_vio_max": 0.125,
+}
 
 
 class Terminal(io.StringIO):
@@ -22,7 +27,7 @@ def _plain(file: io.StringIO, width: int = 80) -> rich.console.Console:
     return rich.console.Console(file=file, width=width, highlight=False)
 
 
-def _show_header(console: Console, *, name: str) -> None:
+def _show_header(console: Console, *, name: str, lending: str = "") -> None:
     console.header(
         name=name,
         parameters=1_934_848,
@@ -30,6 +35,7 @@ def _show_header(console: Console, *, name: str) -> None:
         tokens_per_step=4096,
         device="cpu",
         run_dir="runs/tiny",
+        lending=lending,
     )
 
 
@@ -97,10 +103,20 @@ def test_the_header_and_the_final_table_say_what_was_trained_and_how_it_went():
     for expected in (
         "jmoe tiny parameters 1.9M, 934.1k active per token tokens per step 4,096",
         "validation loss 2.7500 the corpus's unigram entropy is 5.6123",
-        "global MaxVio 0.050 a busiest expert gets 1.05 times its fair share",
+        "global MaxVio 0.050 a busiest expert gets 1.05 times its fair share, 1.12 in",
         "report runs/tiny/report.html",
     ):
         assert expected in shown
+
+
+@pytest.mark.parametrize("lending", ["", "up to 4 experts"])
+def test_the_header_speaks_of_lending_where_devices_lend(lending):
+    file = io.StringIO()
+    with Console(10, out=_plain(file)) as console:
+        _show_header(console, name="tiny", lending=lending)
+    shown = " ".join(file.getvalue().split())
+    between = f"lending {lending} " if lending else ""
+    assert f"device cpu {between}run directory" in shown
 
 
 def test_the_final_table_of_a_run_without_steps_has_no_results():

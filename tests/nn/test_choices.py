@@ -1,6 +1,7 @@
 """Kinds of routers: each against a plain loop, on one device and on meshes."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -39,8 +40,8 @@ def scored(seed=0, tokens=TOKENS):
     return Scored(score_BSE, jnp.asarray(rng.normal(size=E), jnp.float32), tokens)
 
 
-def choose(kind, given):
-    routing, _ = ROUTERS[kind](given, config(kind))
+def choose(kind, given, **changes):
+    routing, _ = ROUTERS[kind](given, config(kind, **changes))
     return np.asarray(routing.expert_NK).reshape(B, T, K)
 
 
@@ -59,6 +60,8 @@ def test_what_the_config_says_of_a_kind_is_what_it_does(kind):
     plain = choose("token_choice", given)
     chosen = choose(kind, given)
     assert np.array_equal(chosen, plain) == KINDS[kind].as_token_choice
+    unbiased = choose(kind, given._replace(bias_E=jnp.zeros(E)))
+    assert np.array_equal(chosen, unbiased) != KINDS[kind].by_bias
     if not KINDS[kind].no_text:  # what follows doesn't matter
         begun = settled._replace(id_BT=settled.id_BT[:, :shorter], choice_BTK=None)
         given = Scored(given.score_BSE[:, :shorter], given.bias_E, begun)
@@ -68,6 +71,17 @@ def test_what_the_config_says_of_a_kind_is_what_it_does(kind):
 
 
 BY_TOKENS = [kind for kind, said in KINDS.items() if not said.by_experts]
+
+
+@pytest.mark.parametrize("kind", BY_TOKENS)
+@pytest.mark.parametrize("hash_layers", [0, 1])
+def test_a_tokens_choices_lie_in_as_few_groups_as_the_config_says(kind, hash_layers):
+    changes = {"num_groups": 4, "hash_layers": hash_layers}
+    cfg, chosen_BTK = config(kind, **changes), choose(kind, scored(), **changes)
+    group_NK = chosen_BTK.reshape(-1, K) // cfg.group_size
+    is_limited = max(len(set(group_K)) for group_K in group_NK.tolist()) == 1
+    assert is_limited == KINDS[kind].within_groups
+    assert cfg.most_groups == (1 if is_limited and not hash_layers else 4)
 
 
 @pytest.mark.parametrize("kind", BY_TOKENS)
@@ -96,9 +110,25 @@ def test_a_hash_goes_by_the_tokens_id_alone_and_uses_all_experts():
     assert set(choose("hash", scored()).ravel().tolist()) == set(range(E))
 
 
-def test_balanced_choices_load_all_experts_alike():
-    counts = np.bincount(choose("balanced", scored()).ravel(), minlength=E)
-    assert counts.tolist() == [B * T * K // E] * E
+@pytest.mark.parametrize(
+    ("experts", "top_k", "groups", "visited"),
+    # V3's, V2's, V2-Lite's and Qwen3's shape, and one choice in each of three groups.
+    [(256, 8, 8, 4), (160, 6, 8, 3), (64, 6, 1, 1), (128, 8, 1, 1), (16, 3, 4, 3)],
+)
+def test_balanced_choices_load_experts_alike_and_visit_as_many_groups_as_they_may(
+    experts, top_k, groups, visited
+):
+    shape = {"num_groups": groups, "groups_per_token": visited}
+    cfg = RouterConfig(kind="balanced", num_experts=experts, top_k=top_k, **shape)
+    score_BSE = jnp.ones((2, 4 * experts, experts))
+    routing, _ = ROUTERS["balanced"](Scored(score_BSE, jnp.zeros(experts), TOKENS), cfg)
+    expert_NK = np.asarray(routing.expert_NK)
+    assert all(len({*row}) == top_k for row in expert_NK.tolist())
+    count_E = np.bincount(expert_NK.ravel(), minlength=experts)
+    assert count_E.tolist() == [2 * 4 * top_k] * experts
+    parts, most = (groups, visited) if groups > 1 else (8, top_k)
+    visits = [len({*row}) for row in (expert_NK // (experts // parts)).tolist()]
+    assert set(visits) == {most}
 
 
 def test_a_replay_takes_what_it_is_told_and_refuses_other_shapes():
@@ -156,10 +186,19 @@ def _open(tree):
     )
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("kind", ["noisy", "expert_choice", "hash", "replayed"])
+# Of one that chooses outside of groups, an exchange must not count on their limit.
+GROUPS = {"hash": {"num_groups": 4}, "replayed": {"num_groups": 4}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *itertools.product(["noisy", "expert_choice", "hash", "replayed"], MESHES),
+        ("balanced", MESHES[0]),
+    ],
+)
 def test_on_a_mesh_choices_outputs_and_gradients_are_one_devices(kind, mesh):
-    layer, variables, x_BTD = moe(kind)
+    layer, variables, x_BTD = moe(kind, **GROUPS.get(kind, {}))
     params, state = _open(variables["params"]), _open(variables["router_state"])
 
     def loss(params, x_BSD, tokens):
@@ -227,6 +266,17 @@ def _copies(spec):
             "auxiliary_loss='switch' must be 'none' with kind='expert_choice'",
         ),
         ("expert_choice", {"hash_layers": 1}, "hash_layers=1 must be 0"),
+        (
+            "balanced",
+            {"num_experts": 16, "top_k": 7, "num_groups": 4, "groups_per_token": 2},
+            "top_k=7 must divide evenly over groups of 4 experts, at most groups_per",
+        ),
+        (
+            "balanced",
+            {"update_rule": "quantile"},
+            "update_rule='quantile' must be one of 'sign', 'sign_centered', "
+            "'proportional' with kind='balanced'",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(kind, changes, said):

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jmoe.config import model as config
-from jmoe.nn.model import Transformer, read_biases, write_biases
+from jmoe.nn.model import Transformer, bias_paths, read_biases, write_biases
 from jmoe.nn.tail import REMAT_POLICIES
 from jmoe.ops import fp8
 
@@ -132,6 +132,9 @@ def test_write_biases_is_the_inverse_of_read_biases(
     state = random_variables(cfg)["router_state"]
     bias_LE = read_biases(state, cfg)
     assert bias_LE.shape == (3 - num_dense + 2, 8)
+    if loop == "unroll":
+        names = tuple(path[0] for path in bias_paths(cfg))
+        assert names == cfg.moe_layer_names
     chex.assert_trees_all_equal(write_biases(bias_LE, cfg), state)
     np.testing.assert_array_equal(
         read_biases(write_biases(-bias_LE, cfg), cfg), -bias_LE

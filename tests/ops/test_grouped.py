@@ -122,11 +122,12 @@ def test_the_weights_gradient_of_equal_tokens_is_one_tokens_times_their_number(
 
     In a pipeline, segments of an overload add to a sum in the weights' dtype.
     """
-    routed_mlp = functools.partial(BACKENDS[backend], hosts=2)
     _, _, _, *weights = floats((1, 3), jnp.bfloat16)
 
     def gradients(tokens, dtype):
         expert_TK = jnp.tile(jnp.array([0, 2, 5]), (tokens, 1))
+        half = -(-expert_TK.size // 2)
+        routed_mlp = functools.partial(BACKENDS[backend], rows=half)
         x_TD = jnp.ones((tokens, D), jnp.bfloat16)
         gate_TK = jnp.full(expert_TK.shape, 0.75)
         held = (w.astype(dtype) for w in weights)
@@ -295,7 +296,7 @@ def equations(backend):
     expert_TK = CHOICES["random"]
     routed_mlp = functools.partial(
         BACKENDS[backend],
-        hosts=expert_TK.shape[1],  # `ragged` has a loop, too
+        rows=expert_TK.shape[0],  # `ragged` has a loop, too
     )
 
     def pull(dy_TD, *arrays):

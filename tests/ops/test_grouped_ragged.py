@@ -15,7 +15,7 @@ from tests.programs import equations
 T, K, D, E, F = 300, 3, 16, 5, 8
 NOBODY = E
 SEGMENT = 3 * grouped_ragged.TILE  # holds T
-FIRST = {1: 8 * grouped_ragged.TILE, 2: 4 * grouped_ragged.TILE, 4: SEGMENT}
+FIRST = {None: 8 * grouped_ragged.TILE, 450: 4 * grouped_ragged.TILE, 225: SEGMENT}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -39,9 +39,9 @@ def arrays(of_nobody):
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("of_nobody", [0.0, 0.3, 0.8])
-@pytest.mark.parametrize("hosts", FIRST)
+@pytest.mark.parametrize("rows", FIRST)
 def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
-    hosts, of_nobody, apart, monkeypatch
+    rows, of_nobody, apart, monkeypatch
 ):
     product = grouped_ragged._product
 
@@ -49,7 +49,7 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
         out = product(name, left, right, size_E, **dtype)
         if name == "outer":
             assert left.shape[0] == right.shape[0]
-            first = SEGMENT if apart else FIRST[hosts]
+            first = SEGMENT if apart else FIRST[rows]
             assert left.shape[0] in (first, SEGMENT)
             # A kernel multiplies whole tiles, in which nobody's rows count as zero.
             return out + 0 * (left.sum() + right.sum())
@@ -59,21 +59,21 @@ def test_what_a_kernel_leaves_in_rows_of_nobody_reaches_no_result(
     given_arrays = arrays(of_nobody)
     want = gradients(grouped.BACKENDS["blocks"], *given_arrays)
     monkeypatch.setattr(grouped_ragged, "_product", leaves_memory_as_it_was)
-    routed_mlp = functools.partial(grouped.BACKENDS["ragged"], hosts=hosts, apart=apart)
+    routed_mlp = functools.partial(grouped.BACKENDS["ragged"], rows=rows, apart=apart)
     got = gradients(routed_mlp, *given_arrays)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_a_device_with_all_experts_has_one_segment_and_no_loop():
-    def loops(hosts):
-        routed_mlp = functools.partial(grouped.BACKENDS["ragged"], hosts=hosts)
+    def loops(rows):
+        routed_mlp = functools.partial(grouped.BACKENDS["ragged"], rows=rows)
         traced = jax.make_jaxpr(functools.partial(gradients, routed_mlp))(*arrays(0.0))
         found = equations(traced.jaxpr)
         return sum(equation.primitive.name == "while" for equation, _ in found)
 
-    assert loops(1) == 0
-    assert loops(2) > 0
+    assert loops(None) == 0
+    assert loops(T * K // 2) > 0
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jmoe.config import MeshConfig, RouterConfig
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, travel
 from jmoe.parallel import exchange as subject
 from jmoe.parallel.mesh import make_mesh
 
@@ -42,8 +42,9 @@ def emulated_ragged(rows_SX, arrived_RX, from_P, send_P, to_P, receive_P, *, axi
 
 @pytest.fixture(autouse=True)
 def ragged_on_cpu(monkeypatch):
-    emulated = functools.partial(subject.ragged_rows, all_to_all=emulated_ragged)
-    monkeypatch.setitem(subject.BACKENDS, "ragged", emulated)
+    monkeypatch.setitem(
+        travel.TRANSPORTS, "ragged", travel.ragged_rows(emulated_ragged)
+    )
 
 
 def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
@@ -52,6 +53,17 @@ def mlps(x_RD, expert_RK, gate_RK, up_EDF, down_EFD):
     gate_RE = jnp.einsum("rk,rke->re", gate_RK, chosen_RKE)
     act_REF = jax.nn.silu(jnp.einsum("rd,edf->ref", x_RD, up_EDF))
     return jnp.einsum("re,ref,efd->rd", gate_RE, act_REF, down_EFD)
+
+
+def experts(x_RD, groups):
+    """`mlps` of the tokens of all the tensor group."""
+    y = 0
+    for expert_RK, gate_RK, weights, *_ in groups:
+        tokens = (
+            collectives.all_gather(x, "tensor", 0) for x in (x_RD, expert_RK, gate_RK)
+        )
+        y += mlps(*tokens, *weights)
+    return collectives.reduce_scatter(y, "tensor", 0)
 
 
 @functools.cache
@@ -65,11 +77,8 @@ def on_mesh(mesh_cfg, cfg, router):
 
     def on_device(expert_NK, dy_ND, x_ND, gate_NK, *weights):
         def loss(x_ND, gate_NK, *weights):
-            def experts(*tokens_R):
-                tokens = (collectives.all_gather(x, "tensor", 0) for x in tokens_R)
-                return collectives.reduce_scatter(mlps(*tokens, *weights), "tensor", 0)
-
-            got = subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
+            tokens = x_ND, expert_NK, gate_NK
+            got = subject.exchange(*tokens, experts, weights, cfg, router)
             return (got.y_ND * dy_ND).sum(), got
 
         gradients, got = jax.grad(loss, range(4), has_aux=True)(x_ND, gate_NK, *weights)

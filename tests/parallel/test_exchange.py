@@ -116,13 +116,14 @@ def test_results_repeat_to_the_bit(backend):
 def test_outside_of_a_mesh_the_experts_are_called_directly():
     seen = []
 
-    def experts(*tokens):
-        seen.append(tokens)
-        return tokens[0]
+    def experts(x_RD, groups):
+        seen.append((x_RD, *groups[0][:3]))
+        return x_RD
 
     inputs = (jnp.ones((3, D)), jnp.zeros((3, 4), jnp.int32), jnp.ones((3, 4)))
+    weights = (jnp.ones(16),)
     cfg = ExchangeConfig(capacity_factor=1.0, chunks=2)
-    got = subject.exchange(*inputs, experts, cfg, ROUTER)
-    assert all(x is y for x, y in zip(seen[0], inputs, strict=True))
+    got = subject.exchange(*inputs, experts, weights, cfg, ROUTER)
+    assert all(x is y for x, y in zip(seen[0], (*inputs, weights), strict=True))
     assert got.y_ND is inputs[0]
     assert got.dropped_sending == got.dropped_receiving == 0

@@ -10,6 +10,7 @@ import pytest
 from jmoe.config import ExchangeConfig, MeshConfig
 from jmoe.ops import fp8
 from jmoe.parallel import exchange as subject
+from jmoe.parallel import travel
 from jmoe.parallel.mesh import make_mesh
 from tests.parallel import exchanging
 from tests.parallel.exchanging import (
@@ -28,9 +29,13 @@ from tests.parallel.exchanging import (
 ragged_on_cpu = exchanging.ragged_on_cpu
 
 
-def scaled(x_RD, expert_RK, gate_RK, own):
+def scaled(x_RD, groups, own):
     """Experts that only weigh: a row is the token, times the gates of its choices."""
-    sum_R1 = jnp.where(expert_RK < own, gate_RK, 0).sum(1, keepdims=True)
+    counts = [own, *(4 for _ in groups[1:])]  # and slots
+    sum_R1 = sum(
+        jnp.where(group.expert_RK < count, group.gate_RK, 0).sum(1, keepdims=True)
+        for group, count in zip(groups, counts, strict=True)
+    )
     return (x_RD * sum_R1).astype(x_RD.dtype)
 
 
@@ -56,7 +61,9 @@ def weighed(cfg, dtype=np.float32, peers=4, dim=200):
 
     def on_device(expert_NK, dy, x, gate_NK):
         def run(x, gate_NK):
-            return subject.exchange(x, expert_NK, gate_NK, experts, cfg, ROUTER).y_ND
+            return subject.exchange(
+                x, expert_NK, gate_NK, experts, (), cfg, ROUTER
+            ).y_ND
 
         y, pull = jax.vjp(run, x, gate_NK)
         return y, *pull(dy)
@@ -96,14 +103,15 @@ def test_a_token_arrives_once_at_each_device_of_its_experts(backend, router):
     def on_device(x_ND, expert_NK, gate_NK):
         arrived = []
 
-        def experts(x_RD, expert_RK, gate_RK):
+        def experts(x_RD, groups):
+            (expert_RK, *_) = groups[0]
             assert expert_RK.shape[1] == 2  # no more than this device has experts
             is_own_RK = expert_RK < 2
             arrived.append((is_own_RK.any(1).sum()[None], is_own_RK.sum()[None]))
             return x_RD
 
         cfg = ExchangeConfig(backend=backend)
-        subject.exchange(x_ND, expert_NK, gate_NK, experts, cfg, router)
+        subject.exchange(x_ND, expert_NK, gate_NK, experts, (), cfg, router)
         return arrived[0]
 
     run = on_peers(on_device, peers)
@@ -120,7 +128,8 @@ def test_the_real_ragged_all_to_all_and_its_gradient_compile_for_gpus(
     monkeypatch, dtype
 ):
     """There and back, twice, as far as it can be seen without a GPU's compiler."""
-    monkeypatch.setitem(subject.BACKENDS, "ragged", subject.ragged_rows)
+    real = travel.ragged_rows(jax.lax.ragged_all_to_all)
+    monkeypatch.setitem(travel.TRANSPORTS, "ragged", real)
     cfg = ExchangeConfig(backend="ragged", capacity_factor=1.5, dispatch_dtype=dtype)
     run = on_mesh.__wrapped__(MESHES["expert=4"], cfg, ROUTER)
     traced = run.trace(random_choices(), *arrays())

@@ -30,7 +30,7 @@ V3_MESHES = [
 ]
 
 
-def placement(size, dims, shape=SHAPE) -> zero.Placement:
+def placement(size, dims, shape=SHAPE) -> zero.ParameterPlacement:
     box = nn.LogicallyPartitioned(jax.ShapeDtypeStruct(size, jnp.float32), dims)
     return zero.place({"w": box}, shape)["w"]
 

@@ -73,6 +73,7 @@ def test_a_run_leaves_all_its_files_and_metrics(smallest, whole_run):
     assert set(logged.rows[-1]) >= {
         *("loss", "mtp_loss", "grad_norm", "learning_rate", "bias_rate", "tokens"),
         *("max_vio", "max_vio_L", "load_entropy_L", "dead_experts_L", "drop_rate_L"),
+        *("max_vio_p50", "max_vio_p95", "max_vio_max", "global_max_vio_p95"),
         *("tokens_per_second", "step_seconds"),
         *("val_loss", "val_perplexity", "global_max_vio", "global_max_vio_L"),
     }
@@ -150,6 +151,22 @@ def test_a_capacity_factor_that_can_drop_nothing_is_said_so(
         loop._show_header(console, run, tmp_path, (1, 1), step=0)
     said = f"capacity_factor={factor} drops nothing: with expert=2 it leaves room for"
     assert (said in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mesh=expert=2", "borrows up to 4 experts a layer and microbatch"),
+        ("model.moe.exchange.slots=1", "has nothing to lend: with expert=1"),
+    ],
+)
+def test_what_devices_can_lend_is_said(setting, said, tmp_path, capsys):
+    run = override(plain_run(), ["model.moe.exchange.backend=balanced", setting])
+    with Console(10) as console:
+        loop._show_header(console, run, tmp_path, (1, 1), step=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown
+    assert ("lending" in shown) == ("mesh" in setting)
 
 
 def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
@@ -292,7 +309,8 @@ def test_an_evaluation_weighs_batches_by_tokens_and_adds_their_counts():
     assert got["val_perplexity"] == pytest.approx(np.exp(2.0))
     # Global: the first layer's two imbalances cancel, the second's don't.
     np.testing.assert_allclose(got["global_max_vio_L"], [0.0, 0.5])
-    assert got["global_max_vio"] == pytest.approx(0.25)
+    assert got["global_max_vio"] == got["global_max_vio_p50"] == pytest.approx(0.25)
+    assert got["global_max_vio_max"] == pytest.approx(0.5)
 
 
 def test_the_record_of_a_run_says_how_it_was_made(whole_run):

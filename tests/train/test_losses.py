@@ -3,6 +3,8 @@
 Shapes: A microbatch, B sequence, T position, V vocabulary, D depth of prediction.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +19,7 @@ from jmoe.train import losses
 from tests.train.training import Trainer, batch, on, random_variables
 
 DEPTH = 2
-MTP_WEIGHT = 0.5
+MTP_WEIGHT, AUXILIARY_WEIGHT, Z_WEIGHT = 0.5, 0.5, 0.01
 MESHES = [
     "",
     "data=4,tensor=4,zero_stage=3",
@@ -40,6 +42,9 @@ def run(smallest) -> RunConfig:
             "train.microbatch_size=4",
             "train.ramp_start=none",
             f"train.mtp_weight={{'first': {MTP_WEIGHT}, 'last': 0.0}}",
+            "model.moe.router.auxiliary_loss=global_batch",
+            f"model.moe.router.auxiliary_weight={AUXILIARY_WEIGHT}",
+            f"model.moe.router.z_loss_weight={Z_WEIGHT}",
             "optimizer.schedule={'name': 'constant', 'peak': 1e-3}",
         ],
     )
@@ -69,11 +74,15 @@ def target_weights(batch, depth):
 
 
 def oracle(run, variables, batch):
-    """Losses of each depth, in float64, the objective's gradient, and the loads."""
+    """Losses of each depth, in float64, those of the routers, the objective's gradient.
+
+    Of all of the step's sequences as one microbatch.
+    """
     weights = [target_weights(batch, depth) for depth in range(DEPTH + 1)]
     scale = [1.0, *[MTP_WEIGHT / DEPTH] * DEPTH]
+    num_tokens = (batch.segment_BT[..., :-1] != PADDING).sum()
 
-    def log_p(params):
+    def measure(params):
         rows = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch)
         output = Transformer(run.model).apply(
             variables | {"params": params},
@@ -86,23 +95,26 @@ def oracle(run, variables, batch):
             target = np.roll(rows.tokens_BT, -1 - depth, axis=1)[:, :-1, None]
             log_p_BTV = jax.nn.log_softmax(logits)
             found.append(jnp.take_along_axis(log_p_BTV, target, axis=-1)[..., 0])
-        return found, output.measured.load.load_E
+        lost = {k: x.value.sum() for k, x in output.measured.losses.items()}
+        lost["router_z_loss"] /= num_tokens
+        return found, lost
 
     def objective(params):
-        found, load_LE = log_p(params)
+        found, lost = measure(params)
         total = sum(
             -s * (w.reshape(x.shape) * x).sum()
             for s, w, x in zip(scale, weights, found, strict=True)
         )
-        return total, (found, load_LE)
+        total += AUXILIARY_WEIGHT * lost["aux_loss"] + Z_WEIGHT * lost["router_z_loss"]
+        return total, (found, lost)
 
     grad = jax.jit(jax.grad(objective, has_aux=True))
-    gradient, (found, load_LE) = jax.device_get(grad(variables["params"]))
+    gradient, (found, lost) = jax.device_get(grad(variables["params"]))
     values = [
         -(w.reshape(x.shape) * np.float64(x)).sum()
         for w, x in zip(weights, found, strict=True)
     ]
-    return values, gradient, load_LE
+    return values, lost, gradient
 
 
 def take(trainer, rows):
@@ -115,14 +127,30 @@ def want(run, variables):
     return oracle(run, variables, batch(run, seed=0))
 
 
+@pytest.fixture(scope="module")
+def step_on(run, variables):
+    """Takes a step on a mesh, once for all tests."""
+
+    @functools.cache
+    def take(mesh):
+        trainer = Trainer.of(on(run, mesh, "pipeline.schedule=gpipe"), variables)
+        return trainer.take(trainer.state, seed=0)[1]
+
+    return take
+
+
 @pytest.mark.parametrize("mesh", MESHES)
-def test_every_counted_token_of_a_step_counts_the_same(run, variables, want, mesh):
-    """Whatever the microbatch and the device that has it; MTP depths are averaged."""
-    trainer = Trainer.of(on(run, mesh, "pipeline.schedule=gpipe"), variables)
-    _, got = trainer.take(trainer.state, seed=0)
-    values, gradient, _ = want
+def test_every_counted_token_of_a_step_counts_the_same(step_on, want, mesh):
+    """Whatever the microbatch and the device that has it; MTP depths are averaged.
+
+    So do a router's choices and logits.
+    """
+    got = step_on(mesh)
+    values, lost, gradient = want
     np.testing.assert_allclose(got.metrics["loss"], values[0], rtol=1e-6)
     np.testing.assert_allclose(got.metrics["mtp_loss"], values[1:], rtol=1e-6)
+    for name in ("aux_loss", "router_z_loss"):
+        np.testing.assert_allclose(got.metrics[name], lost[name], rtol=1e-5)
     jax.tree.map_with_path(
         lambda path, g, w: np.testing.assert_allclose(
             g, w, rtol=0, atol=2e-5 * np.abs(w).max(), err_msg=str(path)
@@ -133,15 +161,13 @@ def test_every_counted_token_of_a_step_counts_the_same(run, variables, want, mes
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_experts_count_the_tokens_that_are_there_and_no_others(run, variables, mesh):
+def test_experts_count_the_tokens_that_are_there_and_no_others(run, step_on, mesh):
     rows = batch(run, seed=0)
     want = []
     for depth in (0, 1, 2):
         places = np.ndindex(*rows.tokens_BT[..., 1:].shape)
         want.append(sum(reaches(rows.segment_BT[a, b], t, depth) for a, b, t in places))
-    trainer = Trainer.of(on(run, mesh, "pipeline.schedule=gpipe"), variables)
-    _, got = trainer.take(trainer.state, seed=0)
-    counts = got.metrics["load_LE"].sum(-1) / run.model.moe.router.top_k
+    counts = step_on(mesh).metrics["load_LE"].sum(-1) / run.model.moe.router.top_k
     assert counts.tolist() == want and want[0] > want[1] > want[2]
 
 
@@ -173,7 +199,9 @@ def test_a_document_ends_what_deeper_modules_predict_only_where_it_is_apart(run)
 def test_a_step_without_any_target_has_no_loss_and_no_gradient(run, variables):
     rows = batch(run, seed=0)
     empty = rows._replace(is_target_BT=np.zeros_like(rows.is_target_BT))
-    trainer = Trainer.of(run, variables)
+    weights = ["auxiliary_weight=0", "z_loss_weight=0"]
+    unbound = override(run, [f"model.moe.router.{weight}" for weight in weights])
+    trainer = Trainer.of(unbound, variables)
     state, got = take(trainer, empty)
     assert got["loss"] == 0 and not np.any(got["mtp_loss"])
     for gradient in jax.tree.leaves(state.opt_state[0]):
@@ -194,7 +222,9 @@ def test_layers_add_their_means_over_tokens_and_over_microbatches(run):
 
 
 def test_a_replayed_step_counts_the_experts_that_it_was_told(run, variables):
-    settings = ["pipeline.schedule=gpipe", "model.moe.router.kind=replayed"]
+    router = {"kind": "replayed", "auxiliary_loss": "none"}
+    settings = [f"model.moe.router.{name}={value}" for name, value in router.items()]
+    settings += ["pipeline.schedule=gpipe"]
     told = on(run, "pipe=2,data=2,tensor=4", *settings)
     rows, router = batch(told, seed=0), told.model.moe.router
     layers = told.model.num_moe_layers + DEPTH

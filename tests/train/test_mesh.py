@@ -109,6 +109,7 @@ def test_the_steps_compared_differ_from_each_other(trained):
             "model.moe.router.auxiliary_loss=global_batch",
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
+            "train.bias_rate_factors=[{'layers': 'mtp_1', 'factor': 0}]",
         ),
         (
             GROUPED_QUERIES,
@@ -154,10 +155,27 @@ def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
 
 
 def test_an_exchange_that_only_gpus_have_is_refused_where_it_would_be_needed(run):
-    exchange = on(run, ONE, "model.moe.exchange.backend=ragged").model.moe.exchange
-    layouts.check_exchange(exchange, layouts.run_mesh(on(run, "data=16").mesh))
+    moe = on(run, ONE, "model.moe.exchange.backend=ragged").model.moe
+    layouts.check_exchange(moe, layouts.run_mesh(on(run, "data=16").mesh))
     with pytest.raises(ValueError, match="backend='ragged' needs GPUs"):
-        layouts.check_exchange(exchange, layouts.run_mesh(on(run, "expert=16").mesh))
+        layouts.check_exchange(moe, layouts.run_mesh(on(run, "expert=16").mesh))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("slots=99", "exchange.slots=99 must be at most"),
+        ("node_size=3", "exchange.node_size=3 must divide the devices of expert=16"),
+    ],
+)
+def test_loans_that_the_mesh_has_no_room_for_are_refused_before_a_run(
+    run, setting, message
+):
+    settings = "model.moe.exchange.backend=balanced", f"model.moe.exchange.{setting}"
+    moe = on(run, ONE, *settings).model.moe
+    layouts.check_exchange(moe, layouts.run_mesh(on(run, "data=16").mesh))
+    with pytest.raises(ValueError, match=message):
+        layouts.check_exchange(moe, layouts.run_mesh(on(run, "expert=16").mesh))
 
 
 def test_heads_of_keys_that_do_not_divide_are_refused_by_name(run):

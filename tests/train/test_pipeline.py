@@ -5,6 +5,7 @@ layers of two kinds make stages unequal, and leave some without a dense layer.
 """
 
 import functools
+import re
 
 import jax
 import numpy as np
@@ -118,6 +119,7 @@ def test_every_schedule_has_a_mesh_and_a_name_in_the_config():
             "model.moe.router.auxiliary_loss=global_batch",
             "model.moe.router.z_loss_weight=0.01",
             "model.mtp_depth=2",
+            "train.bias_rate_factors=[{'layers': 'mtp_1', 'factor': 0}]",
             "pipeline.schedule=zb_h1",
         ),
     ],
@@ -135,6 +137,28 @@ def test_other_models_train_in_a_pipeline_as_on_one_device(run, settings):
     mesh = "pipe=2,data=2,expert=4"
     got = Trainer.of(on(changed, mesh), variables).train(1)
     assert_same(got.steps[0], want.steps[0])
+
+
+def test_a_pass_that_counts_for_the_global_batchs_loss_makes_no_logits(run):
+    """The compiler would not leave them away: they are made in a loop of ticks."""
+    small = [f"model.{it}" for it in ("num_layers=2", "num_dense_layers=0")]
+
+    def products(loss):
+        settings = [
+            *small,
+            "model.mtp_depth=0",
+            f"model.moe.router.auxiliary_loss={loss}",
+        ]
+        changed = on(run, "pipe=2,data=8", *settings)
+        trainer = Trainer.of(changed, random_variables(changed))
+        rows = layouts.put_batch(trainer.layout, batch(changed, seed=0))
+        text = trainer.step.lower(trainer.state, rows).as_text()
+        made = re.findall(r"dot_general.*-> tensor<(.*)>", text)
+        vocab = f"x{run.model.vocab_size}xf32"
+        return len(made), sum(shape.endswith(vocab) for shape in made)
+
+    (fewer, logits), (more, same) = products("sequence"), products("global_batch")
+    assert fewer < more and logits == same > 0
 
 
 @pytest.mark.parametrize("mesh", ["pipe=2,data=8", "pipe=4,expert=2,tensor=2"])

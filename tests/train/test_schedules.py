@@ -17,7 +17,13 @@ from jmoe.config import (
     override,
 )
 from jmoe.config.train import MOST_SIZES
-from jmoe.train.schedules import SCHEDULES, learning_rate, microbatches, stepwise
+from jmoe.train.schedules import (
+    SCHEDULES,
+    bias_rates,
+    learning_rate,
+    microbatches,
+    stepwise,
+)
 
 PEAK = 2.2e-4
 
@@ -77,6 +83,32 @@ def test_a_stepwise_value_changes_at_its_switch_and_takes_a_traced_step():
     got = [value(jnp.int32(step)) for step in (0, 2, 3, 11)]
     assert got == [np.float32(x) for x in (0.3, 0.3, 0.1, 0.1)]
     assert got[0].dtype == jnp.float32
+
+
+def test_a_layers_bias_rate_is_by_the_last_pattern_that_matches_its_name(smallest):
+    run = override(
+        smallest,
+        [
+            "model.num_layers=13",
+            "train.bias_rate={'first': 0.5, 'last': 0.25, 'switch': 0.5}",
+            "train.bias_rate_factors=[{'layers': 'moe_?', 'factor': 0},"
+            "{'layers': '*_[03]', 'factor': 2}, {'layers': 'mtp_*', 'factor': 0.5}]",
+        ],
+    )
+    rates = jax.jit(bias_rates(run.train, run.model.moe_layer_names, 12))
+    factor_L = [2, 0, 0, 2, *[0] * 6, 1, 1, 0.5]  # moe_0 to moe_11, mtp_0
+    for step, rate in ((5, 0.5), (6, 0.25)):
+        np.testing.assert_array_equal(
+            rates(jnp.int32(step))[:, 0], rate * np.float32(factor_L)
+        )
+
+
+def test_without_factors_all_layers_have_the_bias_rate(smallest):
+    train, layers = smallest.train, smallest.model.moe_layer_names
+    got = bias_rates(train, layers, 14_800)(jnp.int32(0))
+    assert (
+        got.tolist() == [[np.float32(1e-3)]] * len(layers) and got.dtype == jnp.float32
+    )
 
 
 @pytest.mark.parametrize("switch", [0.0, 0.5, 1.0])

@@ -28,6 +28,7 @@ from tests.train.training import random_variables
 SEQUENCES, T = 8, 32
 RATE = 0.01
 BIAS_RATE, MTP_WEIGHT, AUXILIARY_WEIGHT = 1e-3, 0.5, 2.0
+FACTOR_L1 = np.float32([[0], [1], [2]])  # of the bias rate: moe_0, moe_1 and mtp_0
 FROZEN, WITHOUT_MTP = 10, 15  # from these steps on, their rate or weight is 0
 
 # Microbatches, loop and remat. Together they vary all that may change how a step is
@@ -63,6 +64,8 @@ def run(smallest) -> RunConfig:
             f"model.moe.router.auxiliary_weight={AUXILIARY_WEIGHT}",
             "train.steps=20",
             f"train.bias_rate={{'first': {BIAS_RATE}, 'last': 0.0, 'switch': 0.5}}",
+            "train.bias_rate_factors=[{'layers': 'moe_0', 'factor': 0}, "
+            "{'layers': 'mtp_*', 'factor': 2}]",
             f"train.mtp_weight={{'first': {MTP_WEIGHT}, 'last': 0.0, 'switch': 0.75}}",
         ],
     )
@@ -204,7 +207,9 @@ def test_a_step_descends_the_weighted_sum_of_the_losses(
     assert_close(step.after.opt_state, unstack(want))
 
 
-def test_the_bias_takes_one_step_of_the_papers_rule_from_all_counts(take_steps, run):
+def test_each_layers_bias_takes_one_step_of_the_papers_rule_from_all_counts(
+    take_steps, run
+):
     for variant in (WHOLE, *VARIANTS):
         (step,) = take_steps(variant)
         load_LE = step.metrics["load_LE"]
@@ -213,7 +218,8 @@ def test_the_bias_takes_one_step_of_the_papers_rule_from_all_counts(take_steps, 
         seen_L = np.array([T, T, T - 1])
         assert load_LE.sum(-1).tolist() == (SEQUENCES * seen_L * top_k).tolist()
         error_LE = load_LE.mean(-1, keepdims=True) - load_LE
-        want_LE = biases(run, step.before) + np.float32(BIAS_RATE) * np.sign(error_LE)
+        rate_L1 = np.float32(BIAS_RATE) * FACTOR_L1
+        want_LE = biases(run, step.before) + rate_L1 * np.sign(error_LE)
         np.testing.assert_array_equal(biases(run, step.after), np.float32(want_LE))
         np.testing.assert_array_equal(step.metrics["bias_LE"], np.float32(want_LE))
 
@@ -273,7 +279,8 @@ def test_accumulation_adds_floats_in_float32_and_integers_exactly():
 
 
 def test_an_evaluation_sums_the_losses_within_documents(run, variables, batch):
-    cfg = override(run, ["data.segment_masks=True", "model.mtp_depth=0"])
+    settings = ["model.mtp_depth=0", "train.bias_rate_factors=[]"]
+    cfg = override(run, ["data.segment_masks=True", *settings])
     transformer = Transformer(cfg.model)
     variables = {
         name: {key: x for key, x in tree.items() if key != "mtp_0"}

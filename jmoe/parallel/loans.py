@@ -1,0 +1,222 @@
+"""Weights of lent experts: on their way to who computes them, and their gradients home.
+
+Who borrows what is known everywhere (`jmoe.balance.lending`), and differs with every
+microbatch. On GPUs an expert goes straight to its borrower, by a ragged all-to-all for
+each slot. CPUs lack it: there a dense one has a place for each slot of each peer, most
+of them empty. Gradients come back the same way, and are added at home, in the order of
+devices and slots.
+
+Shapes: E / P own expert of this device, P device of the `expert` axis, S slot, W what
+an expert's weights have, X = P * S loan, Q loan of a round.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jmoe.ops import fp8
+from jmoe.parallel import collectives
+
+AXIS = "expert"
+
+
+class Form(NamedTuple):
+    """How weights travel: pack(w) -> a tree of arrays; unpack(tree, dtype) -> w.
+
+    The tree's arrays have w's first dimension, that of experts.
+    """
+
+    pack: Callable[[jax.Array], Any]
+    unpack: Callable[[Any, Any], jax.Array]
+
+
+AS_THEY_ARE = Form(lambda w: w, lambda w, dtype: w)
+
+
+def in_fp8(recipe: fp8.Recipe) -> Form:
+    """Returns weights quantized as products will have them; a second time, for them.
+
+    What was quantized once stays as it is when it is quantized again.
+    """
+
+    def pack(w):
+        matrices = w.reshape(*w.shape[:2], -1)
+        return recipe.quantize(matrices, recipe.weights)
+
+    return Form(pack, fp8.dequantize)
+
+
+def bytes_of_expert(weights: Any, form: Form) -> int:
+    """Returns the size of one expert as it travels, of arrays with experts in front."""
+    sizes = [len(w) for w in weights]
+    packed = jax.eval_shape(lambda: [form.pack(w) for w in weights])
+    return sum(
+        x.size * x.dtype.itemsize // size
+        for tree, size in zip(packed, sizes, strict=True)
+        for x in jax.tree.leaves(tree)
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lend(
+    own: jax.Array, borrowed_PS: jax.Array, form: Form
+) -> tuple[jax.Array, jax.Array]:
+    """Returns this device's experts as they are, and those that it borrows, [S, ...].
+
+    An empty slot has zeros. The gradient of what is lent is added to that of `own`.
+
+    Args:
+      borrowed_PS: int32, the experts that each device borrows; E or more for none.
+    """
+    packed = form.pack(own)
+    carried = jax.tree.map(lambda x: _transport().lend(x, borrowed_PS), packed)
+    lent = form.unpack(carried, own.dtype)
+    return own, lent.reshape(-1, *own.shape[1:])
+
+
+def _lend_forward(own, borrowed_PS, form):
+    return lend(own, borrowed_PS, form), borrowed_PS
+
+
+def _lend_backward(form, borrowed_PS, d_parts):
+    del form  # gradients travel as they are
+    return _transport().give_back(*d_parts, borrowed_PS), None
+
+
+lend.defvjp(_lend_forward, _lend_backward)
+
+
+def _home_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
+    """Returns the device at which each borrowed expert is at home; P for none."""
+    return jnp.minimum(borrowed_PS // own, len(borrowed_PS))
+
+
+def _lend_padded(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
+    me = collectives.axis_index(AXIS)
+    home_PS = _home_PS(borrowed_PS, len(own))
+    local_PS = jnp.where(home_PS == me, borrowed_PS - me * len(own), len(own))
+    sent = own.at[local_PS].get(mode="fill", fill_value=0)
+    came = collectives.all_to_all(sent, AXIS, 0, 0)
+    slot_S = jnp.arange(borrowed_PS.shape[1])
+    return came.at[home_PS[me], slot_S].get(mode="fill", fill_value=0)
+
+
+def _give_back_padded(
+    d_own: jax.Array, d_lent: jax.Array, borrowed_PS: jax.Array
+) -> jax.Array:
+    me, slots = collectives.axis_index(AXIS), borrowed_PS.shape[1]
+    home_PS = _home_PS(borrowed_PS, len(d_own))
+    sent = jnp.zeros((len(borrowed_PS), *d_lent.shape), d_lent.dtype)
+    sent = sent.at[home_PS[me], jnp.arange(slots)].set(d_lent, mode="drop")
+    came = collectives.all_to_all(sent, AXIS, 0, 0)
+    local_PS = jnp.where(home_PS == me, borrowed_PS - me * len(d_own), len(d_own))
+    return _add(d_own, local_PS.reshape(-1), came.reshape(-1, *d_lent.shape[1:]))
+
+
+def _add(d_own: jax.Array, local_X: jax.Array, d_lent_X: jax.Array) -> jax.Array:
+    """Adds each loan's gradient to its expert's, in their order."""
+
+    def add(i, d_own):
+        return d_own.at[local_X[i]].add(d_lent_X[i], mode="drop")
+
+    return lax.fori_loop(0, len(local_X), add, d_own)
+
+
+def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
+    me = collectives.axis_index(AXIS)
+    home_PS = _home_PS(borrowed_PS, len(own))
+    peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
+    carried = []
+    for slot, (expert_P, home_P) in enumerate(
+        zip(borrowed_PS.T, home_PS.T, strict=True)
+    ):
+        is_mine_P = home_P == me
+        sizes = (
+            jnp.where(is_mine_P, expert_P - me * len(own), 0),
+            is_mine_P,
+            zero_P,
+            peer_P == home_PS[me, slot],
+        )
+        carried.append(_send(own, jnp.zeros((1, *own.shape[1:]), own.dtype), sizes))
+    return jnp.concatenate(carried)
+
+
+class _Incoming(NamedTuple):
+    """Loans in the order in which their gradients come home.
+
+    rank_PS: int32, a loan's place among those of its home. most: how many the busiest
+    home has.
+    """
+
+    rank_PS: jax.Array
+    most: jax.Array
+
+
+def _incoming(home_PS: jax.Array) -> _Incoming:
+    home_X = home_PS.reshape(-1)
+    is_before_XX = jnp.tri(home_X.size, k=-1, dtype=bool)
+    same_XX = home_X[:, None] == home_X[None, :]
+    rank_X = (same_XX & is_before_XX).sum(1, dtype=jnp.int32)
+    most = jnp.where(home_X < len(home_PS), rank_X + 1, 0).max()
+    return _Incoming(rank_X.reshape(home_PS.shape), most)
+
+
+def _give_back_ragged(
+    d_own: jax.Array, d_lent: jax.Array, borrowed_PS: jax.Array
+) -> jax.Array:
+    """Adds as many gradients a round as there are slots, which is mostly all.
+
+    The first round is always, so that what follows needn't wait for it to know.
+    """
+    me, (peers, slots) = collectives.axis_index(AXIS), borrowed_PS.shape
+    home_PS = _home_PS(borrowed_PS, len(d_own))
+    incoming = _incoming(home_PS)
+    peer_P, zero_P = jnp.arange(peers), jnp.zeros(peers, int)
+
+    def add_round(nth, d_own):
+        place_PS = incoming.rank_PS - nth * slots
+        is_now_PS = (place_PS >= 0) & (place_PS < slots)
+        came = jnp.zeros((slots, *d_lent.shape[1:]), d_lent.dtype)
+        for slot in range(slots):
+            sizes = (
+                zero_P,
+                (peer_P == home_PS[me, slot]) & is_now_PS[me, slot],
+                jnp.where(is_now_PS[me, slot], place_PS[me, slot], 0) + zero_P,
+                (home_PS[:, slot] == me) & is_now_PS[:, slot],
+            )
+            came = _send(d_lent[slot : slot + 1], came, sizes)
+        comes_PS = is_now_PS & (home_PS == me)
+        at_PS = jnp.where(comes_PS, place_PS, slots)
+        local_Q = jnp.full(slots, len(d_own), jnp.int32)
+        local_Q = local_Q.at[at_PS].set(borrowed_PS - me * len(d_own), mode="drop")
+        return _add(d_own, local_Q, came)
+
+    rounds = -(-incoming.most // slots)
+    return lax.fori_loop(1, rounds, add_round, add_round(0, d_own))
+
+
+def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
+    sizes = (size.astype(jnp.int32) for size in sizes)
+    return lax.ragged_all_to_all(rows, arrived, *sizes, axis_name=AXIS)
+
+
+class _Transport(NamedTuple):
+    """lend(own, borrowed_PS) -> lent.
+
+    give_back(d_own, d_lent, borrowed_PS) -> d_own.
+    """
+
+    lend: Callable[..., jax.Array]
+    give_back: Callable[..., jax.Array]
+
+
+_PADDED = _Transport(_lend_padded, _give_back_padded)
+_RAGGED = _Transport(_lend_ragged, _give_back_ragged)
+
+
+def _transport() -> _Transport:
+    return _PADDED if collectives.platform() == "cpu" else _RAGGED

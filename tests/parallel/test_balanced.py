@@ -1,0 +1,148 @@
+"""What is particular to the balanced exchange; `test_exchange` compares all of them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jmoe.config import ExchangeConfig, MeshConfig, RouterConfig
+from jmoe.parallel import balanced as subject
+from jmoe.parallel import collectives, exchange, reductions
+from jmoe.parallel.mesh import make_mesh
+from tests.parallel import exchanging
+from tests.parallel.exchanging import (
+    LIMITED,
+    MESHES,
+    ROUTER,
+    TOKEN_SPEC,
+    TOKENS,
+    arrays,
+    compare,
+    experts,
+    on_mesh,
+    oracle,
+    random_choices,
+)
+
+ragged_on_cpu = exchanging.ragged_on_cpu
+
+PEERS, OWN = 4, 4
+CHOICES = {
+    "random": random_choices(),
+    "one expert": np.tile([6, 16, 16, 16], (TOKENS, 1)),
+    "one device": np.tile([7, 4, 6, 5], (TOKENS, 1)),
+    "nobody": np.full((TOKENS, 4), 16),
+    "few": np.where(np.arange(TOKENS)[:, None] < 5, random_choices(), 16),
+}
+
+
+@functools.cache
+def measured(cfg, remat=False):
+    """Each device's rows, by part, and what was measured; all of it jitted."""
+    mesh = make_mesh(MeshConfig(expert=PEERS), jax.devices()[:PEERS])
+
+    def on_device(x_ND, expert_NK, gate_NK, *weights):
+        rows = []
+
+        def counting(x_RD, groups):
+            counts = [OWN, *(groups[1].weights[0].shape[0] for _ in groups[1:])]
+            owned = [
+                (group.expert_RK < count).sum()
+                for group, count in zip(groups, counts, strict=True)
+            ]
+            rows.append(jnp.stack(owned)[None])
+            return experts(x_RD, groups)
+
+        got = exchange.exchange(
+            *(x_ND, expert_NK, gate_NK, counting, weights, cfg, ROUTER), remat=remat
+        )
+        metrics = reductions.values(reductions.over_devices(got.metrics, "expert"))
+        return rows[0], metrics
+
+    return jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=TOKEN_SPEC,
+            out_specs=(TOKEN_SPEC, PartitionSpec()),
+            check_vma=False,
+        )
+    )
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_every_device_computes_as_many_rows_or_one_more_whatever_is_chosen(case):
+    """In one part, where buffers hold all visits."""
+    cfg = ExchangeConfig(backend="balanced", lend_above=0.0, capacity_factor=100.0)
+    expert_NK = CHOICES[case].astype(np.int32)
+    _, x_ND, gate_NK, *weights = arrays()
+    rows_P2, metrics = measured(cfg)(x_ND, expert_NK, gate_NK, *weights)
+    rows_P = np.asarray(rows_P2).sum(1)
+    assert rows_P.sum() == (expert_NK < 16).sum()
+    assert rows_P.max() - rows_P.min() <= 1
+    assert metrics["rows_left_over"] == 0
+    lent = np.count_nonzero(np.asarray(rows_P2)[:, 1])
+    assert metrics["experts_lent"] >= lent
+    assert (metrics["experts_lent"] == 0) == (metrics["device_max_vio"] == 0)
+
+
+def test_what_is_measured_says_how_uneven_devices_were_and_are():
+    cfg = ExchangeConfig(backend="balanced", slots=1, lend_above=0.0)
+    _, x_ND, gate_NK, *weights = arrays()
+    expert_NK = CHOICES["one device"].astype(np.int32)
+    _, metrics = measured(cfg)(x_ND, expert_NK, gate_NK, *weights)
+    # Each of the others borrows one of the four experts, and computes all of it.
+    assert metrics["device_max_vio"] == 3 and metrics["device_max_vio_lent"] == 0
+    assert metrics["experts_lent"] == 3 and metrics["rows_left_over"] == 0
+    lent_PP = np.zeros((PEERS, PEERS))
+    lent_PP[1, [0, 2, 3]] = 1
+    np.testing.assert_array_equal(metrics["lent_PP"], lent_PP)
+    up_EDF, down_EFD = weights
+    assert metrics["bytes_lent"] == 3 * (up_EDF[0].nbytes + down_EFD[0].nbytes)
+
+
+@pytest.mark.parametrize("mesh", ["expert=4", "data=2,expert=4,tensor=2"])
+@pytest.mark.parametrize("case", ["random", "one expert", "one device"])
+def test_rows_and_weights_by_ragged_all_to_alls_give_the_same(case, mesh, monkeypatch):
+    """As on GPUs, with buffers for what is expected and no more."""
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", exchanging.emulated_ragged)
+    monkeypatch.setattr(collectives, "platform", lambda: "gpu")
+    cfg = ExchangeConfig(backend="balanced", capacity_factor=1.0, lend_above=0.0)
+    expert_NK = CHOICES[case].astype(np.int32)
+    got = on_mesh.__wrapped__(MESHES[mesh], cfg, ROUTER)(expert_NK, *arrays())
+    compare(got, oracle(expert_NK, *arrays()))
+
+
+@pytest.mark.parametrize("factor", [1.0, 4.0])
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_what_buffers_do_not_hold_goes_in_further_parts(factor, chunks):
+    expert_NK = random_choices(LIMITED)
+    cfg = ExchangeConfig(backend="balanced", capacity_factor=factor, chunks=chunks)
+    got = on_mesh(MESHES["expert=4"], cfg, LIMITED)(expert_NK, *arrays())
+    compare(got, oracle(expert_NK, *arrays()))
+
+
+def test_more_slots_than_other_devices_have_experts_are_refused():
+    cfg = ExchangeConfig(backend="balanced", slots=13)
+    with pytest.raises(ValueError, match="slots=13 must be at most 12"):
+        on_mesh(MESHES["expert=4"], cfg, ROUTER)(random_choices(), *arrays())
+
+
+def test_slots_are_four_or_as_many_as_a_device_has_experts():
+    cfg = ExchangeConfig(backend="balanced")
+    many = RouterConfig(num_experts=64, top_k=4)
+    assert subject.num_slots(cfg, ROUTER, 8) == 2
+    assert subject.num_slots(cfg, many, 4) == 4
+
+
+def test_rows_that_int32_cannot_count_are_refused():
+    cfg = ExchangeConfig(backend="balanced")
+    shapes = [(2**31 // 4, 8), (2**31 // 4, 4), (2**31 // 4, 4)]
+    x, expert, gate = (jax.ShapeDtypeStruct(s, np.float32) for s in shapes)
+    expert = jax.ShapeDtypeStruct(expert.shape, np.int32)
+    weights = [jax.ShapeDtypeStruct(s, np.float32) for s in [(16, 8, 4), (16, 4, 8)]]
+    with pytest.raises(ValueError, match="lending counts them in int32"):
+        jax.eval_shape(measured.__wrapped__(cfg), x, expert, gate, *weights)
