@@ -19,6 +19,8 @@ from tests.parallel.exchanging import (
     ROUTER,
     TOKEN_SPEC,
     TOKENS,
+    D,
+    F,
     arrays,
     compare,
     experts,
@@ -123,6 +125,33 @@ def test_what_buffers_do_not_hold_goes_in_further_parts(factor, chunks):
     cfg = ExchangeConfig(backend="balanced", capacity_factor=factor, chunks=chunks)
     got = on_mesh(MESHES["expert=4"], cfg, LIMITED)(expert_NK, *arrays())
     compare(got, oracle(expert_NK, *arrays()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_borrowed_weights_are_fetched_again_where_they_are_not_kept(remat):
+    """What a backward pass is given has them or not, and yields the same."""
+    cfg = ExchangeConfig(backend="balanced", slots=3, lend_above=0.0)
+    dy_ND, x_ND, gate_NK, *weights = arrays()
+    mesh = make_mesh(MeshConfig(expert=PEERS), jax.devices()[:PEERS])
+    kept = []
+
+    def on_device(expert_NK, dy_ND, x_ND, gate_NK, *weights):
+        def run(x_ND, gate_NK, *weights):
+            tokens = x_ND, expert_NK, gate_NK
+            given = *tokens, experts, weights, cfg, ROUTER
+            return exchange.exchange(*given, remat=remat).y_ND
+
+        y_ND, pull = jax.vjp(run, x_ND, gate_NK, *weights)
+        kept.extend(leaf.shape for leaf in jax.tree.leaves(pull))
+        return y_ND, *pull(dy_ND)
+
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=TOKEN_SPEC, out_specs=TOKEN_SPEC, check_vma=False
+    )
+    expert_NK = CHOICES["one device"].astype(np.int32)
+    got = jax.jit(mapped)(expert_NK, dy_ND, x_ND, gate_NK, *weights)
+    compare(got, oracle(expert_NK, dy_ND, x_ND, gate_NK, *weights))
+    assert ((3, D, F) in kept) == (not remat)
 
 
 def test_more_slots_than_other_devices_have_experts_are_refused():
