@@ -187,9 +187,10 @@ def _exchange_chunk(
     parts = collectives.pmax(
         layout.transport.parts(chunk.trips, layout.capacity), "tensor"
     )
-    x_ND, gate_NK, weights, nothing_ND = _with_gradients_of_later_parts(
+    given: Any = _with_gradients_of_later_parts(
         layout, parts, x_ND, gate_NK, weights, chunk
     )
+    x_ND, gate_NK, weights, nothing_ND = given
     y_ND, lent = _exchange_part(layout, 0, x_ND, gate_NK, weights, chunk)
     tokens, held = lax.stop_gradient(((x_ND, gate_NK), (weights, lent)))
 
