@@ -200,8 +200,8 @@ def _give_back_ragged(
 
 
 def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
-    sizes = (size.astype(jnp.int32) for size in sizes)
-    return lax.ragged_all_to_all(rows, arrived, *sizes, axis_name=AXIS)
+    operands = (size.astype(jnp.int32) for size in sizes)
+    return lax.ragged_all_to_all(rows, arrived, *operands, axis_name=AXIS)
 
 
 class _Transport(NamedTuple):

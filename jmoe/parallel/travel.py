@@ -135,7 +135,7 @@ class Trips(NamedTuple):
 
     visits: dropping.Visits
     rank_NV: jax.Array
-    count_PP: jax.Array | None = None
+    count_PP: Any = None
 
 
 class Transport(NamedTuple):

@@ -25,10 +25,18 @@ from tests.train.training import (
     random_variables,
 )
 
-STEPS, A, B = 20, 2, 16
+STEPS, A, B = 8, 2, 16
 ONE = ""
 
-each_mesh = pytest.mark.parametrize("mesh", MESHES)
+# Of these, a mesh of all three axes has both.
+PAIRS = {"data=4,expert=4", "data=4,tensor=4"}
+each_mesh = pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=pytest.mark.long if mesh in PAIRS else ())
+        for mesh in MESHES
+    ],
+)
 
 
 @pytest.fixture(scope="module")
