@@ -29,10 +29,12 @@ def execute(name: str, checkout: pathlib.Path, last_cell: str):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
     )
+    one_device = "--xla_force_host_platform_device_count=1"  # as a reader has
     environment = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
         "XDG_CACHE_HOME": str(checkout),
-        "XLA_FLAGS": "",  # one device, as a reader has
+        # Of two flags alike, the last one counts.
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {one_device}",
     }
     client.execute(env=os.environ | environment)
     return notebook

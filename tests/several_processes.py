@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import pathlib
-import pkgutil
 import socket
 import subprocess
 import sys
@@ -94,8 +93,8 @@ def program_of_two(module: str, *imports: str) -> Iterator[Callable[..., list[Co
     """Gives a function that starts two processes of two devices each, at once.
 
     Either is a copy of one that has imported the program and what else it needs, which
-    takes most of a short process's time. The function takes the arguments of both, in
-    which directories they work, and what both call first (see `starts`).
+    takes most of a short process's time. The function takes the arguments of both, and
+    in which directories they work.
     """
     with tempfile.TemporaryDirectory() as said, contextlib.ExitStack() as stack:
         programs = [
@@ -106,26 +105,27 @@ def program_of_two(module: str, *imports: str) -> Iterator[Callable[..., list[Co
             )
             for _ in range(2)
         ]
-        names = map(str, itertools.count())
+        names, copies = map(str, itertools.count()), []
 
-        def start(arguments, cwd=(ROOT, ROOT), first=()) -> list[Copy]:
-            copies = []
+        def start(arguments, cwd=(ROOT, ROOT)) -> list[Copy]:
+            while copies:
+                copies.pop().start.kill()  # if a test has failed and left it
             for program, own, at in zip(programs, arguments, cwd, strict=True):
                 name = pathlib.Path(said, next(names))
                 out, err = name.with_suffix(".out"), name.with_suffix(".err")
-                begin = f"{__name__}:begin", str(err), str(at), *first
+                out.touch()
+                err.touch()
+                begin = f"{__name__}:begin", str(err), str(at)
                 copies.append(Copy(program.start(own, out, *begin), out, err))
-            return copies
+            return copies.copy()
 
         yield start
 
 
-def begin(err: str, cwd: str, first: str | None = None, *given: Any) -> None:
+def begin(err: str, cwd: str) -> None:
     """Gives a copied process a directory, and a file for its errors alone."""
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT, 0o644), sys.stderr.fileno())
+    os.dup2(os.open(err, os.O_WRONLY), sys.stderr.fileno())
     os.chdir(cwd)
-    if first is not None:
-        pkgutil.resolve_name(first)(*given)
 
 
 def ended(running: Sequence[subprocess.Popen], timeout_s: float = 180) -> list[Ended]:

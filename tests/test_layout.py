@@ -16,7 +16,7 @@ from jmoe.balance import dropping
 from jmoe.config import attention, model, run
 from jmoe.nn.model import Transformer, make_variables
 from jmoe.ops import fp8, grouped, rope
-from jmoe.parallel import exchange
+from jmoe.parallel import exchange, travel
 from jmoe.train import muon, optimizer, schedules
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -115,7 +115,7 @@ NO_OPENING = {
 COLLECTIVES = {
     *("psum", "pmax", "all_gather", "reduce_scatter", "all_to_all", "ppermute"),
 }
-LOCAL = {"Axes", "axis_index", "axis_size", "local_part", "share"}
+LOCAL = {"Axes", "axis_index", "axis_size", "local_part", "platform", "share"}
 JAX_COLLECTIVES = {
     *("all_gather", "all_to_all", "pcast", "pmax", "pmean", "pmin", "ppermute", "psum"),
     *("psum_scatter", "pvary", "ragged_all_to_all"),
@@ -260,7 +260,7 @@ def parameter_names(*presets: str) -> set[str]:
         (run.PRECISIONS, ["native", *fp8.RECIPES]),
         (model.EXPERT_BACKENDS, grouped.BACKENDS),
         (model.EXCHANGES, exchange.BACKENDS),
-        (model.WIRE_DTYPES, exchange.WIRES),
+        (model.WIRE_DTYPES, travel.WIRES),
         (model.DROP_ORDERS, dropping.DROP_ORDERS),
         (attention.ROPE_PAIRS, rope.ROTATIONS),
     ],

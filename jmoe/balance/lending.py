@@ -330,3 +330,11 @@ def measure(load_PE: jax.Array, lending: LendingPlan) -> LendingMetrics:
         (lending.borrowed_PS < experts).sum(dtype=jnp.int32),
         jnp.maximum(after_P - share, 0).sum(dtype=jnp.int32),
     )
+
+
+def loans_between(lending: LendingPlan) -> jax.Array:
+    """Returns how many experts of each device each device borrows, int32 [L, P]."""
+    devices, experts = len(lending.borrowed_PS), len(lending.rows_EP)
+    home_PS = lending.borrowed_PS // (experts // devices)
+    is_lender_LPS = jnp.arange(devices)[:, None, None] == home_PS
+    return is_lender_LPS.sum(-1, dtype=jnp.int32)

@@ -255,10 +255,12 @@ def _from_previous(
     if _busiest(weight_E, near_R, sizes) <= allowed:
         return near_R
     scratch_R = packing.matched(scratch_R, previous_R, sizes.nodes)
-    nodes = (np.split(slot_R, sizes.nodes) for slot_R in (scratch_R, previous_R))
-    return np.concatenate(
-        [packing.aligned(*node, devices) for node in zip(*nodes, strict=True)]
+    pairs = zip(
+        np.split(scratch_R, sizes.nodes),
+        np.split(previous_R, sizes.nodes),
+        strict=True,
     )
+    return np.concatenate([packing.aligned(new, old, devices) for new, old in pairs])
 
 
 def _on_nodes(

@@ -14,6 +14,7 @@ hidden.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
-from jmoe.config import ModelConfig, RunConfig
+from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
 from jmoe.decode import layers, mesh_weights
@@ -153,10 +154,20 @@ class MeshPrograms(NamedTuple):
     abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
+def _with_room_for_all(cfg: ModelConfig) -> ModelConfig:
+    """Returns the model whose exchange drops nobody's tokens, and lends no experts.
+
+    A step's tokens are so few that room for all is little, and weights are more.
+    """
+    exchange = ExchangeConfig(dispatch_dtype=cfg.moe.exchange.dispatch_dtype)
+    moe = dataclasses.replace(cfg.moe, exchange=exchange)
+    return dataclasses.replace(cfg, moe=moe)
+
+
 @functools.lru_cache(maxsize=16)
 def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
     """Returns the programs of a run's model on this mesh."""
-    cfg = run.model
+    cfg = _with_room_for_all(run.model)
     layout = make_layout(Transformer(cfg), mesh)
     rows = mesh_weights.cut(cfg, run.mesh.pipe, limits.max_length)
     own = functools.partial(jax.tree.map, lambda x: x[None])

@@ -89,14 +89,16 @@ class Console:
         tokens_per_step: int,
         device: str,
         run_dir: str | pathlib.Path,
+        lending: str = "",
     ) -> None:
-        """Says what is trained, on what and where."""
+        """Says what is trained, on what and where, and how devices lend experts."""
         active = f"{count(active_parameters)} active per token"
         self._out.print(f"\n[bold]jmoe[/bold] [bold cyan]{escape(name)}[/bold cyan]")
         self._print_pairs(
             ("parameters", f"{count(parameters)}, {active}"),
             ("tokens per step", f"{tokens_per_step:,}"),
             ("device", device),
+            *([("lending", lending)] if lending else []),
             ("run directory", str(run_dir)),
         )
 

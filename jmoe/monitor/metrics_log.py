@@ -67,7 +67,7 @@ class MetricsLog:
         Args:
           step: the optimizer step measured. The rows of one step, say of training and
             of an evaluation, are merged when they are read.
-          metrics: scalars and vectors, on the host.
+          metrics: scalars, vectors and matrices, on the host.
           load_LE: each expert's share of its layer's assignments (a layer sums to 1).
           bias_LE: the selection bias; needed with `load_LE`.
 
@@ -172,13 +172,16 @@ def _write_events(events: RecordWriter, *new: Any) -> None:
 
 
 def _to_event(step: int, now: float, metrics: Mapping[str, ArrayLike]) -> Any:
-    """Returns a step's metrics as one event; a vector has a tag for each element."""
+    """Returns a step's metrics as one event; a vector has a tag for each element.
+
+    Matrices aren't curves, and are left out.
+    """
     summary = Summary()
     for key in metrics:
         values = np.asarray(metrics[key], dtype=np.float64)
         if values.ndim == 0:
             summary.value.add(tag=f"metrics/{key}", simple_value=float(values))
-            continue
-        for at, value in enumerate(values.tolist()):
-            summary.value.add(tag=f"{key}/{at:02d}", simple_value=value)
+        elif values.ndim == 1:
+            for at, value in enumerate(values.tolist()):
+                summary.value.add(tag=f"{key}/{at:02d}", simple_value=value)
     return Event(step=step, wall_time=now, summary=summary)

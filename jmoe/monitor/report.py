@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 
 from jmoe.data import durable
 from jmoe.data.formatting import count, duration
-from jmoe.monitor import report_balance, report_curves, report_page, run_files
+from jmoe.monitor import (
+    report_balance,
+    report_curves,
+    report_lending,
+    report_page,
+    run_files,
+)
 from jmoe.monitor.report_curves import draw_metric, exact_line, noisy_line
 from jmoe.monitor.report_page import escape
 from jmoe.monitor.run_files import Run, evenly
@@ -42,6 +48,7 @@ def write_report(run_dir: str | pathlib.Path) -> pathlib.Path:
     sections = (
         ("Loss", _loss(run)),
         ("Balance", _balance(run)),
+        *_lending(run),
         ("Load and bias of each expert", report_balance.tiles(run)),
         ("Training", _training(run)),
         ("Generated text", _samples(run)),
@@ -160,6 +167,12 @@ def _over_layers(run: Run) -> str:
     return f"""
 <p>Over the layers, at the last evaluation, the median of global MaxVio is {middle:.3f},
 the 95th percentile {most:.3f} and the largest {worst:.3f}.</p>"""
+
+
+def _lending(run: Run) -> list[tuple[str, str]]:
+    """Returns no section of a run that lent nothing: most don't."""
+    content = report_lending.pictures(run)
+    return [("Lending of experts", content)] if content else []
 
 
 def _training(run: Run) -> str:

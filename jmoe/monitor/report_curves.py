@@ -120,11 +120,7 @@ def draw_max_vio(axes: Axes, run: Run) -> bool:
     if batch is None and globally is None:
         return False
     if batch_L is not None:
-        step_N, value_NK = _thin(batch_L.step_N, _finite(batch_L.value_NK))
-        low_N = np.fmin.reduce(value_NK, axis=1)
-        high_N = np.fmax.reduce(value_NK, axis=1)
-        band = {"color": COLOURS["blue"], "alpha": 0.18, "lw": 0}
-        axes.fill_between(step_N, low_N, high_N, label="range over layers", **band)
+        band(axes, batch_L, "blue", "range over layers")
     if batch is not None:
         noisy_line(axes, batch.step_N, batch.value_NK[:, 0], "blue", "batch")
     if most is not None:
@@ -173,6 +169,14 @@ def noisy_line(
     faint = {"color": COLOURS[colour], "alpha": 0.35, "lw": 0.8}
     axes.plot(*_thin(step_N, _finite(value_N)), **faint)
     exact_line(axes, step_N, _moving_average(value_N), colour, label)
+
+
+def band(axes: Axes, series: Series, colour: str, label: str) -> None:
+    """Shades what is between a metric's least and its largest column."""
+    step_N, value_NK = _thin(series.step_N, _finite(series.value_NK))
+    low_N, high_N = (of.reduce(value_NK, axis=1) for of in (np.fmin, np.fmax))
+    shade = {"color": COLOURS[colour], "alpha": 0.18, "lw": 0, "label": label}
+    axes.fill_between(step_N, low_N, high_N, **shade)
 
 
 def _draw_evaluations(axes: Axes, series: Series, label: str) -> None:

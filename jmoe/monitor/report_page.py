@@ -46,6 +46,7 @@ svg text { font-family: inherit !important; }
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
 .tiles { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(100%, 14.5rem), 1fr)); }
+.thirds { grid-template-columns: repeat(auto-fit, minmax(min(100%, 18rem), 1fr)); }
 .tile img { height: 11rem; image-rendering: pixelated; }
 .tile figcaption, .pair figcaption { font-size: .85rem; margin-bottom: .3rem; }
 figcaption b { color: var(--ink); }

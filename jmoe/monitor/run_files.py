@@ -5,13 +5,14 @@
                     dirty (of jmoe's clone), code (a hash of jmoe's source), device
                     (text), processes, versions {name: text}, parameters,
                     active_parameters, unigram_entropy (nats per token)
-    metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths} a log
+    metrics.jsonl   {"step", "time", scalars, lists over layers or MTP depths, and of
+                    devices that lend experts "lent_PP", lender by borrower} a log
     balance.npy     {"step", "load_LE", "bias_LE"} of some logs, a layer's loads sum
                     to 1 (`jmoe.monitor.balance_log`)
     roll_backs.jsonl  {"step" gone back to, "sequences" [begin, end] left out there,
                     "spoilt" (the step that made it go back), "reason"}
     samples.jsonl   {"step", "prompt", "text"} a text generated to follow a prompt
-    tensorboard/    metrics.jsonl again, as TensorBoard events
+    tensorboard/    metrics.jsonl again, without matrices, as TensorBoard events
 
 JSON has no word for a number that isn't finite. It is written as one of the strings
 "NaN", "Infinity" and "-Infinity", which `float` and `np.asarray(_, float)` understand.

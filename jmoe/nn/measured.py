@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from jmoe.parallel import reductions
+
 # What a loss is divided by for its mean over a step.
 PER_TOKEN = "token"  # it is a sum over tokens
 PER_MICROBATCH = "microbatch"  # each microbatch has a mean of its own
@@ -53,7 +55,7 @@ class Measured(NamedTuple):
     """What one layer, or a stack of layers, measured.
 
     load: None of layers without experts. losses: `Loss` by name. metrics: by name,
-    arrays, which are sums, or `reductions.Max`; they are logged, layer by layer.
+    arrays, which are sums, or `reductions.Max`; they are logged (`to_log`).
     """
 
     load: Load | None
@@ -62,6 +64,18 @@ class Measured(NamedTuple):
 
 
 NOTHING = Measured(None, {}, {})
+
+
+def to_log(metrics: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """Returns what is logged of all layers' metrics: scalars of a layer by layer.
+
+    Of arrays, which would be too many numbers, the sum over layers is.
+    """
+    found = {}
+    for name, value in reductions.values(metrics).items():
+        is_scalar = value.ndim == 1
+        found |= {f"{name}_L": value} if is_scalar else {name: value.sum(0)}
+    return found
 
 
 def stack(parts: list[Measured]) -> Measured:

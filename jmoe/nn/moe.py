@@ -10,7 +10,6 @@ devices. Tokens reach the experts of other devices by `parallel.exchange`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,12 +111,20 @@ class RoutedExperts(nn.Module):
         def apply(x_RD: jax.Array, groups: Sequence[Group]) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
             x = collectives.all_gather(x_RD, "tensor", 0)
-            parts = (compute(x, _of_tensor_group(group)) for group in groups)
-            return collectives.reduce_scatter(sum(parts), "tensor", 0)
+            y, *others = (compute(x, _of_tensor_group(group)) for group in groups)
+            for other in others:
+                y += other
+            return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
         return exchange(
-            *(x_ND, *routing, apply, weights, cfg.exchange, cfg.router),
+            x_ND,
+            routing.expert_NK,
+            routing.gate_NK,
+            apply,
+            weights,
+            cfg.exchange,
+            cfg.router,
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )

@@ -17,6 +17,9 @@ which leaves one number of J, to be summed over p. Rows are sorted by expert: th
 one expert follow each other, and find its weights in the cache.
 """
 
+import functools
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 
@@ -42,18 +45,21 @@ def routed_mlp_few(
     x_TD: jax.Array,
     expert_TK: jax.Array,
     gate_TK: jax.Array,
-    gate_up_ED2F: jax.Array,
-    down_EFD: jax.Array,
+    gate_up_ED2F: stored.Weight,
+    down_EFD: stored.Weight,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
-    num_experts = len(down_EFD)
+    num_experts, _, hidden = down_EFD.shape
     rows = sort_rows(expert_TK, num_experts, spare=0, by_keys=True)
     expert_N = take(expert_TK.reshape(-1), rows.choice_N)
     is_own_N1 = (expert_N < num_experts)[:, None]
     expert_N = jnp.minimum(expert_N, num_experts - 1)
-    gate_up_EDX = stored.as_matrices(gate_up_ED2F, x_TD.dtype)
+    gate_up_ED2F, down_EFD = (
+        stored.as_array(w, x_TD.dtype) for w in (gate_up_ED2F, down_EFD)
+    )
+    gate_up_EDX = gate_up_ED2F.reshape(num_experts, hidden, -1)
     h_NX = _dot(take(x_TD, rows.token_N), gate_up_EDX, expert_N)
-    y_ND = _dot(swiglu(h_NX), down_EFD.astype(x_TD.dtype), expert_N)
+    y_ND = _dot(swiglu(h_NX), down_EFD, expert_N)
     y_ND = jnp.where(is_own_N1, y_ND, 0)
     row_TK = jnp.argsort(rows.choice_N).reshape(expert_TK.shape)
     gate_TK1 = gate_TK[..., None].astype(jnp.float32)
@@ -77,5 +83,10 @@ def _dot(x_NI: jax.Array, w_EIO: jax.Array, expert_N: jax.Array) -> jax.Array:
         w_NPO = w_EPJO.at[expert_N, :, j].get(mode="promise_in_bounds")
         return x_NPJ[:, :, j, None].astype(jnp.float32) * w_NPO.astype(jnp.float32)
 
-    y_NPO = sum(term(j) for j in range(terms))
-    return sum(y_NPO[:, p] for p in range(y_NPO.shape[1])).astype(x_NI.dtype)
+    y_NPO = _sum(map(term, range(terms)))
+    return _sum(y_NPO[:, p] for p in range(inputs // terms)).astype(x_NI.dtype)
+
+
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
+    """Returns what one expression adds; `jnp.sum` wants its terms in an array."""
+    return functools.reduce(jnp.add, terms)

@@ -15,19 +15,17 @@ is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
-asked for. Results go back to their tokens by gathers, as each choice knows its row; a
-scatter would add in any order.
+asked for. Results go back to their tokens by gathers: a scatter adds in any order.
 
 One loop yields all gradients of the segments after the first. With `apart`, one yields
 those of x and the gates, and another the weights'. What both need of the first segment
-is computed once. Of a later one it is computed in each loop, so that no array need hold
-it for all: seven products instead of five. There all segments have T rows: in one long
-segment, XLA puts little between the start and the end of a collective.
+is computed once; of a later one in each loop, so that no array need hold it for all:
+seven products, not five. There all segments have T rows: in one long segment, XLA puts
+little between the start and the end of a collective.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
-grows with E. Weights that are kept in fewer bits are dequantized before, all of a
-layer's.
+grows with E. Weights kept in fewer bits are dequantized before, all of a layer's.
 
 In FP8, weights are quantized once a pass, and rows by each product, whose kernels are
 our own (`jmoe.ops.grouped_fp8`). All else is computed as it is without: gates have the
@@ -159,8 +157,8 @@ _compute.defvjp(_forward, _backward)
 
 def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.Array):
     # What several segments add up is float32, and then rounded once.
-    several = saved.plan.rows.choice_N.size > lengths.first
-    several &= not lengths.are_later_rare
+    has_later = saved.plan.rows.choice_N.size > lengths.first
+    several = has_later and not lengths.are_later_rare
     summed = saved._replace(like=(jnp.zeros(0),) * 2) if several else saved
 
     def gradients(segment):
@@ -189,8 +187,8 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     of_first = _input_gradients(recipe, of_pass, middle, first)
     of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
-    # An overload's segments add up in the weights' dtype: float32 arrays for what few
-    # devices ever have would take room, and the exchanges' place, in every step.
+    # An overload's segments add up in the weights' dtype: float32 arrays for what is
+    # rare would take room, and the exchanges' place, in every step.
     of_pass = saved._replace(x_TD=_after(middle.d_h_MX, saved.x_TD))
 
     def weight_gradients(segment):
@@ -202,12 +200,10 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     return _results(saved, *of_inputs, *of_weights)
 
 
-def _lengths(
-    shape_TK: tuple[int, ...], rows: int | None, is_bound: bool, apart: bool
-) -> Lengths:
+def _lengths(shape_TK, rows: int | None, is_bound: bool, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
-    expected = tokens * top_k if rows is None else min(rows, tokens * top_k)
-    first = tokens if apart else max(tokens, expected)
+    most = tokens * top_k if rows is None else min(rows, tokens * top_k)
+    first = tokens if apart else max(tokens, most)
     return Lengths(_whole_tiles(first), _whole_tiles(tokens), is_bound)
 
 

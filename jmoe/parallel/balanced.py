@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from jmoe.balance import lending
 from jmoe.config import ExchangeConfig, RouterConfig
@@ -36,11 +35,9 @@ from jmoe.parallel.travel import AXIS, Experts, Group
 ROOM = 1.25
 """Times the expected visits is what buffers hold, where no `capacity_factor` is set."""
 
-_LENT = "lent experts"
-
 
 class _Layout(NamedTuple):
-    """What stays the same for all parts of an exchange.
+    """Holds what stays the same for all parts of an exchange.
 
     stations: of all devices together, of which each has `own` and `slots`.
     """
@@ -57,7 +54,7 @@ class _Layout(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """Who goes where; integers alone."""
+    """Holds who goes where: integers alone."""
 
     station_NK: jax.Array
     trips: travel.Trips
@@ -95,6 +92,11 @@ def exchange(
 ) -> tuple[jax.Array, Mapping[str, Any]]:
     """Returns what `jmoe.parallel.exchange` does, and what lending measures.
 
+    Of a microbatch: device_max_vio and device_max_vio_lent, by how much the busiest
+    device exceeds the mean without lending and with it; experts_lent, the loans;
+    lent_PP, from which device (first) to which; bytes_lent, of their weights on the way
+    to borrowers, once; rows_left_over, those by which devices still exceed the mean.
+
     A device's own experts are one group, and those that it borrows another: the first
     is computed while the others' weights are on their way.
     """
@@ -111,11 +113,15 @@ def exchange(
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
     transport = travel.of_platform()
+    form = loans.AS_THEY_ARE if recipe is None else loans.in_fp8(recipe)
+    # Each device of a tensor group lends its part of an expert.
+    size = jnp.float32(group * loans.bytes_of_expert(weights, form))
+    metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
     layout = _Layout(
         experts,
         transport,
         travel.WIRES[cfg.dispatch_dtype],
-        loans.AS_THEY_ARE if recipe is None else loans.in_fp8(recipe),
+        form,
         transport.capacity(
             ROOM if cfg.capacity_factor is None else cfg.capacity_factor,
             len(x_ND) // cfg.chunks,
@@ -169,6 +175,7 @@ def _metrics(load_PE: jax.Array, plan: lending.LendingPlan) -> Mapping[str, Any]
         "device_max_vio": reductions.Max(found.max_violation_before),
         "device_max_vio_lent": reductions.Max(found.max_violation_after),
         "experts_lent": jnp.where(is_first, found.lent, 0),
+        "lent_PP": jnp.where(is_first, lending.loans_between(plan), 0),
         "rows_left_over": jnp.where(is_first, found.left_over, 0),
     }
 
@@ -180,15 +187,17 @@ def _exchange_chunk(
     parts = collectives.pmax(
         layout.transport.parts(chunk.trips, layout.capacity), "tensor"
     )
-    x_ND, gate_NK, weights, nothing_ND = _with_gradients_of_later_parts(
+    given: Any = _with_gradients_of_later_parts(
         layout, parts, x_ND, gate_NK, weights, chunk
     )
+    x_ND, gate_NK, weights, nothing_ND = given
     y_ND, lent = _exchange_part(layout, 0, x_ND, gate_NK, weights, chunk)
-    given = lax.stop_gradient((x_ND, gate_NK, weights, lent))
+    tokens, held = lax.stop_gradient(((x_ND, gate_NK), (weights, lent)))
 
     def add(nth, y_ND):
-        more_ND = _compute_part(layout, nth, *given, chunk)
-        return y_ND + more_ND.astype(jnp.float32)
+        path, arrived = _bring(layout, nth, *tokens, chunk)
+        y_RD = _compute(layout, arrived, *held, chunk.station_NK.size)
+        return y_ND + path.carry_back(y_RD).astype(jnp.float32)
 
     later_ND = lax.fori_loop(1, parts, add, jnp.zeros(x_ND.shape, jnp.float32))
     later_ND = lax.stop_gradient(later_ND).astype(y_ND.dtype)
@@ -205,35 +214,38 @@ def _exchange_part(
 ) -> tuple[jax.Array, Any]:
     """Returns the results of one part's visits, and borrowed weights."""
 
-    def compute(x_ND: jax.Array, gate_NK: jax.Array, weights: Any):
+    def compute(arrived: travel.Arrived, weights: Any) -> tuple[jax.Array, Any]:
         both = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
         own, lent = zip(*both, strict=True)
-        lent = checkpoint_name(lent, _LENT)
-        return _compute_part(layout, nth, x_ND, gate_NK, own, lent, chunk), lent
+        return _compute(layout, arrived, own, lent, rows), lent
 
-    if layout.remat:
-        policy = jax.checkpoint_policies.save_anything_except_these_names(_LENT)
-        compute = jax.checkpoint(compute, policy=policy)
-    return compute(x_ND, gate_NK, weights)
+    path, arrived = _bring(layout, nth, x_ND, gate_NK, chunk)
+    rows = chunk.station_NK.size
+    if layout.remat:  # of products, nothing is computed again: only what they are given
+        compute = jax.checkpoint(compute)
+    y_RD, lent = compute(arrived, weights)
+    return path.carry_back(y_RD), lent
 
 
-def _compute_part(
+def _bring(
     layout: _Layout,
     nth: jax.Array | int,
     x_ND: jax.Array,
     gate_NK: jax.Array,
-    own: Any,
-    lent: Any,
     chunk: _Chunk,
-) -> jax.Array:
+) -> tuple[travel.Path, travel.Arrived]:
     path = layout.transport.path(chunk.trips, layout.capacity, nth)
     tokens = x_ND, chunk.station_NK, gate_NK
-    arrived = travel.bring(path, layout.wire, *tokens, layout.stations)
-    rows = chunk.station_NK.size
+    return path, travel.bring(path, layout.wire, *tokens, layout.stations)
+
+
+def _compute(
+    layout: _Layout, arrived: travel.Arrived, own: Any, lent: Any, rows: int
+) -> jax.Array:
     at_home = Group(*arrived.choices_of(0, layout.own), own, rows, is_bound=True)
     choices = arrived.choices_of(layout.own, layout.slots)
     borrowed = Group(*choices, lent, rows=0, is_bound=True)
-    return path.carry_back(layout.experts(arrived.x_RD, [at_home, borrowed]))
+    return layout.experts(arrived.x_RD, [at_home, borrowed])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -13,7 +13,7 @@ move (`parallel.travel`), and `balanced` also in where experts are computed:
 - `balanced`: every device computes as many rows as any other (`parallel.balanced`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -83,8 +83,11 @@ def exchange(
             *tokens, experts, weights, cfg, router, recipe=recipe, remat=remat
         )
         return Exchanged(y_ND, none, none, metrics)
-    chunks = zip(*(jnp.split(part, cfg.chunks) for part in tokens), strict=True)
-    done = [_exchange_chunk(*chunk, experts, weights, cfg, router) for chunk in chunks]
+    x, expert, gate = (jnp.split(part, cfg.chunks) for part in tokens)
+    done = [
+        _exchange_chunk(*chunk, experts, weights, cfg, router)
+        for chunk in zip(x, expert, gate, strict=True)
+    ]
     y, dropped = zip(*done, strict=True)
     dropped = jnp.stack(dropped).sum(dtype=jnp.int32)
     is_sending = travel.TRANSPORTS[cfg.backend].where == "sending"

@@ -50,6 +50,17 @@ def in_fp8(recipe: fp8.Recipe) -> Form:
     return Form(pack, fp8.dequantize)
 
 
+def bytes_of_expert(weights: Any, form: Form) -> int:
+    """Returns the size of one expert as it travels, of arrays with experts in front."""
+    sizes = [len(w) for w in weights]
+    packed = jax.eval_shape(lambda: [form.pack(w) for w in weights])
+    return sum(
+        x.size * x.dtype.itemsize // size
+        for tree, size in zip(packed, sizes, strict=True)
+        for x in jax.tree.leaves(tree)
+    )
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def lend(
     own: jax.Array, borrowed_PS: jax.Array, form: Form
@@ -120,7 +131,9 @@ def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     home_PS = _home_PS(borrowed_PS, len(own))
     peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
     carried = []
-    for slot, (expert_P, home_P) in enumerate(zip(borrowed_PS.T, home_PS.T, strict=True)):
+    for slot, (expert_P, home_P) in enumerate(
+        zip(borrowed_PS.T, home_PS.T, strict=True)
+    ):
         is_mine_P = home_P == me
         sizes = (
             jnp.where(is_mine_P, expert_P - me * len(own), 0),
@@ -187,12 +200,15 @@ def _give_back_ragged(
 
 
 def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
-    sizes = (size.astype(jnp.int32) for size in sizes)
-    return lax.ragged_all_to_all(rows, arrived, *sizes, axis_name=AXIS)
+    operands = (size.astype(jnp.int32) for size in sizes)
+    return lax.ragged_all_to_all(rows, arrived, *operands, axis_name=AXIS)
 
 
 class _Transport(NamedTuple):
-    """lend(own, borrowed_PS) -> lent; give_back(d_own, d_lent, borrowed_PS) -> d_own."""
+    """lend(own, borrowed_PS) -> lent.
+
+    give_back(d_own, d_lent, borrowed_PS) -> d_own.
+    """
 
     lend: Callable[..., jax.Array]
     give_back: Callable[..., jax.Array]

@@ -131,11 +131,11 @@ _carry.defvjp(_carry_forward, _carry_backward)
 
 
 class Trips(NamedTuple):
-    """Who visits whom, and in which order; `count_PP` where a transport needs it."""
+    """Holds who visits whom, in which order; `count_PP` where a transport needs it."""
 
     visits: dropping.Visits
     rank_NV: jax.Array
-    count_PP: jax.Array | None = None
+    count_PP: Any = None
 
 
 class Transport(NamedTuple):
@@ -337,4 +337,3 @@ def bring(
     number_RK, gate_RK = jnp.split(path.carry(choices_NX, AS_IT_IS), 2, axis=1)
     local_RK = number_RK.astype(jnp.int32) - 1 - collectives.axis_index(AXIS) * own
     return Arrived(x_RD, local_RK, gate_RK)
-

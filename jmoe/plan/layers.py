@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.config import RunConfig
 from jmoe.nn.moe import MoE
+from jmoe.nn.parameter import records
 from jmoe.ops import fp8
 from jmoe.parallel import rules
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
@@ -77,17 +78,12 @@ def _layer(run: RunConfig, devices: Sequence[Any]) -> tuple[Any, ...]:
         check_vma=False,
     )
 
-    def placed(x: Any, spec: PartitionSpec, dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, spec)
-        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=sharding)
+    def placed(x: Any, spec: PartitionSpec, record: Any = None) -> Any:
+        narrow = record is not None and not record.in_float32
+        dtype = jnp.bfloat16 if narrow else x.dtype
+        return jax.ShapeDtypeStruct(x.shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    in_bfloat16 = functools.partial(placed, dtype=jnp.bfloat16)
-    params = jax.tree.map(in_bfloat16, params, of_params)
-    params["router"] = jax.tree.map(
-        lambda x, spec: placed(x, spec, jnp.float32),
-        params["router"],
-        of_params["router"],
-    )
-    state = jax.tree.map(lambda x, spec: placed(x, spec, x.dtype), state, of_state)
-    tokens = in_bfloat16(x_BTD, of_tokens)
+    params = jax.tree.map(placed, params, of_params, records(boxed["params"]))
+    state = jax.tree.map(placed, state, of_state)
+    tokens = placed(x_BTD, of_tokens)
     return jax.jit(mapped), params, state, tokens, tokens

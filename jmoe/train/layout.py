@@ -15,11 +15,11 @@ import jax
 from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jmoe.config import ExchangeConfig, MeshConfig
+from jmoe.config import MeshConfig, MoEConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer, abstract_boxes
 from jmoe.nn.parameter import records
-from jmoe.parallel import zero
+from jmoe.parallel import balanced, zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
 
 WHOLE = PartitionSpec()
@@ -75,14 +75,23 @@ def run_mesh(cfg: MeshConfig) -> Mesh:
     return make_mesh(cfg, jax.devices()[:1] if alone else None)
 
 
-def check_exchange(cfg: ExchangeConfig, mesh: Mesh) -> None:
-    """Refuses an exchange that the mesh's devices don't have; ValueError."""
-    platform = mesh.devices.flat[0].platform
-    if cfg.backend == "ragged" and mesh.shape["expert"] > 1 and platform == "cpu":
+def check_exchange(cfg: MoEConfig, mesh: Mesh) -> None:
+    """Refuses an exchange that the mesh doesn't have; ValueError."""
+    exchange, peers = cfg.exchange, mesh.shape["expert"]
+    if peers == 1:
+        return
+    if exchange.backend == "ragged" and mesh.devices.flat[0].platform == "cpu":
         raise ValueError(
             "model.moe.exchange.backend='ragged' needs GPUs: on CPU there is no ragged "
             "all-to-all. 'padded' and 'gather' are for any device."
         )
+    if exchange.backend == "balanced":
+        balanced.num_slots(exchange, cfg.router, peers)
+        if exchange.node_size and peers % exchange.node_size:
+            raise ValueError(
+                f"model.moe.exchange.node_size={exchange.node_size} must divide the "
+                f"devices of expert={peers}."
+            )
 
 
 def shardings(layout: Layout, tree: Any) -> Any:

@@ -30,7 +30,7 @@ from jmoe.monitor.console import Console
 from jmoe.monitor.metrics_log import MetricsLog
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
-from jmoe.parallel import processes
+from jmoe.parallel import balanced, processes
 from jmoe.train import guard, horizon, resume, saving, stages, stretch
 from jmoe.train import layout as layouts
 from jmoe.train.inputs import open_inputs
@@ -74,7 +74,7 @@ def train(
         lock.require_free(*locked)
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
-    layouts.check_exchange(run.model.moe.exchange, layout.mesh)
+    layouts.check_exchange(run.model.moe, layout.mesh)
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
@@ -212,9 +212,15 @@ def _show_header(
         tokens_per_step=run.train.batch_size * run.data.sequence_length,
         device=_devices(run),
         run_dir=workdir,
+        lending=_lending(run),
     )
-    factor, router = run.model.moe.exchange.capacity_factor, run.model.moe.router
-    peers = run.mesh.expert
+    exchange, router = run.model.moe.exchange, run.model.moe.router
+    factor, peers = exchange.capacity_factor, run.mesh.expert
+    if exchange.backend == "balanced" and peers == 1:
+        console.note(
+            "model.moe.exchange.backend='balanced' has nothing to lend: with expert=1 "
+            "one device computes all experts."
+        )
     if factor is not None and dropping.is_dropless(factor, router, peers):
         console.note(
             f"capacity_factor={factor} drops nothing: with expert={peers} it leaves "
@@ -224,6 +230,16 @@ def _show_header(
         console.note(f"Complete at step {step}; raise train.steps to go on.")
     elif step:
         console.note(f"Goes on from the checkpoint of step {step}.")
+
+
+def _lending(run: RunConfig) -> str:
+    """Says how many experts devices lend each other; nothing if they don't."""
+    exchange, peers = run.model.moe.exchange, run.mesh.expert
+    if exchange.backend != "balanced" or peers == 1:
+        return ""
+    slots = balanced.num_slots(exchange, run.model.moe.router, peers)
+    experts = "1 expert" if slots == 1 else f"{slots} experts"
+    return f"a device borrows up to {experts} a layer and microbatch"
 
 
 def _devices(run: RunConfig) -> str:

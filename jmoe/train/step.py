@@ -30,6 +30,7 @@ from jmoe.balance.bias import update_rule
 from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
+from jmoe.nn.measured import to_log
 from jmoe.nn.model import Transformer, read_biases, write_biases
 from jmoe.parallel import collectives, reductions
 from jmoe.parallel.mesh import BATCH_AXES
@@ -136,8 +137,7 @@ def make_train_step(
         if cfg.mtp_depth:
             metrics["mtp_loss"] = losses.mtp_D
         metrics |= {name: loss.value for name, loss in losses.layers.items()}
-        reported = reductions.values(measured.metrics)
-        metrics |= {f"{name}_L": value_L for name, value_L in reported.items()}
+        metrics |= to_log(measured.metrics)
         return new_state, metrics
 
     return train_step

@@ -58,6 +58,8 @@ def test_what_never_changes_is_forecast_as_it_is_and_one_window_is_the_forecast(
     for windows in (1, 2, 30):
         got_LE = forecast(np.stack([load_LE] * windows))
         np.testing.assert_allclose(got_LE, load_LE, rtol=1e-12)
+    noise_TLE, _ = drawn("stays", 0)
+    np.testing.assert_allclose(forecast(noise_TLE).sum(-1), noise_TLE[0].sum(-1))
 
 
 def test_loads_that_something_pulls_to_their_mean_are_forecast_nearer_to_it():

@@ -291,3 +291,6 @@ def test_metrics_tell_what_was_uneven_what_was_lent_and_what_is_left_over():
     assert measure(PLAN(load_PE, 0, 0.0, None)) == (2.0, 2.0, 0, 8)
     nothing = lending.measure(0 * load_PE, PLAN(0 * load_PE, 2, 0.0, None))
     assert nothing == (0.0, 0.0, 0, 0)
+    # 16 rows of devices 0 (12) and 1 (4), and so 4 to each.
+    lent_LP = lending.loans_between(PLAN(load_PE, 2, 0.0, None))
+    assert lent_LP.tolist() == [[0, 0, 1, 1], [0] * 4, [0] * 4, [0] * 4]

@@ -98,6 +98,15 @@ def test_no_device_is_busier_than_the_busiest_is_by_deepseeks_rule(case):
             assert not packing.repeats(ours_R, sizes[-1]).any()
 
 
+def test_replicas_of_one_expert_are_on_two_devices_where_the_rule_is_no_better():
+    load_LE, sizes = np.array([[11.0, 4, 18, 14, 16]]), (6, 1, 1, 2)
+    slot_LR, bound_L = rule(load_LE, sizes)
+    assert packing.repeats(slot_LR[0], 2).any()
+    got = place(load_LE, *sizes)
+    assert not packing.repeats(got.physical_to_logical[0], 2).any()
+    assert busiest(load_LE, got, sizes) <= bound_L
+
+
 def test_the_published_example_is_balanced_as_well_as_it_can_be():
     sizes, load_LE = (16, 4, 2, 8), np.array(README)
     got_L = busiest(load_LE, place(load_LE, *sizes), sizes) / load_LE.mean(-1) / 1.5
@@ -162,8 +171,8 @@ def test_a_layer_without_load_stays_as_it_is():
 
 
 def test_experts_without_load_share_what_the_others_do_not_need():
-    got = place([[8.0, 0, 0, 0]], 12, 1, 1, 3)
-    assert got.replica_count.tolist() == [[3, 3, 3, 3]]
+    got = place([[8.0, 0, 0, 0]], 9, 1, 1, 3)
+    assert got.replica_count.tolist() == [[3, 2, 2, 2]]
 
 
 def test_loads_at_the_ends_of_float64_are_placed():

@@ -85,7 +85,7 @@ def attention(**changes):
         ("moe.remat=block", "remat='block' is not one of 'none', 'activations'."),
         (
             "moe.exchange.backend=nccl",
-            "backend='nccl' is not one of 'padded', 'ragged', 'gather'.",
+            "backend='nccl' is not one of 'padded', 'ragged', 'gather', 'balanced'.",
         ),
         (
             "moe.exchange.drop_order=random",

@@ -27,7 +27,7 @@ def _plain(file: io.StringIO, width: int = 80) -> rich.console.Console:
     return rich.console.Console(file=file, width=width, highlight=False)
 
 
-def _show_header(console: Console, *, name: str) -> None:
+def _show_header(console: Console, *, name: str, lending: str = "") -> None:
     console.header(
         name=name,
         parameters=1_934_848,
@@ -35,6 +35,7 @@ def _show_header(console: Console, *, name: str) -> None:
         tokens_per_step=4096,
         device="cpu",
         run_dir="runs/tiny",
+        lending=lending,
     )
 
 
@@ -106,6 +107,16 @@ def test_the_header_and_the_final_table_say_what_was_trained_and_how_it_went():
         "report runs/tiny/report.html",
     ):
         assert expected in shown
+
+
+@pytest.mark.parametrize("lending", ["", "up to 4 experts"])
+def test_the_header_speaks_of_lending_where_devices_lend(lending):
+    file = io.StringIO()
+    with Console(10, out=_plain(file)) as console:
+        _show_header(console, name="tiny", lending=lending)
+    shown = " ".join(file.getvalue().split())
+    between = f"lending {lending} " if lending else ""
+    assert f"device cpu {between}run directory" in shown
 
 
 def test_the_final_table_of_a_run_without_steps_has_no_results():

@@ -43,10 +43,12 @@ def _log_steps(run_dir: pathlib.Path, *, start_step: int, steps: range) -> None:
 def test_a_row_reads_back_as_it_was_logged(tmp_path):
     loss = np.float32(2.3456789)
     with MetricsLog(tmp_path, start_step=0) as log:
-        log.log(3, {"loss": loss, "tokens": 2**40, "max_vio_L": np.array([0.5, 2.0])})
+        metrics = {"loss": loss, "tokens": 2**40, "max_vio_L": np.array([0.5, 2.0])}
+        log.log(3, {**metrics, "lent_PP": np.eye(2, dtype=int)})
         (row,) = run_files.read_rows(tmp_path / "metrics.jsonl")  # flushed already
     assert np.float32(row["loss"]) == loss
     assert (row["step"], row["tokens"], row["max_vio_L"]) == (3, 2**40, [0.5, 2.0])
+    assert row["lent_PP"] == [[1, 0], [0, 1]]
     assert row["time"] > 1.7e9
 
 
@@ -133,9 +135,10 @@ def test_a_load_without_its_bias_is_refused_by_name(tmp_path):
         log.log(1, {}, load_LE=np.ones((1, 2)))
 
 
-def test_tensorboard_gets_every_number_and_forgets_what_is_repeated(tmp_path):
+def test_tensorboard_gets_every_curve_and_forgets_what_is_repeated(tmp_path):
     with MetricsLog(tmp_path, start_step=0) as log:
-        log.log(5, {"loss": 2.5, "max_vio_L": [0.25, 0.75]})
+        lent_PP = np.eye(2, dtype=int)
+        log.log(5, {"loss": 2.5, "max_vio_L": [0.25, 0.75], "lent_PP": lent_PP})
         (event,) = [event for event in _events(tmp_path) if event.summary.value]
     got = {value.tag: value.simple_value for value in event.summary.value}
     assert event.step == 5

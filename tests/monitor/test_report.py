@@ -136,6 +136,48 @@ def test_the_spread_over_layers_is_told_and_drawn(tmp_path):
     assert "95th percentile of layers" in shown
 
 
+def _lend(run_dir: pathlib.Path, lent_NPP: list[np.ndarray]) -> None:
+    with MetricsLog(run_dir, start_step=0) as log:
+        for step, lent_PP in enumerate(lent_NPP, start=1):
+            lent_L = np.array([lent_PP.sum(), 0])
+            metrics = {"experts_lent_L": lent_L, "rows_left_over_L": [8, 0]}
+            metrics |= {"device_max_vio_L": [0.5, 1.5], "bytes_lent_L": 5e5 * lent_L}
+            metrics |= {"device_max_vio_lent_L": [0.0, 0.25], "lent_PP": lent_PP}
+            log.log(step, metrics)
+
+
+def test_loans_are_told_and_drawn_by_thirds_of_the_run_and_by_device(tmp_path):
+    third_PP = np.zeros((4, 4), int)
+    third_PP[2, [0, 1]] = 6, 2
+    _lend(tmp_path, [third_PP.T] * 4 + [0 * third_PP] * 4 + [third_PP] * 4)
+    page = _read_report(tmp_path)
+    shown = " ".join(page.text.split())
+    for said in (
+        "lowered it from 1.000 to 0.125, by 2.7 loans a layer and step.",
+        "weights were 2.7 MB a step in all layers.",
+        "none 6 experts",
+        "Step 1 to 4 device 0 lends 75%, device 2 borrows 100%",
+        "Step 5 to 8 nothing was lent",
+        "Step 9 to 12 device 2 lends 100%, device 0 borrows 75%",
+    ):
+        assert said in shown
+    maps = [svg for svg in page.attributes("svg") if "who lent" in str(svg)]
+    assert len(maps) == 3 and len(page.attributes("image")) == 3
+    assert len(page.ids) == len(set(page.ids))
+
+
+@pytest.mark.parametrize("loans", [0, 1])
+def test_lending_has_a_section_only_where_something_was_lent(tmp_path, loans):
+    _lend(tmp_path, [np.full((2, 2), loans)])
+    assert ("Lending of experts" in _read_report(tmp_path).text) == bool(loans)
+
+
+def test_a_run_whose_mesh_changed_shows_the_loans_between_its_last_devices(tmp_path):
+    _lend(tmp_path, [np.ones((4, 4)), np.ones((2, 2)), np.ones((2, 2))])
+    shown = _read_report(tmp_path).text
+    assert "Step 1" not in shown and "Step 2" in shown and "Step 3" in shown
+
+
 FILES = ["metrics.jsonl", "balance.npy", "samples.jsonl", "run.json", "config.json"]
 
 

@@ -11,6 +11,7 @@ from jmoe.nn.measured import (
     beside,
     join,
     stack,
+    to_log,
 )
 from jmoe.parallel.reductions import Max
 
@@ -45,3 +46,11 @@ def test_parts_of_a_layer_are_one_that_has_what_each_measured():
 
 def test_of_no_layer_there_is_nothing():
     assert join() == join(NOTHING, stack([NOTHING])) == NOTHING
+
+
+def test_scalars_are_logged_by_layer_and_arrays_summed_over_layers():
+    layers = [layer(i, high=Max(jnp.float32(i)), of_PP=jnp.eye(2)) for i in range(3)]
+    logged = to_log(stack(layers).metrics)
+    assert logged["high_L"].tolist() == [0, 1, 2]
+    assert logged["of_PP"].tolist() == [[3, 0], [0, 3]]
+    assert len(logged) == 2

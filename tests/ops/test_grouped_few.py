@@ -1,5 +1,7 @@
 """A decoder's few rows through their experts, against every expert for every token."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from tests.ops.test_grouped import NOBODY, E, compare, dense, floats, random_cho
 from tests.programs import equations
 
 HIDDEN, MLP = 96, 64  # parts of six terms, and of four
+few_rows, every_expert = map(jax.jit, (grouped_few.routed_mlp_few, dense))
 
 
 def inputs(tokens, dtype=np.float32, hidden=HIDDEN, mlp=MLP):
@@ -22,17 +25,17 @@ def inputs(tokens, dtype=np.float32, hidden=HIDDEN, mlp=MLP):
 
 @pytest.mark.parametrize("tokens", [1, 8, 21])
 def test_few_rows_equal_the_dense_experts(tokens):
-    got, want = (f(*inputs(tokens)) for f in (grouped_few.routed_mlp_few, dense))
+    got, want = (f(*inputs(tokens)) for f in (few_rows, every_expert))
     compare({"output": np.asarray(got)}, {"output": np.asarray(want)}, 2e-6)
 
 
 def test_in_bfloat16_they_differ_by_its_rounding():
     operands = inputs(8, jnp.bfloat16)
-    got = grouped_few.routed_mlp_few(*operands)
+    got = few_rows(*operands)
     assert got.dtype == jnp.bfloat16
     x_TD, *choices, gate_up, down = operands
     wide = [x.astype(jnp.float32) for x in (x_TD, gate_up, down)]
-    want = dense(wide[0], *choices, *wide[1:])
+    want = every_expert(wide[0], *choices, *wide[1:])
     compare({"output": np.asarray(got)}, {"output": np.asarray(want)}, 2**-6)
 
 
@@ -40,15 +43,15 @@ def test_what_visits_nobody_may_be_anything():
     x_TD, expert_TK, *others = inputs(8)
     x_TD = jnp.where((expert_TK == NOBODY).all(1)[:, None], jnp.nan, x_TD)
     x_TD, expert_TK = x_TD.at[3].set(jnp.nan), expert_TK.at[3].set(NOBODY)
-    got = grouped_few.routed_mlp_few(x_TD, expert_TK, *others)
+    got = few_rows(x_TD, expert_TK, *others)
     assert np.isfinite(got).all() and not got[3].any()
 
 
 def test_no_experts_weights_are_copied():
     operands = inputs(1, hidden=256, mlp=256)
-    compiled = jax.jit(grouped_few.routed_mlp_few).lower(*operands).compile()
-    one_expert = operands[-1][0].nbytes
-    assert compiled.memory_analysis().temp_size_in_bytes < one_expert / 2
+    compiled = few_rows.lower(*operands).compile()
+    memory: Any = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < operands[-1][0].nbytes / 2
 
 
 def test_blocks_leave_them_rows_of_whole_weights_that_nothing_is_differentiated_by():

@@ -1,6 +1,6 @@
 """One of two processes that are at work when one of them dies or fails.
 
-lost_program.py STAGE COORDINATOR INDEX DIRECTORY
+Its arguments: STAGE COORDINATOR INDEX DIRECTORY
 
 It says "ready" when its work has begun, which then goes on for ever.
 """
@@ -9,6 +9,7 @@ import itertools
 import pathlib
 import sys
 import time
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +86,10 @@ def _ready() -> None:
     print("ready", flush=True)
 
 
-if __name__ == "__main__":
+def start() -> NoReturn:
     stage, coordinator, index, directory = sys.argv[1:]
     try:
         main(stage, coordinator, int(index), pathlib.Path(directory))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.exit()

@@ -19,6 +19,8 @@ from tests.parallel.exchanging import (
     ROUTER,
     TOKEN_SPEC,
     TOKENS,
+    D,
+    F,
     arrays,
     compare,
     experts,
@@ -29,7 +31,7 @@ from tests.parallel.exchanging import (
 
 ragged_on_cpu = exchanging.ragged_on_cpu
 
-PEERS, OWN = 4, 4
+PEERS = 4
 CHOICES = {
     "random": random_choices(),
     "one expert": np.tile([6, 16, 16, 16], (TOKENS, 1)),
@@ -40,51 +42,54 @@ CHOICES = {
 
 
 @functools.cache
-def measured(cfg, remat=False):
-    """Each device's rows, by part, and what was measured; all of it jitted."""
-    mesh = make_mesh(MeshConfig(expert=PEERS), jax.devices()[:PEERS])
+def measured(cfg, tensor=1):
+    """Rows of each group, of each device's, and what was measured; all of it jitted."""
+    shape = MeshConfig(expert=PEERS, tensor=tensor)
+    mesh = make_mesh(shape, jax.devices()[: shape.num_devices])
 
     def on_device(x_ND, expert_NK, gate_NK, *weights):
         rows = []
 
         def counting(x_RD, groups):
-            counts = [OWN, *(groups[1].weights[0].shape[0] for _ in groups[1:])]
             owned = [
-                (group.expert_RK < count).sum()
-                for group, count in zip(groups, counts, strict=True)
+                (group.expert_RK < len(group.weights[0])).sum() for group in groups
             ]
             rows.append(jnp.stack(owned)[None])
             return experts(x_RD, groups)
 
-        got = exchange.exchange(
-            *(x_ND, expert_NK, gate_NK, counting, weights, cfg, ROUTER), remat=remat
-        )
-        metrics = reductions.values(reductions.over_devices(got.metrics, "expert"))
-        return rows[0], metrics
+        tokens = x_ND, expert_NK, gate_NK
+        got = exchange.exchange(*tokens, counting, weights, cfg, ROUTER)
+        metrics = reductions.over_devices(got.metrics, ("expert", "tensor"))
+        return rows[0], reductions.values(metrics)
 
     return jax.jit(
         jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=TOKEN_SPEC,
+            in_specs=(*[TOKEN_SPEC] * 3, *[PartitionSpec("expert")] * 2),
             out_specs=(TOKEN_SPEC, PartitionSpec()),
             check_vma=False,
         )
     )
 
 
-@pytest.mark.parametrize("case", CHOICES)
-def test_every_device_computes_as_many_rows_or_one_more_whatever_is_chosen(case):
-    """In one part, where buffers hold all visits."""
+@pytest.mark.parametrize(
+    ("case", "tensor"), [*((case, 1) for case in CHOICES), ("random", 2)]
+)
+def test_every_device_computes_as_many_rows_or_one_more_whatever_is_chosen(
+    case, tensor
+):
+    """In one part, where buffers hold all visits; a tensor group as one device."""
     cfg = ExchangeConfig(backend="balanced", lend_above=0.0, capacity_factor=100.0)
     expert_NK = CHOICES[case].astype(np.int32)
     _, x_ND, gate_NK, *weights = arrays()
-    rows_P2, metrics = measured(cfg)(x_ND, expert_NK, gate_NK, *weights)
-    rows_P = np.asarray(rows_P2).sum(1)
+    rows_P2, metrics = measured(cfg, tensor)(x_ND, expert_NK, gate_NK, *weights)
+    rows_P2 = np.asarray(rows_P2).reshape(PEERS, tensor, 2).sum(1)
+    rows_P = rows_P2.sum(1)
     assert rows_P.sum() == (expert_NK < 16).sum()
     assert rows_P.max() - rows_P.min() <= 1
     assert metrics["rows_left_over"] == 0
-    lent = np.count_nonzero(np.asarray(rows_P2)[:, 1])
+    lent = np.count_nonzero(rows_P2[:, 1])
     assert metrics["experts_lent"] >= lent
     assert (metrics["experts_lent"] == 0) == (metrics["device_max_vio"] == 0)
 
@@ -97,6 +102,11 @@ def test_what_is_measured_says_how_uneven_devices_were_and_are():
     # Each of the others borrows one of the four experts, and computes all of it.
     assert metrics["device_max_vio"] == 3 and metrics["device_max_vio_lent"] == 0
     assert metrics["experts_lent"] == 3 and metrics["rows_left_over"] == 0
+    lent_PP = np.zeros((PEERS, PEERS))
+    lent_PP[1, [0, 2, 3]] = 1
+    np.testing.assert_array_equal(metrics["lent_PP"], lent_PP)
+    up_EDF, down_EFD = weights
+    assert metrics["bytes_lent"] == 3 * (up_EDF[0].nbytes + down_EFD[0].nbytes)
 
 
 @pytest.mark.parametrize("mesh", ["expert=4", "data=2,expert=4,tensor=2"])
@@ -118,6 +128,33 @@ def test_what_buffers_do_not_hold_goes_in_further_parts(factor, chunks):
     cfg = ExchangeConfig(backend="balanced", capacity_factor=factor, chunks=chunks)
     got = on_mesh(MESHES["expert=4"], cfg, LIMITED)(expert_NK, *arrays())
     compare(got, oracle(expert_NK, *arrays()))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_borrowed_weights_are_fetched_again_where_they_are_not_kept(remat):
+    """What a backward pass is given has them or not, and yields the same."""
+    cfg = ExchangeConfig(backend="balanced", slots=3, lend_above=0.0)
+    dy_ND, x_ND, gate_NK, *weights = arrays()
+    mesh = make_mesh(MeshConfig(expert=PEERS), jax.devices()[:PEERS])
+    kept = []
+
+    def on_device(expert_NK, dy_ND, x_ND, gate_NK, *weights):
+        def run(x_ND, gate_NK, *weights):
+            tokens = x_ND, expert_NK, gate_NK
+            given = *tokens, experts, weights, cfg, ROUTER
+            return exchange.exchange(*given, remat=remat).y_ND
+
+        y_ND, pull = jax.vjp(run, x_ND, gate_NK, *weights)
+        kept.extend(leaf.shape for leaf in jax.tree.leaves(pull))
+        return y_ND, *pull(dy_ND)
+
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=TOKEN_SPEC, out_specs=TOKEN_SPEC, check_vma=False
+    )
+    expert_NK = CHOICES["one device"].astype(np.int32)
+    got = jax.jit(mapped)(expert_NK, dy_ND, x_ND, gate_NK, *weights)
+    compare(got, oracle(expert_NK, dy_ND, x_ND, gate_NK, *weights))
+    assert ((3, D, F) in kept) == (not remat)
 
 
 def test_more_slots_than_other_devices_have_experts_are_refused():

@@ -61,7 +61,9 @@ def weighed(cfg, dtype=np.float32, peers=4, dim=200):
 
     def on_device(expert_NK, dy, x, gate_NK):
         def run(x, gate_NK):
-            return subject.exchange(x, expert_NK, gate_NK, experts, (), cfg, ROUTER).y_ND
+            return subject.exchange(
+                x, expert_NK, gate_NK, experts, (), cfg, ROUTER
+            ).y_ND
 
         y, pull = jax.vjp(run, x, gate_NK)
         return y, *pull(dy)

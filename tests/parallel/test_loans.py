@@ -106,3 +106,17 @@ def test_weights_lent_in_fp8_are_as_products_would_have_them_anyway(name, transp
 def _quantized(recipe, w):
     found = recipe.quantize(w.reshape(*w.shape[:2], -1), recipe.weights)
     return [np.asarray(x, np.float32) for x in found]
+
+
+@pytest.mark.parametrize(
+    ("form", "size"),
+    [
+        (subject.AS_THEY_ARE, 2 * (256 * 384 + 192 * 256)),
+        # A byte each, and float32 scales of squares of 128.
+        (subject.in_fp8(fp8.RECIPES["fp8"]), 256 * 384 + 4 * 6 + 192 * 256 + 4 * 4),
+    ],
+)
+def test_the_size_of_an_expert_is_that_of_what_travels(form, size):
+    shapes = (3, 256, 2, 192), (3, 192, 256)
+    weights = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
+    assert subject.bytes_of_expert(weights, form) == size

@@ -2,7 +2,6 @@
 
 import pathlib
 import socket
-import subprocess
 import time
 
 import pytest
@@ -10,43 +9,50 @@ import pytest
 from jmoe.parallel import processes
 from tests import several_processes
 from tests.parallel import lost_program
+from tests.several_processes import Copy
 
-PROGRAM = pathlib.Path(lost_program.__file__)
 # JAX alone takes 100 s to notice, or a lifetime.
 IN_TIME_S = 60
 
 
-def start_two(stage: str, directory: pathlib.Path) -> list[subprocess.Popen]:
-    address = several_processes.free_address()
-    arguments = [PROGRAM, stage, address]
-    return [
-        several_processes.start([*arguments, str(index), directory]) for index in (0, 1)
-    ]
+@pytest.fixture(scope="module")
+def start_two():
+    with several_processes.program_of_two(lost_program.__name__) as start:
+
+        def start_two(stage: str, directory: pathlib.Path) -> list[Copy]:
+            address = several_processes.free_address()
+            return start([[stage, address, index, str(directory)] for index in "01"])
+
+        yield start_two
 
 
-def wait_until_ready(running: list[subprocess.Popen]) -> None:
+def wait_until_ready(running: list[Copy]) -> None:
     for process in running:
-        assert process.stdout is not None
-        while "ready" not in (line := process.stdout.readline()):
-            assert line, "ended before it was ready"
+        while "ready" not in process.out.read_text():
+            assert process.start.code() is None, "ended before it was ready"
+            time.sleep(0.02)
 
 
 @pytest.mark.parametrize(
     ("stage", "victim"), [("start", 1), ("compile", 0), ("step", 1), ("save", 0)]
 )
-def test_a_process_that_is_killed_is_named_by_the_other(stage, victim, tmp_path):
+def test_a_process_that_is_killed_is_named_by_the_other(
+    start_two, stage, victim, tmp_path
+):
     running = start_two(stage, tmp_path)
     wait_until_ready(running)
     time.sleep(0.3)
-    running[victim].kill()
-    survivor = several_processes.ended(running, IN_TIME_S)[1 - victim]
-    who = f"process {victim} ({socket.gethostname()}, pid {running[victim].pid})"
+    running[victim].start.kill()
+    survivor = running[1 - victim].ended(IN_TIME_S)
+    who = f"process {victim} ({socket.gethostname()}, pid {running[victim].start.pid})"
     expected = f"error: {who} is missing: it has ended, or its host.\n"
     assert (survivor.err, survivor.code) == (expected, processes.MISSING)
 
 
-def test_a_process_that_fails_in_mid_step_ends_the_other_with_its_reason(tmp_path):
-    zero, one = several_processes.ended(start_two("fail", tmp_path), IN_TIME_S)
+def test_a_process_that_fails_in_mid_step_ends_the_other_with_its_reason(
+    start_two, tmp_path
+):
+    zero, one = (process.ended(IN_TIME_S) for process in start_two("fail", tmp_path))
     reason = "[Errno 5] Input/output error: 'data'"
     assert (one.err, one.code) == (f"error: {reason}\n", 1)
     assert zero.err == f"error: process 1: {reason}\n" and zero.code in (1, 2)

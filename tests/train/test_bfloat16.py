@@ -69,6 +69,13 @@ def take_step(run, variables) -> Step:
     return Step(*jax.device_get((metrics, state.opt_state[0])))
 
 
+def traced(run):
+    """The program of that step."""
+    trainer = Trainer.of(run, representable_variables(run))
+    rows = layouts.put_batch(trainer.layout, words(run))
+    return trainer.step.trace(trainer.state, rows).jaxpr.jaxpr
+
+
 def distance(got, want) -> float:
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     return float(np.linalg.norm(got - want) / np.linalg.norm(want))
@@ -199,12 +206,9 @@ def test_no_choice_is_lost_where_roundings_decide(run_on_many, mesh):
 
 
 def test_no_sum_but_of_two_gradients_is_in_bfloat16(run_on_many):
-    changed = in_bfloat16(run_on_many)
-    trainer = Trainer.of(changed, representable_variables(changed))
-    jaxpr = jax.make_jaxpr(trainer.step)(trainer.state, words(changed)).jaxpr
     sums = [
         (equation.primitive.name, x.aval)
-        for equation, _ in equations(jaxpr)
+        for equation, _ in equations(traced(in_bfloat16(run_on_many)))
         if equation.primitive.name in ("reduce_sum", "scatter-add", "cumsum")
         for x in equation.outvars
         # A dimension of one is dropped by a sum, too.
@@ -228,9 +232,7 @@ def reductions(jaxpr):
 def test_gradients_of_parameters_are_summed_over_devices_in_float32(run_on_many, mesh):
     """What travels in bfloat16 are activations, among the devices of `tensor`."""
     changed = on(in_bfloat16(run_on_many), *mesh)
-    trainer = Trainer.of(changed, representable_variables(changed))
-    jaxpr = jax.make_jaxpr(trainer.step)(trainer.state, words(changed)).jaxpr
-    found = set(reductions(jaxpr))
+    found = set(reductions(traced(changed)))
     in_bf16 = {axes for axes, dtype in found if dtype == jnp.bfloat16}
     assert in_bf16 == {frozenset({"tensor"})}
     free = {a for a, devices in changed.mesh.shape.items() if devices > 1} - {"tensor"}

@@ -153,6 +153,22 @@ def test_a_capacity_factor_that_can_drop_nothing_is_said_so(
     assert (said in capsys.readouterr().out) == is_said
 
 
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("mesh=expert=2", "borrows up to 4 experts a layer and microbatch"),
+        ("model.moe.exchange.slots=1", "has nothing to lend: with expert=1"),
+    ],
+)
+def test_what_devices_can_lend_is_said(setting, said, tmp_path, capsys):
+    run = override(plain_run(), ["model.moe.exchange.backend=balanced", setting])
+    with Console(10) as console:
+        loop._show_header(console, run, tmp_path, (1, 1), step=0)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert said in shown
+    assert ("lending" in shown) == ("mesh" in setting)
+
+
 def test_a_run_falls_back_from_a_damaged_checkpoint_and_ends_the_same(
     smallest, whole_run, copied_run, capsys
 ):

@@ -25,10 +25,18 @@ from tests.train.training import (
     random_variables,
 )
 
-STEPS, A, B = 20, 2, 16
+STEPS, A, B = 8, 2, 16
 ONE = ""
 
-each_mesh = pytest.mark.parametrize("mesh", MESHES)
+# Of these, a mesh of all three axes has both.
+PAIRS = {"data=4,expert=4", "data=4,tensor=4"}
+each_mesh = pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(mesh, marks=pytest.mark.long if mesh in PAIRS else ())
+        for mesh in MESHES
+    ],
+)
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +155,27 @@ def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
 
 
 def test_an_exchange_that_only_gpus_have_is_refused_where_it_would_be_needed(run):
-    exchange = on(run, ONE, "model.moe.exchange.backend=ragged").model.moe.exchange
-    layouts.check_exchange(exchange, layouts.run_mesh(on(run, "data=16").mesh))
+    moe = on(run, ONE, "model.moe.exchange.backend=ragged").model.moe
+    layouts.check_exchange(moe, layouts.run_mesh(on(run, "data=16").mesh))
     with pytest.raises(ValueError, match="backend='ragged' needs GPUs"):
-        layouts.check_exchange(exchange, layouts.run_mesh(on(run, "expert=16").mesh))
+        layouts.check_exchange(moe, layouts.run_mesh(on(run, "expert=16").mesh))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("slots=99", "exchange.slots=99 must be at most"),
+        ("node_size=3", "exchange.node_size=3 must divide the devices of expert=16"),
+    ],
+)
+def test_loans_that_the_mesh_has_no_room_for_are_refused_before_a_run(
+    run, setting, message
+):
+    settings = "model.moe.exchange.backend=balanced", f"model.moe.exchange.{setting}"
+    moe = on(run, ONE, *settings).model.moe
+    layouts.check_exchange(moe, layouts.run_mesh(on(run, "data=16").mesh))
+    with pytest.raises(ValueError, match=message):
+        layouts.check_exchange(moe, layouts.run_mesh(on(run, "expert=16").mesh))
 
 
 def test_heads_of_keys_that_do_not_divide_are_refused_by_name(run):

@@ -19,6 +19,13 @@ from jmoe.train.optimizer import make_optimizer
 from jmoe.train.state import make_state
 from jmoe.train.trained import CHECKPOINTS
 
+# What of `train` a run's loop reads, and no step.
+LOOPS = {
+    *("steps", "log_every", "eval_every", "eval_batches", "signal_every"),
+    *("checkpoint_every", "checkpoint_minutes"),
+    *("keep_checkpoints", "keep_best", "keep_every"),
+    *("on_nonfinite", "on_spike", "spike_score", "max_skipped", "max_roll_backs"),
+}
 TIMES = {"time", "tokens_per_second", "step_seconds"}
 
 
@@ -58,12 +65,11 @@ def sharing_programs() -> Callable[[], contextlib.AbstractContextManager]:
     compile_steps = stretch.compile_steps
 
     def compile_once(model, optimizer, run, layout):
-        train = run.train
-        of_losses = train.mtp_weight, train.loss_chunk, run.data, run.precision
-        of_biases = train.bias_rate, train.skips_steps, train.seed
-        of_mesh = run.mesh, run.pipeline
-        of_schedules = run.optimizer, run.horizon
-        key = run.model, of_losses, of_biases, of_mesh, of_schedules
+        of_steps = {**vars(run.train), "skips": run.train.skips_steps}
+        of_steps = {name: of_steps[name] for name in of_steps.keys() - LOOPS}
+        others = {**vars(run), "train": frozenset(of_steps.items())}
+        others |= {"schedule": run.horizon, "name": None}
+        key = frozenset(others.items())
         if key not in made:
             made[key] = compile_steps(model, optimizer, run, layout)
         return made[key]
