@@ -11,6 +11,7 @@ from collections.abc import Callable
 from experiments.benchmarks.balance_lending import lending, planning_time
 from experiments.benchmarks.balance_part import Part
 from experiments.benchmarks.balance_placement import placement
+from experiments.benchmarks.balance_steps import steps
 from experiments.benchmarks.report import Report
 
 Say = Callable[[str], None]
@@ -20,6 +21,7 @@ PARTS: dict[str, Callable[[int, Say], Part]] = {
     "lending": lending,
     "planning_time": planning_time,
     "placement": placement,
+    "steps": steps,
 }
 
 

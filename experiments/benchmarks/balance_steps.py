@@ -2,10 +2,14 @@
 
 The tiny model trains on its own text, so that routings are as uneven as they are at
 first, while its bias still learns. Without loans, buffers have room for every token,
-and nothing is dropped either. Both take turns, and see the same batches.
+and nothing is dropped either. Both take turns, and see the same batches: those of the
+preset, with 128 tokens for each device, of which 29 go to each of the others; and such
+with 1,024.
 
 All devices share the same cores: one that waits for the busiest costs nothing here. So
-what this compares is the work, of which empty slots are a part, and the loans' own.
+what this compares is the work, of which empty slots are a part, and the loans' own:
+on CPUs each device sends each other one as many experts as it could borrow, whatever
+the number of tokens.
 """
 
 import dataclasses
@@ -40,6 +44,7 @@ from jmoe.train.step import make_train_step
 
 DEVICES = 16
 STEPS_A_TURN = 40  # 200 in 5 rounds
+SEQUENCES = (1, 8)  # of 128 tokens, a device
 SIDES = ("balanced", "padded")
 # By how much the last steps' losses may differ; they start alike, but sums are in
 # another order.
@@ -47,50 +52,66 @@ MOST_APART = 0.02
 
 
 def steps(rounds: int, say: Callable[[str], None]) -> Part:
-    """Measures training steps with either exchange."""
-    say(f"{rounds * STEPS_A_TURN} training steps on {DEVICES} virtual devices")
-    turns = measure(rounds)
+    """Measures training steps with either exchange, and few tokens or more."""
+    turns = {}
+    for sequences in SEQUENCES:
+        say(
+            f"{rounds * STEPS_A_TURN} training steps on {DEVICES} virtual devices, "
+            f"{sequences} sequences each: compiling them takes some minutes"
+        )
+        turns[sequences] = measure(sequences, rounds)
     return Part(
-        figures=list(figures(turns)),
+        figures=[figure for n in turns for figure in figures(n, turns[n])],
         settings={
             "model": "tiny",
             "mesh": {"expert": DEVICES},
+            "sequences_a_device": SEQUENCES,
             "rounds": rounds,
             "steps_a_round": STEPS_A_TURN,
         },
         samples={
-            name: {
-                "seconds": [turn.seconds for turn in turns[name]],
-                "last_step": [turn.result for turn in turns[name]],
+            f"{name}, {n} sequences": {
+                "seconds": [turn.seconds for turn in of_side],
+                "last_step": [turn.result for turn in of_side],
             }
-            for name in turns
+            for n, sides in turns.items()
+            for name, of_side in sides.items()
         },
-        wrong=apart(turns),
+        wrong=tuple(flaw for sides in turns.values() for flaw in apart(sides)),
     )
 
 
 def measure(
-    rounds: int, steps_a_turn: int = STEPS_A_TURN
+    sequences: int, rounds: int, steps_a_turn: int = STEPS_A_TURN
 ) -> Mapping[str, Sequence[Turn]]:
-    """Returns turns of both."""
-    with _worker("balanced") as balanced, _worker("padded") as padded:
+    """Returns turns of both, with so many sequences for each device."""
+    with (
+        _worker(run_with("balanced", sequences)) as balanced,
+        _worker(run_with("padded", sequences)) as padded,
+    ):
         workers = {"balanced": balanced, "padded": padded}
         seats = {n: Seat(w, "step", steps_a_turn) for n, w in workers.items()}
         return take_turns(seats, rounds)
 
 
-def _worker(exchange: str) -> Worker:
+def _worker(run: RunConfig) -> Worker:
     return Worker(
         "experiments.benchmarks.balance_steps.training",
         setup=keep_freed_memory,
         environment=virtual_devices(DEVICES) | HUGE_PAGES,
-        run=run_with(exchange),
+        run=run,
     )
 
 
-def run_with(exchange: str) -> RunConfig:
-    """Returns the tiny run with this exchange, a sequence for each device."""
-    run = override(presets.tiny_run(), [f"model.moe.exchange.backend={exchange}"])
+def run_with(exchange: str, sequences: int) -> RunConfig:
+    """Returns the tiny run with this exchange."""
+    batch = sequences * DEVICES
+    settings = [
+        f"model.moe.exchange.backend={exchange}",
+        f"train.batch_size={batch}",
+        f"train.microbatch_size={batch}",
+    ]
+    run = override(presets.tiny_run(), settings)
     return dataclasses.replace(run, mesh=MeshConfig(expert=DEVICES))
 
 
@@ -118,19 +139,21 @@ def training(run: RunConfig) -> Tasks:
     return {"step": step}
 
 
-def figures(turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
+def figures(sequences: int, turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
     """Yields times, their ratio within a round, and memory."""
     seconds = {name: per_round(turns[name]) for name in SIDES}
+    tokens = sequences * presets.tiny_run().data.sequence_length
+    of_size = f"{tokens:,} tokens a device"
     for name in SIDES:
         yield Figure(
-            name=f"training step, {name}",
+            name=f"training step, {name}, {of_size}",
             value=statistics.median(seconds[name]),
             unit="s",
             definition=f"tiny on {DEVICES} virtual devices; the median over rounds of "
             "a turn's median",
         )
     yield Figure(
-        name="training step, balanced / padded",
+        name=f"training step, balanced / padded, {of_size}",
         value=ratio(seconds["balanced"], seconds["padded"]),
         unit="×",
         definition="time of a step over the other's, the median over rounds",
@@ -138,7 +161,7 @@ def figures(turns: Mapping[str, Sequence[Turn]]) -> Iterator[Figure]:
     )
     for name in SIDES:
         yield Figure(
-            name=f"peak memory of training, {name}",
+            name=f"peak memory of training, {name}, {of_size}",
             value=turns[name][-1].peak_bytes / 2**30,
             unit="GiB",
             definition="ru_maxrss after the last step, compilation included",
