@@ -19,6 +19,7 @@ axis, S slot for a borrowed expert, E expert, R row that arrives here.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,8 +33,11 @@ from jmoe.ops import fp8
 from jmoe.parallel import collectives, loans, reductions, travel
 from jmoe.parallel.travel import AXIS, Experts, Group
 
-ROOM = 1.25
-"""Times the expected visits is what buffers hold, where no `capacity_factor` is set."""
+ROOM, DEVIATIONS = 1.25, 4
+"""What buffers hold where no `capacity_factor` is set: times the expected visits.
+
+And so many standard deviations of a count of rare events, which few tokens need.
+"""
 
 
 class _Layout(NamedTuple):
@@ -113,7 +117,7 @@ def exchange(
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
     transport = travel.of_platform()
-    form = loans.AS_THEY_ARE if recipe is None else loans.in_fp8(recipe)
+    form = loans.in_dtype(x_ND.dtype) if recipe is None else loans.in_fp8(recipe)
     # Each device of a tensor group lends its part of an expert.
     size = jnp.float32(group * loans.bytes_of_expert(weights, form))
     metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
@@ -122,12 +126,7 @@ def exchange(
         transport,
         travel.WIRES[cfg.dispatch_dtype],
         form,
-        transport.capacity(
-            ROOM if cfg.capacity_factor is None else cfg.capacity_factor,
-            len(x_ND) // cfg.chunks,
-            router,
-            peers,
-        ),
+        _capacity(transport, len(x_ND) // cfg.chunks, cfg, router),
         stations.num_experts,
         own,
         slots,
@@ -140,6 +139,19 @@ def exchange(
         chunk = _Chunk(station, trips, plan.borrowed_PS)
         done.append(_exchange_chunk(layout, x, gate, weights, chunk))
     return jnp.concatenate(done), metrics
+
+
+def _capacity(
+    transport: travel.Transport, tokens: int, cfg: ExchangeConfig, router: RouterConfig
+) -> int:
+    """Returns how many visits a buffer holds: no more than a device's even share."""
+    of_router = tokens, router, collectives.axis_size(AXIS)
+    if cfg.capacity_factor is not None:
+        return transport.capacity(cfg.capacity_factor, *of_router)
+    expected = transport.capacity(1.0, *of_router)
+    room = math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected))
+    share = math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
+    return min(room, share, transport.capacity(None, *of_router))
 
 
 def _plan(

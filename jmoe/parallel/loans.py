@@ -34,7 +34,9 @@ class Form(NamedTuple):
     unpack: Callable[[Any, Any], jax.Array]
 
 
-AS_THEY_ARE = Form(lambda w: w, lambda w, dtype: w)
+def in_dtype(dtype: Any) -> Form:
+    """Returns weights converted as products in `dtype` will convert them anyway."""
+    return Form(lambda w: w.astype(dtype), lambda w, of: w.astype(of))
 
 
 def in_fp8(recipe: fp8.Recipe) -> Form:

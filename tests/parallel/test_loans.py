@@ -64,7 +64,8 @@ def test_a_borrower_has_the_lenders_weights_and_the_lender_all_gradients(
 ):
     w, d_own, d_lent = arrays()
     borrowed_PS = BORROWED[case].astype(np.int32)
-    own, lent, d_w = on_mesh(subject.AS_THEY_ARE)(w, borrowed_PS, d_own, d_lent)
+    run = on_mesh(subject.in_dtype(w.dtype))
+    own, lent, d_w = run(w, borrowed_PS, d_own, d_lent)
     expert_X = borrowed_PS.reshape(-1)
     is_loan_X = (expert_X < E)[:, None, None, None]
     np.testing.assert_array_equal(own, w)
@@ -82,7 +83,7 @@ def test_gradients_come_home_again_to_the_bit(transport):
     given = arrays(dtype=jnp.bfloat16)
     w, *gradients = given
     borrowed_PS = BORROWED["all of one device"].astype(np.int32)
-    run = on_mesh(subject.AS_THEY_ARE)
+    run = on_mesh(subject.in_dtype(w.dtype))
     first, again = (run(w, borrowed_PS, *gradients)[2] for _ in range(2))
     np.testing.assert_array_equal(first, again)
 
@@ -111,7 +112,7 @@ def _quantized(recipe, w):
 @pytest.mark.parametrize(
     ("form", "size"),
     [
-        (subject.AS_THEY_ARE, 2 * (256 * 384 + 192 * 256)),
+        (subject.in_dtype(jnp.bfloat16), 2 * (256 * 384 + 192 * 256)),
         # A byte each, and float32 scales of squares of 128.
         (subject.in_fp8(fp8.RECIPES["fp8"]), 256 * 384 + 4 * 6 + 192 * 256 + 4 * 4),
     ],
@@ -120,3 +121,14 @@ def test_the_size_of_an_expert_is_that_of_what_travels(form, size):
     shapes = (3, 256, 2, 192), (3, 192, 256)
     weights = [jnp.zeros(shape, jnp.bfloat16) for shape in shapes]
     assert subject.bytes_of_expert(weights, form) == size
+
+
+def test_float32_weights_are_lent_as_products_in_bfloat16_have_them(transport):
+    w, d_own, d_lent = arrays()
+    borrowed_PS = BORROWED["some"].astype(np.int32)
+    run = on_mesh(subject.in_dtype(jnp.bfloat16))
+    own, lent, d_w = run(w, borrowed_PS, d_own, d_lent)
+    np.testing.assert_array_equal(own, w)
+    np.testing.assert_array_equal(lent[0], w[3].astype(jnp.bfloat16))
+    assert lent.dtype == d_w.dtype == w.dtype
+    np.testing.assert_array_equal(d_w[3], d_own[3] + d_lent[0])
