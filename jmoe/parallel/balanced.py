@@ -33,7 +33,7 @@ from jmoe.ops import fp8
 from jmoe.parallel import collectives, loans, reductions, travel
 from jmoe.parallel.travel import AXIS, Experts, Group
 
-ROOM, DEVIATIONS = 1.25, 4
+ROOM, DEVIATIONS = 1.2, 4
 """What buffers hold where no `capacity_factor` is set: times the expected visits.
 
 And so many standard deviations of a count of rare events, which few tokens need.
@@ -228,7 +228,7 @@ def _exchange_part(
 
     def compute(arrived: travel.Arrived, weights: Any) -> tuple[jax.Array, Any]:
         both = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
-        own, lent = zip(*both, strict=True)
+        own, lent = (tuple(pair[i] for pair in both) for i in range(2))
         return _compute(layout, arrived, own, lent, rows), lent
 
     path, arrived = _bring(layout, nth, x_ND, gate_NK, chunk)

@@ -175,6 +175,9 @@ CHANGES = {  # of every field, from what `tiny_with_yarn` has
     "moe.exchange.backend": "ragged",
     "moe.exchange.capacity_factor": 1.5,
     "moe.exchange.drop_order": "position",
+    "moe.exchange.lend_above": 0.1,
+    "moe.exchange.node_size": 8,
+    "moe.exchange.slots": 2,
     "moe.exchange.chunks": 2,
     "moe.exchange.dispatch_dtype": "float8_e4m3fn",
 }

@@ -75,7 +75,9 @@ def test_rows_that_return_are_added_in_float32():
     assert got.dtype == jnp.bfloat16 and got == 1 + 2**-7
 
 
-LAYOUT = jax.jit(ragged.plan)
+@jax.jit
+def layout(count_PP, capacity, device):
+    return ragged.plan(ragged.shared(count_PP, capacity), device)
 
 
 @settings(deadline=None, max_examples=60)
@@ -91,7 +93,7 @@ def test_rows_of_all_devices_arrive_in_order_and_return_to_where_they_were(
     """Both ways of a ragged all-to-all, in NumPy, on each device's own plan."""
     count_PP = np.array(count, np.int32)
     layouts = [
-        jax.tree.map(np.asarray, LAYOUT(count_PP, capacity, p)) for p in range(3)
+        jax.tree.map(np.asarray, layout(count_PP, capacity, p)) for p in range(3)
     ]
     sent = [np.arange(100 * p, 100 * p + 27) for p in range(3)]
     arrived = ragged_all_to_all(sent, [plan.there for plan in layouts], capacity)
@@ -107,6 +109,23 @@ def test_rows_of_all_devices_arrive_in_order_and_return_to_where_they_were(
         held = layouts[p].there.send_P.sum()
         np.testing.assert_array_equal(rows[:held], sent[p][:held])
         assert (rows[held:] == -1).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.lists(st.integers(0, 9), min_size=3, max_size=3), min_size=3, max_size=3
+    ),
+    st.integers(1, 30),
+)
+def test_windows_hold_every_row_once_and_no_more_than_a_device_can(count, rows):
+    count_PP = np.array(count, np.int32)
+    parts = -(-count_PP.sum(0).max() // rows)
+    windows = [ragged.window(count_PP, rows, nth) for nth in range(parts)]
+    size_WPP, skipped_WPP = np.array(windows, int).reshape(-1, 2, 3, 3).swapaxes(0, 1)
+    assert (size_WPP.sum(1) <= rows).all()
+    np.testing.assert_array_equal(size_WPP.sum(0), count_PP)
+    np.testing.assert_array_equal(skipped_WPP, size_WPP.cumsum(0) - size_WPP)
 
 
 def ragged_all_to_all(buffers, sizes, rows):
