@@ -227,7 +227,7 @@ def _exchange_part(
     """Returns the results of one part's visits, and borrowed weights."""
 
     def compute(arrived: travel.Arrived, weights: Any) -> tuple[jax.Array, Any]:
-        both = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
+        both: Any = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
         own, lent = (tuple(pair[i] for pair in both) for i in range(2))
         return _compute(layout, arrived, own, lent, rows), lent
 
