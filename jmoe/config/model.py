@@ -197,11 +197,11 @@ class ExchangeConfig:
     there. What is beyond that is dropped, and counted. None: there is always room.
 
     With `balanced`, devices lend experts, and nothing is dropped: `capacity_factor` is
-    the size of buffers, which are filled as often as need be; none: a fifth more
-    than is expected, and what chance adds to few tokens. A device
-    borrows up to `slots` experts; none: as many as it has, and no more than 4. Nobody
-    lends to be less than a fraction `lend_above` above the mean. Within nodes of
-    `node_size` devices experts are lent first; none: all are alike.
+    the size of buffers, which are filled as often as need be; none: a fifth more than
+    is expected, and what chance adds to few tokens. A device borrows up to `slots`
+    experts; none: as many as it has, and no more than 4. Nobody lends to be less than a
+    fraction `lend_above` above the mean. Within nodes of `node_size` devices experts
+    are lent first; none: all are alike.
     """
 
     backend: str = "padded"

@@ -6,7 +6,6 @@ shortened run keeps its form.
 """
 
 import dataclasses
-import fnmatch
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
@@ -233,7 +232,7 @@ class RunConfig:
     def _check_bias_rates(self) -> None:
         names = self.model.moe_layer_names
         for i, rate in enumerate(self.train.bias_rate_factors):
-            if not any(fnmatch.fnmatchcase(name, rate.layers) for name in names):
+            if not any(map(rate.matches, names)):
                 raise ValueError(
                     f"train.bias_rate_factors[{i}].layers={rate.layers!r} matches none "
                     f"of the layers with experts, {names[0]} to {names[-1]}."

@@ -1,6 +1,7 @@
 """Steps and batches of a training run, and how often things happen."""
 
 import dataclasses
+import fnmatch
 
 from jmoe.config import checks
 
@@ -41,6 +42,10 @@ class LayerRateConfig:
 
     def __post_init__(self):
         checks.at_least(self, factor=0.0)
+
+    def matches(self, layer: str) -> bool:
+        """Returns whether this is for the layer of that name."""
+        return fnmatch.fnmatchcase(layer, self.layers)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

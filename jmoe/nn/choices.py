@@ -177,12 +177,6 @@ def selection_margins(
     return jnp.minimum(biased_NE - expert_N[:, None], margin_NG)
 
 
-def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
-    """Returns the exact int32 number of choices of each expert, [E], without nobody."""
-    chosen = expert_NK.reshape(-1, 1) == jnp.arange(num_experts)
-    return chosen.sum(0, dtype=jnp.int32)
-
-
 def token_choice(scored: Scored, cfg: RouterConfig) -> tuple[Routing, jax.Array]:
     """Returns each token's best experts by biased score."""
     return route(scored.score_NE, scored.bias_E, cfg, scored.is_real_N)

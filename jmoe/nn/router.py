@@ -15,11 +15,11 @@ from jax import lax
 
 from jmoe.balance import losses
 from jmoe.config import RouterConfig
-from jmoe.nn.choices import ROUTERS, Picks, Routing, Scored, count, count_picks
+from jmoe.nn.choices import ROUTERS, Picks, Routing, Scored, count_picks
 from jmoe.nn.measured import PER_MICROBATCH, PER_STEP, PER_TOKEN, Load, Loss, Measured
 from jmoe.nn.parameter import MATRIX, Parameter, boxed, normal_param
 from jmoe.nn.tokens import UNTOLD, Tokens
-from jmoe.ops import dot
+from jmoe.ops import dot, rows
 from jmoe.parallel import collectives
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 
@@ -102,7 +102,7 @@ class Router(nn.Module):
                 routing = jax.tree.map(
                     functools.partial(jnp.where, is_hashed), by_id, routing
                 )
-            load_E = count(routing.expert_NK, cfg.num_experts)
+            load_E = rows.count(routing.expert_NK, cfg.num_experts)
             expert_BTK = routing.expert_NK.reshape(*x_BTD.shape[:2], cfg.top_k)
         none = jnp.int32(0)
         load = Load(load_E, none, none, margin_EM)

@@ -42,6 +42,12 @@ class Rows(NamedTuple):
     size_E: jax.Array
 
 
+def count(expert_NK: jax.Array, num_experts: int) -> jax.Array:
+    """Returns the exact int32 number of choices of each expert, [E], without nobody."""
+    chosen = expert_NK.reshape(-1, 1) == jnp.arange(num_experts)
+    return chosen.sum(0, dtype=jnp.int32)
+
+
 def sort_rows(
     expert_TK: jax.Array, num_experts: int, *, spare: int, by_keys: bool = False
 ) -> Rows:
@@ -62,7 +68,7 @@ def sort_rows(
     else:
         choice_N = jnp.argsort(expert_N, stable=True).astype(jnp.int32)
     choice_N = jnp.pad(choice_N, (0, spare))
-    size_E = (expert_N[:, None] == jnp.arange(num_experts)).sum(0, dtype=jnp.int32)
+    size_E = count(expert_N, num_experts)
     return Rows(choice_N, choice_N // expert_TK.shape[1], size_E)
 
 

@@ -29,7 +29,7 @@ from jax import lax
 
 from jmoe.balance import lending
 from jmoe.config import ExchangeConfig, RouterConfig
-from jmoe.ops import fp8
+from jmoe.ops import fp8, rows
 from jmoe.parallel import collectives, loans, reductions, travel
 from jmoe.parallel.travel import AXIS, Experts, Group
 
@@ -163,8 +163,7 @@ def _plan(
     choices are in the order of its devices.
     """
     peers, group = collectives.axis_size(AXIS), collectives.axis_size("tensor")
-    number_E = jnp.arange(router.num_experts)
-    load_E = (expert_NK[..., None] == number_E).sum((0, 1), dtype=jnp.int32)
+    load_E = rows.count(expert_NK, router.num_experts)
     load_PGE = collectives.all_gather(load_E[None], (AXIS, "tensor"), 0)
     load_PGE = load_PGE.reshape(peers, group, -1)
     load_PE, me = load_PGE.sum(1), collectives.axis_index(AXIS)
@@ -229,10 +228,9 @@ def _exchange_part(
     def compute(arrived: travel.Arrived, weights: Any) -> tuple[jax.Array, Any]:
         both: Any = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
         own, lent = (tuple(pair[i] for pair in both) for i in range(2))
-        return _compute(layout, arrived, own, lent, rows), lent
+        return _compute(layout, arrived, own, lent, chunk.station_NK.size), lent
 
     path, arrived = _bring(layout, nth, x_ND, gate_NK, chunk)
-    rows = chunk.station_NK.size
     if layout.remat:  # of products, nothing is computed again: only what they are given
         compute = jax.checkpoint(compute)
     y_RD, lent = compute(arrived, weights)
@@ -252,9 +250,9 @@ def _bring(
 
 
 def _compute(
-    layout: _Layout, arrived: travel.Arrived, own: Any, lent: Any, rows: int
+    layout: _Layout, arrived: travel.Arrived, own: Any, lent: Any, expected: int
 ) -> jax.Array:
-    at_home = Group(*arrived.choices_of(0, layout.own), own, rows, is_bound=True)
+    at_home = Group(*arrived.choices_of(0, layout.own), own, expected, is_bound=True)
     choices = arrived.choices_of(layout.own, layout.slots)
     borrowed = Group(*choices, lent, rows=0, is_bound=True)
     return layout.experts(arrived.x_RD, [at_home, borrowed])

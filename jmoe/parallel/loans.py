@@ -20,8 +20,7 @@ from jax import lax
 
 from jmoe.ops import fp8
 from jmoe.parallel import collectives
-
-AXIS = "expert"
+from jmoe.parallel.travel import AXIS
 
 
 class Form(NamedTuple):
@@ -97,10 +96,17 @@ def _home_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
     return jnp.minimum(borrowed_PS // own, len(borrowed_PS))
 
 
+def _local_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
+    """Returns where each borrowed expert is here; `own` if it isn't this device's."""
+    me = collectives.axis_index(AXIS)
+    is_mine_PS = _home_PS(borrowed_PS, own) == me
+    return jnp.where(is_mine_PS, borrowed_PS - me * own, own)
+
+
 def _lend_padded(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     me = collectives.axis_index(AXIS)
     home_PS = _home_PS(borrowed_PS, len(own))
-    local_PS = jnp.where(home_PS == me, borrowed_PS - me * len(own), len(own))
+    local_PS = _local_PS(borrowed_PS, len(own))
     sent = own.at[local_PS].get(mode="fill", fill_value=0)
     came = collectives.all_to_all(sent, AXIS, 0, 0)
     slot_S = jnp.arange(borrowed_PS.shape[1])
@@ -115,7 +121,7 @@ def _give_back_padded(
     sent = jnp.zeros((len(borrowed_PS), *d_lent.shape), d_lent.dtype)
     sent = sent.at[home_PS[me], jnp.arange(slots)].set(d_lent, mode="drop")
     came = collectives.all_to_all(sent, AXIS, 0, 0)
-    local_PS = jnp.where(home_PS == me, borrowed_PS - me * len(d_own), len(d_own))
+    local_PS = _local_PS(borrowed_PS, len(d_own))
     return _add(d_own, local_PS.reshape(-1), came.reshape(-1, *d_lent.shape[1:]))
 
 
@@ -131,14 +137,13 @@ def _add(d_own: jax.Array, local_X: jax.Array, d_lent_X: jax.Array) -> jax.Array
 def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     me = collectives.axis_index(AXIS)
     home_PS = _home_PS(borrowed_PS, len(own))
+    local_PS = _local_PS(borrowed_PS, len(own))
     peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
     carried = []
-    for slot, (expert_P, home_P) in enumerate(
-        zip(borrowed_PS.T, home_PS.T, strict=True)
-    ):
-        is_mine_P = home_P == me
+    for slot, local_P in enumerate(local_PS.T):
+        is_mine_P = local_P < len(own)
         sizes = (
-            jnp.where(is_mine_P, expert_P - me * len(own), 0),
+            jnp.where(is_mine_P, local_P, 0),
             is_mine_P,
             zero_P,
             peer_P == home_PS[me, slot],
@@ -176,7 +181,7 @@ def _give_back_ragged(
     """
     me, (peers, slots) = collectives.axis_index(AXIS), borrowed_PS.shape
     home_PS = _home_PS(borrowed_PS, len(d_own))
-    incoming = _incoming(home_PS)
+    local_PS, incoming = _local_PS(borrowed_PS, len(d_own)), _incoming(home_PS)
     peer_P, zero_P = jnp.arange(peers), jnp.zeros(peers, int)
 
     def add_round(nth, d_own):
@@ -191,10 +196,9 @@ def _give_back_ragged(
                 (home_PS[:, slot] == me) & is_now_PS[:, slot],
             )
             came = _send(d_lent[slot : slot + 1], came, sizes)
-        comes_PS = is_now_PS & (home_PS == me)
-        at_PS = jnp.where(comes_PS, place_PS, slots)
+        at_PS = jnp.where(is_now_PS & (local_PS < len(d_own)), place_PS, slots)
         local_Q = jnp.full(slots, len(d_own), jnp.int32)
-        local_Q = local_Q.at[at_PS].set(borrowed_PS - me * len(d_own), mode="drop")
+        local_Q = local_Q.at[at_PS].set(local_PS, mode="drop")
         return _add(d_own, local_Q, came)
 
     rounds = -(-incoming.most // slots)

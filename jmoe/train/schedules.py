@@ -9,7 +9,6 @@ is computed on the host.
 Shapes: L MoE layer.
 """
 
-import fnmatch
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,11 +99,7 @@ def bias_rates(cfg: TrainConfig, layers: Sequence[str], horizon: int) -> Schedul
     """
 
     def factor(name: str) -> float:
-        found = [
-            rate.factor
-            for rate in cfg.bias_rate_factors
-            if fnmatch.fnmatchcase(name, rate.layers)
-        ]
+        found = [rate.factor for rate in cfg.bias_rate_factors if rate.matches(name)]
         return found[-1] if found else 1.0
 
     of_all = stepwise(cfg.bias_rate, horizon)

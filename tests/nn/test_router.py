@@ -18,6 +18,7 @@ from jmoe.nn import choices
 from jmoe.nn.choices import GROUP_SCORE, route
 from jmoe.nn.router import SCORES, Router
 from jmoe.nn.tokens import Tokens
+from jmoe.ops import rows
 
 E, G, K, D = 12, 4, 3, 16
 CFG = RouterConfig(num_experts=E, top_k=K, num_groups=G, groups_per_token=2)
@@ -190,7 +191,7 @@ def test_scores_of_zero_give_gates_of_zero():
 @EXAMPLES
 @given(st.lists(st.integers(0, E - 1), min_size=40, max_size=40))
 def test_counts_are_exact_integers(chosen):
-    got = choices.count(jnp.array(chosen).reshape(10, 4), E)
+    got = rows.count(jnp.array(chosen).reshape(10, 4), E)
     assert got.dtype == jnp.int32
     assert got.tolist() == np.bincount(chosen, minlength=E).tolist()
 
