@@ -66,7 +66,7 @@ def make_mover(cfg: ModelConfig, layout: Layout, state: Any) -> Mover:
             parameter = stored.get(jax.tree_util.keystr(path))
             if parameter is None:
                 return x
-            devices = math.prod(map(layout.mesh.shape.get, _axes(parameter)))
+            devices = math.prod(layout.mesh.shape[axis] for axis in _axes(parameter))
             own = moves(*_layers(parameter, cfg), devices)
             return move(x, own, parameter._replace(path=()))
 
