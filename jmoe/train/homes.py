@@ -19,13 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jmoe.balance import dropping
 from jmoe.balance import homes as places
 from jmoe.config import RunConfig
 from jmoe.nn.model import read_biases, read_homes, with_biases, with_homes
 from jmoe.parallel import processes
-from jmoe.train.layout import Layout, put_whole
+from jmoe.train.layout import WHOLE, Layout, put_whole
 from jmoe.train.moving import make_mover
 from jmoe.train.state import TrainState
 
@@ -69,10 +70,13 @@ class Homes:
         self._loads: collections.deque[jax.Array] = collections.deque(maxlen=WINDOW)
         if self._every:
             self._move = make_mover(run.model, layout, jax.eval_shape(make))
-        # Of arrays on devices, also of several processes, and no host's numbers.
-        self._read = jax.jit(functools.partial(read_homes, cfg=self._cfg))
-        self._write = jax.jit(functools.partial(with_homes, cfg=self._cfg))
-        self._forget = jax.jit(self._biases_alone)
+        # Compiled, as they are of arrays that other processes have parts of.
+        whole = functools.partial(
+            jax.jit, out_shardings=NamedSharding(layout.mesh, WHOLE)
+        )
+        self._read = whole(functools.partial(read_homes, cfg=self._cfg))
+        self._write = whole(functools.partial(with_homes, cfg=self._cfg))
+        self._forget = whole(self._biases_alone)
 
     def begin(self, state: TrainState) -> TrainState:
         """Returns a state whose experts are in order, with their homes.
