@@ -1,6 +1,6 @@
 """Histograms of durations, as Prometheus has them, and quantiles read off them.
 
-Six bounds a decade: a quantile is off by a fifth at most.
+Six bounds a decade; between two of them a quantile is interpolated.
 """
 
 import bisect
