@@ -104,9 +104,12 @@ def read(text: str, now: float) -> Reading:
       ValueError: the text isn't Prometheus's, or has no metrics of vLLM.
     """
     by_name: dict[str, list[Any]] = collections.defaultdict(list)
-    for family in parser.text_string_to_metric_families(text):
-        for sample in family.samples:
-            by_name[sample.name].append(sample)
+    try:
+        for family in parser.text_string_to_metric_families(text):
+            for sample in family.samples:
+                by_name[sample.name].append(sample)
+    except ValueError as error:
+        raise ValueError(f"These are no metrics of Prometheus's: {error}") from error
     if not by_name[_COUNTS["new"]]:
         raise ValueError(f"These metrics are not vLLM's: {_COUNTS['new']} is missing.")
 

@@ -36,7 +36,11 @@ def test_arrays_charts_and_decisions_become_plain_json():
 
 
 def test_what_is_not_finite_is_still_json_and_a_figure_says_it():
-    figures = [Figure("loss", math.nan), Figure("norm", math.inf), Figure("tokens", None)]
+    figures = [
+        Figure("loss", math.nan),
+        Figure("norm", math.inf),
+        Figure("tokens", None),
+    ]
     found = parsed(
         figures=figures, charts=[Chart("", "", "step", [1], {"loss": [math.nan]})]
     )

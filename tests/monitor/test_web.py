@@ -22,7 +22,12 @@ class Client:
     def __init__(self, app, path, method="GET", host="localhost", root=""):
         headers = [(b"host", host.encode())]
         self._scope = {
-            **{"type": "http", "http_version": "1.1", "method": method, "headers": headers},
+            **{
+                "type": "http",
+                "http_version": "1.1",
+                "method": method,
+                "headers": headers,
+            },
             **{"path": root + path, "root_path": root, "query_string": b""},
             **{"scheme": "http", "server": ("localhost", 80), "client": ("there", 1)},
         }
@@ -54,7 +59,9 @@ class Client:
         """Returns the data of whole events that have come."""
         blocks = self.body.decode().split("\n\n")[:-1]
         start = f"event: {name}\ndata: "
-        return [json.loads(b.removeprefix(start)) for b in blocks if b.startswith(start)]
+        return [
+            json.loads(b.removeprefix(start)) for b in blocks if b.startswith(start)
+        ]
 
 
 def make_app(meter=None, **options):

@@ -37,7 +37,12 @@ function readable(value, unit = "") {
   if (Number.isInteger(value) || size >= 1e3) {
     return Math.round(value).toLocaleString("en");
   }
-  return size < 1e-3 ? value.toExponential(1) : trimmed(value, size < 1 ? 3 : 4);
+  return size < 1e-3 ? value.toExponential(1) : value.toPrecision(size < 1 ? 3 : 4);
+}
+
+function mark(value, unit) {
+  const text = readable(value, unit);
+  return /^[\d.]+$/.test(text) ? String(Number(text)) : text; // 2, not 2.000
 }
 
 function trimmed(value, digits) {
@@ -214,7 +219,7 @@ function drawDevices(place, said, load) {
 
 function tickStep(low, high, about) {
   const raw = (high - low || high || 1) / about, unit = 10 ** Math.floor(Math.log10(raw));
-  return [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= raw * 0.999);
+  return [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= raw * 0.999);
 }
 
 function ticks(low, high, about) {
@@ -231,11 +236,12 @@ function drawChart(figure, chart) {
   const lines = Object.entries(chart.lines);
   const legend = element("span", { className: "legend" });
   lines.forEach(([name, values], i) => {
-    const mark = element("i");
-    mark.style.background = `var(${LINES[i]})`;
+    const dash = element("i");
+    dash.style.background = `var(${LINES[i]})`;
     const last = values.findLast((value) => value !== null);
-    const text = lines.length > 1 ? `${name} ${readable(last, chart.unit)}` : readable(last, chart.unit);
-    legend.append(element("span", {}, mark, text));
+    const value = readable(last, chart.unit);
+    const text = lines.length > 1 ? `${name} ${value}` : value;
+    legend.append(element("span", {}, dash, text));
   });
   figure.replaceChildren(
     element("figcaption", {}, element("b", {}, chart.title), legend),
@@ -255,14 +261,15 @@ function lineChart(figure, chart, lines) {
   const xs = chart.x_N, [y, marks] = scale(known, area);
   const span = xs.at(-1) - xs[0] || 1;
   const x = (value) => area.left + ((value - xs[0]) / span) * (area.right - area.left);
-  for (const mark of marks) {
+  for (const value of marks) {
+    const height = y(value);
     drawn.append(
-      shape("line", { class: "grid", x1: area.left, x2: area.right, y1: y(mark), y2: y(mark) }),
-      shape("text", { x: area.left - 6, y: y(mark) + 4, "text-anchor": "end" }, readable(mark, chart.unit)));
+      shape("line", { class: "grid", x1: area.left, x2: area.right, y1: height, y2: height }),
+      shape("text", { x: area.left - 6, y: height + 4, "text-anchor": "end" }, mark(value, chart.unit)));
   }
   drawn.append(...xLabels(chart, x, area));
   lines.forEach((values, i) => drawn.append(...line(xs, values, x, y, i, area)));
-  drawn.append(...cross(drawn, chart, x, area));
+  drawn.append(cross(drawn, chart, x, area));
   return drawn;
 }
 
@@ -270,7 +277,7 @@ function lineChart(figure, chart, lines) {
 function scale(known, area) {
   const least = Math.min(...known), most = Math.max(...known);
   const from = least < most * 0.6 || least === most ? Math.min(0, least) : least;
-  const step = tickStep(from, most, 3), room = area.bottom - area.top;
+  const step = tickStep(from, most, 4), room = area.bottom - area.top;
   const low = Math.floor(from / step + 1e-9) * step;
   const top = Math.max(Math.ceil(most / step - 1e-9) * step, low + step);
   const y = (value) => area.bottom - ((value - low) / (top - low)) * room;
@@ -279,7 +286,7 @@ function scale(known, area) {
 
 function xLabels(chart, x, area) {
   const [first, last] = [chart.x_N[0], chart.x_N.at(-1)];
-  const about = Math.max(2, Math.floor((area.right - area.left) / 90));
+  const about = Math.max(3, Math.floor((area.right - area.left) / 90));
   const label = (value, text) => {
     const at = x(value);
     const anchor = at > area.right - 24 ? "end" : at < area.left + 12 ? "start" : "middle";
@@ -321,7 +328,7 @@ function line(xs, values, x, y, number, area) {
 }
 
 function cross(drawn, chart, x, area) {
-  const mark = shape("line", { class: "cross", y1: area.top, y2: area.bottom, visibility: "hidden" });
+  const rule = shape("line", { class: "cross", y1: area.top, y2: area.bottom, visibility: "hidden" });
   const read = (event) => {
     const box = drawn.getBoundingClientRect(), at = event.clientX - box.left;
     let nearest = 0;
@@ -329,9 +336,9 @@ function cross(drawn, chart, x, area) {
       if (Math.abs(x(value) - at) < Math.abs(x(chart.x_N[nearest]) - at)) nearest = i;
     });
     const value = chart.x_N[nearest];
-    mark.setAttribute("x1", x(value));
-    mark.setAttribute("x2", x(value));
-    mark.setAttribute("visibility", "visible");
+    rule.setAttribute("x1", x(value));
+    rule.setAttribute("x2", x(value));
+    rule.setAttribute("visibility", "visible");
     const where = chart.x === "step" ? `step ${value.toLocaleString("en")}` : clockTime(value);
     const said = Object.entries(chart.lines).map(([name, values]) =>
       `${name} ${readable(values[nearest], chart.unit)}`);
@@ -339,10 +346,10 @@ function cross(drawn, chart, x, area) {
   };
   drawn.onpointermove = drawn.onpointerdown = read;
   drawn.onpointerleave = () => {
-    mark.setAttribute("visibility", "hidden");
+    rule.setAttribute("visibility", "hidden");
     hideTip();
   };
-  return [mark];
+  return rule;
 }
 
 // Decisions, the newest first.
