@@ -43,7 +43,7 @@ class TrainingMeter:
         self._clock = clock
         self._lock = threading.RLock()
         self._notes = Decisions()
-        self._state = training_page.State(clock())
+        self._state = training_page.Standing(clock())
         self._logs = Thinned()
         self._evaluations = Thinned()
 

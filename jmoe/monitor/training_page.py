@@ -62,8 +62,8 @@ class About(NamedTuple):
 
 
 @dataclasses.dataclass
-class State:
-    """Where a run stands. metrics: by key, each as it was logged last."""
+class Standing:
+    """Says where a run stands. metrics: by key, each as it was logged last."""
 
     time: float  # of the last log, Unix in seconds
     step: int = 0
@@ -81,7 +81,7 @@ class State:
         self.step, self.time = step, now
         self.metrics |= metrics
 
-    def copy(self) -> "State":
+    def copy(self) -> "Standing":
         return dataclasses.replace(self, metrics=dict(self.metrics))
 
     def number(self, key: str) -> float | None:
@@ -103,7 +103,7 @@ def kept(metrics: Mapping[str, Any]) -> dict[str, float]:
 
 def make(
     about: About,
-    state: State,
+    state: Standing,
     logs: Sequence[tuple[int, Mapping[str, float]]],
     evaluations: Sequence[tuple[int, Mapping[str, float]]],
     notes: Sequence[Decision],
@@ -138,7 +138,7 @@ def make(
     )
 
 
-def _status(about: About, state: State) -> str:
+def _status(about: About, state: Standing) -> str:
     where = f" · {about.device}" if about.device else ""
     if state.first is None:
         return f"compiling{where}"
@@ -152,7 +152,7 @@ def _status(about: About, state: State) -> str:
     return said + where
 
 
-def _figures(state: State, vio_L: np.ndarray | None) -> Iterator[Figure]:
+def _figures(state: Standing, vio_L: np.ndarray | None) -> Iterator[Figure]:
     number, text = state.number, state.text
     yield Figure("training loss", number("loss"), "", text("mtp_loss", "MTP {:.3f}"))
     if (validation := number("val_loss")) is not None:
