@@ -1,7 +1,7 @@
-"""What a server did in the last minutes, in spans of five seconds.
+"""What a server did in the last minutes, in parts of five seconds.
 
-A span that nothing happened in isn't there. Counts of experts are kept for the last
-minute's spans alone: a big model's have 119 kB each.
+A part that nothing happened in isn't there. Counts of experts are kept for the last
+minute's parts alone: a big model's have 119 kB each.
 
 Shapes: L MoE layers, E routed experts, P devices.
 """
@@ -15,15 +15,15 @@ import numpy as np
 from jmoe.monitor import latency
 from jmoe.monitor.snapshot import even_share, max_violation_L
 
-SECONDS = 5  # of a span
-KEPT = 180  # spans: fifteen minutes
-WINDOW = 12  # spans that loads and latencies are counted over: a minute
-RATE = 2  # whole spans that a rate is counted over, and what there is of one more
+SECONDS = 5  # of a part
+KEPT = 180  # parts: fifteen minutes
+WINDOW = 12  # parts that loads and latencies are counted over: a minute
+RATE = 2  # whole parts that a rate is counted over, and what there is of one more
 
 
 @dataclasses.dataclass
-class Span:
-    """What happened in five seconds. index: their number since 1970."""
+class FiveSeconds:
+    """Counts what happened in them. index: their number since 1970."""
 
     index: int
     prompt_tokens: int = 0
@@ -51,45 +51,45 @@ class Span:
 
 
 class Recent:
-    """The latest spans. One thread at a time may use it."""
+    """Keeps the latest parts. One thread at a time may use it."""
 
     def __init__(self, now: float):
         self._begun = now
-        self._spans: collections.deque[Span] = collections.deque()
+        self._parts: collections.deque[FiveSeconds] = collections.deque()
 
-    def span(self, now: float) -> Span:
-        """Returns the span of this moment, for what happens to be added."""
+    def part(self, now: float) -> FiveSeconds:
+        """Returns the part of this moment, for what happens to be added."""
         index = int(now // SECONDS)
-        if not self._spans or self._spans[-1].index < index:
+        if not self._parts or self._parts[-1].index < index:
             self._close()
-            self._spans.append(Span(index))
-            while self._spans[0].index <= index - KEPT:
-                self._spans.popleft()
-        return self._spans[-1]  # a clock that was set back stays in the last one
+            self._parts.append(FiveSeconds(index))
+            while self._parts[0].index <= index - KEPT:
+                self._parts.popleft()
+        return self._parts[-1]  # a clock that was set back stays in the last one
 
-    def rate(self, now: float, counted: Callable[[Span], float]) -> float:
-        """Returns what spans count, a second, over the last ten to fifteen seconds."""
+    def rate(self, now: float, counted: Callable[[FiveSeconds], float]) -> float:
+        """Returns what is counted a second, over the last ten to fifteen of them."""
         first = int(now // SECONDS) - RATE
-        found = sum(counted(span) for span in self._spans if span.index >= first)
+        found = sum(counted(part) for part in self._parts if part.index >= first)
         since = max(self._begun, first * SECONDS)
         return found / max(now - since, 1.0)
 
-    def latest(self) -> list[Span]:
-        """Returns the spans of the minute that ends with the last one."""
-        if not self._spans:
+    def latest(self) -> list[FiveSeconds]:
+        """Returns the parts of the minute that ends with the last one."""
+        if not self._parts:
             return []
-        first = self._spans[-1].index - WINDOW
-        return [span for span in self._spans if span.index > first]
+        first = self._parts[-1].index - WINDOW
+        return [part for part in self._parts if part.index > first]
 
     def counts(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns choices [L, E] and [L, P] in that minute; None if there were none.
 
-        An idle server keeps its last minute: spans count, not the clock.
+        An idle server keeps its last minute: parts count, not the clock.
         """
         counts = [
-            (span.count_LE, span.device_LP)
-            for span in self.latest()
-            if span.count_LE is not None and span.device_LP is not None
+            (part.count_LE, part.device_LP)
+            for part in self.latest()
+            if part.count_LE is not None and part.device_LP is not None
         ]
         if not counts:
             return None
@@ -98,33 +98,33 @@ class Recent:
 
     def quantile(self, name: str, q: float) -> float | None:
         """Returns a quantile of that minute's `first_token` or `between_tokens`."""
-        found = [getattr(span, name) for span in self.latest()]
+        found = [getattr(part, name) for part in self.latest()]
         if not found:
             return None
         total = latency.Durations(found[0].bounds)
         total.count_B = np.sum([durations.count_B for durations in found], axis=0)
         return total.quantile(q)
 
-    def history(self, now: float) -> Iterator[Span | int]:
-        """Yields each span, or its index where nothing happened, up to the last over.
+    def history(self, now: float) -> Iterator[FiveSeconds | int]:
+        """Yields each part, or its index where nothing happened, up to the last over.
 
         It begins with the server, a quarter of an hour ago at most.
         """
         end = int(now // SECONDS)
         start = max(int(self._begun // SECONDS), end - KEPT)
-        by_index = {span.index: span for span in self._spans}
+        by_index = {part.index: part for part in self._parts}
         yield from (by_index.get(index, index) for index in range(start, end))
 
     def _close(self) -> None:
-        """Measures balance as a span ends, and forgets counts that are too old."""
-        if not self._spans:
+        """Measures balance as a part ends, and forgets counts that are too old."""
+        if not self._parts:
             return
-        last = self._spans[-1]
+        last = self._parts[-1]
         counts = self.counts()
         if last.count_LE is not None and counts is not None:
             vio_L = max_violation_L(even_share(counts[0]))
             last.max_vio = float(np.median(vio_L)), float(vio_L.max())
-        for span in self._spans:
-            if span.index > last.index - WINDOW:
+        for part in self._parts:
+            if part.index > last.index - WINDOW:
                 break
-            span.count_LE = span.device_LP = None
+            part.count_LE = part.device_LP = None

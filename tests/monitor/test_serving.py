@@ -80,7 +80,7 @@ def test_balance_over_time_shows_when_it_was_lost():
         clock.now += 5.0
         step(meter, count_LE=SKEWED_LE if at > 30 else np.ones((2, 8), int))
     worst = lines(meter.snapshot(), "Balance: MaxVio")["worst layer"]
-    worst = worst[1:]  # the first span begins before the first step
+    worst = worst[1:]  # the first part begins before the first step
     assert worst[5] == 0 and worst[-1] == 7
     assert all(later >= vio for vio, later in zip(worst[:-1], worst[1:], strict=True))
 
