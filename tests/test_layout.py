@@ -78,6 +78,7 @@ FLAGS = {
         *("repetition_penalty", "stop", "seed"),
         *("drafts", "set"),
     ],
+    "jmoe/commands/monitor.py": ["workdir", "endpoint", "set"],
     "jmoe/commands/plan.py": [
         "pp",
         "microbatches",

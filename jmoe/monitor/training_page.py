@@ -68,7 +68,8 @@ class Standing:
     time: float  # of the last log, Unix in seconds
     step: int = 0
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    load_LE: np.ndarray | None = None
+    load_LE: np.ndarray | None = None  # of the batch of `load_step`
+    load_step: int = 0
     first: tuple[int, float] | None = None  # step and time of the first log
     pause: float | None = None  # between the last two logs
     ended: str = ""
@@ -114,9 +115,11 @@ def make(
       logs, evaluations: step, and what is `kept`.
     """
     load_LE = vio_L = device_load_LP = None
+    note = ""
     if state.load_LE is not None:
         load_LE = even_share(state.load_LE)
         vio_L = max_violation_L(load_LE)
+        note = f"the batch of step {state.load_step:,}"
         if about.num_devices > 1:
             device_load_LP = device_load(load_LE, about.num_devices)
     patience = None
@@ -133,7 +136,7 @@ def make(
         load_LE=load_LE,
         max_vio_L=vio_L,
         device_load_LP=device_load_LP,
-        load_note=f"the batch of step {state.step:,}" if load_LE is not None else "",
+        load_note=note,
         decisions=notes,
     )
 
