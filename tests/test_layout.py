@@ -88,7 +88,7 @@ FLAGS = {
         "weights",
         "out",
     ],
-    "jmoe/commands/serve.py": ["model", "engine", "mtp", "set"],
+    "jmoe/commands/serve.py": ["model", "engine", "local", "step", "mtp", "set"],
     "jmoe/commands/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
     "jmoe/commands/train.py": [
         "experiment",

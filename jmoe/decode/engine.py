@@ -123,7 +123,7 @@ class Engine:
           ValueError: it can't be served.
           QueueFull: too many wait.
         """
-        self._check(prompt, sampling)
+        self.check(prompt, sampling)
         if len(self._waiting) >= self.limits.queue:
             raise QueueFull(f"queue={self.limits.queue} requests wait already.")
         number = next(self._numbers)
@@ -145,6 +145,11 @@ class Engine:
                 self._cancelled.append(live)
                 return True
         return False
+
+    @property
+    def slots(self) -> int:
+        """How many requests are read or decoded at a time."""
+        return self.limits.slots * self.programs.turns * self.programs.parts
 
     @property
     def is_idle(self) -> bool:
@@ -200,7 +205,13 @@ class Engine:
                 return
             yield following
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Refuses a request that can't be served, now or later. Any thread may ask.
+
+        Raises:
+          ValueError: it is too long, has a token outside the vocabulary, or asks for
+            what the engine wasn't made for.
+        """
         limits = self.limits
         length = limits.max_length
         check_prompt(self.cfg, prompt, sampling.max_new_tokens, length)

@@ -7,20 +7,16 @@ those in flight are finished, then the program ends.
 """
 # pyright: reportMissingImports=false
 
-import asyncio
 import contextlib
 import logging
 import os
 import signal
-import socket
 import time
 import types
-from collections.abc import Iterator
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
-from jmoe.serve import proxy, replicas
-from jmoe.serve.answers import Refused, answer
+from jmoe.serve import lifecycle, proxy, replicas
 from jmoe.serve.front import Access
 from jmoe.serve.vllm_engine import VLLMEngine
 
@@ -30,39 +26,6 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
 APP = "jmoe"
-DRAINING = Refused(503, "The server is shutting down.", headers=(("retry-after", "5"),))
-
-
-class Gate:
-    """An ASGI app that knows its requests in flight, and can be closed to new ones."""
-
-    def __init__(self, app: Any):
-        self._app = app
-        self._in_flight: set[asyncio.Task] = set()
-        self._closed = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        if self._closed:
-            return await answer(DRAINING, send)
-        task = asyncio.current_task()
-        assert task is not None
-        self._in_flight.add(task)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._in_flight.discard(task)
-
-    async def close(self, seconds: float) -> int:
-        """Waits for the requests in flight; how many were cut off after `seconds`."""
-        self._closed = True
-        late: set[asyncio.Task] = set()
-        if self._in_flight:
-            _, late = await asyncio.wait(self._in_flight, timeout=seconds)
-        for task in late:
-            task.cancel()
-        return len(late)
 
 
 class Replica:
@@ -92,7 +55,7 @@ class Replica:
         # What vLLM tells to exit when an engine dies; here check_health is asked.
         app.state.server = types.SimpleNamespace()
         app.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
-        self._gate = Gate(app)
+        self._gate = lifecycle.Gate(app)
         return self._gate
 
     async def check_health(self) -> None:
@@ -132,7 +95,7 @@ def serve_until_stopped(
       ValueError: the port is taken, Ray serves already, or it has too few devices.
       RuntimeError: the engine didn't start.
     """
-    _refuse_taken_port(cfg)
+    lifecycle.bind(cfg).close()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level="error")
     try:
@@ -144,13 +107,16 @@ def serve_until_stopped(
 
 def _serve(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) -> None:
     try:
-        with _stop_signals():
+        with lifecycle.stop_signals():
             _start(cfg, engine, device, access)
             signal.pause()
-    except _Stopped:
+    except lifecycle.Stopped:
         pass
     finally:
-        with contextlib.suppress(_Stopped), _stop_signals():  # a second doesn't wait
+        with (
+            contextlib.suppress(lifecycle.Stopped),
+            lifecycle.stop_signals(),
+        ):  # a second doesn't wait
             _stop(cfg)
 
 
@@ -171,7 +137,7 @@ def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) ->
         reason = deployed.message.strip().splitlines()[-1]
         raise RuntimeError(f"No replica started: {reason}") from error
     print(
-        f"Serving {cfg.name} at {proxy.url(cfg)} "
+        f"Serving {cfg.name} at {lifecycle.url(cfg)} "
         f"({time.monotonic() - began:.0f} s to start).",
         flush=True,
     )
@@ -180,25 +146,13 @@ def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) ->
 def _stop(cfg: ServeConfig) -> None:
     application = serve.status().applications.get(APP)
     if application is not None and application.status == "RUNNING":
-        print("Draining: no new requests; those in flight are finished.", flush=True)
+        print(lifecycle.DRAINS, flush=True)
         handle = serve.get_app_handle(APP)
         cut_off = sum(handle.broadcast("drain", cfg.drain_seconds).results())
         if cut_off:
             print(f"Cut off {cut_off} requests after {cfg.drain_seconds:g} s.")
     serve.shutdown()
     print("Stopped.", flush=True)
-
-
-def _refuse_taken_port(cfg: ServeConfig) -> None:
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((cfg.host, cfg.port))
-        except OSError as error:
-            raise ValueError(
-                f"host={cfg.host!r}, port={cfg.port}: {error.strerror}."
-            ) from error
 
 
 def _refuse_unfit_cluster(cfg: ServeConfig, device: str) -> None:
@@ -215,22 +169,3 @@ def _refuse_unfit_cluster(cfg: ServeConfig, device: str) -> None:
             f"min_replicas={cfg.min_replicas} of {cfg.engine.num_devices} {kind}s each "
             f"need {count}; Ray has {found:g}."
         )
-
-
-class _Stopped(BaseException):
-    """A signal that ends the program was received."""
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Raises _Stopped at SIGTERM and SIGINT, as Ctrl-C does."""
-
-    def stop(number, frame):
-        raise _Stopped
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
