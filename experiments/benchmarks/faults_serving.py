@@ -111,8 +111,8 @@ def figures(result: Mapping[str, float], requests: int) -> Iterator[Figure]:
         name="server processes alive afterwards",
         value=result["alive"],
         unit="share",
-        definition="of the program, and of Ray Serve's controller, proxy and replica and "
-        "vLLM's engine where there are any",
+        definition="of the program and, where there are any, Ray Serve's controller, "
+        "proxy and replica, and vLLM's engine",
         at_least=1,
     )
     yield Figure(

@@ -6,9 +6,8 @@ Its engine is made as a server makes it.
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
-from experiments.benchmarks.serve_model import Ask
+from experiments.benchmarks.serve_model import Ask, Batch, Reference
 from experiments.benchmarks.workers import Tasks
 from jmoe.config import DataConfig, override
 from jmoe.config.serve import ServeConfig
@@ -18,24 +17,6 @@ from jmoe.decode.engine import Engine
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.serve import jax_engine
 from jmoe.train import runtime
-
-# A token that isn't the likeliest by so many nats only is no other answer: the next
-# tokens follow from it, and sums in another order may turn one into the other.
-NEAR_TIE = 1e-2
-
-
-class Batch(NamedTuple):
-    """Requests, of which so many are underway at a time."""
-
-    asks: Sequence[Ask]
-    at_once: int
-
-
-class Reference(NamedTuple):
-    """The likeliest tokens after a prompt, and by how much they are, in nats."""
-
-    tokens: list[int]
-    margins: list[float]
 
 
 def engine(
@@ -101,15 +82,6 @@ def reference(completion: Completion) -> Reference:
     """Returns the tokens of a completion that tells two likely ones of each."""
     pairs = (sorted(x.values(), reverse=True) for x in completion.top_logprobs)
     return Reference(completion.tokens, [first - second for first, second in pairs])
-
-
-def differs(tokens: Sequence[int], expected: Reference) -> bool:
-    """Returns whether an answer is another one, and not by a near tie."""
-    pairs = zip(tokens, expected.tokens, expected.margins, strict=False)
-    for given, right, margin in pairs:
-        if given != right:
-            return margin > NEAR_TIE
-    return len(tokens) != len(expected.tokens)
 
 
 def _load(directory: pathlib.Path, settings: Sequence[str]) -> tuple[Engine, Tokenizer]:

@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from experiments.benchmarks.report import ROOT
@@ -18,6 +18,9 @@ from jmoe.decode.prompts import read_prompts
 DIRECTORY = ROOT / "runs" / "serve" / "bench_s"
 MAX_LENGTH = 1024  # of prompt and answer, in tokens
 SHORTEST, LONGEST = 64, 768  # characters of a prompt made of code
+# A token that isn't the likeliest by so many nats only is no other answer: the next
+# tokens follow from it, and sums in another order may turn one into the other.
+NEAR_TIE = 1e-2
 _CODE = DataConfig(sources=(SourceConfig(path="builtin:code"),))
 
 
@@ -26,6 +29,20 @@ class Ask(NamedTuple):
 
     prompt: str
     new: int
+
+
+class Batch(NamedTuple):
+    """Requests, of which so many are underway at a time."""
+
+    asks: Sequence[Ask]
+    at_once: int
+
+
+class Reference(NamedTuple):
+    """The likeliest tokens after a prompt, and by how much they are, in nats."""
+
+    tokens: list[int]
+    margins: list[float]
 
 
 def export(directory: pathlib.Path) -> Tasks:
@@ -70,3 +87,12 @@ def pieces(document: str) -> Iterator[str]:
         if len(piece) >= least:
             yield piece[:LONGEST]
             piece = ""
+
+
+def differs(tokens: Sequence[int], expected: Reference) -> bool:
+    """Returns whether an answer is another one, and not by a near tie."""
+    pairs = zip(tokens, expected.tokens, expected.margins, strict=False)
+    for given, right, margin in pairs:
+        if given != right:
+            return margin > NEAR_TIE
+    return len(tokens) != len(expected.tokens)

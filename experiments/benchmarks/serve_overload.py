@@ -19,8 +19,7 @@ from experiments.benchmarks.balance_part import Part
 from experiments.benchmarks.hostile import percentile, rss_mib
 from experiments.benchmarks.report import Figure
 from experiments.benchmarks.serve_clients import Answer, summary
-from experiments.benchmarks.serve_direct import Reference, differs
-from experiments.benchmarks.serve_model import DIRECTORY, Ask
+from experiments.benchmarks.serve_model import DIRECTORY, Ask, Reference, differs
 from experiments.benchmarks.serve_servers import COMMON, MAX_SEQUENCES, Server, ours
 from experiments.benchmarks.workers import Worker
 from jmoe.train.runtime import keep_freed_memory

@@ -16,8 +16,7 @@ from experiments.benchmarks import serve_clients, serve_servers
 from experiments.benchmarks.balance_part import Part
 from experiments.benchmarks.report import Figure
 from experiments.benchmarks.serve_clients import Answer, summary
-from experiments.benchmarks.serve_direct import Batch
-from experiments.benchmarks.serve_model import DIRECTORY, Ask
+from experiments.benchmarks.serve_model import DIRECTORY, Ask, Batch
 from experiments.benchmarks.serve_servers import COMMON, SIDES, Server
 from experiments.benchmarks.workers import Worker, ratio
 from jmoe.train.runtime import keep_freed_memory
