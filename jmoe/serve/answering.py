@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.decode.text import TextStream
+from jmoe.monitor.serving import ServingMeter
 from jmoe.serve.answers import Refused
 from jmoe.serve.chat import ChatTemplate
 from jmoe.serve.openai import (
@@ -45,6 +46,7 @@ class Served:
 
     name: str
     worker: Worker
+    meter: ServingMeter
     tokenizer: Tokenizer
     template: ChatTemplate | None
     max_length: int

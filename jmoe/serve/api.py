@@ -9,13 +9,16 @@ from collections.abc import Awaitable
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Mount, Route
 
+from jmoe.monitor import web
 from jmoe.serve import answers
 from jmoe.serve.answering import Answering, ChatForm, Served, TextForm, event
 from jmoe.serve.answers import Refused
+from jmoe.serve.front import PAGE
 from jmoe.serve.openai_answers import ServedModel, ServedModels
 from jmoe.serve.worker import FAILED, Ticket
 
@@ -49,17 +52,23 @@ def make_app(served: Served) -> Starlette:
         found = ServedModels(object="list", data=[model])
         return Response(found.to_json(), media_type=JSON)
 
-    completions, chat = (
-        CompletionEndpoint(served, TextForm),
-        CompletionEndpoint(served, ChatForm),
-    )
+    async def metrics(_: Request) -> Response:
+        text = await asyncio.to_thread(served.meter.prometheus)
+        return Response(text, headers={"content-type": web.PROMETHEUS_TYPE})
+
+    live = web.make_app(served.meter.snapshot, served.meter.prometheus)
+    texts = CompletionEndpoint(served, TextForm)
+    chats = CompletionEndpoint(served, ChatForm)
     routes = [
         Route("/health", health),
+        Route("/metrics", metrics),
         Route("/v1/models", models),
-        Route("/v1/completions", completions, methods=["POST"]),
-        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/completions", texts, methods=["POST"]),
+        Route("/v1/chat/completions", chats, methods=["POST"]),
+        Mount(PAGE, live),
     ]
-    return Starlette(routes=routes)
+    handlers = {HTTPException: _answer_other, Exception: _answer_failure}
+    return Starlette(routes=routes, exception_handlers=handlers)
 
 
 class ClientGone(Exception):
@@ -86,9 +95,13 @@ class CompletionEndpoint:
         except (ClientGone, ClientDisconnect):
             pass
         except Refused as refused:
-            await answers.answer(refused, send)
+            await self._refuse(refused, send)
         except ValueError as error:
-            await answers.answer(Refused(400, str(error)), send)
+            await self._refuse(Refused(400, str(error)), send)
+
+    async def _refuse(self, refused: Refused, send: Any) -> None:
+        self._served.meter.refused(refused.status)
+        await answers.answer(refused, send)
 
     async def _prepare(self, body: bytes) -> Answering:
         arguments = self._served, self._form, body
@@ -155,6 +168,17 @@ async def _attended(work: Awaitable[T], receive: Any) -> T:
 async def _until_gone(receive: Any) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+async def _answer_other(_: Request, error: Exception) -> Response:
+    """Answers a request that no route is for."""
+    assert isinstance(error, HTTPException)
+    headers = tuple((error.headers or {}).items())
+    return _response(Refused(error.status_code, f"{error.detail}.", headers=headers))
+
+
+async def _answer_failure(_: Request, error: Exception) -> Response:
+    return _response(Refused(500, "The server has made a mistake; its log says which."))
 
 
 def _response(refused: Refused) -> Response:

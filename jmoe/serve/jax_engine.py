@@ -20,8 +20,10 @@ from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits
 from jmoe.decode.on_mesh import make_programs
 from jmoe.decode.programs import OneDevice, make_state
+from jmoe.decode.stats import Observe, ignore
 from jmoe.export import safetensors
 from jmoe.export.trained import load_exported
+from jmoe.monitor.serving import ServingMeter
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel.mesh import make_mesh
@@ -85,11 +87,16 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     tokenizer = trained.tokenizer
     source = find_template(tokenizer.files)
     template = None if source is None else ChatTemplate(source, tokenizer)
-    engine = make_engine(trained, cfg)
+    model, mesh = trained.run.model, mesh_of(cfg.engine)
+    experts = model.moe.router.num_experts
+    layers = len(model.moe_layer_names)
+    meter = ServingMeter(cfg.name, layers, experts, mesh.expert)
+    engine = make_engine(trained, cfg, lambda stats: meter.step(**stats._asdict()))
     deadline = cfg.engine.deadline_seconds
     return Served(
         name=cfg.name,
-        worker=Worker(engine),
+        worker=Worker(engine, meter),
+        meter=meter,
         tokenizer=tokenizer,
         template=template,
         max_length=engine.limits.max_length,
@@ -98,8 +105,13 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     )
 
 
-def make_engine(trained: Trained, cfg: ServeConfig) -> Engine:
+def make_engine(
+    trained: Trained, cfg: ServeConfig, observe: Observe = ignore
+) -> Engine:
     """Returns the engine, with its programs compiled.
+
+    Args:
+      observe: is told what each step did.
 
     Raises:
       ValueError: sizes that the model or the devices don't have.
@@ -114,7 +126,9 @@ def make_engine(trained: Trained, cfg: ServeConfig) -> Engine:
         variables, programs = _divided(trained, mesh, form)
     limits = make_limits(model, cfg, _cache_bytes(asked))
     decode = trained.tokenizer.decode
-    return Engine(model, variables, limits, text=decode, programs=programs)
+    return Engine(
+        model, variables, limits, text=decode, programs=programs, observe=observe
+    )
 
 
 def check(model: ModelConfig, cfg: ServeConfig) -> None:

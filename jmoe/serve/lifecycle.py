@@ -15,7 +15,10 @@ DRAINS = "Draining: no new requests; those in flight are finished."
 
 
 class Gate:
-    """An ASGI app that knows its requests in flight, and can be closed to new ones."""
+    """An ASGI app that knows the answers in flight, and can be closed to new requests.
+
+    Answers are to POST; who only looks, which may be for long, isn't waited for.
+    """
 
     def __init__(self, app: Any):
         self._app = app
@@ -27,6 +30,8 @@ class Gate:
             return await self._app(scope, receive, send)
         if self._closed:
             return await answer(DRAINING, send)
+        if scope["method"] != "POST":
+            return await self._app(scope, receive, send)
         task = asyncio.current_task()
         assert task is not None
         self._in_flight.add(task)

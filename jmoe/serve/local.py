@@ -17,6 +17,8 @@ from jmoe.serve.front import Access, Front
 from jmoe.serve.lifecycle import Gate
 from jmoe.serve.protocol import LimitedProtocol
 
+CLOSE_SECONDS = 1  # that who only looks may stay, once nobody is answered
+
 
 class Server(uvicorn.Server):
     """A server that leaves signals to who runs it."""
@@ -81,6 +83,7 @@ def make_server(app: Any, cfg: ServeConfig, access: Access) -> Server:
         log_level="warning",
         server_header=False,
         proxy_headers=False,
+        timeout_graceful_shutdown=CLOSE_SECONDS,
         **options,
     )
     return Server(config)

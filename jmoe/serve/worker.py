@@ -1,6 +1,6 @@
 """A thread that owns an engine, and clients on event loops that wait for it.
 
-    worker = Worker(engine)
+    worker = Worker(engine, meter)
     with worker.submit([(prompt, sampling)], seconds=60) as ticket:
         async for pieces in ticket:
             ...
@@ -27,6 +27,7 @@ from typing import NamedTuple, Self, TypeVar
 
 from jmoe.decode.engine import Engine, Update
 from jmoe.decode.requests import Completion, Sampling
+from jmoe.monitor.serving import ServingMeter
 from jmoe.serve.answers import Refused
 
 T = TypeVar("T")
@@ -129,10 +130,13 @@ class Worker:
 
     The engine's queue must have room for all requests that may be there at a time, with
     those that have a place.
+
+    Args:
+      meter: is told of requests, but not of steps.
     """
 
-    def __init__(self, engine: Engine):
-        self._engine = engine
+    def __init__(self, engine: Engine, meter: ServingMeter):
+        self._engine, self._meter = engine, meter
         self._changed = threading.Condition()
         # What follows is read and written with the condition's lock.
         self._calls: collections.deque[Callable[[], None]] = collections.deque()
@@ -265,6 +269,7 @@ class Worker:
             _tell(ticket.loop, ticket.refuse, self._refused)
             return
         for place, request in enumerate(requests):
+            self._meter.request_started()
             self._places[self._engine.submit(*request)] = ticket, place
 
     def _end(self, ticket: Ticket) -> None:
@@ -288,6 +293,7 @@ class Worker:
         ended = 0
         for completion, new in updates:
             ticket, place = self._places[completion.number]
+            self._measure(completion, new)
             if completion.finish_reason:
                 del self._places[completion.number]
                 ended += 1
@@ -301,6 +307,15 @@ class Worker:
         for loop, pieces in news.items():
             _tell(loop, _put_all, pieces)
         return ended
+
+    def _measure(self, completion: Completion, new: int) -> None:
+        times, before = completion.times, len(completion.tokens) - new
+        if new and not before:
+            self._meter.first_token(times[0])
+        elif new:
+            self._meter.between_tokens(times[-1] - times[before - 1], new)
+        if completion.finish_reason:
+            self._meter.request_ended(completion.finish_reason, len(times))
 
 
 def _piece(place: int, completion: Completion, new: int) -> Increment:

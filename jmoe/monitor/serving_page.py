@@ -1,0 +1,190 @@
+"""What the page shows of a server: how it stands, and its last minutes.
+
+Shapes: L MoE layers, E routed experts, P devices, N pieces of time.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jmoe.monitor import recent
+from jmoe.monitor.decisions import Decision
+from jmoe.monitor.recent import Piece, Recent
+from jmoe.monitor.serving_totals import Totals
+from jmoe.monitor.snapshot import (
+    Chart,
+    Figure,
+    Snapshot,
+    even_share,
+    max_violation_L,
+)
+
+_PATIENCE = 20.0  # seconds for a step, above all one that compiles
+
+
+class Lately(NamedTuple):
+    """What is read off the last minutes at once."""
+
+    new_rate: float  # tokens a second
+    prompt_rate: float
+    first_token: tuple[float | None, float | None]  # median and 99th percentile
+    between_tokens: tuple[float | None, float | None]
+    acceptance: float | None
+    counts: tuple[np.ndarray, np.ndarray] | None  # choices [L, E], [L, P]
+    charts: tuple[Chart, ...]
+
+
+def lately(pieces: Recent, now: float) -> Lately:
+    """Returns what a server did before `now`; nothing of it is shared with `pieces`."""
+    minute = pieces.latest()
+    drafted = sum(piece.drafted for piece in minute)
+    accepted = sum(piece.accepted for piece in minute)
+    return Lately(
+        pieces.rate(now, lambda piece: piece.new_tokens),
+        pieces.rate(now, lambda piece: piece.prompt_tokens),
+        (pieces.quantile("first_token", 0.5), pieces.quantile("first_token", 0.99)),
+        (
+            pieces.quantile("between_tokens", 0.5),
+            pieces.quantile("between_tokens", 0.99),
+        ),
+        accepted / drafted if drafted else None,
+        pieces.counts(),
+        tuple(_charts(pieces, now)),
+    )
+
+
+def make(
+    name: str,
+    now: float,
+    totals: Totals,
+    shown: Lately,
+    decisions: Sequence[Decision],
+) -> Snapshot:
+    """Returns the snapshot of a server."""
+    load_LE = vio_L = device_load_LP = None
+    note = ""
+    if shown.counts is not None:
+        count_LE, device_LP = shown.counts
+        load_LE, device_load_LP = even_share(count_LE), even_share(device_LP)
+        vio_L = max_violation_L(load_LE)
+        choices = int(count_LE.sum()) // max(1, len(count_LE))
+        seconds = recent.WINDOW * recent.SECONDS
+        note = f"{choices:,} choices a layer, within {seconds} s"
+    is_busy = totals.running + totals.waiting > 0
+    return Snapshot(
+        kind="serving",
+        model=name,
+        time=totals.last_step if is_busy else now,
+        status=f"{totals.running} running, {totals.waiting} waiting"
+        if is_busy
+        else "idle",
+        patience=_PATIENCE if is_busy else None,
+        figures=tuple(_figures(totals, shown, vio_L)),
+        charts=shown.charts,
+        load_LE=load_LE,
+        max_vio_L=vio_L,
+        device_load_LP=device_load_LP if totals.device_LP.shape[1] > 1 else None,
+        load_note=note,
+        decisions=decisions,
+    )
+
+
+def _figures(
+    totals: Totals, shown: Lately, vio_L: np.ndarray | None
+) -> Iterator[Figure]:
+    total = f"{totals.new_tokens:,} since the start"
+    yield Figure("tokens per second", shown.new_rate, "", total)
+    prompts = f"{totals.prompt_tokens:,} since the start"
+    yield Figure("prompt tokens per second", shown.prompt_rate, "", prompts)
+    admitted = f"{totals.requests:,} admitted since the start"
+    yield Figure("requests running", totals.running, "", admitted)
+    yield Figure("requests waiting", totals.waiting, "", _refused(totals))
+    for title, (median, p99) in (
+        ("time to first token", shown.first_token),
+        ("time between tokens", shown.between_tokens),
+    ):
+        yield Figure(title, median, "s", "" if p99 is None else f"p99 {_time(p99)}")
+    if totals.drafted:
+        drafts = f"of {totals.drafted:,} drafts since the start"
+        yield Figure("drafts accepted", shown.acceptance, "%", drafts)
+    if totals.pages:
+        pages = f"{totals.pages_used:,} of {totals.pages:,} pages"
+        yield Figure("cache in use", totals.pages_used / totals.pages, "%", pages)
+    if vio_L is not None:
+        worst = f"layer {vio_L.argmax()} has {vio_L.max():.2f}"
+        yield Figure("MaxVio", float(vio_L.mean()), "", worst)
+    yield from _figures_of_experts(totals)
+
+
+def _figures_of_experts(totals: Totals) -> Iterator[Figure]:
+    """Yields what few servers have, once this one has had it."""
+    dropped = int(totals.dropped_L.sum())
+    if dropped:
+        share = dropped / max(1, int(totals.count_LE.sum()))
+        yield Figure("choices dropped", share, "%", f"{dropped:,} since the start")
+    if totals.experts_moved:
+        yield Figure("experts moved", totals.experts_moved, "", "since the start")
+    if totals.experts_lent:
+        yield Figure("experts lent", totals.experts_lent, "", "since the start")
+
+
+def _refused(totals: Totals) -> str:
+    refused = sum(totals.refused.values())
+    return f"{refused:,} refused since the start" if refused else "none was refused"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+
+
+def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
+    history = list(pieces.history(now))
+    if not history:
+        return
+    index_N = [item if isinstance(item, int) else item.index for item in history]
+    time_N = [(index + 1) * recent.SECONDS for index in index_N]
+
+    def line(
+        read: Callable[[Piece], float | None], nothing: float | None = None
+    ) -> list[float | None]:
+        """Returns what is read of each piece, and `nothing` where there is none."""
+        return [nothing if isinstance(item, int) else read(item) for item in history]
+
+    def chart(title: str, unit: str, **lines: list[float | None]) -> Chart:
+        named = {name.replace("_", " "): line_N for name, line_N in lines.items()}
+        return Chart(title, unit, "time", time_N, named)
+
+    yield chart(
+        "Tokens per second",
+        "",
+        new=line(lambda piece: piece.new_tokens / recent.SECONDS, 0),
+        prompt=line(lambda piece: piece.prompt_tokens / recent.SECONDS, 0),
+    )
+    yield chart(
+        "Requests",
+        "",
+        running=line(lambda piece: piece.running, 0),
+        waiting=line(lambda piece: piece.waiting, 0),
+    )
+    for title, name in (
+        ("Time to first token", "first_token"),
+        ("Time between tokens", "between_tokens"),
+    ):
+        yield chart(
+            title,
+            "s",
+            median=line(lambda piece, name=name: getattr(piece, name).quantile(0.5)),
+            p99=line(lambda piece, name=name: getattr(piece, name).quantile(0.99)),
+        )
+    yield chart(
+        "Balance: MaxVio",
+        "",
+        median_layer=line(lambda piece: piece.max_vio and piece.max_vio[0]),
+        worst_layer=line(lambda piece: piece.max_vio and piece.max_vio[1]),
+    )
+    if any(not isinstance(item, int) and item.drafted for item in history):
+        share = line(
+            lambda piece: piece.accepted / piece.drafted if piece.drafted else None
+        )
+        yield chart("Drafts accepted", "%", share=share)
