@@ -9,14 +9,12 @@ from collections.abc import Mapping, Sequence
 
 from experiments.benchmarks.serve_model import Ask, Batch, Reference
 from experiments.benchmarks.workers import Tasks
-from jmoe.config import DataConfig, override
+from jmoe.config import override
 from jmoe.config.serve import ServeConfig
-from jmoe.data import cache
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.decode.engine import Engine
 from jmoe.decode.requests import Completion, Sampling
-from jmoe.serve import jax_engine
-from jmoe.train import runtime
+from jmoe.serve import jax_app, jax_engine
 
 
 def engine(
@@ -85,7 +83,6 @@ def reference(completion: Completion) -> Reference:
 
 
 def _load(directory: pathlib.Path, settings: Sequence[str]) -> tuple[Engine, Tokenizer]:
-    runtime.keep_compiled(cache.directory(DataConfig()) / runtime.COMPILED)
     cfg = override(ServeConfig(), settings)
-    trained = jax_engine.load(directory, cfg.engine, None)
+    trained = jax_app.load(directory, cfg, None)
     return jax_engine.make_engine(trained, cfg), trained.tokenizer
