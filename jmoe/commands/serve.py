@@ -31,8 +31,8 @@ from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
 from jmoe.parallel import processes
 from jmoe.serve import keys, lifecycle, vllm_app, vllm_engine
+from jmoe.serve.deployed import Deployed
 from jmoe.serve.front import Access
-from jmoe.serve.held import Deployed
 from jmoe.train import runtime
 
 _MODEL = flags.DEFINE_string(

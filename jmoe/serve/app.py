@@ -17,8 +17,8 @@ from typing import Any
 
 from jmoe.config.serve import ServeConfig
 from jmoe.serve import lifecycle, proxy, replicas
+from jmoe.serve.deployed import Deployed, RunningEngine
 from jmoe.serve.front import Access
-from jmoe.serve.held import Deployed, Held
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
@@ -32,28 +32,28 @@ class Replica:
     """One engine, and the HTTP application for it."""
 
     async def __init__(
-        self, start: Callable[..., Awaitable[Held]], arguments: tuple[Any, ...]
+        self, start: Callable[..., Awaitable[RunningEngine]], arguments: tuple[Any, ...]
     ):
         """Starts the engine; see `Deployed`."""
-        self._held = await start(*arguments)
+        self._engine = await start(*arguments)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Builds the application; Ray Serve calls it once the engine is there."""
         from starlette.routing import Route
 
-        app = self._held.app
+        app = self._engine.app
         app.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
         self._gate = lifecycle.Gate(app)
         return self._gate
 
     async def check_health(self) -> None:
         """Raises if it is ill; Ray Serve calls it, and replaces such a replica."""
-        await self._held.check_health()
+        await self._engine.check_health()
 
     async def metrics(self) -> tuple[str, str]:
         """Returns this replica's name and Prometheus page."""
         name = serve.get_replica_context().replica_id.unique_id
-        return name, self._held.page().decode()
+        return name, self._engine.page().decode()
 
     async def drain(self, seconds: float) -> int:
         return await self._gate.close(seconds)
@@ -67,8 +67,8 @@ class Replica:
         return PlainTextResponse(merge(dict(pages)))
 
     def __del__(self):
-        if hasattr(self, "_held"):
-            self._held.close()
+        if hasattr(self, "_engine"):
+            self._engine.close()
 
 
 def serve_until_stopped(cfg: ServeConfig, deployed: Deployed, access: Access) -> None:

@@ -10,7 +10,7 @@ from jmoe.config.serve import ServeConfig
 from jmoe.data import cache
 from jmoe.serve import api, jax_engine, replicas
 from jmoe.serve.answering import Served
-from jmoe.serve.held import Deployed, Held
+from jmoe.serve.deployed import Deployed, RunningEngine
 from jmoe.train import runtime
 from jmoe.train.trained import Trained
 
@@ -31,7 +31,7 @@ def deployed(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> Deployed
     return Deployed(start, arguments, environment, kind, resources)
 
 
-async def start(directory: str, cfg: ServeConfig, step: Which) -> Held:
+async def start(directory: str, cfg: ServeConfig, step: Which) -> RunningEngine:
     runtime.keep_freed_memory()
     served = make_served(pathlib.Path(directory), cfg, step)
 
@@ -40,7 +40,9 @@ async def start(directory: str, cfg: ServeConfig, step: Which) -> Held:
             raise RuntimeError("The engine has failed, or hangs.")
 
     app = api.make_app(served)
-    return Held(app, check_health, served.meter.prometheus, served.worker.close)
+    return RunningEngine(
+        app, check_health, served.meter.prometheus, served.worker.close
+    )
 
 
 def make_served(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> Served:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
-from jmoe.serve.held import Deployed
+from jmoe.serve.deployed import Deployed
 
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 QUEUE_FACTOR = 16  # requests that a replica holds, as a multiple of those it computes

@@ -5,7 +5,7 @@ import types
 from typing import Any
 
 from jmoe.serve import replicas
-from jmoe.serve.held import Deployed, Held
+from jmoe.serve.deployed import Deployed, RunningEngine
 from jmoe.serve.vllm_engine import VLLMEngine
 
 
@@ -21,7 +21,7 @@ def deployed(engine: VLLMEngine, device: str) -> Deployed:
     return Deployed(start, arguments, engine.environment, kind, resources)
 
 
-async def start(arguments: dict[str, Any]) -> Held:
+async def start(arguments: dict[str, Any]) -> RunningEngine:
     """Starts an engine with arguments of vLLM's AsyncEngineArgs."""
     import prometheus_client
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -45,4 +45,4 @@ async def start(arguments: dict[str, Any]) -> Held:
     def page() -> bytes:
         return prometheus_client.generate_latest(get_prometheus_registry())
 
-    return Held(app, engine.check_health, page, engine.shutdown)
+    return RunningEngine(app, engine.check_health, page, engine.shutdown)

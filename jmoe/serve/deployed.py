@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
 
-class Held(NamedTuple):
+class RunningEngine(NamedTuple):
     """An engine that runs, with its HTTP application.
 
     app: Starlette's, or one that has its routes. check_health: raises if the engine is
@@ -25,7 +25,7 @@ class Deployed(NamedTuple):
     resources: returns the options by which Ray gives it so many.
     """
 
-    start: Callable[..., Awaitable[Held]]
+    start: Callable[..., Awaitable[RunningEngine]]
     arguments: tuple[Any, ...]
     environment: Mapping[str, str]
     kind: str
