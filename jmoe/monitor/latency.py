@@ -1,6 +1,6 @@
 """Histograms of durations, as Prometheus has them, and quantiles read off them.
 
-Six bounds a decade: a quantile is off by a fifth at most.
+Six bounds a decade; between two of them a quantile is interpolated.
 """
 
 import bisect
@@ -56,3 +56,14 @@ class Durations:
         inside = int(self.count_B[at])
         part = (q * total - int(self.count_B[:at].sum())) / inside if inside else 0.0
         return low + (self.bounds[at] - low) * part
+
+    def since(self, before: "Durations") -> "Durations":
+        """Returns those that came after `before` was like this."""
+        later = Durations(self.bounds)
+        later.count_B = np.maximum(self.count_B - before.count_B, 0)
+        return later
+
+
+def seconds(value: float) -> str:
+    """Returns a duration in words, such as "43 ms" and "1.2 s"."""
+    return f"{value * 1000:.3g} ms" if value < 1 else f"{value:.3g} s"

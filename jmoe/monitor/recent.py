@@ -1,4 +1,4 @@
-"""What a server did in the last minutes, in pieces of two seconds.
+"""What a server did in the last minutes, in pieces of five seconds.
 
 A piece that nothing happened in isn't there. Counts of experts are kept for the last
 minute's pieces alone: a big model's have 119 kB each.
@@ -15,15 +15,15 @@ import numpy as np
 from jmoe.monitor import latency
 from jmoe.monitor.snapshot import even_share, max_violation_L
 
-SECONDS = 2  # of a piece
-KEPT = 300  # pieces: ten minutes
-WINDOW = 30  # pieces that loads and latencies are counted over: a minute
-RATE = 5  # pieces that a rate is counted over: ten seconds
+SECONDS = 5  # of a piece
+KEPT = 180  # pieces: fifteen minutes
+WINDOW = 12  # pieces that loads and latencies are counted over: a minute
+RATE = 2  # whole pieces that a rate is counted over, and what there is of one more
 
 
 @dataclasses.dataclass
 class Piece:
-    """What happened in two seconds. index: their number since 1970."""
+    """What happened in five seconds. index: their number since 1970."""
 
     index: int
     prompt_tokens: int = 0
@@ -68,13 +68,11 @@ class Recent:
         return self._pieces[-1]  # a clock that was set back stays in the last one
 
     def rate(self, now: float, counted: Callable[[Piece], float]) -> float:
-        """Returns what pieces count, a second, of the last ten that are over."""
-        end = now // SECONDS
-        found = sum(
-            counted(piece) for piece in self._pieces if end - RATE <= piece.index < end
-        )
-        seconds = end * SECONDS - max(self._begun, (end - RATE) * SECONDS)
-        return found / max(seconds, SECONDS)
+        """Returns what pieces count, a second, over the last ten to fifteen."""
+        first = int(now // SECONDS) - RATE
+        found = sum(counted(piece) for piece in self._pieces if piece.index >= first)
+        since = max(self._begun, first * SECONDS)
+        return found / max(now - since, 1.0)
 
     def latest(self) -> list[Piece]:
         """Returns the pieces of the minute that ends with the last one."""
@@ -110,7 +108,7 @@ class Recent:
     def history(self, now: float) -> Iterator[Piece | int]:
         """Yields each piece, or its index where nothing happened, up to the last over.
 
-        It begins with the server, ten minutes ago at most.
+        It begins with the server, a quarter of an hour ago at most.
         """
         end = int(now // SECONDS)
         start = max(int(self._begun // SECONDS), end - KEPT)

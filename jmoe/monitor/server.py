@@ -8,54 +8,51 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
-from jmoe.monitor import web
+from jmoe.config import MonitorConfig
+from jmoe.monitor.snapshot import Snapshot
 
 _END_SECONDS = 3.0
-_MAX_CONNECTIONS = 2 * web.MAX_LISTENERS
+_STALL_SECONDS = 30
+_CONNECTIONS = 64
+_LOCAL = ("127.0.0.1", "localhost", "::1", "[::1]")
 
 
-def open_socket(host: str, port: int, field: str = "monitor") -> socket.socket:
-    """Returns a socket that listens there.
+class Watched(Protocol):
+    """What a page is about."""
 
-    Args:
-      field: of the record that has `host` and `port`, for messages.
+    def snapshot(self) -> Snapshot: ...
 
-    Raises:
-      ValueError: the port is in use or not for this user, or there is no such address.
-    """
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, _, _, _, address = found[0]
-        opened = socket.socket(family, socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(f"{field}.host={host!r} can't be used: {error}.") from error
-    try:
-        # A port is free at once when a server has gone; one that is in use stays so.
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-        opened.listen(_MAX_CONNECTIONS)
-    except OSError as error:
-        opened.close()
-        raise ValueError(
-            f"{field}.port={port} can't be used on {host}: {error.strerror}."
-        ) from error
-    return opened
+    def prometheus(self) -> bytes: ...
+
+
+def check(cfg: MonitorConfig) -> None:
+    """Raises ValueError as `opened` does, if it would; changes nothing."""
+    if cfg.port is not None:
+        _libraries()
+        _listen(cfg).close()
 
 
 @contextlib.contextmanager
-def serving(app: Any, listening: socket.socket) -> Iterator[None]:
-    """Answers requests by an ASGI app until the block ends.
+def opened(cfg: MonitorConfig, watched: Watched) -> Iterator[str]:
+    """Shows what is watched until the block ends.
 
-    Args:
-      listening: as `open_socket` returns it; closed at the end.
+    Yields:
+      The page's address; "" if there is to be none.
+
+    Raises:
+      ValueError: the port is in use or not for this user, the host isn't this machine,
+        or a library isn't installed.
     """
-    import uvicorn
-
-    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
-        stall = int(web.STALL_SECONDS * 1000)
-        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall)
+    if cfg.port is None:
+        yield ""
+        return
+    uvicorn, web = _libraries()
+    listening = _listen(cfg)
+    # A page from elsewhere, whose name suddenly means this machine, gets no answer.
+    hosts = _LOCAL if cfg.host in _LOCAL else ("*",)
+    app = web.make_app(watched.snapshot, watched.prometheus, hosts=hosts)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -64,7 +61,8 @@ def serving(app: Any, listening: socket.socket) -> Iterator[None]:
             lifespan="off",
             log_config=None,
             log_level="critical",
-            limit_concurrency=_MAX_CONNECTIONS,
+            server_header=False,
+            limit_concurrency=_CONNECTIONS,
             timeout_graceful_shutdown=1,
         )
     )
@@ -72,9 +70,51 @@ def serving(app: Any, listening: socket.socket) -> Iterator[None]:
         target=server.run, kwargs={"sockets": [listening]}, name="monitor", daemon=True
     )
     thread.start()
+    host, port = listening.getsockname()[:2]
     try:
-        yield
+        yield f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
     finally:
         server.should_exit = True
         thread.join(_END_SECONDS)
         listening.close()
+
+
+def _listen(cfg: MonitorConfig) -> socket.socket:
+    try:
+        found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ValueError(
+            f"monitor.host={cfg.host!r} is no address: {error.strerror}."
+        ) from error
+    family, _, _, _, address = found[0]
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # A port is free again at once when its server has gone, and not before.
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
+            stall = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALL_SECONDS * 1000
+            listening.setsockopt(*stall)
+        listening.bind(address)
+        listening.listen(_CONNECTIONS)
+    except OSError as error:
+        listening.close()
+        raise ValueError(
+            f"monitor.port={cfg.port} can't be had on monitor.host={cfg.host!r}: "
+            f"{error.strerror}. Another port, or none, is a matter of "
+            "--set monitor.port=..."
+        ) from error
+    return listening
+
+
+def _libraries() -> tuple[Any, Any]:
+    """Returns uvicorn and `jmoe.monitor.web`, which only a page needs."""
+    try:
+        import prometheus_client  # noqa: F401
+        import uvicorn
+
+        from jmoe.monitor import web
+    except ModuleNotFoundError as missing:
+        raise ValueError(
+            f'monitor.port needs more: {missing}. pip install "jmoe[monitor]" has it.'
+        ) from missing
+    return uvicorn, web

@@ -10,6 +10,7 @@ import numpy as np
 
 from jmoe.monitor import recent
 from jmoe.monitor.decisions import Decision
+from jmoe.monitor.latency import seconds
 from jmoe.monitor.recent import Piece, Recent
 from jmoe.monitor.serving_totals import Totals
 from jmoe.monitor.snapshot import (
@@ -69,8 +70,8 @@ def make(
         load_LE, device_load_LP = even_share(count_LE), even_share(device_LP)
         vio_L = max_violation_L(load_LE)
         choices = int(count_LE.sum()) // max(1, len(count_LE))
-        seconds = recent.WINDOW * recent.SECONDS
-        note = f"{choices:,} choices a layer, within {seconds} s"
+        window = recent.WINDOW * recent.SECONDS
+        note = f"{choices:,} choices a layer, within {window} s"
     is_busy = totals.running + totals.waiting > 0
     return Snapshot(
         kind="serving",
@@ -97,16 +98,16 @@ def _figures(
     yield Figure("tokens per second", shown.new_rate, "", total)
     prompts = f"{totals.prompt_tokens:,} since the start"
     yield Figure("prompt tokens per second", shown.prompt_rate, "", prompts)
-    admitted = f"{totals.requests:,} admitted since the start"
+    admitted = f"{totals.requests:,} since the start"
     yield Figure("requests running", totals.running, "", admitted)
     yield Figure("requests waiting", totals.waiting, "", _refused(totals))
     for title, (median, p99) in (
         ("time to first token", shown.first_token),
         ("time between tokens", shown.between_tokens),
     ):
-        yield Figure(title, median, "s", "" if p99 is None else f"p99 {_time(p99)}")
+        yield Figure(title, median, "s", "" if p99 is None else f"p99 {seconds(p99)}")
     if totals.drafted:
-        drafts = f"of {totals.drafted:,} drafts since the start"
+        drafts = f"{totals.accepted / totals.drafted:.1%} since the start"
         yield Figure("drafts accepted", shown.acceptance, "%", drafts)
     if totals.pages:
         pages = f"{totals.pages_used:,} of {totals.pages:,} pages"
@@ -134,10 +135,6 @@ def _refused(totals: Totals) -> str:
     return f"{refused:,} refused since the start" if refused else "none was refused"
 
 
-def _time(seconds: float) -> str:
-    return f"{seconds * 1000:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
-
-
 def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
     history = list(pieces.history(now))
     if not history:
@@ -150,6 +147,14 @@ def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
     ) -> list[float | None]:
         """Returns what is read of each piece, and `nothing` where there is none."""
         return [nothing if isinstance(item, int) else read(item) for item in history]
+
+    def lasting(read: Callable[[Piece], float]) -> list[float | None]:
+        """Returns what stays as it is until the next piece: a step may be longer."""
+        found: list[float | None] = []
+        for item in history:
+            before = found[-1] if found else 0
+            found.append(before if isinstance(item, int) else read(item))
+        return found
 
     def chart(title: str, unit: str, **lines: list[float | None]) -> Chart:
         named = {name.replace("_", " "): line_N for name, line_N in lines.items()}
@@ -164,8 +169,8 @@ def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
     yield chart(
         "Requests",
         "",
-        running=line(lambda piece: piece.running, 0),
-        waiting=line(lambda piece: piece.waiting, 0),
+        running=lasting(lambda piece: piece.running),
+        waiting=lasting(lambda piece: piece.waiting),
     )
     for title, name in (
         ("Time to first token", "first_token"),

@@ -21,7 +21,7 @@ _DIGITS = 4  # more than the page shows
 
 
 class Figure(NamedTuple):
-    """One number of the head of the page; None reads "not yet".
+    """One number of the head of the page; None reads "not yet", NaN as it is.
 
     unit: stands behind the number; "%" has a fraction shown as percent, "s" seconds as
     what suits them.
@@ -75,12 +75,17 @@ class Snapshot:
             raise ValueError(f"kind={self.kind!r} is not one of {', '.join(KINDS)}.")
 
     def to_json(self) -> str:
-        """Returns an object of these fields; what isn't finite becomes null."""
+        """Returns an object of these fields.
+
+        What isn't finite becomes null, or the text "NaN" or "Infinity" in a figure.
+        """
         fields = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(self)
         }
         for name in ("figures", "charts", "decisions"):
             fields[name] = [item._asdict() for item in fields[name]]
+        for figure in fields["figures"]:
+            figure["value"] = _in_words(figure["value"])
         return json.dumps(_plain(fields), allow_nan=False, separators=(",", ":"))
 
 
@@ -102,6 +107,12 @@ def device_load(load_LE: np.ndarray, num_devices: int) -> np.ndarray:
     """Returns loads [L, P] of devices that hold consecutive experts, each as many."""
     by_device_LPM = load_LE.reshape(len(load_LE), num_devices, -1)
     return by_device_LPM.mean(-1)
+
+
+def _in_words(value: float | None) -> float | str | None:
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _plain(value: Any) -> Any:

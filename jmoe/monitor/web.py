@@ -15,9 +15,11 @@ import hashlib
 import importlib.resources
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -37,6 +39,7 @@ def make_app(
     snapshot: Callable[[], Snapshot],
     prometheus: Callable[[], bytes],
     *,
+    hosts: Sequence[str] = ("*",),
     interval: float = INTERVAL_SECONDS,
     max_listeners: int = MAX_LISTENERS,
     stall_seconds: float = STALL_SECONDS,
@@ -46,6 +49,7 @@ def make_app(
     Args:
       snapshot: what to show; called in a thread, once an interval at most.
       prometheus: the metrics' text; called in a thread.
+      hosts: what requests may call this machine; "*" is anything.
       interval: seconds between events.
       max_listeners: to events at a time; others are refused (503).
       stall_seconds: after which a listener that doesn't read is dropped.
@@ -79,7 +83,8 @@ def make_app(
             Route("/", show, methods=["GET"]),
             Route("/events", listen, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
-        ]
+        ],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
     )
 
 

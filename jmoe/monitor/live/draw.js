@@ -27,6 +27,7 @@ function colour(variable) {
 
 function readable(value, unit = "") {
   if (value === null || value === undefined) return "–";
+  if (typeof value === "string") return value; // NaN, Infinity
   if (unit === "%") return `${trimmed(value * 100, 3)}%`;
   if (unit === "s") return duration(value);
   const size = Math.abs(value);
@@ -36,7 +37,12 @@ function readable(value, unit = "") {
   if (Number.isInteger(value) || size >= 1e3) {
     return Math.round(value).toLocaleString("en");
   }
-  return size < 1e-3 ? value.toExponential(1) : trimmed(value, 4);
+  return size < 1e-3 ? value.toExponential(1) : value.toPrecision(size < 1 ? 3 : 4);
+}
+
+function mark(value, unit) {
+  const text = readable(value, unit);
+  return /^[\d.]+$/.test(text) ? String(Number(text)) : text; // 2, not 2.000
 }
 
 function trimmed(value, digits) {
@@ -94,13 +100,14 @@ function drawHeat(canvas, load, maxVio) {
   const left = 30, bars = narrow ? 74 : 150, gap = 12, foot = 20;
   const row = layers <= 12 ? 24 : layers <= 32 ? 14 : 8;
   const cell = (width - left - bars - gap) / experts;
-  const height = layers * row + foot;
+  const top = 5, height = top + layers * row + foot;
   const ratio = devicePixelRatio || 1;
   canvas.style.height = `${height}px`;
   canvas.width = Math.round(width * ratio);
   canvas.height = Math.round(height * ratio);
   const context = canvas.getContext("2d");
   context.scale(ratio, ratio);
+  context.translate(0, top);
   const apart = cell >= 5 && row >= 12 ? 1 : 0;
   const heat = heatColours();
   load.forEach((loads, layer) => loads.forEach((value, expert) => {
@@ -115,7 +122,7 @@ function drawHeat(canvas, load, maxVio) {
   canvas.setAttribute("aria-label", heatInWords(load, maxVio));
   canvas.onpointermove = canvas.onpointerdown = (event) => {
     const box = canvas.getBoundingClientRect();
-    const layer = Math.floor((event.clientY - box.top) / row);
+    const layer = Math.floor((event.clientY - box.top - top) / row);
     const expert = Math.floor((event.clientX - box.left - left) / cell);
     if (layer < 0 || layer >= layers) return hideTip();
     if (expert >= 0 && expert < experts) {
@@ -187,9 +194,12 @@ function drawDevices(place, said, load) {
   const means = devices.map((loads) => loads.reduce((a, b) => a + b) / loads.length);
   const most = Math.max(...means), busiest = means.indexOf(most);
   const end = Math.max(1.5, ...load.flat());
-  said.textContent = `Device ${busiest} is the busiest: it computes `
-    + `${most.toFixed(2)} times the mean of ${means.length} devices over all layers. `
-    + "Thin lines are the range of the layers, the dashed one is the mean.";
+  const waits = load.map((layer) => Math.max(...layer)), worst = Math.max(...waits);
+  const wait = waits.reduce((a, b) => a + b) / waits.length;
+  said.textContent = `A layer waits for its busiest device, which computes `
+    + `${wait.toFixed(2)} times the mean, and ${worst.toFixed(2)} times in layer `
+    + `${waits.indexOf(worst)}. Over all layers device ${busiest} is the busiest. Bars `
+    + "are means over layers, thin lines their range, the dashed line is the even share.";
   place.setAttribute("aria-label", said.textContent);
   place.replaceChildren(...means.map((mean, device) => {
     const percent = (value) => `${(value / end) * 100}%`;
@@ -207,9 +217,13 @@ function drawDevices(place, said, load) {
 
 // Lines over time or steps.
 
+function tickStep(low, high, about) {
+  const raw = (high - low || high || 1) / about, unit = 10 ** Math.floor(Math.log10(raw));
+  return [1, 2, 2.5, 5, 10].map((m) => m * unit).find((s) => s >= raw * 0.999);
+}
+
 function ticks(low, high, about) {
-  const raw = (high - low || 1) / about, unit = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((m) => m * unit).find((s) => s >= raw * 0.999);
+  const step = tickStep(low, high, about);
   const first = Math.ceil(low / step - 1e-9);
   const found = [];
   for (let i = first; i * step <= high + step * 1e-6; i++) {
@@ -222,11 +236,12 @@ function drawChart(figure, chart) {
   const lines = Object.entries(chart.lines);
   const legend = element("span", { className: "legend" });
   lines.forEach(([name, values], i) => {
-    const mark = element("i");
-    mark.style.background = `var(${LINES[i]})`;
+    const dash = element("i");
+    dash.style.background = `var(${LINES[i]})`;
     const last = values.findLast((value) => value !== null);
-    const text = lines.length > 1 ? `${name} ${readable(last, chart.unit)}` : readable(last, chart.unit);
-    legend.append(element("span", {}, mark, text));
+    const value = readable(last, chart.unit);
+    const text = lines.length > 1 ? `${name} ${value}` : value;
+    legend.append(element("span", {}, dash, text));
   });
   figure.replaceChildren(
     element("figcaption", {}, element("b", {}, chart.title), legend),
@@ -246,29 +261,32 @@ function lineChart(figure, chart, lines) {
   const xs = chart.x_N, [y, marks] = scale(known, area);
   const span = xs.at(-1) - xs[0] || 1;
   const x = (value) => area.left + ((value - xs[0]) / span) * (area.right - area.left);
-  for (const mark of marks) {
+  for (const value of marks) {
+    const height = y(value);
     drawn.append(
-      shape("line", { class: "grid", x1: area.left, x2: area.right, y1: y(mark), y2: y(mark) }),
-      shape("text", { x: area.left - 6, y: y(mark) + 4, "text-anchor": "end" }, readable(mark, chart.unit)));
+      shape("line", { class: "grid", x1: area.left, x2: area.right, y1: height, y2: height }),
+      shape("text", { x: area.left - 6, y: height + 4, "text-anchor": "end" }, mark(value, chart.unit)));
   }
   drawn.append(...xLabels(chart, x, area));
   lines.forEach((values, i) => drawn.append(...line(xs, values, x, y, i, area)));
-  drawn.append(...cross(drawn, chart, x, area));
+  drawn.append(cross(drawn, chart, x, area));
   return drawn;
 }
 
+// From 0, unless values lie so high and close together that nothing could be seen.
 function scale(known, area) {
   const least = Math.min(...known), most = Math.max(...known);
-  const low = least < most * 0.6 ? Math.min(0, least) : least - (most - least) * 0.1;
-  const marks = ticks(low, most === low ? low + 1 : most, 3);
-  const top = Math.max(most, marks.at(-1)), room = area.bottom - area.top;
-  const y = (value) => area.bottom - ((value - low) / (top - low || 1)) * room;
-  return [y, marks];
+  const from = least < most * 0.6 || least === most ? Math.min(0, least) : least;
+  const step = tickStep(from, most, 4), room = area.bottom - area.top;
+  const low = Math.floor(from / step + 1e-9) * step;
+  const top = Math.max(Math.ceil(most / step - 1e-9) * step, low + step);
+  const y = (value) => area.bottom - ((value - low) / (top - low)) * room;
+  return [y, ticks(low, top, (top - low) / step)];
 }
 
 function xLabels(chart, x, area) {
   const [first, last] = [chart.x_N[0], chart.x_N.at(-1)];
-  const about = Math.max(2, Math.floor((area.right - area.left) / 90));
+  const about = Math.max(3, Math.floor((area.right - area.left) / 90));
   const label = (value, text) => {
     const at = x(value);
     const anchor = at > area.right - 24 ? "end" : at < area.left + 12 ? "start" : "middle";
@@ -310,7 +328,7 @@ function line(xs, values, x, y, number, area) {
 }
 
 function cross(drawn, chart, x, area) {
-  const mark = shape("line", { class: "cross", y1: area.top, y2: area.bottom, visibility: "hidden" });
+  const rule = shape("line", { class: "cross", y1: area.top, y2: area.bottom, visibility: "hidden" });
   const read = (event) => {
     const box = drawn.getBoundingClientRect(), at = event.clientX - box.left;
     let nearest = 0;
@@ -318,9 +336,9 @@ function cross(drawn, chart, x, area) {
       if (Math.abs(x(value) - at) < Math.abs(x(chart.x_N[nearest]) - at)) nearest = i;
     });
     const value = chart.x_N[nearest];
-    mark.setAttribute("x1", x(value));
-    mark.setAttribute("x2", x(value));
-    mark.setAttribute("visibility", "visible");
+    rule.setAttribute("x1", x(value));
+    rule.setAttribute("x2", x(value));
+    rule.setAttribute("visibility", "visible");
     const where = chart.x === "step" ? `step ${value.toLocaleString("en")}` : clockTime(value);
     const said = Object.entries(chart.lines).map(([name, values]) =>
       `${name} ${readable(values[nearest], chart.unit)}`);
@@ -328,10 +346,10 @@ function cross(drawn, chart, x, area) {
   };
   drawn.onpointermove = drawn.onpointerdown = read;
   drawn.onpointerleave = () => {
-    mark.setAttribute("visibility", "hidden");
+    rule.setAttribute("visibility", "hidden");
     hideTip();
   };
-  return [mark];
+  return rule;
 }
 
 // Decisions, the newest first.
