@@ -103,26 +103,28 @@ def run(rounds: int, say: Say, settings: Settings) -> Report:
     records = kept()
     for name in settings.parts:
         part = PARTS[name](asks, rounds, say, settings)
-        records[name] = record(part)
+        records[name] = record(part, settings)
     records = {name: records[name] for name in PARTS if name in records}
     return Report(
         suite=NAME,
         compared=("vllm", "ray", "uvicorn"),
-        settings={"model": "bench_s", "new": settings.new, "prompts": settings.prompts},
+        settings={"model": "bench_s", "max_length": serve_model.MAX_LENGTH},
         figures=[Figure(**x) for each in records.values() for x in each["figures"]],
         samples=records,
         wrong=tuple(line for each in records.values() for line in each["wrong"]),
     )
 
 
-def record(part: Part) -> dict[str, Any]:
+def record(part: Part, cfg: Settings) -> dict[str, Any]:
     """Returns a part as it is kept in the file, with when and of what it was made."""
     now = datetime.datetime.now(datetime.UTC)
+    asked = {"new": cfg.new, "prompts": cfg.prompts}
     return {
         "date": now.isoformat(timespec="seconds"),
         "commit": report.commit(),
         "machine": report.machine(),
         **part._asdict(),
+        "settings": asked | part.settings,
         "figures": [dataclasses.asdict(figure) for figure in part.figures],
     }
 
