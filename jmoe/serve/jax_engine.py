@@ -89,7 +89,7 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     template = None if source is None else ChatTemplate(source, tokenizer)
     model, mesh = trained.run.model, mesh_of(cfg.engine)
     experts = model.moe.router.num_experts
-    layers = len(model.moe_layer_names)
+    layers = model.num_moe_layers
     meter = ServingMeter(cfg.name, layers, experts, mesh.expert)
     engine = make_engine(trained, cfg, lambda stats: meter.step(**stats._asdict()))
     deadline = cfg.engine.deadline_seconds
