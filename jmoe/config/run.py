@@ -11,6 +11,7 @@ from jmoe.config import checks
 from jmoe.config.data import DataConfig
 from jmoe.config.mesh import MeshConfig, PipelineConfig
 from jmoe.config.model import ROUTERS, ModelConfig
+from jmoe.config.monitor import MonitorConfig
 from jmoe.config.train import TrainConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
@@ -160,6 +161,7 @@ class RunConfig:
     pipeline: PipelineConfig = PipelineConfig()
     precision: str = "native"
     initial_weights: str = "random"
+    monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self):
         checks.one_of(self, precision=PRECISIONS, initial_weights=INITIAL_WEIGHTS)

@@ -10,7 +10,7 @@ What a decoder remembers is each device's own, and has all devices as its first
 dimension.
 
 Shapes: B sequence being decoded, A sequence being read, S this device's tokens, D
-hidden.
+hidden, L MoE layer, E expert.
 """
 
 import collections
@@ -40,7 +40,7 @@ from jmoe.decode.weights import Layer, Weights
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel import collectives
-from jmoe.parallel.mesh import BATCH_AXES
+from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from jmoe.train.layout import WHOLE, Layout, lying, make_layout, on_mesh, put_whole
 
 OWN = PartitionSpec(MESH_AXES)  # each device's own, by the first dimension
@@ -52,11 +52,13 @@ Given = tuple[DecodeRows, PrefillChunks]
 class Underway(NamedTuple):
     """Tokens that later ranks of a pipeline have: what was given, the newest first.
 
-    x: the hidden states that come to a rank next.
+    x: the hidden states that come to a rank next; count_LE: int32, what the ranks
+    before have counted of their tokens, on each device.
     """
 
     given: tuple[Given, ...]
     x: jax.Array
+    count_LE: jax.Array
 
 
 def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakePrograms:
@@ -178,21 +180,23 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
     def begin(given: Given) -> Underway:
         x_TD = jnp.zeros((len(batches.join(*given).token_T), cfg.hidden_dim), cfg.dtype)
         x_SD = collectives.local_part(x_TD, "tensor", 0)
-        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD))
+        shape = cfg.num_moe_layers, cfg.moe.router.num_experts
+        count_LE = jnp.zeros(shape, jnp.int32)
+        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD), own(count_LE))
 
     def step(weights: Weights, state: Any, underway: Underway, given: Given) -> Any:
-        state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
+        state, came = jax.tree.map(lambda x: x[0], (state, underway[1:]))
         every = (given, *underway.given)
         own_layers = _own_layers(rows, weights)
-        x_SD, caches = _blocks(cfg, weights, own_layers, state.layers, x_SD, every)
+        passed, caches = _blocks(cfg, weights, own_layers, state.layers, came, every)
         state = state._replace(layers=())
-        state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
+        state, found = _finish(cfg, limits, weights, state, *passed, every[-1])
         state = state._replace(layers=caches)
-        underway = Underway(every[:-1], own(collectives.ppermute(x_SD, PIPE)))
-        return own(state), underway, found
+        onward = (own(collectives.ppermute(x, PIPE)) for x in passed)
+        return own(state), Underway(every[:-1], *onward), found
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
-    flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
+    flight = Underway(SEQUENCES, OWN, OWN)  # type: ignore[arg-type]
     taken = placed, OWN, flight, SEQUENCES
     starts = jax.jit(on_mesh(start, layout, (), OWN))
     begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
@@ -219,34 +223,43 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     return found
 
 
-def _blocks(cfg, weights, own, caches, x_SD, every):
-    """Returns what this rank's layers compute of its tokens, and their caches."""
-    rank = collectives.axis_index(PIPE)
+def _blocks(cfg, weights, own, caches, came, every):
+    """Returns hidden states and counts behind this rank's layers, and their caches."""
+    rank, (x_SD, count_LE) = collectives.axis_index(PIPE), came
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
     batch = batches.join(rows, chunks)
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
+    count_LE = jnp.where(rank == 0, 0, count_LE)
     kept = []
     for layer, cache in zip(own, caches, strict=True):
-        out_SD, cache = layers.block(cfg, layer, cache, x_SD, known)
+        out_SD, cache, count_E = layers.block(cfg, layer, cache, x_SD, known)
         # All ranks compute every row, as the longest must: a choice would cost copies
         # of the pages that go through it.
-        x_SD = jnp.where(layer.number >= 0, out_SD, x_SD)
+        is_own = layer.number >= 0
+        x_SD = jnp.where(is_own, out_SD, x_SD)
+        if count_E is not None:
+            moe_layer = jnp.where(is_own, layer.number - cfg.num_dense_layers, 0)
+            count_LE = count_LE.at[moe_layer].add(jnp.where(is_own, count_E, 0))
         kept.append(cache)
-    return x_SD, tuple(kept)
+    return (x_SD, count_LE), tuple(kept)
 
 
-def _finish(cfg, limits, weights, state, x_SD, given):
+def _finish(cfg, limits, weights, state, x_SD, count_LE, given):
     """Returns what the last rank finds, of all devices' sequences, and its state.
 
     Other ranks compute the same of what means nothing, for which no one waits.
     """
-    state, found = finish(cfg, limits.top_logprobs, weights, state, x_SD, *given)
     is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
-    packed_N = collectives.psum(jnp.where(is_last, _packed(found), 0), PIPE)
+    counted = jnp.where(is_last, count_LE, 0)
+    count_LE = collectives.psum(counted, (PIPE, *TOKEN_AXES))
+    told = x_SD, count_LE, *given
+    state, found = finish(cfg, limits.top_logprobs, weights, state, *told)
+    drawn = found._replace(count_LE=None)  # what is to be joined, not summed
+    packed_N = collectives.psum(jnp.where(is_last, _packed(drawn), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, found)
+    return state, _unpacked(packed_PN, drawn)._replace(count_LE=count_LE)
 
 
 def _packed(found: StepResult) -> jax.Array:

@@ -25,9 +25,10 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, to_dict
 from jmoe.data import durable
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.monitor import report, run_files, starts
+from jmoe.monitor import report, run_files, server, starts
 from jmoe.monitor.console import Console
 from jmoe.monitor.metrics_log import MetricsLog
+from jmoe.monitor.training import TrainingMeter
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import balanced, processes
@@ -72,6 +73,7 @@ def train(
     locked = workdir / lock.FILE, f"workdir={str(workdir)!r}"
     if shows:
         lock.require_free(*locked)
+        server.check(run.monitor)
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe, layout.mesh)
@@ -112,10 +114,15 @@ def train(
             )
             notes.append(starts.since(start, changed))
         workdirs.check_shared(workdir / run_files.INFO)
-        console = _Silent()
+        console, page = _Silent(), ""
+        meter = TrainingMeter(
+            run.name, cfg.steps, run.mesh.expert, device=_devices(run)
+        )
         if shows:
-            console = stack.enter_context(Console(cfg.steps, start_step=begun.step))
-        _show_header(console, run, workdir, parameters, begun.step)
+            shown = Console(cfg.steps, start_step=begun.step, followers=[meter.note])
+            console = stack.enter_context(shown)
+            page = stack.enter_context(server.opened(run.monitor, meter))
+        _show_header(console, run, workdir, parameters, begun.step, page)
         for note in filter(None, notes):
             console.note(note)
         signals = stack.enter_context(StopSignals(console.note))
@@ -134,7 +141,9 @@ def train(
         stack.enter_context(jax.transfer_guard("disallow"))
         while True:
             watch = guard.Guard(cfg, begun.guard, console.note)
-            log = MetricsLog(workdir, start_step=begun.step) if shows else _Silent()
+            log = _Silent()
+            if shows:
+                log = MetricsLog(workdir, start_step=begun.step, followers=[meter.log])
             with log:
                 end = steps.train(begun.state, begun.step, watch, log)
             store.wait()
@@ -151,10 +160,12 @@ def train(
             )
         if end.signal:
             name = signal.Signals(end.signal).name
+            meter.finish(f"stopped by {name}")
             console.note(
                 f"{name}: saved step {end.step}; the same command goes on from it."
             )
             return end.signal
+        meter.finish("complete")
         if shows:
             report.write_report(workdir)  # whatever becomes of the samples
         if sample is not None:
@@ -207,6 +218,7 @@ def _show_header(
     workdir: pathlib.Path,
     parameters: tuple[int, int],
     step: int,
+    page: str = "",
 ) -> None:
     console.header(
         name=run.name,
@@ -216,6 +228,7 @@ def _show_header(
         device=_devices(run),
         run_dir=workdir,
         lending=_lending(run),
+        page=page,
     )
     exchange, router = run.model.moe.exchange, run.model.moe.router
     factor, peers = exchange.capacity_factor, run.mesh.expert

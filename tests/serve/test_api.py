@@ -1,0 +1,204 @@
+"""Our engine as clients of OpenAI's API see it, over HTTP."""
+
+import concurrent.futures
+import json
+
+import pytest
+
+from jmoe.decode.generate import generate
+from jmoe.decode.requests import Sampling
+from tests.decode.test_step import LIMITS, prompt
+from tests.serve.own import NAME, QUEUE, make_engine, make_served, serving, tokenizer
+from tests.serve.own import variables as weights
+from tests.smallest_run import get_config
+
+TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
+TEXT = "Say: "
+
+
+@pytest.fixture(scope="module")
+def client():
+    with serving(make_served(make_engine())) as client:
+        yield client
+
+
+def text_of(ids: list[int]) -> str:
+    return tokenizer().decode(ids)
+
+
+def expected(ids, new: int, **named) -> list[int]:
+    """What the engine finds when it is called directly."""
+    sampling = Sampling(max_new_tokens=new, **named)
+    (done,) = make_engine().complete([(ids, sampling)])
+    return done.tokens
+
+
+def test_greedy_answers_are_those_of_generate_for_every_form_of_prompt(client):
+    texts = [TEXT, "b"]
+    ids = [tokenizer().prompt(text) for text in texts]
+    model = get_config().model
+    want = generate(model, weights(), ids, max_new_tokens=9)
+    asked = {"max_tokens": 9, "return_token_ids": True, "ignore_eos": True}
+    for given in (texts, ids):
+        choices = client.complete(given, **asked)["choices"]
+        assert [choice["token_ids"] for choice in choices] == want
+        assert [choice["index"] for choice in choices] == [0, 1]
+    for given, one in ((texts[0], want[0]), (ids[1], want[1])):
+        answer = client.complete(given, **asked)
+        (choice,) = answer["choices"]
+        assert choice["token_ids"] == one and choice["text"] == text_of(one)
+        assert choice["finish_reason"] == "length" and choice["logprobs"] is None
+    assert answer["usage"] == {
+        "prompt_tokens": len(ids[1]),
+        "completion_tokens": 9,
+        "total_tokens": len(ids[1]) + 9,
+    }
+    assert (answer["object"], answer["model"]) == ("text_completion", NAME)
+
+
+def test_many_at_once_are_each_answered_as_if_alone(client):
+    prompts = [prompt(length) for length in range(3, 3 + QUEUE)]
+
+    def ask(ids):
+        return client.complete(ids, max_tokens=7, return_token_ids=True)
+
+    alone = [ask(ids)["choices"] for ids in prompts]
+    with concurrent.futures.ThreadPoolExecutor(QUEUE) as pool:
+        at_once = [answer["choices"] for answer in pool.map(ask, prompts)]
+    assert at_once == alone
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_a_stream_of_completions_is_the_whole_answer_in_pieces(client, logprobs):
+    asked = {"prompt": [TEXT, "b"], "n": 2, "max_tokens": 9, "logprobs": logprobs}
+    asked |= {"seed": 5, "temperature": 1.5, "return_token_ids": True}
+    whole = client.complete(**asked)
+    *sent, last = client.stream(TEXTS, **asked, stream_options={"include_usage": True})
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    assert all(chunk["usage"] is None for chunk in sent) and len(sent) > 8
+    for index, choice in enumerate(whole["choices"]):
+        pieces = [x for chunk in sent for x in chunk["choices"] if x["index"] == index]
+        assert "".join(x["text"] for x in pieces) == choice["text"]
+        assert [t for x in pieces for t in x["token_ids"]] == choice["token_ids"]
+        assert [x["finish_reason"] for x in pieces[:-1]] == [None] * (len(pieces) - 1)
+        assert pieces[-1]["finish_reason"] == choice["finish_reason"] == "length"
+        if logprobs is None:
+            continue
+        for key, values in choice["logprobs"].items():
+            assert [v for x in pieces for v in x["logprobs"][key]] == values
+
+
+def test_a_chat_is_a_completion_of_its_template_whole_or_streamed(client):
+    asked = {"max_tokens": 9, "return_token_ids": True, "logprobs": True}
+    asked |= {"top_logprobs": 3, "ignore_eos": True}
+    whole = client.chat("hi", **asked)
+    (choice,) = whole["choices"]
+    ids = [*tokenizer().encode("user:hi\n"), 0]
+    assert whole["prompt_token_ids"] == ids
+    assert choice["token_ids"] == expected(ids, 9)
+    text = text_of(choice["token_ids"])
+    assert choice["message"] == {"role": "assistant", "content": text}
+    messages = [{"role": "user", "content": "hi"}]
+    first, *sent, last = client.stream(CHATS, messages=messages, **asked)
+    assert {chunk["object"] for chunk in sent} == {"chat.completion.chunk"}
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert last["choices"][0]["delta"] == {}
+    assert last["choices"][0]["finish_reason"] == choice["finish_reason"] == "length"
+    pieces = [chunk["choices"][0] for chunk in sent]
+    assert "".join(x["delta"]["content"] for x in pieces) == text
+    told = [token for x in pieces for token in x["logprobs"]["content"]]
+    assert told == choice["logprobs"]["content"] and len(told) == 9
+    assert all("usage" not in chunk for chunk in sent)
+
+
+def test_log_probabilities_are_the_engines_in_both_shapes(client):
+    ids = tokenizer().prompt(TEXT)
+    (done,) = make_engine().complete([(ids, Sampling(max_new_tokens=6, logprobs=3))])
+
+    def ask(logprobs):
+        asked = {"max_tokens": 6, "ignore_eos": True, "logprobs": logprobs}
+        return client.complete(TEXT, **asked)["choices"][0]["logprobs"]
+
+    found = ask(3)
+    assert found["token_logprobs"] == pytest.approx(done.logprobs, abs=1e-4)
+    top = [list(likely.values()) for likely in done.top_logprobs]
+    for told, want in zip(found["top_logprobs"], top, strict=True):
+        assert list(told.values()) == pytest.approx(want, abs=1e-4)
+    alone = ask(0)
+    assert alone["token_logprobs"] == pytest.approx(done.logprobs, abs=1e-4)
+    own = zip(alone["tokens"], alone["token_logprobs"], strict=True)
+    assert alone["top_logprobs"] == [{token: p} for token, p in own]
+
+
+def test_a_seed_gives_the_same_texts_again_and_each_choice_another(client):
+    drawn = {"max_tokens": 8, "temperature": 2, "n": 3, "return_token_ids": True}
+    drawn |= {"ignore_eos": True}
+
+    def ask(**seed):
+        choices = client.complete(TEXT, **drawn, **seed)["choices"]
+        return [choice["token_ids"] for choice in choices]
+
+    first = ask(seed=7)
+    ids = tokenizer().prompt(TEXT)
+    assert first[1] == expected(ids, 8, temperature=2, seed=8)
+    assert ask(seed=7) == first and len(set(map(tuple, first))) == 3
+    assert ask(seed=8)[0] == first[1]
+    assert ask() != ask()
+
+
+def test_a_stop_text_ends_the_text_before_it_whole_or_streamed(client):
+    asked = {"prompt": TEXT, "max_tokens": 20, "ignore_eos": True}
+    whole = client.complete(**asked)["choices"][0]["text"]
+    stop = whole[5:7]
+    assert len(stop) == 2
+    before = whole[: whole.index(stop)]
+    asked |= {"stop": [stop, "~none~"]}
+    (choice,) = client.complete(**asked)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == (before, "stop")
+    sent = client.stream(TEXTS, **asked)
+    assert "".join(x["choices"][0]["text"] for x in sent) == before
+
+
+def test_the_models_own_stop_token_ends_an_answer_unless_it_is_to_be_ignored(client):
+    ids = prompt(9)
+    want = expected(ids, 12)
+    asked = {"max_tokens": 12, "return_token_ids": True}
+    (choice,) = client.complete(ids, **asked, stop_token_ids=[want[4]])["choices"]
+    assert choice["token_ids"] == want[: want.index(want[4])]
+    assert choice["finish_reason"] == "stop"
+    (choice,) = client.complete(ids, **asked, ignore_eos=True)["choices"]
+    assert choice["token_ids"] == want
+
+
+def test_an_echo_is_the_prompt_and_its_completion(client):
+    whole = client.complete(TEXT, max_tokens=5)["choices"][0]["text"]
+    asked = {"prompt": TEXT, "max_tokens": 5, "echo": True}
+    assert client.complete(**asked)["choices"][0]["text"] == TEXT + whole
+    sent = client.stream(TEXTS, **asked)
+    assert "".join(x["choices"][0]["text"] for x in sent) == TEXT + whole
+
+
+def test_how_long_an_answer_is_by_default(client):
+    asked = {"return_token_ids": True, "ignore_eos": True}
+    (text,) = client.complete(TEXT, **asked)["choices"]
+    assert len(text["token_ids"]) == 16
+    chat = client.chat("hi", **asked)
+    new = chat["usage"]["completion_tokens"]
+    assert new == LIMITS.max_length - chat["usage"]["prompt_tokens"]
+    (longest,) = client.complete(prompt(60), **asked)["choices"]
+    assert len(longest["token_ids"]) == 4
+
+
+def test_models_health_metrics_and_page_are_there(client):
+    (model,) = client.ask("/v1/models").json["data"]
+    assert (model["id"], model["max_model_len"]) == (NAME, LIMITS.max_length)
+    assert client.ask("/health").status == 200
+    before = client.served.meter.totals()
+    client.complete(TEXT, max_tokens=5, ignore_eos=True)
+    client.ask(TEXTS, {})
+    after = client.served.meter.totals()
+    assert after.ended["length"] == before.ended["length"] + 1
+    assert after.refused[400] == before.refused[400] + 1
+    assert f'jmoe_model{{model="{NAME}"}} 1.0' in client.ask("/metrics").text
+    assert "<html" in client.ask("/monitor/").text
+    assert json.loads(client.ask("/nowhere").text)["error"]["code"] == 404
