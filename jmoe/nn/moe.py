@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.balance import homes
-from jmoe.config import MoEConfig
+from jmoe.config import MoEConfig, RouterConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured, beside
@@ -125,11 +125,7 @@ class RoutedExperts(nn.Module):
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        expert_NK, router = routing.expert_NK, cfg.router
-        home_E = self.get_variable("router_state", "home")
-        if home_E is not None:
-            expert_NK = homes.of_choices(expert_NK, home_E)
-            router = homes.keeping_groups(router, collectives.axis_size("expert"))
+        expert_NK, router = self._at_homes(routing.expert_NK)
         return exchange(
             x_ND,
             expert_NK,
@@ -141,6 +137,14 @@ class RoutedExperts(nn.Module):
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+
+    def _at_homes(self, expert_NK: jax.Array) -> tuple[jax.Array, RouterConfig]:
+        """Returns where the chosen experts live, and what is known of such choices."""
+        router, home_E = self.cfg.router, self.get_variable("router_state", "home")
+        if home_E is None:
+            return expert_NK, router
+        keeping = homes.keeping_groups(router, collectives.axis_size("expert"))
+        return homes.of_choices(expert_NK, home_E), keeping
 
 
 def _of_tensor_group(group: Group) -> Group:
