@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jmoe.balance import homes
 from jmoe.config import MoEConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
@@ -63,6 +64,9 @@ class RoutedExperts(nn.Module):
 
     They multiply by the recipe of `dot_general` (`fp8.recipe_of`), or in x's dtype.
     `apart` is for a pipeline, as in `jmoe.ops.grouped`.
+
+    In `router_state` may be `home`, int32 [E], of all devices' experts: weights then
+    are of the experts whose homes are here (see `nn.model.with_homes`).
     """
 
     cfg: MoEConfig
@@ -117,14 +121,19 @@ class RoutedExperts(nn.Module):
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
+        expert_NK, router = routing.expert_NK, cfg.router
+        home_E = self.get_variable("router_state", "home")
+        if home_E is not None:
+            expert_NK = homes.of_choices(expert_NK, home_E)
+            router = homes.keeping_groups(router, collectives.axis_size("expert"))
         return exchange(
             x_ND,
-            routing.expert_NK,
+            expert_NK,
             routing.gate_NK,
             apply,
             weights,
             cfg.exchange,
-            cfg.router,
+            router,
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )

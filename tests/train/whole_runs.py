@@ -22,7 +22,7 @@ from jmoe.train.trained import CHECKPOINTS
 # What of `train` a run's loop reads, and no step.
 LOOPS = {
     *("steps", "log_every", "eval_every", "eval_batches", "signal_every"),
-    *("checkpoint_every", "checkpoint_minutes"),
+    *("checkpoint_every", "checkpoint_minutes", "reassign_every", "reassign_above"),
     *("keep_checkpoints", "keep_best", "keep_every"),
     *("on_nonfinite", "on_spike", "spike_score", "max_skipped", "max_roll_backs"),
 }
