@@ -29,7 +29,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
-from jmoe.parallel.travel import Group
+from jmoe.parallel.travel import AXIS, Group
 
 
 class SwiGLU(nn.Module):
@@ -66,7 +66,8 @@ class RoutedExperts(nn.Module):
     `apart` is for a pipeline, as in `jmoe.ops.grouped`.
 
     In `router_state` may be `home`, int32 [E], of all devices' experts: weights then
-    are of the experts whose homes are here (see `nn.model.with_homes`).
+    are of the experts whose homes are here (see `nn.model.with_homes`). Or [E, C], if
+    experts have copies (`jmoe.balance.homes.of_choices`).
     """
 
     cfg: MoEConfig
@@ -77,7 +78,9 @@ class RoutedExperts(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, routing: Routing | Picks) -> Exchanged:
         cfg = self.cfg
-        experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
+        home = self.get_variable("router_state", "home")
+        places = cfg.router.num_experts if home is None else homes.num_places(home)
+        experts = collectives.share(places, "expert", "num_experts")
         mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
         hidden = x_BSD.shape[-1]
         gate_up_ED2F = weight(
@@ -122,10 +125,10 @@ class RoutedExperts(nn.Module):
 
         x_ND = x_BSD.reshape(-1, hidden)
         expert_NK, router = routing.expert_NK, cfg.router
-        home_E = self.get_variable("router_state", "home")
-        if home_E is not None:
-            expert_NK = homes.of_choices(expert_NK, home_E)
-            router = homes.keeping_groups(router, collectives.axis_size("expert"))
+        if home is not None:
+            first, peers = collectives.axis_index(AXIS), collectives.axis_size(AXIS)
+            expert_NK = homes.of_choices(expert_NK, home, first)
+            router = homes.keeping_groups(router, peers, places)
         return exchange(
             x_ND,
             expert_NK,
