@@ -98,7 +98,9 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(x: jax.Array, group: Group) -> jax.Array:
+        def compute(
+            x: jax.Array, group: Group, after: jax.Array | None = None
+        ) -> jax.Array:
             """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
                 *(x, group.expert_RK, group.gate_RK, *group.weights),
@@ -107,6 +109,7 @@ class RoutedExperts(nn.Module):
                 is_bound=group.is_bound,
                 remat=cfg.remat == "activations",
                 apart=self.apart,
+                after=after,
             )
 
         weights = gate_up_ED2F, down_EFD
@@ -118,9 +121,10 @@ class RoutedExperts(nn.Module):
         def apply(x_RD: jax.Array, groups: Sequence[Group]) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
             x = collectives.all_gather(x_RD, "tensor", 0)
-            y, *others = (compute(x, _of_tensor_group(group)) for group in groups)
-            for other in others:
-                y += other
+            first, *others = (_of_tensor_group(group) for group in groups)
+            y = compute(x, first)
+            for group in others:
+                y += compute(x, group, after=y)
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)

@@ -10,8 +10,8 @@ Beyond OpenAI's there are what vLLM's users know: `top_k`, `min_p`,
 """
 
 import json
+import random
 import reprlib
-import secrets
 from collections.abc import Mapping
 from typing import Any, Self, TypeVar
 
@@ -135,7 +135,7 @@ class AskedTokens(_Strict):
         """
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         own_stop_ids = () if self.ignore_eos else stop_ids
-        seed = secrets.randbits(32) if self.seed is None else self.seed
+        seed = random.getrandbits(32) if self.seed is None else self.seed
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,

@@ -218,7 +218,7 @@ def _show_header(
     workdir: pathlib.Path,
     parameters: tuple[int, int],
     step: int,
-    page: str,
+    page: str = "",
 ) -> None:
     console.header(
         name=run.name,

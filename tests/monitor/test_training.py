@@ -56,6 +56,7 @@ def test_an_evaluation_adds_to_what_is_shown_and_to_the_chart_of_losses():
     assert figure(snapshot, "validation loss")[0] == 2.75
     assert figure(snapshot, "training loss")[0] == 2.5
     assert lines(snapshot, "Loss")["validation"] == [2.75, None]
+    assert lines(snapshot, "Loss")["training"] == [2.5, 2.5]
     np.testing.assert_allclose(snapshot.load_LE, LOAD_LE * 4)
 
 

@@ -68,7 +68,7 @@ def sharing_programs() -> Callable[[], contextlib.AbstractContextManager]:
         of_steps = {**vars(run.train), "skips": run.train.skips_steps}
         of_steps = {name: of_steps[name] for name in of_steps.keys() - LOOPS}
         others = {**vars(run), "train": frozenset(of_steps.items())}
-        others |= {"schedule": run.horizon, "name": None}
+        others |= {"schedule": run.horizon, "name": None, "monitor": None}
         key = frozenset(others.items())
         if key not in made:
             made[key] = compile_steps(model, optimizer, run, layout)
