@@ -289,7 +289,7 @@ def _on_h20s(needed: Mapping[str, float], lent: Uneven) -> Iterator[Figure]:
         ours = balance_cost.step_seconds(cfg, phase, lent).mean()
         extra = padding(cfg, phase.tokens, scheme)
         theirs = balance_cost.step_seconds(cfg, phase, even, extra).mean()
-        of_step = theirs / ours
+        of_step = float(theirs / ours)
         yield Figure(
             name=f"throughput over {scheme.name}, {name} on 16 H20s",
             value=of_step * needed[scheme.run],
