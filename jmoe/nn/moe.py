@@ -29,7 +29,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
-from jmoe.parallel.travel import AXIS, Group
+from jmoe.parallel.travel import Group
 
 
 class SwiGLU(nn.Module):
