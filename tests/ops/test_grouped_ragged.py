@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jmoe.ops import grouped, grouped_ragged
+from jmoe.ops import grouped, grouped_ragged, segments
 from tests.programs import equations
 
 T, K, D, E, F = 300, 3, 16, 5, 8
 NOBODY = E
-SEGMENT = 3 * grouped_ragged.TILE  # holds T
-FIRST = {None: 8 * grouped_ragged.TILE, 450: 4 * grouped_ragged.TILE, 225: SEGMENT}
+SEGMENT = 3 * segments.TILE  # holds T
+FIRST = {None: 8 * segments.TILE, 450: 4 * segments.TILE, 225: SEGMENT}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -82,7 +80,7 @@ def test_rows_beyond_a_bound_are_computed_in_short_segments(rows, apart):
     """And waiting for another array changes nothing."""
     options = {"rows": rows, "is_bound": True, "apart": apart, "after": jnp.ones(2)}
     routed_mlp = functools.partial(grouped.BACKENDS["ragged"], **options)
-    lengths = grouped_ragged._lengths((T, K), rows, True, apart)
+    lengths = segments.lengths_of((T, K), rows, is_bound=True, apart=apart)
     first = min(rows, T) if apart else rows
     assert lengths.first == -(-first // 128) * 128 and lengths.later == 128
     given_arrays = arrays(0.2)
@@ -128,25 +126,3 @@ def test_a_pass_that_computes_again_what_it_is_given_does_not_wait():
 
     count, barriers = products(True)
     assert count == products(False)[0] and barriers > products(False)[1]
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def segments_computed(expert_TK, lengths):
-    plan = grouped_ragged._plan(expert_TK, E, lengths)
-    return grouped_ragged._over_segments(
-        plan, lengths, lambda s: (jnp.int32(1), s.size_E)
-    )
-
-
-@settings(deadline=None, max_examples=20)
-@given(
-    st.lists(st.integers(0, E), min_size=60, max_size=60),
-    st.sampled_from([(8, 8), (24, 8), (20, 60), (60, 60), (64, 24)]),
-)
-def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, lengths):
-    expert_TK = np.array(choices, np.int32).reshape(20, 3)
-    lengths = grouped_ragged.Lengths(*lengths)
-    count, size_E = segments_computed(expert_TK, lengths)
-    np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
-    left_over = max(0, int(size_E.sum()) - lengths.first)
-    assert count == 1 + -(-left_over // lengths.later)
