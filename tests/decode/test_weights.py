@@ -15,7 +15,8 @@ def test_each_block_has_what_its_attention_computes_of_its_parameters_once(
     for layer in (*weights.layers, of_mtp):
         kernel_CHX = layer["params"]["attention"]["kv_up"]["kernel"]
         made = layer["prepared"]["attention"]
-        key_CHX, value_CHX = made["key"].swapaxes(0, 1), made["value"].transpose(2, 0, 1)
+        key_CHX = made["key"].swapaxes(0, 1)
+        value_CHX = made["value"].transpose(2, 0, 1)
         halves = np.concatenate([key_CHX, value_CHX], axis=-1)
         np.testing.assert_array_equal(halves, kernel_CHX)
 
