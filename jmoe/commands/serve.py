@@ -9,6 +9,10 @@ python scripts/serve.py --model=runs/v3_hf --set engine.tensor_parallel=8 \
     --set engine.pipeline_parallel=2
 python scripts/serve.py --model=runs/tiny_hf --set host=0.0.0.0 --set key_file=KEYS
 
+As several processes, of which each has some of the devices: the same command for each,
+with --local and the address of process 0, which serves, such as
+--coordinator=10.0.0.1:4321 --num_processes=2 --process_id=0
+
 jmoe's own engine (--engine=jax) takes the directory of a run or an exported model; with
 --local it runs in this process. vLLM takes exported models, and needs an environment
 that scripts/make_serving_env.sh makes, or any that has vLLM and Ray. SIGTERM and Ctrl-C
@@ -25,8 +29,10 @@ from absl import app, flags
 from jmoe.checkpoint.retention import parse_which
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
-from jmoe.data import cache
-from jmoe.serve import keys, lifecycle, vllm_engine
+from jmoe.parallel import processes
+from jmoe.serve import keys, lifecycle, vllm_app, vllm_engine
+from jmoe.serve.deployed import Deployed
+from jmoe.serve.front import Access
 from jmoe.train import runtime
 
 _MODEL = flags.DEFINE_string(
@@ -45,6 +51,16 @@ _STEP = flags.DEFINE_string(
 )
 _MTP = flags.DEFINE_bool(
     "mtp", False, "Whether the model's MTP modules draft tokens for it to verify."
+)
+# Flags, as they differ between the processes of one server.
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where processes meet."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes compute together, with --local."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this one is, from 0, which serves."
 )
 _SET = flags.DEFINE_multi_string(
     "set", [], "path.to.field=value of jmoe/config/serve.py; repeatable."
@@ -70,21 +86,16 @@ def serve_vllm(directory: pathlib.Path) -> int:
     try:
         host = vllm_engine.this_host()
         engine = vllm_engine.make_engine(exported, cfg, host)
-        from jmoe.serve.app import serve_until_stopped  # needs Ray
-
-        serve_until_stopped(cfg, engine, host.device, access)
-    except (ModuleNotFoundError, RuntimeError) as error:  # vLLM's and Ray's
+        return serve_on_ray(cfg, vllm_app.deployed(engine, host.device), access)
+    except ModuleNotFoundError as error:
         return runtime.report_mistake(error)
-    return 0
 
 
 def serve_own(directory: pathlib.Path) -> int:
-    """Serves by jmoe's engine, in this process."""
-    if not _LOCAL.value:
-        raise ValueError("--engine=jax needs --local.")
+    """Serves by jmoe's engine, in this process or in replicas."""
     runtime.keep_freed_memory()
     try:
-        from jmoe.serve import api, jax_engine, local
+        from jmoe.serve import api, jax_app, jax_engine, local
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; `pip install -e '.[serve-jax]'` has it.") from error
     step = parse_which(_STEP.value)
@@ -92,16 +103,33 @@ def serve_own(directory: pathlib.Path) -> int:
     cfg = read_config(directory.absolute().name, model)
     jax_engine.check(model, cfg)
     access = keys.read_access(cfg, os.environ)
-    with lifecycle.bind(cfg) as bound:
-        runtime.start_jax()
-        trained = jax_engine.load(directory, cfg.engine, step)
-        runtime.keep_compiled(cache.directory(trained.run.data) / runtime.COMPILED)
-        served = jax_engine.serve(trained, cfg)
-        try:
-            app_ = api.make_app(served)
-            asyncio.run(local.serve_until_signalled(app_, cfg, access, bound))
-        finally:
-            served.worker.close()
+    place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    if not _LOCAL.value:
+        if place != (None, None, None):
+            raise ValueError("--coordinator and its like need --local.")
+        return serve_on_ray(cfg, jax_app.deployed(directory, cfg, step), access)
+    with processes.join(*place):
+        if processes.index() > 0:
+            jax_app.follow(directory, cfg, step)
+            return 0
+        with lifecycle.bind(cfg) as bound:
+            served = jax_app.make_served(directory, cfg, step)
+            try:
+                app_ = api.make_app(served)
+                asyncio.run(local.serve_until_signalled(app_, cfg, access, bound))
+            finally:
+                served.worker.close()
+        jax_engine.release()
+    return 0
+
+
+def serve_on_ray(cfg: ServeConfig, deployed: Deployed, access: Access) -> int:
+    try:
+        from jmoe.serve.app import serve_until_stopped  # needs Ray
+
+        serve_until_stopped(cfg, deployed, access)
+    except (ModuleNotFoundError, RuntimeError) as error:  # Ray's, and the engine's
+        return runtime.report_mistake(error)
     return 0
 
 

@@ -1,7 +1,7 @@
-"""What a server did in the last minutes, in pieces of five seconds.
+"""What a server did in the last minutes, in parts of five seconds.
 
-A piece that nothing happened in isn't there. Counts of experts are kept for the last
-minute's pieces alone: a big model's have 119 kB each.
+A part that nothing happened in isn't there. Counts of experts are kept for the last
+minute's parts alone: a big model's have 119 kB each.
 
 Shapes: L MoE layers, E routed experts, P devices.
 """
@@ -15,15 +15,15 @@ import numpy as np
 from jmoe.monitor import latency
 from jmoe.monitor.snapshot import even_share, max_violation_L
 
-SECONDS = 5  # of a piece
-KEPT = 180  # pieces: fifteen minutes
-WINDOW = 12  # pieces that loads and latencies are counted over: a minute
-RATE = 2  # whole pieces that a rate is counted over, and what there is of one more
+SECONDS = 5  # of a part
+KEPT = 180  # parts: fifteen minutes
+WINDOW = 12  # parts that loads and latencies are counted over: a minute
+RATE = 2  # whole parts that a rate is counted over, and what there is of one more
 
 
 @dataclasses.dataclass
-class Piece:
-    """What happened in five seconds. index: their number since 1970."""
+class FiveSeconds:
+    """Counts what happened in them. index: their number since 1970."""
 
     index: int
     prompt_tokens: int = 0
@@ -51,45 +51,45 @@ class Piece:
 
 
 class Recent:
-    """The latest pieces. One thread at a time may use it."""
+    """Keeps the latest parts. One thread at a time may use it."""
 
     def __init__(self, now: float):
         self._begun = now
-        self._pieces: collections.deque[Piece] = collections.deque()
+        self._parts: collections.deque[FiveSeconds] = collections.deque()
 
-    def piece(self, now: float) -> Piece:
-        """Returns the piece of this moment, for what happens to be added."""
+    def part(self, now: float) -> FiveSeconds:
+        """Returns the part of this moment, for what happens to be added."""
         index = int(now // SECONDS)
-        if not self._pieces or self._pieces[-1].index < index:
+        if not self._parts or self._parts[-1].index < index:
             self._close()
-            self._pieces.append(Piece(index))
-            while self._pieces[0].index <= index - KEPT:
-                self._pieces.popleft()
-        return self._pieces[-1]  # a clock that was set back stays in the last one
+            self._parts.append(FiveSeconds(index))
+            while self._parts[0].index <= index - KEPT:
+                self._parts.popleft()
+        return self._parts[-1]  # a clock that was set back stays in the last one
 
-    def rate(self, now: float, counted: Callable[[Piece], float]) -> float:
-        """Returns what pieces count, a second, over the last ten to fifteen."""
+    def rate(self, now: float, counted: Callable[[FiveSeconds], float]) -> float:
+        """Returns what is counted a second, over the last ten to fifteen of them."""
         first = int(now // SECONDS) - RATE
-        found = sum(counted(piece) for piece in self._pieces if piece.index >= first)
+        found = sum(counted(part) for part in self._parts if part.index >= first)
         since = max(self._begun, first * SECONDS)
         return found / max(now - since, 1.0)
 
-    def latest(self) -> list[Piece]:
-        """Returns the pieces of the minute that ends with the last one."""
-        if not self._pieces:
+    def latest(self) -> list[FiveSeconds]:
+        """Returns the parts of the minute that ends with the last one."""
+        if not self._parts:
             return []
-        first = self._pieces[-1].index - WINDOW
-        return [piece for piece in self._pieces if piece.index > first]
+        first = self._parts[-1].index - WINDOW
+        return [part for part in self._parts if part.index > first]
 
     def counts(self) -> tuple[np.ndarray, np.ndarray] | None:
         """Returns choices [L, E] and [L, P] in that minute; None if there were none.
 
-        An idle server keeps its last minute: pieces count, not the clock.
+        An idle server keeps its last minute: parts count, not the clock.
         """
         counts = [
-            (piece.count_LE, piece.device_LP)
-            for piece in self.latest()
-            if piece.count_LE is not None and piece.device_LP is not None
+            (part.count_LE, part.device_LP)
+            for part in self.latest()
+            if part.count_LE is not None and part.device_LP is not None
         ]
         if not counts:
             return None
@@ -98,33 +98,33 @@ class Recent:
 
     def quantile(self, name: str, q: float) -> float | None:
         """Returns a quantile of that minute's `first_token` or `between_tokens`."""
-        found = [getattr(piece, name) for piece in self.latest()]
+        found = [getattr(part, name) for part in self.latest()]
         if not found:
             return None
         total = latency.Durations(found[0].bounds)
         total.count_B = np.sum([durations.count_B for durations in found], axis=0)
         return total.quantile(q)
 
-    def history(self, now: float) -> Iterator[Piece | int]:
-        """Yields each piece, or its index where nothing happened, up to the last over.
+    def history(self, now: float) -> Iterator[FiveSeconds | int]:
+        """Yields each part, or its index where nothing happened, up to the last over.
 
         It begins with the server, a quarter of an hour ago at most.
         """
         end = int(now // SECONDS)
         start = max(int(self._begun // SECONDS), end - KEPT)
-        by_index = {piece.index: piece for piece in self._pieces}
+        by_index = {part.index: part for part in self._parts}
         yield from (by_index.get(index, index) for index in range(start, end))
 
     def _close(self) -> None:
-        """Measures balance as a piece ends, and forgets counts that are too old."""
-        if not self._pieces:
+        """Measures balance as a part ends, and forgets counts that are too old."""
+        if not self._parts:
             return
-        last = self._pieces[-1]
+        last = self._parts[-1]
         counts = self.counts()
         if last.count_LE is not None and counts is not None:
             vio_L = max_violation_L(even_share(counts[0]))
             last.max_vio = float(np.median(vio_L)), float(vio_L.max())
-        for piece in self._pieces:
-            if piece.index > last.index - WINDOW:
+        for part in self._parts:
+            if part.index > last.index - WINDOW:
                 break
-            piece.count_LE = piece.device_LP = None
+            part.count_LE = part.device_LP = None

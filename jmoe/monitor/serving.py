@@ -90,14 +90,14 @@ class ServingMeter:
             if device_LP is None:
                 layers, devices = totals.device_LP.shape
                 device_LP = count_LE.reshape(layers, devices, -1).sum(-1)
-            piece = self._recent.piece(now)
-            for counted in (totals, piece):
+            part = self._recent.part(now)
+            for counted in (totals, part):
                 counted.prompt_tokens += prompt_tokens
                 counted.new_tokens += new_tokens
                 counted.drafted += drafted
                 counted.accepted += accepted
                 counted.running, counted.waiting = live, waiting
-            piece.add_choices(count_LE, device_LP)
+            part.add_choices(count_LE, device_LP)
             totals.count_LE += count_LE
             totals.device_LP += device_LP
             if dropped_L is not None:
@@ -117,7 +117,7 @@ class ServingMeter:
         """Takes the time from a request's arrival to its first token."""
         with self._lock:
             self._totals.first_token.add(seconds)
-            self._recent.piece(self._clock()).first_token.add(seconds)
+            self._recent.part(self._clock()).first_token.add(seconds)
 
     def between_tokens(self, seconds: float, tokens: int = 1) -> None:
         """Takes the time since a request's last token.
@@ -126,8 +126,8 @@ class ServingMeter:
           tokens: that came together after it, each of which gets its part of the time.
         """
         with self._lock:
-            piece = self._recent.piece(self._clock())
-            for durations in (self._totals.between_tokens, piece.between_tokens):
+            part = self._recent.part(self._clock())
+            for durations in (self._totals.between_tokens, part.between_tokens):
                 durations.add(seconds / tokens, tokens)
 
     def request_ended(self, reason: str, tokens: int) -> None:

@@ -1,6 +1,6 @@
 """What the page shows of a server: how it stands, and its last minutes.
 
-Shapes: L MoE layers, E routed experts, P devices, N pieces of time.
+Shapes: L MoE layers, E routed experts, P devices, N parts of time.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 from jmoe.monitor import recent
 from jmoe.monitor.decisions import Decision
 from jmoe.monitor.latency import seconds
-from jmoe.monitor.recent import Piece, Recent
+from jmoe.monitor.recent import FiveSeconds, Recent
 from jmoe.monitor.serving_totals import Totals
 from jmoe.monitor.snapshot import (
     Chart,
@@ -36,22 +36,22 @@ class Lately(NamedTuple):
     charts: tuple[Chart, ...]
 
 
-def lately(pieces: Recent, now: float) -> Lately:
-    """Returns what a server did before `now`; nothing of it is shared with `pieces`."""
-    minute = pieces.latest()
-    drafted = sum(piece.drafted for piece in minute)
-    accepted = sum(piece.accepted for piece in minute)
+def lately(parts: Recent, now: float) -> Lately:
+    """Returns what a server did before `now`; nothing of it is shared with `parts`."""
+    minute = parts.latest()
+    drafted = sum(part.drafted for part in minute)
+    accepted = sum(part.accepted for part in minute)
     return Lately(
-        pieces.rate(now, lambda piece: piece.new_tokens),
-        pieces.rate(now, lambda piece: piece.prompt_tokens),
-        (pieces.quantile("first_token", 0.5), pieces.quantile("first_token", 0.99)),
+        parts.rate(now, lambda part: part.new_tokens),
+        parts.rate(now, lambda part: part.prompt_tokens),
+        (parts.quantile("first_token", 0.5), parts.quantile("first_token", 0.99)),
         (
-            pieces.quantile("between_tokens", 0.5),
-            pieces.quantile("between_tokens", 0.99),
+            parts.quantile("between_tokens", 0.5),
+            parts.quantile("between_tokens", 0.99),
         ),
         accepted / drafted if drafted else None,
-        pieces.counts(),
-        tuple(_charts(pieces, now)),
+        parts.counts(),
+        tuple(_charts(parts, now)),
     )
 
 
@@ -135,21 +135,21 @@ def _refused(totals: Totals) -> str:
     return f"{refused:,} refused since the start" if refused else "none was refused"
 
 
-def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
-    history = list(pieces.history(now))
+def _charts(parts: Recent, now: float) -> Iterator[Chart]:
+    history = list(parts.history(now))
     if not history:
         return
     index_N = [item if isinstance(item, int) else item.index for item in history]
     time_N = [(index + 1) * recent.SECONDS for index in index_N]
 
     def line(
-        read: Callable[[Piece], float | None], nothing: float | None = None
+        read: Callable[[FiveSeconds], float | None], nothing: float | None = None
     ) -> list[float | None]:
-        """Returns what is read of each piece, and `nothing` where there is none."""
+        """Returns what is read of each part, and `nothing` where there is none."""
         return [nothing if isinstance(item, int) else read(item) for item in history]
 
-    def lasting(read: Callable[[Piece], float]) -> list[float | None]:
-        """Returns what stays as it is until the next piece: a step may be longer."""
+    def lasting(read: Callable[[FiveSeconds], float]) -> list[float | None]:
+        """Returns what stays as it is until the next part: a step may be longer."""
         found: list[float | None] = []
         for item in history:
             before = found[-1] if found else 0
@@ -163,14 +163,14 @@ def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
     yield chart(
         "Tokens per second",
         "",
-        new=line(lambda piece: piece.new_tokens / recent.SECONDS, 0),
-        prompt=line(lambda piece: piece.prompt_tokens / recent.SECONDS, 0),
+        new=line(lambda part: part.new_tokens / recent.SECONDS, 0),
+        prompt=line(lambda part: part.prompt_tokens / recent.SECONDS, 0),
     )
     yield chart(
         "Requests",
         "",
-        running=lasting(lambda piece: piece.running),
-        waiting=lasting(lambda piece: piece.waiting),
+        running=lasting(lambda part: part.running),
+        waiting=lasting(lambda part: part.waiting),
     )
     for title, name in (
         ("Time to first token", "first_token"),
@@ -179,17 +179,17 @@ def _charts(pieces: Recent, now: float) -> Iterator[Chart]:
         yield chart(
             title,
             "s",
-            median=line(lambda piece, name=name: getattr(piece, name).quantile(0.5)),
-            p99=line(lambda piece, name=name: getattr(piece, name).quantile(0.99)),
+            median=line(lambda part, name=name: getattr(part, name).quantile(0.5)),
+            p99=line(lambda part, name=name: getattr(part, name).quantile(0.99)),
         )
     yield chart(
         "Balance: MaxVio",
         "",
-        median_layer=line(lambda piece: piece.max_vio and piece.max_vio[0]),
-        worst_layer=line(lambda piece: piece.max_vio and piece.max_vio[1]),
+        median_layer=line(lambda part: part.max_vio and part.max_vio[0]),
+        worst_layer=line(lambda part: part.max_vio and part.max_vio[1]),
     )
     if any(not isinstance(item, int) and item.drafted for item in history):
         share = line(
-            lambda piece: piece.accepted / piece.drafted if piece.drafted else None
+            lambda part: part.accepted / part.drafted if part.drafted else None
         )
         yield chart("Drafts accepted", "%", share=share)

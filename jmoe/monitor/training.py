@@ -25,7 +25,8 @@ class TrainingMeter:
     Args:
       name: of the run.
       steps: that the run has.
-      num_devices: that share the experts of a layer, consecutive ones each.
+      num_devices: that share the experts of a layer, consecutive ones each; 1 if others
+        may lie on them.
       device: what the run is on, in words.
       clock: Unix time in seconds.
     """
@@ -43,7 +44,7 @@ class TrainingMeter:
         self._clock = clock
         self._lock = threading.RLock()
         self._notes = Decisions()
-        self._state = training_page.State(clock())
+        self._state = training_page.Standing(clock())
         self._logs = Thinned()
         self._evaluations = Thinned()
 
@@ -60,10 +61,20 @@ class TrainingMeter:
             state = self._state
             state.logged(step, metrics, self._clock())
             if load_LE is not None:
-                state.load_LE = np.asarray(load_LE)
+                self.balance(step, load_LE)
             kept = training_page.kept(metrics)
-            history = self._logs if "loss" in metrics else self._evaluations
-            history.add(step, kept)
+            if kept:
+                history = self._logs if "loss" in metrics else self._evaluations
+                history.add(step, kept)
+            if "experts_moved_L" in metrics:
+                now = self._clock()
+                self._notes.add(training_page.reassigned(now, step, metrics))
+
+    def balance(self, step: int, load_LE: ArrayLike) -> None:
+        """Takes each expert's share of its layer's choices in the batch of `step`."""
+        with self._lock:
+            self._state.load_LE = np.asarray(load_LE)
+            self._state.load_step = step
 
     def note(self, text: str) -> None:
         """Takes a line that the console leaves, say that a checkpoint was saved."""

@@ -11,7 +11,7 @@ from prometheus_client import core
 from jmoe.monitor import prometheus
 from jmoe.monitor.prometheus import array, counter, gauge
 from jmoe.monitor.snapshot import device_load, even_share
-from jmoe.monitor.training_page import About, State
+from jmoe.monitor.training_page import About, Standing
 
 # name, what it is, what it is logged as
 _GAUGES = (
@@ -34,12 +34,12 @@ _OF_LAYERS = (
 )
 
 
-def page(about: About, state: State) -> bytes:
+def page(about: About, state: Standing) -> bytes:
     """Returns the text of a run's metrics; what wasn't logged isn't there."""
     return prometheus.page(list(_families(about, state)))
 
 
-def _families(about: About, state: State) -> Iterator[core.Metric]:
+def _families(about: About, state: Standing) -> Iterator[core.Metric]:
     run = {"run": about.name, "device": about.device}
     yield prometheus.information("jmoe_run", "The run that trains.", run)
     yield gauge("jmoe_train_step", "The last step logged.", state.step)

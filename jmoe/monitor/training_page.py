@@ -62,13 +62,14 @@ class About(NamedTuple):
 
 
 @dataclasses.dataclass
-class State:
-    """Where a run stands. metrics: by key, each as it was logged last."""
+class Standing:
+    """Says where a run stands. metrics: by key, each as it was logged last."""
 
     time: float  # of the last log, Unix in seconds
     step: int = 0
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
-    load_LE: np.ndarray | None = None
+    load_LE: np.ndarray | None = None  # of the batch of `load_step`
+    load_step: int = 0
     first: tuple[int, float] | None = None  # step and time of the first log
     pause: float | None = None  # between the last two logs
     ended: str = ""
@@ -81,7 +82,7 @@ class State:
         self.step, self.time = step, now
         self.metrics |= metrics
 
-    def copy(self) -> "State":
+    def copy(self) -> "Standing":
         return dataclasses.replace(self, metrics=dict(self.metrics))
 
     def number(self, key: str) -> float | None:
@@ -101,9 +102,22 @@ def kept(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def reassigned(now: float, step: int, metrics: Mapping[str, Any]) -> Decision:
+    """Returns the decision to give experts other homes (`jmoe.train.homes`)."""
+    moved = int(np.sum(metrics["experts_moved_L"]))
+    keys = "home_max_vio_L", "home_max_vio_moved_L"
+    before, after = (float(np.mean(metrics[key])) for key in keys)
+    reason = f"the busiest device was {before:.1%} above the mean, on average of layers"
+    change = f"step {step:,}: experts stay where they are"
+    if moved:
+        change = f"step {step:,}: {moved} experts moved to other devices"
+        reason += f"; with the new homes {after:.1%} are expected"
+    return Decision(now, "homes", reason, change)
+
+
 def make(
     about: About,
-    state: State,
+    state: Standing,
     logs: Sequence[tuple[int, Mapping[str, float]]],
     evaluations: Sequence[tuple[int, Mapping[str, float]]],
     notes: Sequence[Decision],
@@ -114,9 +128,11 @@ def make(
       logs, evaluations: step, and what is `kept`.
     """
     load_LE = vio_L = device_load_LP = None
+    note = ""
     if state.load_LE is not None:
         load_LE = even_share(state.load_LE)
         vio_L = max_violation_L(load_LE)
+        note = f"the batch of step {state.load_step:,}"
         if about.num_devices > 1:
             device_load_LP = device_load(load_LE, about.num_devices)
     patience = None
@@ -133,12 +149,12 @@ def make(
         load_LE=load_LE,
         max_vio_L=vio_L,
         device_load_LP=device_load_LP,
-        load_note=f"the batch of step {state.step:,}" if load_LE is not None else "",
+        load_note=note,
         decisions=notes,
     )
 
 
-def _status(about: About, state: State) -> str:
+def _status(about: About, state: Standing) -> str:
     where = f" · {about.device}" if about.device else ""
     if state.first is None:
         return f"compiling{where}"
@@ -152,7 +168,7 @@ def _status(about: About, state: State) -> str:
     return said + where
 
 
-def _figures(state: State, vio_L: np.ndarray | None) -> Iterator[Figure]:
+def _figures(state: Standing, vio_L: np.ndarray | None) -> Iterator[Figure]:
     number, text = state.number, state.text
     yield Figure("training loss", number("loss"), "", text("mtp_loss", "MTP {:.3f}"))
     if (validation := number("val_loss")) is not None:

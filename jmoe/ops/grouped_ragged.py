@@ -60,6 +60,13 @@ class Lengths(NamedTuple):
     later: int
     are_later_rare: bool = False
 
+    def of_sums(self, dtype: Any) -> Any:
+        """Returns the dtype in which results of this one add up over segments.
+
+        In float32, arrays for what is rare would take twice the room in every step.
+        """
+        return dtype if self.are_later_rare else jnp.float32
+
 
 class RowPlan(NamedTuple):
     """`rows`, with spare ones to whole segments; the row of each choice; those owned.
@@ -116,20 +123,23 @@ def routed_mlp_ragged(
     is_bound: bool = False,
     remat: bool = True,
     apart: bool = False,
+    after: jax.Array | None = None,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
     lengths = _lengths(expert_TK.shape, rows, is_bound, apart)
     weights = gate_up_ED2F, down_EFD
-    return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, lengths, apart)
+    return _compute(x_TD, expert_TK, gate_TK, *weights, after, recipe, lengths, apart)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _compute(*operands):
     return _forward(*operands)[0]
 
 
-def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, apart):
+def _forward(
+    x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, after, recipe, lengths, apart
+):
     del apart
     plan = _plan(expert_TK, down_EFD.shape[0], lengths)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
@@ -137,11 +147,14 @@ def _forward(x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, recipe, lengths, 
         _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
     )
     saved = Residuals(x_TD, gate_TK, gate_up_EDX, down_EFD, like, plan)
+    # A backward pass that computes what it is given again needn't wait.
+    waits = saved if after is None else saved._replace(x_TD=_after(after, x_TD))
 
     def output(segment):
-        act_MF = _activations(*_hidden(recipe, saved, segment), segment)
+        act_MF = _activations(*_hidden(recipe, waits, segment), segment)
         y_MD = _dot(recipe, act_MF, down_EFD, segment)
-        return _collect(y_MD, plan, segment).sum(1)
+        y_TD = _collect(y_MD, plan, segment).sum(1)
+        return y_TD.astype(lengths.of_sums(x_TD.dtype))
 
     y_TD = _over_segments(plan, lengths, output)
     return y_TD.astype(x_TD.dtype), saved
@@ -163,7 +176,7 @@ def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.
 
     def gradients(segment):
         middle = _middle(recipe, saved, dy_TD, segment)
-        of_inputs = _input_gradients(recipe, saved, middle, segment)
+        of_inputs = _input_gradients(recipe, saved, middle, segment, lengths)
         return of_inputs + _weight_gradients(recipe, summed, dy_TD, middle, segment)
 
     return _results(saved, *_over_segments(saved.plan, lengths, gradients))
@@ -180,11 +193,10 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     middle = lax.optimization_barrier(_middle(recipe, of_pass, dy_TD, first))
 
     def input_gradients(segment):
-        return _input_gradients(
-            recipe, of_pass, _middle(recipe, of_pass, dy_TD, segment), segment
-        )
+        middle = _middle(recipe, of_pass, dy_TD, segment)
+        return _input_gradients(recipe, of_pass, middle, segment, lengths)
 
-    of_first = _input_gradients(recipe, of_pass, middle, first)
+    of_first = _input_gradients(recipe, of_pass, middle, first, lengths)
     of_inputs = _add_later(plan, lengths, input_gradients, of_first)
 
     # An overload's segments add up in the weights' dtype: float32 arrays for what is
@@ -203,8 +215,11 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
 def _lengths(shape_TK, rows: int | None, is_bound: bool, apart: bool) -> Lengths:
     tokens, top_k = shape_TK
     most = tokens * top_k if rows is None else min(rows, tokens * top_k)
+    if is_bound:
+        first = max(min(most, tokens) if apart else most, 1)
+        return Lengths(_whole_tiles(first), _whole_tiles(-(-tokens // 4)), True)
     first = tokens if apart else max(tokens, most)
-    return Lengths(_whole_tiles(first), _whole_tiles(tokens), is_bound)
+    return Lengths(_whole_tiles(first), _whole_tiles(tokens))
 
 
 def _whole_tiles(rows: int) -> int:
@@ -248,11 +263,16 @@ def _middle(recipe: Recipe, saved: Residuals, dy_TD: jax.Array, segment: Segment
 
 
 def _input_gradients(
-    recipe: Recipe, saved: Residuals, middle: Middle, segment: Segment
+    recipe: Recipe,
+    saved: Residuals,
+    middle: Middle,
+    segment: Segment,
+    lengths: Lengths,
 ):
     """Returns the gradients of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
     dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
+    dx_TD = dx_TD.astype(lengths.of_sums(saved.x_TD.dtype))
     return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
 
 
@@ -277,6 +297,7 @@ def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
         d_gate_TK,
         d_gate_up_ED2F.astype(of_gate_up.dtype),
         d_down_EFD.astype(of_down.dtype),
+        None,
     )
 
 

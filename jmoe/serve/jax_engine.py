@@ -13,8 +13,16 @@ import jax
 from jmoe import families
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.retention import Which
-from jmoe.config import DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from jmoe.config import (
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+    to_dict,
+)
 from jmoe.config.serve import EngineConfig, ServeConfig
+from jmoe.decode import followers
 from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits
@@ -26,6 +34,7 @@ from jmoe.export.trained import load_exported
 from jmoe.monitor.serving import ServingMeter
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
+from jmoe.parallel import processes
 from jmoe.parallel.mesh import make_mesh
 from jmoe.serve.answering import Served
 from jmoe.serve.chat import ChatTemplate, find_template
@@ -37,6 +46,7 @@ ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
 QUEUE = 256
 DEADLINE_SECONDS = 600.0
 CPU_CACHE_GIB = 1.0
+STEPS = "steps"  # what process 0 tells the others of its engine
 SHARE_OF_FREE = 0.8  # of a device's memory that the weights leave, for the cache
 
 
@@ -89,7 +99,7 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     template = None if source is None else ChatTemplate(source, tokenizer)
     model, mesh = trained.run.model, mesh_of(cfg.engine)
     experts = model.moe.router.num_experts
-    layers = model.num_moe_layers
+    layers = model.num_moe_layers  # the MTP module's are not counted
     meter = ServingMeter(cfg.name, layers, experts, mesh.expert)
     engine = make_engine(trained, cfg, lambda stats: meter.step(**stats._asdict()))
     deadline = cfg.engine.deadline_seconds
@@ -116,19 +126,51 @@ def make_engine(
     Raises:
       ValueError: sizes that the model or the devices don't have.
     """
+    model, text = trained.run.model, trained.tokenizer.decode
+    variables, programs, limits = _prepare(trained, cfg)
+    if processes.count() > 1:
+        programs = followers.led(programs, processes.sender(STEPS))
+    return Engine(
+        model, variables, limits, text=text, programs=programs, observe=observe
+    )
+
+
+def follow(trained: Trained, cfg: ServeConfig) -> None:
+    """Runs the steps of process 0's engine in another process, until `release`.
+
+    Raises:
+      ValueError: as `make_engine`; or another process has failed.
+      ConnectionError: another process has ended.
+    """
+    variables, programs, limits = _prepare(trained, cfg)
+    made = programs(trained.run.model, variables, limits)
+    followers.follow(made, limits, lambda: processes.receive(STEPS))
+
+
+def release() -> None:
+    """Lets the processes go that follow this one's engine, which has ended."""
+    if processes.count() > 1:
+        processes.sender(STEPS)([followers.END])
+
+
+def _prepare(trained: Trained, cfg: ServeConfig) -> tuple[Any, MakePrograms, Limits]:
+    """Returns variables where they are to be, and what runs steps on them.
+
+    The same on all processes.
+    """
     asked, model = cfg.engine, trained.run.model
+    processes.agree(
+        {"engine": to_dict(asked), "model": to_dict(model), "step": trained.step}
+    )
     form = asked.weights or "native"
     mesh = mesh_of(asked)
-    if mesh.num_devices == 1:
+    if mesh.num_devices == 1 and processes.count() == 1:
         trained = quantized(trained, form)
         variables, programs = trained.variables, OneDevice
     else:
         variables, programs = _divided(trained, mesh, form)
-    limits = make_limits(model, cfg, _cache_bytes(asked))
-    decode = trained.tokenizer.decode
-    return Engine(
-        model, variables, limits, text=decode, programs=programs, observe=observe
-    )
+    cache_bytes = min(processes.exchange("cache", _cache_bytes(asked)))
+    return variables, programs, make_limits(model, cfg, cache_bytes)
 
 
 def check(model: ModelConfig, cfg: ServeConfig) -> None:
@@ -223,19 +265,25 @@ def _cache_bytes(cfg: EngineConfig) -> float:
     """Returns how much of a device the cache may take; its weights are there."""
     if cfg.cache_gib is not None:
         return cfg.cache_gib * 2**30
-    stats = jax.devices()[0].memory_stats()
+    stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:  # a CPU
         return CPU_CACHE_GIB * 2**30
     return SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"])
 
 
 def _divided(trained: Trained, cfg: MeshConfig, form: str) -> tuple[Any, MakePrograms]:
-    """Returns the variables on a mesh of this machine's devices, and its programs."""
+    """Returns the variables on a mesh of all processes' devices, and its programs."""
     model, devices = trained.run.model, jax.devices()
+    asked = "engine.tensor_parallel x engine.pipeline_parallel"
     if cfg.num_devices > len(devices):
         raise ValueError(
-            f"engine.tensor_parallel x engine.pipeline_parallel = {cfg.num_devices} "
-            f"devices; there are {len(devices)}."
+            f"{asked} = {cfg.num_devices} devices; there are {len(devices)}."
+        )
+    count = processes.count()
+    if count > 1 and cfg.num_devices < len(devices):
+        raise ValueError(
+            f"{asked} = {cfg.num_devices} devices must be all {len(devices)} that the "
+            f"{count} processes have."
         )
     length = min(256, model.max_positions)
     parts = cfg.batch_parts
@@ -249,8 +297,13 @@ def _divided(trained: Trained, cfg: MeshConfig, form: str) -> tuple[Any, MakePro
     mesh = make_mesh(cfg, devices[: cfg.num_devices])
     layout = make_layout(Transformer(model), mesh)
     variables = trained.variables
-    placed = jax.device_put(variables, shardings(layout, variables))
+    placed = jax.tree.map(_spread, variables, shardings(layout, variables))
     return placed, make_programs(run, mesh, form)
+
+
+def _spread(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    """Returns an array that all processes have, in parts on the devices of all."""
+    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
 
 
 def _is_exported(directory: pathlib.Path) -> bool:

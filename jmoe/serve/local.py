@@ -60,6 +60,8 @@ async def serve_until_stopped(
     gate = Gate(app)
     server = make_server(gate, cfg, access)
     serving = asyncio.create_task(server.serve([bound]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
     print(f"Serving {cfg.name} at {lifecycle.url(cfg)}.", flush=True)
     await stop.asked.wait()
     print(lifecycle.DRAINS, flush=True)

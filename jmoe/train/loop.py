@@ -32,7 +32,7 @@ from jmoe.monitor.training import TrainingMeter
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import balanced, processes
-from jmoe.train import guard, horizon, resume, saving, stages, stretch
+from jmoe.train import guard, homes, horizon, resume, saving, stages, stretch
 from jmoe.train import layout as layouts
 from jmoe.train.inputs import open_inputs
 from jmoe.train.optimizer import make_optimizer
@@ -77,6 +77,7 @@ def train(
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe, layout.mesh)
+    homes.check(run)
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
@@ -94,6 +95,7 @@ def train(
             stack.enter_context(lock.hold(*locked))
         store = stack.enter_context(saving.open_store(workdir / CHECKPOINTS, cfg))
         make = functools.partial(make_state, model, optimizer, cfg.seed)
+        at_home = homes.Homes(run, layout, make)
         begin = functools.partial(resume.begin, make, layout, store, inputs.loader)
         begun = begin()
         parameters = count_parameters(begun.state.params, run.model)
@@ -113,9 +115,8 @@ def train(
             notes.append(starts.since(start, changed))
         workdirs.check_shared(workdir / run_files.INFO)
         console, page = _Silent(), ""
-        meter = TrainingMeter(
-            run.name, cfg.steps, run.mesh.expert, device=_devices(run)
-        )
+        holders = 1 if cfg.reassign_every else run.mesh.expert
+        meter = TrainingMeter(run.name, cfg.steps, holders, device=_devices(run))
         if shows:
             shown = Console(cfg.steps, start_step=begun.step, followers=[meter.note])
             console = stack.enter_context(shown)
@@ -132,6 +133,7 @@ def train(
             inputs=inputs,
             saver=saving.Saver(cfg, store, inputs.loader),
             back=back,
+            homes=at_home,
             console=console,
             asked=lambda: signals.first,
         )
@@ -215,7 +217,7 @@ def _show_header(
     workdir: pathlib.Path,
     parameters: tuple[int, int],
     step: int,
-    page: str,
+    page: str = "",
 ) -> None:
     console.header(
         name=run.name,
@@ -233,6 +235,11 @@ def _show_header(
         console.note(
             "model.moe.exchange.backend='balanced' has nothing to lend: with expert=1 "
             "one device computes all experts."
+        )
+    if run.train.reassign_every and peers == 1:
+        console.note(
+            f"train.reassign_every={run.train.reassign_every} has nothing to "
+            "re-assign: with expert=1 one device is the home of all experts."
         )
     if factor is not None and dropping.is_dropless(factor, router, peers):
         console.note(

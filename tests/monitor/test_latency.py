@@ -7,6 +7,7 @@ from jmoe.monitor import latency
 from jmoe.monitor.latency import Durations
 
 
+@hypothesis.settings(deadline=None, max_examples=40)
 @hypothesis.given(
     st.lists(st.floats(0.001, 10.0), min_size=1, max_size=50), st.floats(0.01, 1.0)
 )

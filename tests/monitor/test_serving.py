@@ -1,3 +1,4 @@
+import sys
 import threading
 
 import numpy as np
@@ -30,6 +31,15 @@ def test_rates_are_of_the_last_seconds_and_totals_of_all_time():
     assert rate == pytest.approx(50, rel=0.15)
     clock.now += 60
     assert figure(meter.snapshot(), "tokens per second")[0] == 0
+
+
+def test_a_server_that_has_just_begun_has_the_rate_of_its_few_seconds():
+    clock = Clock()
+    meter = make_meter(clock)
+    for _ in range(4):
+        clock.now += 1.0
+        step(meter, new_tokens=10)
+    assert figure(meter.snapshot(), "tokens per second")[0] == 10
 
 
 def test_load_is_of_the_last_minute_and_stays_while_nothing_happens():
@@ -80,7 +90,7 @@ def test_balance_over_time_shows_when_it_was_lost():
         clock.now += 5.0
         step(meter, count_LE=SKEWED_LE if at > 30 else np.ones((2, 8), int))
     worst = lines(meter.snapshot(), "Balance: MaxVio")["worst layer"]
-    worst = worst[1:]  # the first piece begins before the first step
+    worst = worst[1:]  # the first part begins before the first step
     assert worst[5] == 0 and worst[-1] == 7
     assert all(later >= vio for vio, later in zip(worst[:-1], worst[1:], strict=True))
 
@@ -117,6 +127,7 @@ def test_history_is_bounded():
         step(meter)
     points = lines(meter.snapshot(), "Tokens per second")["new"]
     assert len(points) == 180
+    assert len(meter._recent._parts) == 180
     assert len(meter.snapshot().to_json()) < 30_000
 
 
@@ -143,6 +154,15 @@ def test_decisions_are_shown():
 
 
 def test_threads_lose_no_count_while_others_read():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        let_threads_report()
+    finally:
+        sys.setswitchinterval(before)
+
+
+def let_threads_report():
     meter = make_meter()
 
     def report():

@@ -41,6 +41,7 @@ function readable(value, unit = "") {
 }
 
 function mark(value, unit) {
+  if (!unit && Math.abs(value) < 1) return trimmed(value, 3);
   const text = readable(value, unit);
   return /^[\d.]+$/.test(text) ? String(Number(text)) : text; // 2, not 2.000
 }

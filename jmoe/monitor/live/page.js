@@ -82,9 +82,9 @@ function tell() {
     const isQuiet = snapshot.patience !== null && age > snapshot.patience;
     state = isLost ? "lost" : isQuiet ? "quiet" : "live";
     said = snapshot.status;
-    if (isQuiet) said += ` · nothing new for ${duration(age)}`;
+    if (isQuiet) said += ` · nothing new for ${duration(Math.round(age))}`;
     if (isLost) {
-      said = `Connection lost ${duration(silent)} ago. Below is how it stood at `
+      said = `Connection lost ${duration(Math.round(silent))} ago. Below is how it stood at `
         + `${clockTime(heard.server)}. Trying again…`;
     }
   }
