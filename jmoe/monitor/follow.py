@@ -76,7 +76,7 @@ class RunFollower:
         self._meter = TrainingMeter(
             run.get("name", self._workdir.name),
             self._steps,
-            run.get("mesh", {}).get("expert", 1),
+            _devices(run),
             device=(starts or [{}])[-1].get("device", ""),
             clock=lambda: self._now,
         )
@@ -97,6 +97,12 @@ class RunFollower:
         if records is not None:
             last = records[-1]
             self._meter.balance(int(last["step"]), np.array(last["load_LE"]))
+
+
+def _devices(run: dict[str, Any]) -> int:
+    """Returns how many devices hold consecutive experts, by a run's record."""
+    may_move = run.get("train", {}).get("reassign_every")
+    return 1 if may_move else run.get("mesh", {}).get("expert", 1)
 
 
 class VllmFollower:

@@ -25,7 +25,8 @@ class TrainingMeter:
     Args:
       name: of the run.
       steps: that the run has.
-      num_devices: that share the experts of a layer, consecutive ones each.
+      num_devices: that share the experts of a layer, consecutive ones each; 1 if others
+        may lie on them.
       device: what the run is on, in words.
       clock: Unix time in seconds.
     """
@@ -62,8 +63,12 @@ class TrainingMeter:
             if load_LE is not None:
                 self.balance(step, load_LE)
             kept = training_page.kept(metrics)
-            history = self._logs if "loss" in metrics else self._evaluations
-            history.add(step, kept)
+            if kept:
+                history = self._logs if "loss" in metrics else self._evaluations
+                history.add(step, kept)
+            if "experts_moved_L" in metrics:
+                now = self._clock()
+                self._notes.add(training_page.reassigned(now, step, metrics))
 
     def balance(self, step: int, load_LE: ArrayLike) -> None:
         """Takes each expert's share of its layer's choices in the batch of `step`."""

@@ -102,6 +102,19 @@ def kept(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def reassigned(now: float, step: int, metrics: Mapping[str, Any]) -> Decision:
+    """Returns the decision to give experts other homes (`jmoe.train.homes`)."""
+    moved = int(np.sum(metrics["experts_moved_L"]))
+    keys = "home_max_vio_L", "home_max_vio_moved_L"
+    before, after = (float(np.mean(metrics[key])) for key in keys)
+    reason = f"the busiest device was {before:.1%} above the mean, on average of layers"
+    change = f"step {step:,}: experts stay where they are"
+    if moved:
+        change = f"step {step:,}: {moved} experts moved to other devices"
+        reason += f"; with the new homes {after:.1%} are expected"
+    return Decision(now, "homes", reason, change)
+
+
 def make(
     about: About,
     state: Standing,

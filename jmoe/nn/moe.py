@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.balance import homes
-from jmoe.config import MoEConfig
+from jmoe.config import MoEConfig, RouterConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured, beside
@@ -29,7 +29,7 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
-from jmoe.parallel.travel import AXIS, Group
+from jmoe.parallel.travel import Group
 
 
 class SwiGLU(nn.Module):
@@ -128,11 +128,7 @@ class RoutedExperts(nn.Module):
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        expert_NK, router = routing.expert_NK, cfg.router
-        if home is not None:
-            first, peers = collectives.axis_index(AXIS), collectives.axis_size(AXIS)
-            expert_NK = homes.of_choices(expert_NK, home, first)
-            router = homes.keeping_groups(router, peers, places)
+        expert_NK, router = self._at_homes(routing.expert_NK)
         return exchange(
             x_ND,
             expert_NK,
@@ -144,6 +140,15 @@ class RoutedExperts(nn.Module):
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+
+    def _at_homes(self, expert_NK: jax.Array) -> tuple[jax.Array, RouterConfig]:
+        """Returns where the chosen experts live, and what is known of such choices."""
+        router, home = self.cfg.router, self.get_variable("router_state", "home")
+        if home is None:
+            return expert_NK, router
+        first, peers = collectives.axis_index("expert"), collectives.axis_size("expert")
+        keeping = homes.keeping_groups(router, peers, homes.num_places(home))
+        return homes.of_choices(expert_NK, home, first), keeping
 
 
 def _of_tensor_group(group: Group) -> Group:

@@ -99,11 +99,7 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     template = None if source is None else ChatTemplate(source, tokenizer)
     model, mesh = trained.run.model, mesh_of(cfg.engine)
     experts = model.moe.router.num_experts
-<<<<<<< .merge_file_SyhX6a
     layers = model.num_moe_layers  # the MTP module's are not counted
-=======
-    layers = model.num_moe_layers
->>>>>>> .merge_file_k9jxct
     meter = ServingMeter(cfg.name, layers, experts, mesh.expert)
     engine = make_engine(trained, cfg, lambda stats: meter.step(**stats._asdict()))
     deadline = cfg.engine.deadline_seconds

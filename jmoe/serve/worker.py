@@ -288,15 +288,21 @@ class Worker:
         self._step_began = began = time.monotonic()
         updates = self._engine.step()
         self._step_began = None
-        ended = self._publish(updates)
-        with self._changed:
+        before = len(self._places)
+        urgent = self._note(updates)
+        ended = before - len(self._places)
+        with self._changed:  # before anyone is told, who may then ask again
             self._busy += time.monotonic() - began
             self._count -= ended
             self._ends.extend([self._busy] * ended)
+        now = time.monotonic()
+        if now - self._told >= NEWS_SECONDS:
+            self._told, urgent = now, set(self._news)
+        self._tell(urgent & self._news.keys())
 
-    def _publish(self, updates: Iterable[Update]) -> int:
-        """Tells event loops what their tickets have got; how many requests ended."""
-        ended, urgent = 0, set()
+    def _note(self, updates: Iterable[Update]) -> set[Ticket]:
+        """Notes what tickets have got; returns those that are to be told at once."""
+        urgent = set()
         for completion, new in updates:
             # A pipeline may tell of a request again that has left it.
             ticket, place = self._places.get(completion.number, (None, 0))
@@ -306,7 +312,6 @@ class Worker:
             is_end = completion.finish_reason is not None
             if is_end:
                 del self._places[completion.number]
-                ended += 1
             if completion.finish_reason == "cancelled":
                 self._news.pop(ticket, None)
                 continue
@@ -317,11 +322,7 @@ class Worker:
                 self._news.setdefault(ticket, []).append(increment)
                 if is_end or new == len(completion.tokens):
                     urgent.add(ticket)
-        now = time.monotonic()
-        if now - self._told >= NEWS_SECONDS:
-            self._told, urgent = now, set(self._news)
-        self._tell(urgent)
-        return ended
+        return urgent
 
     def _tell(self, tickets: Iterable[Ticket]) -> None:
         of_loop: dict[asyncio.AbstractEventLoop, list] = {}

@@ -115,9 +115,8 @@ def train(
             notes.append(starts.since(start, changed))
         workdirs.check_shared(workdir / run_files.INFO)
         console, page = _Silent(), ""
-        meter = TrainingMeter(
-            run.name, cfg.steps, run.mesh.expert, device=_devices(run)
-        )
+        holders = 1 if cfg.reassign_every else run.mesh.expert
+        meter = TrainingMeter(run.name, cfg.steps, holders, device=_devices(run))
         if shows:
             shown = Console(cfg.steps, start_step=begun.step, followers=[meter.note])
             console = stack.enter_context(shown)

@@ -108,6 +108,19 @@ def test_what_few_runs_have_is_shown_once_there_is_some():
     assert above == {"without lending": [None, pytest.approx(0.3)]}
 
 
+def test_experts_that_move_are_a_decision_with_its_reason():
+    meter = make_meter()
+    meter.log(10, {"val_loss": 2.75})
+    log(meter, 10)
+    moved = {"experts_moved_L": np.array([3, 1])}
+    above = {"home_max_vio_L": [0.5, 0.25], "home_max_vio_moved_L": [0.1, 0.05]}
+    meter.log(10, moved | above)
+    (decision,) = meter.snapshot().decisions
+    assert decision.change == "step 10: 4 experts moved to other devices"
+    assert "37.5% above the mean" in decision.reason and "7.5%" in decision.reason
+    assert lines(meter.snapshot(), "Loss") == {"training": [2.5], "validation": [2.75]}
+
+
 def test_notes_are_shown_as_what_happened():
     meter = make_meter()
     meter.note("Saved step 10.")
