@@ -60,7 +60,7 @@ def started(directory, *settings: str) -> Iterator[list[subprocess.Popen]]:
     finally:
         for process in running:
             process.kill()
-            process.communicate()
+            print(process.communicate())  # shown if a test has failed
 
 
 @contextlib.contextmanager
