@@ -8,6 +8,7 @@ python scripts/bench.py --suite=mesh
 python scripts/bench.py --suite=pipeline
 python scripts/bench.py --suite=gpu
 python scripts/bench.py --suite=faults
+python scripts/bench.py --suite=serve
 
 Each suite prints what was asked and what was measured, and writes it with the machine,
 the versions and the commit to experiments/results/<suite>.json. A result that was
@@ -41,6 +42,7 @@ SUITES = {
     "gpu": "experiments.benchmarks.gpu",
     "mesh": "experiments.benchmarks.mesh",
     "pipeline": "experiments.benchmarks.pipeline",
+    "serve": "experiments.benchmarks.serve",
     "train_cpu": "experiments.benchmarks.train_cpu",
 }
 

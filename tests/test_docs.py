@@ -21,7 +21,14 @@ from absl import flags
 
 from jmoe.balance import bias
 from jmoe.checkpoint.retention import parse_which
-from jmoe.config import MeshConfig, ModelConfig, RunConfig, override, presets
+from jmoe.config import (
+    MeshConfig,
+    ModelConfig,
+    MonitorConfig,
+    RunConfig,
+    override,
+    presets,
+)
 from jmoe.config.serve import ServeConfig
 from jmoe.decode.limits import Limits
 from jmoe.nn.quantized import FORMS
@@ -110,6 +117,8 @@ def check(name, given, namespace, page, tmp_path) -> None:
     assignments = given.get("set", [])
     if name == "generate":
         override(Limits(), assignments)
+    elif name == "monitor":
+        override(MonitorConfig(), assignments)
     elif name == "serve":
         override(ServeConfig(name="a_model"), assignments)
     elif name == "bench" and assignments:

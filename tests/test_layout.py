@@ -78,6 +78,7 @@ FLAGS = {
         *("repetition_penalty", "stop", "seed"),
         *("drafts", "set"),
     ],
+    "jmoe/commands/monitor.py": ["workdir", "endpoint", "set"],
     "jmoe/commands/plan.py": [
         "pp",
         "microbatches",
@@ -88,7 +89,11 @@ FLAGS = {
         "weights",
         "out",
     ],
-    "jmoe/commands/serve.py": ["model", "engine", "mtp", "set"],
+    "jmoe/commands/serve.py": [
+        *("model", "engine", "local", "step", "mtp"),
+        *("coordinator", "num_processes", "process_id"),  # as train.py has them
+        "set",
+    ],
     "jmoe/commands/import_hf.py": ["model", "workdir", "dtype", "fp8", "set"],
     "jmoe/commands/train.py": [
         "experiment",

@@ -1,4 +1,4 @@
-"""What one part of the suite `balance` measured."""
+"""What one part of a suite measured."""
 
 from typing import Any, NamedTuple
 

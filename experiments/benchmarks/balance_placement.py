@@ -9,12 +9,12 @@ Dimensions: T windows of time, L layers, E experts.
 
 import functools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.benchmarks import eplb
+from experiments.benchmarks import balance_runs, eplb
 from experiments.benchmarks.balance_part import Part
 from experiments.benchmarks.report import Figure
 from jmoe.balance.forecast import forecast
@@ -31,6 +31,7 @@ LAYERS, EXPERTS = 58, 256  # DeepSeek-V3's
 DRIFT = 0.1  # each load is multiplied by exp(0.1 times a normal number)
 TOLERANCE = 1.05
 WINDOWS, TOKENS = 24, 4096  # of the forecasts, and what a window has of them
+WINDOW = 10  # steps of a record, of which experts are placed by the first
 
 
 class Sizes(NamedTuple):
@@ -51,8 +52,10 @@ TIMED = (Sizes(320, 1, 1, 320), Sizes(640, 1, 1, 320))
 def placement(rounds: int, say: Callable[[str], None]) -> Part:
     """Places experts by loads that are drawn, then by others that drifted from them."""
     del rounds  # it is exact, but for the seconds
+    say("a training run is recorded, if it isn't kept: a minute or two")
+    run = balance_runs.recorded()
     say(f"experts are placed, {LAYERS} layers of {EXPERTS}")
-    found = measure()
+    found = measure({"training": run.load_NLE, **run.served})
     settings = {"drift": DRIFT, "tolerance": TOLERANCE, "layers": LAYERS}
     return Part(figures=list(figures(found)), settings=settings, samples=found)
 
@@ -76,6 +79,20 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
             f"device then has {TOLERANCE} times what it has from scratch, at most",
             at_most=0.3,
         )
+    for name, ways in found["recorded"].items():
+        for way in ("eplb", "ours"):
+            yield Figure(
+                name=f"busiest device, placed by what came before, {name}, {way}",
+                value=ways[way]["balance"],
+                unit="x",
+                definition="over the mean, averaged over windows of time and layers",
+            )
+            yield Figure(
+                name=f"moves from window to window, {name}, {way}",
+                value=100 * ways[way]["moves"],
+                unit="%",
+                definition="of all slots, on average",
+            )
     for name, case in found["seconds"].items():
         yield Figure(
             name=f"time to place {LAYERS} layers of {EXPERTS} experts, {name}",
@@ -87,12 +104,11 @@ def figures(found: dict[str, Any]) -> Iterator[Figure]:
         )
 
 
-def measure(recorded_NLE: np.ndarray | None = None) -> dict[str, Any]:
+def measure(recorded: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Returns all figures, as JSON has them.
 
     Args:
-      recorded_NLE: loads of a run or a server, [N, L, E] in the order of time; None: no
-        such figures.
+      recorded: loads of runs and servers, [N, L, E] in the order of time.
     """
     rng = np.random.default_rng(0)
     uniform_LE = rng.random((LAYERS, EXPERTS))
@@ -104,15 +120,15 @@ def measure(recorded_NLE: np.ndarray | None = None) -> dict[str, Any]:
         "uniform, anywhere": (uniform_LE, ANYWHERE),
         "zipf, anywhere": (zipf_LE, ANYWHERE),
     }
-    found = {
+    for name, load_NLE in recorded.items():
+        cases[f"recorded, {name}"] = load_NLE[:WINDOW].sum(0), SMALL
+    return {
         "balance": {name: balance_of(*case) for name, case in cases.items()},
         "drift": {name: after_drift(*case) for name, case in cases.items()},
         "forecast": forecasts(),
+        "recorded": {name: over_time(recorded[name]) for name in recorded},
         "seconds": seconds(zipf_LE, uniform_LE),
     }
-    if recorded_NLE is not None:
-        found["recorded"] = over_time(recorded_NLE)
-    return found
 
 
 def balance_of(load_LE: np.ndarray, sizes: Sizes) -> dict[str, float]:

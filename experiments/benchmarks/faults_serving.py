@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import os
 import pathlib
-import re
 import secrets
 import signal
 import socket
@@ -16,19 +15,18 @@ from typing import NamedTuple
 
 from experiments.benchmarks import faults_runs
 from experiments.benchmarks.report import ROOT, Figure
+from experiments.benchmarks.serve_servers import watched
 
 NEEDED = ("ray", "vllm")
 # A head size that vLLM has on CPUs, and room for answers that take a while.
 _SETTINGS = ("model.attention.nope_dim=24", "model.max_positions=1024")
 # Slow clients are let go of early, so that 300 requests take minutes.
-_LIMITS = (
+LIMITS = (
     "engine.cache_gib=0.25",
     "limits.header_seconds=2",
     "limits.body_seconds=3",
 )
 _PATIENCE_S = 300
-# Those whose memory requests might fill; others come and go.
-_WATCHED = re.compile(r"serve\.py|ray::(Serve|Proxy)|EngineCore")
 _FLAT_MIB = 64
 
 
@@ -63,7 +61,7 @@ def served(directory: pathlib.Path) -> Iterator[Server]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     key, log = secrets.token_hex(16), directory / "server.log"
-    options = [f"--set={setting}" for setting in (f"port={port}", *_LIMITS)]
+    options = [f"--set={setting}" for setting in (f"port={port}", *LIMITS)]
     with log.open("w") as out:
         process = subprocess.Popen(
             [
@@ -113,8 +111,8 @@ def figures(result: Mapping[str, float], requests: int) -> Iterator[Figure]:
         name="server processes alive afterwards",
         value=result["alive"],
         unit="share",
-        definition="of the program, Ray Serve's controller, proxy and replica, and "
-        "vLLM's engine",
+        definition="of the program and, where there are any, Ray Serve's controller, "
+        "proxy and replica, and vLLM's engine",
         at_least=1,
     )
     yield Figure(
@@ -124,21 +122,6 @@ def figures(result: Mapping[str, float], requests: int) -> Iterator[Figure]:
         definition="resident memory of these processes together",
         at_most=_FLAT_MIB,
     )
-
-
-def watched(root: int) -> list[int]:
-    """The process `root`, and those below it whose memory requests might fill."""
-    parents, names = {}, {}
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            pid = int(path.name)
-            names[pid] = (path / "cmdline").read_text(errors="replace")
-            state = (path / "stat").read_text().rpartition(")")[2].split()
-            parents[pid] = int(state[1])
-    below = [root]
-    for pid in below:
-        below += [child for child, parent in parents.items() if parent == pid]
-    return [pid for pid in below if pid == root or _WATCHED.search(names[pid])]
 
 
 def _script(name: str, *arguments: str) -> None:

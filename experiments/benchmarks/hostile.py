@@ -6,15 +6,17 @@ normal one must be answered as the first was, before any hostility.
 """
 
 import concurrent.futures
+import contextlib
 import http.client
 import json
+import math
 import pathlib
 import ssl
 import threading
 import time
 import urllib.parse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from experiments.benchmarks.hostile_requests import (
@@ -32,7 +34,12 @@ SETTLE_SECONDS = 15.0  # within which memory that isn't kept is given back
 
 
 def measure(
-    url: str, *, key: str | None, pids: Sequence[int], count: int = 300
+    url: str,
+    *,
+    key: str | None,
+    pids: Sequence[int],
+    count: int = 300,
+    alone: int = LEAST_NORMAL,
 ) -> dict[str, float]:
     """Sends `count` hostile requests to a server, and normal ones meanwhile.
 
@@ -40,28 +47,23 @@ def measure(
       url: where it listens, as http://127.0.0.1:8000.
       key: an API key that it knows; None if it needs none.
       pids: of processes on this machine whose memory is watched.
+      alone: normal requests of each client before there are hostile ones.
 
     Returns:
       `hostile` requests, of which so many were `answered` by a 4xx or `closed`, and
       `failed` the others: let through, answered by a 5xx, or still open after PATIENCE;
       `normal` requests, of which so many were `served` as the first was;
-      `normal_slowest_seconds`; `rss_growth_mib` of all processes together, and `alive`,
+      `normal_slowest_seconds`; 99% took at most `normal_p99_seconds`, and before that
+      `alone_p99_seconds`; `rss_growth_mib` of all processes together, and `alive`,
       1 if all of them still are.
     """
-    target = _target(url, key)
+    target = find_target(url, key)
     expected, _ = _normal(target)
-    before = sum(map(_rss_mib, pids))
-    finished = threading.Event()
-    with concurrent.futures.ThreadPoolExecutor(NORMAL_AT_ONCE) as beside:
-        normal = [
-            beside.submit(_normal_until, target, finished)
-            for _ in range(NORMAL_AT_ONCE)
-        ]
-        try:
-            statuses = _hostile(target, count)
-        finally:
-            finished.set()
-    answers = [answer for future in normal for answer in future.result()]
+    before = sum(map(rss_mib, pids))
+    with _normal_clients(target, alone) as undisturbed:
+        pass
+    with _normal_clients(target, LEAST_NORMAL) as answers:
+        statuses = _hostile(target, count)
     answered = sum(400 <= status < 500 for _, status in statuses)
     closed = sum(status == CLOSED for _, status in statuses)
     failed = Counter(
@@ -78,13 +80,20 @@ def measure(
         "normal": float(len(answers)),
         "served": float(sum(text == expected for text, _ in answers)),
         "normal_slowest_seconds": max(seconds for _, seconds in answers),
+        "normal_p99_seconds": percentile([x for _, x in answers], 99),
+        "alone_p99_seconds": percentile([x for _, x in undisturbed], 99),
         "rss_growth_mib": _settled_growth(pids, before),
         "alive": float(all(map(_is_alive, pids))),
         **{name: float(number) for name, number in failed.items()},
     }
 
 
-def _target(url: str, key: str | None) -> Target:
+def find_target(url: str, key: str | None) -> Target:
+    """Returns where a server's requests go, with the model that it serves.
+
+    Raises:
+      ValueError: it doesn't tell.
+    """
     parts = urllib.parse.urlsplit(url)
     tls = parts.scheme == "https"
     port = parts.port or (443 if tls else 80)
@@ -106,11 +115,32 @@ def _hostile(target: Target, count: int) -> list[tuple[str, int]]:
         return list(pool.map(send, range(count)))
 
 
-def _normal_until(target: Target, finished: threading.Event) -> list[tuple[str, float]]:
-    answers = []
-    while len(answers) < LEAST_NORMAL or not finished.is_set():
-        answers.append(_normal(target))
-    return answers
+@contextlib.contextmanager
+def _normal_clients(target: Target, least: int) -> Iterator[list[tuple[str, float]]]:
+    """Has clients ask, one request after another, while the block runs.
+
+    Gives a list that has all of their answers behind the block.
+
+    Args:
+      least: of each client's requests, however short the block is.
+    """
+    answers: list[tuple[str, float]] = []
+    finished = threading.Event()
+
+    def ask_on() -> None:
+        asked = 0
+        while asked < least or not finished.is_set():
+            answers.append(_normal(target))
+            asked += 1
+
+    with concurrent.futures.ThreadPoolExecutor(NORMAL_AT_ONCE) as pool:
+        clients = [pool.submit(ask_on) for _ in range(NORMAL_AT_ONCE)]
+        try:
+            yield answers
+        finally:
+            finished.set()
+    for client in clients:
+        client.result()
 
 
 def _normal(target: Target) -> tuple[str, float]:
@@ -146,18 +176,24 @@ def _ask(
         connection.close()
 
 
+def percentile(values: Sequence[float], percent: float) -> float:
+    """Returns the smallest of the values that so many percent don't exceed."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(len(ordered) * percent / 100), 1) - 1]
+
+
 def _settled_growth(pids: Sequence[int], before: float) -> float:
     """Returns the least growth seen while memory settles."""
     least = float("inf")
     deadline = time.monotonic() + SETTLE_SECONDS
     while time.monotonic() < deadline and least > 0:
-        least = min(least, sum(map(_rss_mib, pids)) - before)
+        least = min(least, sum(map(rss_mib, pids)) - before)
         time.sleep(0.5)
     return least
 
 
-def _rss_mib(pid: int) -> float:
-    """Returns 0 for a process that is gone."""
+def rss_mib(pid: int) -> float:
+    """Returns a process's resident memory, 0 if it is gone."""
     try:
         lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -167,4 +203,4 @@ def _rss_mib(pid: int) -> float:
 
 
 def _is_alive(pid: int) -> bool:
-    return _rss_mib(pid) > 0
+    return rss_mib(pid) > 0

@@ -86,11 +86,15 @@ class Report:
             "wrong": list(self.wrong),
         }
 
+    def to_json(self) -> dict[str, Any]:
+        """Returns `to_dict` as it is written, without digits that mean nothing."""
+        return _rounded(self.to_dict())
+
     def write(self, directory: pathlib.Path = RESULTS) -> pathlib.Path:
         """Writes `<suite>.json` and returns its path."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / f"{self.suite}.json"
-        text = json.dumps(_rounded(self.to_dict()), indent=2, ensure_ascii=False)
+        text = json.dumps(self.to_json(), indent=2, ensure_ascii=False)
         path.write_text(text + "\n", encoding="utf-8")
         return path
 
@@ -118,7 +122,7 @@ def _rounded(value: Any) -> Any:
     """Without the digits that no measurement here has."""
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 

@@ -14,6 +14,7 @@ from jmoe.config.model import FeedForwardConfig as FeedForwardConfig
 from jmoe.config.model import ModelConfig as ModelConfig
 from jmoe.config.model import MoEConfig as MoEConfig
 from jmoe.config.model import RouterConfig as RouterConfig
+from jmoe.config.monitor import MonitorConfig as MonitorConfig
 from jmoe.config.records import from_dict as from_dict
 from jmoe.config.records import override as override
 from jmoe.config.records import to_dict as to_dict

@@ -10,7 +10,8 @@ import dataclasses
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
 from jmoe.config.mesh import MeshConfig, PipelineConfig
-from jmoe.config.model import ModelConfig
+from jmoe.config.model import ROUTERS, ModelConfig
+from jmoe.config.monitor import MonitorConfig
 from jmoe.config.train import TrainConfig
 
 SCHEDULES = ("constant", "cosine", "wsd", "multi_step")
@@ -160,6 +161,7 @@ class RunConfig:
     pipeline: PipelineConfig = PipelineConfig()
     precision: str = "native"
     initial_weights: str = "random"
+    monitor: MonitorConfig = MonitorConfig()
 
     def __post_init__(self):
         checks.one_of(self, precision=PRECISIONS, initial_weights=INITIAL_WEIGHTS)
@@ -196,6 +198,12 @@ class RunConfig:
             )
         self._check_schedules()
         self._check_bias_rates()
+        kind = self.model.moe.router.kind
+        if self.train.reassign_every and ROUTERS[kind].by_experts:
+            raise ValueError(
+                f"train.reassign_every={self.train.reassign_every} must be 0 with "
+                f"model.moe.router.kind={kind!r}, which loads all experts alike."
+            )
         if self.mesh.pipe > 1:
             self._check_pipeline()
 

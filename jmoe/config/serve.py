@@ -5,7 +5,7 @@ import dataclasses
 from jmoe.config import checks
 from jmoe.config.model import DTYPES
 
-OPEN_ROUTES = ("/health", "/metrics")  # what may be asked without a key
+OPEN_ROUTES = ("/health", "/metrics", "/monitor")  # what may be asked without a key
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,10 @@ class EngineConfig:
     max_sequences: int = 64  # computed at a time
     cache_gib: float | None = None  # keys and values; 1 on CPUs, elsewhere what is free
     compiled: bool | None = None  # on CPUs not, which starts much sooner
+    # And of jmoe's own engine only:
+    weights: str | None = None  # native, fp8 or int4-experts
+    queue: int | None = None  # requests that may wait for a place; 256
+    deadline_seconds: float | None = None  # that an answer may take; 600
 
     def __post_init__(self):
         checks.at_least(
@@ -44,7 +48,9 @@ class EngineConfig:
             max_sequences=1,
         )
         checks.one_of(self, dtype=(None, *DTYPES))
-        checks.above_zero(self, "cache_gib")
+        checks.above_zero(self, "cache_gib", "deadline_seconds")
+        if self.queue is not None:
+            checks.at_least(self, queue=0)
         if self.max_length is not None:
             checks.at_least(self, max_length=2)
         if self.placement is not None and not self.expert_parallel:
@@ -106,7 +112,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     key_file: str | None = None
-    open_routes: tuple[str, ...] = ("/health",)  # and "/metrics", where it may be read
+    open_routes: tuple[str, ...] = ("/health",)  # and others, where they may be read
     tls_certificate: str | None = None  # PEM files; with both, https and no http
     tls_key: str | None = None
     limits: LimitsConfig = LimitsConfig()

@@ -62,6 +62,10 @@ class TrainConfig:
 
     A checkpoint that any of the three fields `keep_*` keeps stays. It has a validation
     loss if the run was evaluated at its step.
+
+    After each `reassign_every` steps, experts are re-assigned to the devices of the
+    mesh's expert axis, in layers whose busiest device has more than a fraction
+    `reassign_above` above the mean (`jmoe.train.homes`).
     """
 
     steps: int
@@ -83,6 +87,8 @@ class TrainConfig:
     keep_best: int = 1  # those of the lowest validation loss
     keep_every: int | None = None  # those of steps that this divides
     signal_every: int = 10  # at which processes agree whether to stop or save by time
+    reassign_every: int = 0  # 0: experts stay where they are
+    reassign_above: float = 0.05
     on_nonfinite: str = "stop"
     on_spike: str = "ignore"
     spike_score: float = 8.0  # standard deviations above the median of recent losses
@@ -109,6 +115,8 @@ class TrainConfig:
             keep_checkpoints=1,
             keep_best=0,
             signal_every=1,
+            reassign_every=0,
+            reassign_above=0.0,
             seed=0,
         )
         checks.at_most(self, steps=2**31 - 1, seed=checks.MAX_SEED)

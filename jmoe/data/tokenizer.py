@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from jmoe.config import checks
 from jmoe.config.data import DataConfig
-from jmoe.data import cache, durable, readers, special_tokens, text
+from jmoe.data import cache, durable, readers, special_tokens, text, token_bytes
 
 FILE = "tokenizer.json"
 SAMPLE_CHARACTERS = 6_000_000  # enough for a vocabulary of tens of thousands
@@ -162,6 +162,11 @@ class Tokenizer:
         Ids beyond the vocabulary vanish.
         """
         return self._backend.decode(list(token_ids), skip_special_tokens=False)
+
+    @functools.cached_property
+    def token_bytes(self) -> token_bytes.TokenBytes:
+        """Tells the bytes of a token, which may be part of a character."""
+        return token_bytes.TokenBytes(self._backend)
 
     def save(self, path: str | pathlib.Path) -> None:
         """Writes a tokenizer.json, without what belongs to it."""

@@ -1,8 +1,8 @@
 """The tokens of one step of decoding, of many sequences, as one row of T tokens.
 
 Shapes: B sequence being decoded, Q token of one (the last drawn, and drafts), A
-sequence being read, C token of its prompt, T token of the step, L row to draw a token
-of, R = B + A sequence, M page of a sequence.
+sequence being read, C token of its prompt, T token of the step, P one of these that a
+token is drawn behind, R = B + A sequence, M page of a sequence.
 """
 
 from typing import NamedTuple
@@ -51,17 +51,17 @@ class PrefillChunks(NamedTuple):
 class StepTokens(NamedTuple):
     """A step's tokens in a row: their ids, their positions, and whose they are.
 
-    last_L: which of T a token is drawn of. slot_L, draws, drafts_LQ: for each, its
+    last_P: which of T a token is drawn of. slot_P, draws, drafts_PQ: for each, its
     slot, how it is drawn, and which tokens of the step lead to it, and -1.
     """
 
     token_T: jax.Array
     position_T: jax.Array
     groups: tuple[Sequences, ...]
-    last_L: jax.Array
-    slot_L: jax.Array
+    last_P: jax.Array
+    slot_P: jax.Array
     draws: Draws
-    drafts_LQ: jax.Array
+    drafts_PQ: jax.Array
 
 
 class Heads(NamedTuple):

@@ -21,6 +21,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, StepSize, check
@@ -35,6 +37,7 @@ from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Completion, Sampling, check_prompt
 from jmoe.decode.sampling import Sampled
+from jmoe.decode.stats import Observe, StepStats, ignore
 from jmoe.decode.step import StepResult
 from jmoe.decode.text import Text, TextStream
 
@@ -75,11 +78,18 @@ class _Asked(NamedTuple):
     chunks: list[list[PromptChunk]]
     size: StepSize
 
+    def right(self, found: StepResult) -> int:
+        """Returns how many of the rows' drafts a step has found to be right."""
+        new_PB = np.reshape(found.new_B, (len(self.rows), self.size.rows))
+        each = zip(self.rows, new_PB, strict=True)
+        return sum(int((new_B[: len(lives)] - 1).sum()) for lives, new_B in each)
+
 
 class Engine:
     """Requests go in by `submit`; each `step` returns those that have changed.
 
-    It is not for several threads.
+    It is not for several threads. most_waiting: how many requests may wait; it may be
+    made less than the limits' `queue`, and that again.
     """
 
     def __init__(
@@ -89,6 +99,7 @@ class Engine:
         limits: Limits = LIMITS,
         text: Text | None = None,
         programs: MakePrograms = OneDevice,
+        observe: Observe = ignore,
     ):
         """Prepares the weights and compiles.
 
@@ -96,6 +107,7 @@ class Engine:
           variables: {"params": ..., "router_state": ...}.
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
+          observe: is told what each step did, behind it.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
@@ -103,6 +115,7 @@ class Engine:
         """
         check(cfg, limits)
         self.cfg, self.limits, self._text = cfg, limits, text
+        self.most_waiting = limits.queue
         self.programs = programs(cfg, variables, limits)
         parts, turns = self.programs.parts, self.programs.turns
         self._pages = [Pages(limits.pages * turns) for _ in range(parts)]
@@ -114,6 +127,7 @@ class Engine:
         self._numbers = itertools.count()
         self._turn = 0
         self._cancelled: list[Live] = []
+        self._observe, self._since = observe, 0.0
         self._warm_up()
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
@@ -123,9 +137,9 @@ class Engine:
           ValueError: it can't be served.
           QueueFull: too many wait.
         """
-        self._check(prompt, sampling)
-        if len(self._waiting) >= self.limits.queue:
-            raise QueueFull(f"queue={self.limits.queue} requests wait already.")
+        self.check(prompt, sampling)
+        if len(self._waiting) >= self.most_waiting:
+            raise QueueFull(f"queue={self.most_waiting} requests wait already.")
         number = next(self._numbers)
         accepted = [0] * self.limits.drafts
         completion = Completion(number, accepted=accepted)
@@ -147,8 +161,20 @@ class Engine:
         return False
 
     @property
+    def slots(self) -> int:
+        """How many requests are read or decoded at a time."""
+        return self.limits.slots * self.programs.turns * self.programs.parts
+
+    @property
     def is_idle(self) -> bool:
         return not (self._waiting or self._live)
+
+    @property
+    def longest_wait(self) -> float:
+        """For how many seconds the first of those that wait has waited."""
+        if not self._waiting:
+            return 0.0
+        return time.perf_counter() - self._waiting[0].submitted
 
     def step(self) -> list[Update]:
         """Decodes a token, at least, of each request whose prompt is read.
@@ -159,9 +185,16 @@ class Engine:
         self._cancelled = []
         self._leave()
         self._admit()
+        if not self._asked:
+            self._since = time.perf_counter()
+        done = []
         for found in self._run(self._ask()):
-            updates.extend(self._take(self._asked.popleft(), found))
+            asked = self._asked.popleft()
+            changed = list(self._take(asked, found))
+            updates.extend(changed)
+            done.append((asked, found, sum(new for _, new in changed)))
         self._leave()
+        self._tell(done)
         return updates
 
     def complete(
@@ -194,13 +227,19 @@ class Engine:
 
     def _next(self, left: Iterator[Any]) -> Iterator[Any]:
         """Yields as many of what is left as may wait."""
-        while len(self._waiting) < self.limits.queue:
+        while len(self._waiting) < self.most_waiting:
             following = next(left, None)
             if following is None:
                 return
             yield following
 
-    def _check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+    def check(self, prompt: Sequence[int], sampling: Sampling) -> None:
+        """Refuses a request that can't be served, now or later. Any thread may ask.
+
+        Raises:
+          ValueError: it is too long, has a token outside the vocabulary, or asks for
+            what the engine wasn't made for.
+        """
         limits = self.limits
         length = limits.max_length
         check_prompt(self.cfg, prompt, sampling.max_new_tokens, length)
@@ -281,6 +320,30 @@ class Engine:
                 if live.is_read:
                     drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
                     yield self._grow(live, drawn, found.draft_AK[i])
+
+    def _tell(self, done: list[tuple[_Asked, StepResult, int]]) -> None:
+        """Tells of steps that have ended, with how many new tokens came of each."""
+        now, limits = time.perf_counter(), self.limits
+        pages = limits.pages * self.programs.turns
+        free = [part.num_free for part in self._pages]
+        for asked, found, new_tokens in done:
+            rows = sum(map(len, asked.rows))
+            stats = StepStats(
+                seconds=(now - self._since) / len(done),
+                rows=rows,
+                prompt_tokens=sum(c.count for part in asked.chunks for c in part),
+                new_tokens=new_tokens,
+                drafted=rows * limits.drafts,
+                accepted=asked.right(found),
+                waiting=len(self._waiting),
+                live=len(self._live),
+                pages_used=pages * len(free) - sum(free),
+                pages=pages * len(free),
+                count_LE=np.asarray(found.count_LE),
+            )
+            self._observe(stats)
+        if done:
+            self._since = now
 
     def _count(self, live: Live, right: int) -> None:
         completion = live.completion

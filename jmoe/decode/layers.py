@@ -1,7 +1,7 @@
 """A model's layers over the tokens of a step, whose earlier ones are cached.
 
-Shapes: T token of the step, S this device's tokens, L row to draw a token of, D hidden,
-V vocabulary (this device's part).
+Shapes: T token of the step, S this device's tokens, R row to draw a token of, D hidden,
+V vocabulary (this device's part), L MoE layer, E expert.
 """
 
 from collections.abc import Sequence
@@ -47,23 +47,33 @@ def blocks(
     caches: Sequence[Any],
     x_SD: jax.Array,
     known: Positions,
-) -> tuple[jax.Array, tuple[Any, ...]]:
-    """Returns what the last of these blocks computes, [S, D], and their caches."""
-    kept = []
+) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
+    """Returns what the last of these blocks computes, [S, D], and their caches.
+
+    And `count_LE`, int32, how many of this device's real tokens chose each expert.
+    """
+    kept, counts = [], []
     for layer, cache in zip(layers, caches, strict=True):
-        x_SD, cache = block(cfg, layer, cache, x_SD, known)
+        x_SD, cache, count_E = block(cfg, layer, cache, x_SD, known)
         kept.append(cache)
-    return x_SD, tuple(kept)
+        if count_E is not None:
+            counts.append(count_E)
+    return x_SD, tuple(kept), jnp.stack(counts)
 
 
 def block(
     cfg: ModelConfig, layer: Layer, cache: Any, x_SD: jax.Array, known: Positions
-) -> tuple[jax.Array, Any]:
-    """Returns what one block computes, and its cache."""
+) -> tuple[jax.Array, Any, jax.Array | None]:
+    """Returns what one block computes, its cache, and its experts' counts [E].
+
+    They are None of a block without experts.
+    """
     feed_forward, number, collections = layer
     module = Block.of(cfg, feed_forward)
-    (x_1SD,), cache = _apply(module, collections, cache, x_SD[None], known, number)
-    return x_1SD[0], cache
+    operands = x_SD[None], known, number
+    (x_1SD, measured), cache = _apply(module, collections, cache, *operands)
+    count_E = None if measured.load is None else measured.load.load_E
+    return x_1SD[0], cache, count_E
 
 
 def final_norm(cfg: ModelConfig, weights: Weights, x_SD: jax.Array) -> jax.Array:
@@ -82,15 +92,15 @@ def mtp(
 ) -> tuple[jax.Array, jax.Array, Any]:
     """Returns the MTP module's hidden states, and normed ones, and its cache."""
     operands = previous_SD[None], embedded_SD[None], known, cfg.num_layers
-    (hidden, normed), cache = _apply(MTPModule(cfg), weights.mtp, cache, *operands)
+    (hidden, normed, _), cache = _apply(MTPModule(cfg), weights.mtp, cache, *operands)
     return hidden[0], normed[0], cache
 
 
-def logits(weights: Weights, hidden_LD: jax.Array) -> jax.Array:
-    """Returns float32 logits of this device's part of the vocabulary, [L, V]."""
+def logits(weights: Weights, hidden_RD: jax.Array) -> jax.Array:
+    """Returns float32 logits of this device's part of the vocabulary, [R, V]."""
     head_DV = weights.embedding.T if weights.head is None else weights.head
-    head_DV = head_DV.astype(hidden_LD.dtype)
-    return jnp.dot(hidden_LD, head_DV, preferred_element_type=jnp.float32)
+    head_DV = head_DV.astype(hidden_RD.dtype)
+    return jnp.dot(hidden_RD, head_DV, preferred_element_type=jnp.float32)
 
 
 def whole(x_SD: jax.Array) -> jax.Array:
@@ -100,8 +110,8 @@ def whole(x_SD: jax.Array) -> jax.Array:
 
 def _apply(
     module: nn.Module, collections: Any, cache: Any, *operands: Any
-) -> tuple[tuple[jax.Array, ...], Any]:
-    """Returns a module's outputs but for what it measured, and its cache.
+) -> tuple[Any, Any]:
+    """Returns a module's outputs, of which the last is what it measured, and its cache.
 
     The last operand is the number of its layer.
     """
@@ -112,5 +122,5 @@ def _apply(
         jnp.int32(number),
         mutable=[COLLECTION],
     )
-    (*outputs, _), changed = applied
-    return tuple(outputs), changed[COLLECTION]
+    outputs, changed = applied
+    return outputs, changed[COLLECTION]

@@ -10,12 +10,13 @@ What a decoder remembers is each device's own, and has all devices as its first
 dimension.
 
 Shapes: B sequence being decoded, A sequence being read, S this device's tokens, D
-hidden.
+hidden, L MoE layer, E expert.
 """
 
 import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jmoe.balance.placement import Placement
 from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
@@ -34,13 +36,14 @@ from jmoe.decode.engine import MakePrograms
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
+from jmoe.decode.placing import Placing, RowMoves, make_mover
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel import collectives
-from jmoe.parallel.mesh import BATCH_AXES
+from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from jmoe.train.layout import WHOLE, Layout, lying, make_layout, on_mesh, put_whole
 
 OWN = PartitionSpec(MESH_AXES)  # each device's own, by the first dimension
@@ -52,44 +55,73 @@ Given = tuple[DecodeRows, PrefillChunks]
 class Underway(NamedTuple):
     """Tokens that later ranks of a pipeline have: what was given, the newest first.
 
-    x: the hidden states that come to a rank next.
+    x: the hidden states that come to a rank next; count_LE: int32, what the ranks
+    before have counted of their tokens, on each device.
     """
 
     given: tuple[Given, ...]
     x: jax.Array
+    count_LE: jax.Array
 
 
-def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakePrograms:
+def make_programs(
+    run: RunConfig,
+    mesh: Mesh,
+    form: str = "native",
+    exchange: ExchangeConfig | None = None,
+    placed: Placement | None = None,
+) -> MakePrograms:
     """Returns what makes an engine's programs for a run's mesh.
 
     Its variables are as the run's state has them on the mesh.
 
     Args:
       form: in which the weights are kept, one of `jmoe.nn.quantized.FORMS`.
+      exchange: None: it drops nobody's tokens, and lends no experts. A step's tokens
+        are so few that room for all is little, and weights are more.
+      placed: where experts begin, which may then be changed (`OnMesh.placing`); None:
+        they are where the run's state has them, for good.
 
     Raises:
-      ValueError: there is no such form.
+      ValueError: there is no such form, or the placement isn't for this model and mesh.
     """
     check_form(form)
 
     def make(cfg: ModelConfig, variables: Any, limits: Limits) -> "OnMesh":
         assert cfg == run.model, "the run's own model"
-        return OnMesh(run, mesh, form, variables, limits)
+        return OnMesh(run, mesh, form, variables, limits, exchange, placed)
 
     return make
 
 
 class OnMesh:
-    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
+    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them.
+
+    placing: where experts are; None: where the run's state has them, for good.
+    """
 
     def __init__(
-        self, run: RunConfig, mesh: Mesh, form: str, variables: Any, limits: Limits
+        self,
+        run: RunConfig,
+        mesh: Mesh,
+        form: str,
+        variables: Any,
+        limits: Limits,
+        exchange: ExchangeConfig | None = None,
+        placed: Placement | None = None,
     ):
         self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
         self._limits = limits
-        self._programs = compile_for(run, mesh, form, limits)
+        self._programs = compile_for(run, mesh, form, limits, exchange)
         layout, rows = self._programs.layout, self._programs.rows
-        self._weights = mesh_weights.place(run.model, layout, rows, form, variables)
+        self.placing: Placing | None = None
+        if placed is not None:
+            move = self._programs.move
+            self.placing = Placing(run.model, layout, rows, move, placed)
+        place = functools.partial(mesh_weights.place, run.model, layout, rows, form)
+        self._weights = place(variables, placed)
+        if self.placing is not None:
+            self._weights = self.placing.stay(self._weights)
         self.state = self._programs.start()
         self._size = StepSize(0)  # of the steps that aren't done
         self._underway: Underway | None = None
@@ -121,6 +153,21 @@ class OnMesh:
         self._underway = None
         return done
 
+    def advance(self, steps: int) -> float:
+        """Takes so many steps to where experts are going; returns their seconds.
+
+        Between two steps of decoding; all processes call it alike.
+
+        Raises:
+          ValueError: experts are where they are for good.
+        """
+        if self.placing is None:
+            raise ValueError("experts can't move: the programs were made without.")
+        began = time.perf_counter()
+        self._weights = self.placing.advance(self._weights, steps)
+        jax.block_until_ready(self._weights.layers)
+        return time.perf_counter() - began
+
     def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
         operands = self._weights, self.state, self._underway, self._put(given)
         self.state, self._underway, found = self._programs.step(*operands)
@@ -142,8 +189,9 @@ class MeshPrograms(NamedTuple):
 
     layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
     state. begin: of a step's arrays, what is underway before any. step: of weights,
-    state, what is underway and what is given, the new ones and what was found.
-    abstract: of a step's arrays without values, all that `step` takes, likewise.
+    state, what is underway and what is given, the new ones and what was found. move:
+    moves a row's experts (`jmoe.decode.placing`). abstract: of a step's arrays without
+    values, all that `step` takes, likewise.
     """
 
     layout: Layout
@@ -151,23 +199,24 @@ class MeshPrograms(NamedTuple):
     start: Callable[[], Any]
     begin: Callable[[Given], Underway]
     step: Callable[..., tuple[Any, Underway, StepResult]]
+    move: Callable[[Any, RowMoves], Any]
     abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
-def _with_room_for_all(cfg: ModelConfig) -> ModelConfig:
-    """Returns the model whose exchange drops nobody's tokens, and lends no experts.
-
-    A step's tokens are so few that room for all is little, and weights are more.
-    """
-    exchange = ExchangeConfig(dispatch_dtype=cfg.moe.exchange.dispatch_dtype)
-    moe = dataclasses.replace(cfg.moe, exchange=exchange)
-    return dataclasses.replace(cfg, moe=moe)
-
-
 @functools.lru_cache(maxsize=16)
-def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
-    """Returns the programs of a run's model on this mesh."""
-    cfg = _with_room_for_all(run.model)
+def compile_for(
+    run: RunConfig,
+    mesh: Mesh,
+    form: str,
+    limits: Limits,
+    exchange: ExchangeConfig | None = None,
+) -> MeshPrograms:
+    """Returns the programs of a run's model on this mesh; see `make_programs`."""
+    if exchange is None:
+        kept = run.model.moe.exchange.dispatch_dtype
+        exchange = ExchangeConfig(dispatch_dtype=kept)
+    moe = dataclasses.replace(run.model.moe, exchange=exchange)
+    cfg = dataclasses.replace(run.model, moe=moe)
     layout = make_layout(Transformer(cfg), mesh)
     rows = mesh_weights.cut(cfg, run.mesh.pipe, limits.max_length)
     own = functools.partial(jax.tree.map, lambda x: x[None])
@@ -178,21 +227,23 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
     def begin(given: Given) -> Underway:
         x_TD = jnp.zeros((len(batches.join(*given).token_T), cfg.hidden_dim), cfg.dtype)
         x_SD = collectives.local_part(x_TD, "tensor", 0)
-        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD))
+        shape = cfg.num_moe_layers, cfg.moe.router.num_experts
+        count_LE = jnp.zeros(shape, jnp.int32)
+        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD), own(count_LE))
 
     def step(weights: Weights, state: Any, underway: Underway, given: Given) -> Any:
-        state, x_SD = jax.tree.map(lambda x: x[0], (state, underway.x))
+        state, came = jax.tree.map(lambda x: x[0], (state, underway[1:]))
         every = (given, *underway.given)
         own_layers = _own_layers(rows, weights)
-        x_SD, caches = _blocks(cfg, weights, own_layers, state.layers, x_SD, every)
+        passed, caches = _blocks(cfg, weights, own_layers, state.layers, came, every)
         state = state._replace(layers=())
-        state, found = _finish(cfg, limits, weights, state, x_SD, every[-1])
+        state, found = _finish(cfg, limits, weights, state, *passed, every[-1])
         state = state._replace(layers=caches)
-        underway = Underway(every[:-1], own(collectives.ppermute(x_SD, PIPE)))
-        return own(state), underway, found
+        onward = (own(collectives.ppermute(x, PIPE)) for x in passed)
+        return own(state), Underway(every[:-1], *onward), found
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
-    flight = Underway(SEQUENCES, OWN)  # type: ignore[arg-type]
+    flight = Underway(SEQUENCES, OWN, OWN)  # type: ignore[arg-type]
     taken = placed, OWN, flight, SEQUENCES
     starts = jax.jit(on_mesh(start, layout, (), OWN))
     begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
@@ -200,12 +251,14 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
         on_mesh(step, layout, taken, (OWN, flight, WHOLE)), donate_argnums=(1, 2)
     )
 
+    move = make_mover(layout, mesh_weights.experts_specs(cfg, layout, rows, form))
+
     def abstract(given: Given) -> Any:
         weights = mesh_weights.abstract(cfg, layout, rows, form)
         state, underway = jax.eval_shape(starts), jax.eval_shape(begins, given)
         return lying(layout, taken, (weights, state, underway, given))
 
-    return MeshPrograms(layout, rows, starts, begins, steps, abstract)
+    return MeshPrograms(layout, rows, starts, begins, steps, move, abstract)
 
 
 def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
@@ -219,34 +272,43 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
     return found
 
 
-def _blocks(cfg, weights, own, caches, x_SD, every):
-    """Returns what this rank's layers compute of its tokens, and their caches."""
-    rank = collectives.axis_index(PIPE)
+def _blocks(cfg, weights, own, caches, came, every):
+    """Returns hidden states and counts behind this rank's layers, and their caches."""
+    rank, (x_SD, count_LE) = collectives.axis_index(PIPE), came
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
     batch = batches.join(rows, chunks)
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
+    count_LE = jnp.where(rank == 0, 0, count_LE)
     kept = []
     for layer, cache in zip(own, caches, strict=True):
-        out_SD, cache = layers.block(cfg, layer, cache, x_SD, known)
+        out_SD, cache, count_E = layers.block(cfg, layer, cache, x_SD, known)
         # All ranks compute every row, as the longest must: a choice would cost copies
         # of the pages that go through it.
-        x_SD = jnp.where(layer.number >= 0, out_SD, x_SD)
+        is_own = layer.number >= 0
+        x_SD = jnp.where(is_own, out_SD, x_SD)
+        if count_E is not None:
+            moe_layer = jnp.where(is_own, layer.number - cfg.num_dense_layers, 0)
+            count_LE = count_LE.at[moe_layer].add(jnp.where(is_own, count_E, 0))
         kept.append(cache)
-    return x_SD, tuple(kept)
+    return (x_SD, count_LE), tuple(kept)
 
 
-def _finish(cfg, limits, weights, state, x_SD, given):
+def _finish(cfg, limits, weights, state, x_SD, count_LE, given):
     """Returns what the last rank finds, of all devices' sequences, and its state.
 
     Other ranks compute the same of what means nothing, for which no one waits.
     """
-    state, found = finish(cfg, limits.top_logprobs, weights, state, x_SD, *given)
     is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
-    packed_N = collectives.psum(jnp.where(is_last, _packed(found), 0), PIPE)
+    counted = jnp.where(is_last, count_LE, 0)
+    count_LE = collectives.psum(counted, (PIPE, *TOKEN_AXES))
+    told = x_SD, count_LE, *given
+    state, found = finish(cfg, limits.top_logprobs, weights, state, *told)
+    drawn = found._replace(count_LE=None)  # what is to be joined, not summed
+    packed_N = collectives.psum(jnp.where(is_last, _packed(drawn), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, found)
+    return state, _unpacked(packed_PN, drawn)._replace(count_LE=count_LE)
 
 
 def _packed(found: StepResult) -> jax.Array:

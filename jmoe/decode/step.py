@@ -8,8 +8,9 @@ that isn't what was drawn are right. What the cache has of the others is written
 the next step.
 
 Shapes: X slot, B sequence being decoded, Q token of one (the last drawn, and drafts), A
-sequence being read, R = B + A, K draft, S this device's tokens, D hidden, V vocabulary
-(this device's part), N likely token.
+sequence being read, R = B + A, P token of the step that one is drawn behind, K draft, S
+this device's tokens, D hidden, V vocabulary (this device's part), N likely token, L MoE
+layer, E expert.
 """
 
 from typing import Any, NamedTuple
@@ -41,7 +42,9 @@ class State(NamedTuple):
 class StepResult(NamedTuple):
     """What was drawn of rows [B, Q] and chunks [A], and how many of a row's are new.
 
-    draft_BK, draft_AK: what the next step should try.
+    draft_BK, draft_AK: what the next step should try. count_LE: int32, how many of the
+    step's real tokens chose each expert of the model's MoE layers; the MTP module's, by
+    which drafts are made, are not counted.
     """
 
     rows: Sampled
@@ -49,6 +52,7 @@ class StepResult(NamedTuple):
     draft_BK: jax.Array
     chunks: Sampled
     draft_AK: jax.Array
+    count_LE: jax.Array
 
 
 def step(
@@ -70,9 +74,10 @@ def step(
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     x_SD = layers.embedded(cfg, weights, batch.token_T)
     blocks = layers_of(cfg, weights)
-    x_SD, caches = layers.blocks(cfg, blocks, state.layers, x_SD, known)
+    x_SD, caches, count_LE = layers.blocks(cfg, blocks, state.layers, x_SD, known)
     tail = state._replace(layers=())
-    tail, result = finish(cfg, num_top, weights, tail, x_SD, rows, chunks)
+    told = x_SD, count_LE, rows, chunks
+    tail, result = finish(cfg, num_top, weights, tail, *told)
     return tail._replace(layers=caches), result
 
 
@@ -82,6 +87,7 @@ def finish(
     weights: Weights,
     state: State,
     x_SD: jax.Array,
+    count_LE: jax.Array,
     rows: DecodeRows,
     chunks: PrefillChunks,
 ) -> tuple[State, StepResult]:
@@ -89,6 +95,7 @@ def finish(
 
     Args:
       state: whose layers aren't looked at.
+      count_LE: of the layers, which becomes part of the result.
     """
     batch = batches.join(rows, chunks)
     hidden_SD = layers.final_norm(cfg, weights, x_SD)
@@ -113,21 +120,22 @@ def finish(
         cache, draft_RK = draft(cfg, weights, state.mtp, *told, num_drafts)
         state = state._replace(mtp=cache)
     draft_BK, draft_AK = jnp.split(draft_RK, [len(rows.slot_B)])
-    return state, StepResult(of_rows, new_B, draft_BK, of_chunks, draft_AK)
+    drawn = of_rows, new_B, draft_BK, of_chunks, draft_AK
+    return state, StepResult(*drawn, count_LE)
 
 
 def _draw(weights, hidden_SD, batch, seen_XV, num_top) -> Sampled:
     """Returns a token for each row that one is to be drawn of."""
-    last_LD = layers.whole(hidden_SD)[batch.last_L]
+    last_PD = layers.whole(hidden_SD)[batch.last_P]
 
     def seen_here():
-        seen_LV = seen_XV.at[batch.slot_L].get(mode="clip")
-        row_L = jnp.arange(len(batch.slot_L))
-        return seen.note(seen_LV, row_L, batch.drafts_LQ, batch.drafts_LQ >= 0)
+        seen_PV = seen_XV.at[batch.slot_P].get(mode="clip")
+        row_P = jnp.arange(len(batch.slot_P))
+        return seen.note(seen_PV, row_P, batch.drafts_PQ, batch.drafts_PQ >= 0)
 
-    position_L = batch.position_T[batch.last_L] + 1
-    logits_LV = layers.logits(weights, last_LD)
-    return sample(logits_LV, batch.draws, position_L, seen_here, num_top)
+    position_P = batch.position_T[batch.last_P] + 1
+    logits_PV = layers.logits(weights, last_PD)
+    return sample(logits_PV, batch.draws, position_P, seen_here, num_top)
 
 
 def _parted(sampled: Sampled, shape: tuple[int, ...]) -> tuple[Sampled, Sampled]:

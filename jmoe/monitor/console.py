@@ -7,7 +7,7 @@ every few logs. Of a run's processes, one makes a `Console`.
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -43,6 +43,7 @@ class Console:
       total_steps: the step that ends the run.
       start_step: the step that training goes on from, 0 for a new run.
       plain_every: without a live line, the number of logs for one plain line.
+      followers: are called with the text of every note.
       out: where to write, by default standard output.
       clock: seconds since some fixed moment.
     """
@@ -53,12 +54,14 @@ class Console:
         *,
         start_step: int = 0,
         plain_every: int = 10,
+        followers: Sequence[Callable[[str], None]] = (),
         out: rich.console.Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._out = out or rich.console.Console(highlight=False)
         self._total_steps = total_steps
         self._plain_every = plain_every
+        self._followers = followers
         self._clock = clock
         self._started = clock()
         self._first_log: tuple[int, float] | None = None  # step and time
@@ -90,8 +93,14 @@ class Console:
         device: str,
         run_dir: str | pathlib.Path,
         lending: str = "",
+        page: str = "",
     ) -> None:
-        """Says what is trained, on what and where, and how devices lend experts."""
+        """Says what is trained, on what and where, and what else there is.
+
+        Args:
+          lending: how devices lend each other experts.
+          page: the address where the run is shown live.
+        """
         active = f"{count(active_parameters)} active per token"
         self._out.print(f"\n[bold]jmoe[/bold] [bold cyan]{escape(name)}[/bold cyan]")
         self._print_pairs(
@@ -100,6 +109,7 @@ class Console:
             ("device", device),
             *([("lending", lending)] if lending else []),
             ("run directory", str(run_dir)),
+            *([("live page", page)] if page else []),
         )
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -118,6 +128,8 @@ class Console:
     def note(self, text: str) -> None:
         """Leaves a line of text that stays, say that a checkpoint was saved."""
         self._print_line([escape(text)])
+        for follow in self._followers:
+            follow(text)
 
     def finish(
         self, run_dir: str | pathlib.Path, *, unigram_entropy: float | None = None

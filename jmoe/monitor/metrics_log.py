@@ -15,7 +15,7 @@ import math
 import pathlib
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,11 +41,19 @@ class MetricsLog:
       run_dir: the run's directory, made if absent.
       start_step: the step that training goes on from: 0 for a new run. Rows of later
         steps, written after the checkpoint that is being resumed, are dropped.
+      followers: are called with every row, as `log` is.
     """
 
-    def __init__(self, run_dir: str | pathlib.Path, *, start_step: int):
+    def __init__(
+        self,
+        run_dir: str | pathlib.Path,
+        *,
+        start_step: int,
+        followers: Sequence[Callable[..., None]] = (),
+    ):
         directory = pathlib.Path(run_dir)
         directory.mkdir(parents=True, exist_ok=True)
+        self._followers = followers
         self._metrics = _resume(directory / run_files.METRICS, start_step)
         balance = directory / run_files.BALANCE
         self._balance = BalanceLog(balance, start_step=start_step)
@@ -87,6 +95,8 @@ class MetricsLog:
         if load_LE is not None and bias_LE is not None:
             append = self._balance.append
             self._balance_trouble.attempt(append, step, load_LE, bias_LE)
+        for follow in self._followers:
+            follow(step, metrics, load_LE=load_LE, bias_LE=bias_LE)
 
     def sync(self) -> None:
         """Returns when all rows are on the disk, from where events can be remade."""

@@ -105,7 +105,7 @@ def read_run(run_dir: str | pathlib.Path) -> Run:
         merged.setdefault(row["step"], {}).update(row)
     return Run(
         directory=directory,
-        config=_read_record(directory / CONFIG),
+        config=read_record(directory / CONFIG),
         info=([{}] + read_starts(directory / INFO))[-1],
         rows=[merged[step] for step in sorted(merged)],
         samples=list(read_rows(directory / SAMPLES)),
@@ -175,7 +175,8 @@ def evenly(num_items: int, limit: int) -> np.ndarray:
     return np.linspace(0, num_items - 1, num_kept).round().astype(np.int64)
 
 
-def _read_record(path: pathlib.Path) -> dict[str, Any]:
+def read_record(path: pathlib.Path) -> dict[str, Any]:
+    """Returns a run's record as plain dicts; nothing if it is missing or damaged."""
     record = _read_json(path)
     return record if isinstance(record, dict) else {}
 

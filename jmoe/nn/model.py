@@ -174,30 +174,45 @@ def layer_names(cfg: ModelConfig) -> tuple[str, ...]:
     return (*main, *(f"mtp_{k}" for k in range(cfg.mtp_depth)))
 
 
+def moe_layers(cfg: ModelConfig) -> dict[tuple[str, ...], int | slice]:
+    """Returns where modules with experts are, and which of the loads' layers they are.
+
+    One of a stack is all its layers, a slice.
+    """
+    count = cfg.num_moe_layers
+    found: dict[tuple[str, ...], int | slice]
+    if cfg.layer_loop == "scan":
+        found = {("moe", "moe"): slice(0, count)}
+    else:
+        found = {(f"moe_{i}", "moe"): i for i in range(count)}
+    tail = range(cfg.mtp_depth)
+    return found | {(f"mtp_{k}", "block", "moe"): count + k for k in tail}
+
+
+# Where in `router_state` such a module has what.
+_BIAS, _LOAD, _HOME = ("router", "bias"), ("router", "load"), ("experts", "home")
+
+
 def bias_paths(cfg: ModelConfig) -> list[tuple[str, ...]]:
     """Returns where the biases are in `router_state`, in the order of loads' layers."""
-    tail = ("moe", "router", "bias")
-    if cfg.layer_loop == "scan":
-        layers = [("moe", *tail)]
-    else:
-        layers = [(f"moe_{i}", *tail) for i in range(cfg.num_moe_layers)]
-    return layers + [(f"mtp_{k}", "block", *tail) for k in range(cfg.mtp_depth)]
+    return [(*path, *_BIAS) for path in moe_layers(cfg)]
 
 
 def read_biases(router_state: Any, cfg: ModelConfig) -> jax.Array:
     """Returns every MoE layer's selection bias, float32 [L, E]."""
-    found = []
-    for path in bias_paths(cfg):
-        leaf = router_state
-        for key in path:
-            leaf = leaf[key]
-        found.append(leaf.reshape(-1, cfg.moe.router.num_experts))
-    return jnp.concatenate(found)
+    bias_LE = _read(router_state, _BIAS, cfg)
+    assert bias_LE is not None, "a router has biases"
+    return bias_LE
 
 
-def write_biases(bias_LE: jax.Array, cfg: ModelConfig) -> dict[str, Any]:
-    """Returns a new `router_state` with these biases; the inverse of `read_biases`."""
-    return _by_router({"bias": bias_LE}, cfg)
+def read_homes(router_state: Any, cfg: ModelConfig) -> jax.Array | None:
+    """Returns where experts live, int32 [L, E]; None: in order (`balance.homes`)."""
+    return _read(router_state, _HOME, cfg)
+
+
+def with_biases(router_state: Any, bias_LE: jax.Array, cfg: ModelConfig) -> Any:
+    """Returns `router_state` with these biases, float32 [L, E]."""
+    return _with(router_state, _BIAS, bias_LE, cfg)
 
 
 def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
@@ -205,19 +220,37 @@ def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
 
     A loss that counts over all microbatches reads them (`balance.losses`).
     """
-    return _by_router({"bias": read_biases(router_state, cfg), "load": load_LE}, cfg)
+    return _with(router_state, _LOAD, load_LE, cfg)
 
 
-def _by_router(values: dict[str, jax.Array], cfg: ModelConfig) -> dict[str, Any]:
-    """Returns a tree that holds, beside each router's bias, its rows of each [L, E]."""
-    state: dict[str, Any] = {}
-    row = 0
-    for path in bias_paths(cfg):
+def with_homes(router_state: Any, home_LE: jax.Array, cfg: ModelConfig) -> Any:
+    """Returns `router_state` with experts' homes, int32 [L, E]."""
+    return _with(router_state, _HOME, home_LE, cfg)
+
+
+def _read(
+    router_state: Any, name: tuple[str, str], cfg: ModelConfig
+) -> jax.Array | None:
+    found = []
+    for path in moe_layers(cfg):
+        node = router_state
+        for key in (*path, *name):
+            node = node.get(key)
+            if node is None:
+                return None
+        found.append(node.reshape(-1, cfg.moe.router.num_experts))
+    return jnp.concatenate(found)
+
+
+def _with(
+    router_state: Any, name: tuple[str, str], value_LE: jax.Array, cfg: ModelConfig
+) -> Any:
+    """Returns a copy of the tree with other rows at each module with experts."""
+    state = jax.tree.map(lambda x: x, router_state)
+    module, leaf = name
+    for path, rows in moe_layers(cfg).items():
         node = state
-        for key in path[:-1]:
+        for key in (*path, module):
             node = node.setdefault(key, {})
-        stacked = cfg.layer_loop == "scan" and path[0] == "moe"
-        rows = slice(0, cfg.num_moe_layers) if stacked else row
-        node |= {name: value_LE[rows] for name, value_LE in values.items()}
-        row += cfg.num_moe_layers if stacked else 1
+        node[leaf] = value_LE[rows]
     return state

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jmoe.config import MoEConfig
+from jmoe.balance import homes
+from jmoe.config import MoEConfig, RouterConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured, beside
@@ -63,6 +64,10 @@ class RoutedExperts(nn.Module):
 
     They multiply by the recipe of `dot_general` (`fp8.recipe_of`), or in x's dtype.
     `apart` is for a pipeline, as in `jmoe.ops.grouped`.
+
+    In `router_state` may be `home`, int32 [E], of all devices' experts: weights then
+    are of the experts whose homes are here (see `nn.model.with_homes`). Or [E, C], if
+    experts have copies (`jmoe.balance.homes.of_choices`).
     """
 
     cfg: MoEConfig
@@ -73,7 +78,9 @@ class RoutedExperts(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, routing: Routing | Picks) -> Exchanged:
         cfg = self.cfg
-        experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
+        home = self.get_variable("router_state", "home")
+        places = cfg.router.num_experts if home is None else homes.num_places(home)
+        experts = collectives.share(places, "expert", "num_experts")
         mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
         hidden = x_BSD.shape[-1]
         gate_up_ED2F = weight(
@@ -91,7 +98,9 @@ class RoutedExperts(nn.Module):
             _of_experts(("expert", "mlp", "embed"), MATRIX),
         )
 
-        def compute(x: jax.Array, group: Group) -> jax.Array:
+        def compute(
+            x: jax.Array, group: Group, after: jax.Array | None = None
+        ) -> jax.Array:
             """Returns this device's part of a group of experts that are here."""
             return grouped.BACKENDS[cfg.backend](
                 *(x, group.expert_RK, group.gate_RK, *group.weights),
@@ -100,6 +109,7 @@ class RoutedExperts(nn.Module):
                 is_bound=group.is_bound,
                 remat=cfg.remat == "activations",
                 apart=self.apart,
+                after=after,
             )
 
         weights = gate_up_ED2F, down_EFD
@@ -111,23 +121,34 @@ class RoutedExperts(nn.Module):
         def apply(x_RD: jax.Array, groups: Sequence[Group]) -> jax.Array:
             """Returns the experts' output of the tokens of all the tensor group."""
             x = collectives.all_gather(x_RD, "tensor", 0)
-            y, *others = (compute(x, _of_tensor_group(group)) for group in groups)
-            for other in others:
-                y += other
+            first, *others = (_of_tensor_group(group) for group in groups)
+            y = compute(x, first)
+            for group in others:
+                y += compute(x, group, after=y)
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
+        expert_NK, router = self._at_homes(routing.expert_NK)
         return exchange(
             x_ND,
-            routing.expert_NK,
+            expert_NK,
             routing.gate_NK,
             apply,
             weights,
             cfg.exchange,
-            cfg.router,
+            router,
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+
+    def _at_homes(self, expert_NK: jax.Array) -> tuple[jax.Array, RouterConfig]:
+        """Returns where the chosen experts live, and what is known of such choices."""
+        router, home = self.cfg.router, self.get_variable("router_state", "home")
+        if home is None:
+            return expert_NK, router
+        first, peers = collectives.axis_index("expert"), collectives.axis_size("expert")
+        keeping = homes.keeping_groups(router, peers, homes.num_places(home))
+        return homes.of_choices(expert_NK, home, first), keeping
 
 
 def _of_tensor_group(group: Group) -> Group:

@@ -86,9 +86,11 @@ def routed_mlp_blocks(
     is_bound: bool = False,
     remat: bool = False,
     apart: bool = False,
+    after: jax.Array | None = None,
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del rows, is_bound  # a loop over those that there are needs no array for more
+    del after  # one core computes while nothing travels
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, recipe, remat, apart)
 

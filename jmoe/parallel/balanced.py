@@ -43,13 +43,15 @@ And so many standard deviations of a count of rare events, which few tokens need
 class _Layout(NamedTuple):
     """Holds what stays the same for all parts of an exchange.
 
-    stations: of all devices together, of which each has `own` and `slots`.
+    share: of rows, what a device has at most if slots suffice. stations: of all devices
+    together, of which each has `own` and `slots`.
     """
 
     experts: Experts
     transport: travel.Transport
     wire: travel.Wire
     form: loans.Form
+    share: int
     capacity: int
     stations: int
     own: int
@@ -121,12 +123,14 @@ def exchange(
     # Each device of a tensor group lends its part of an expert.
     size = jnp.float32(group * loans.bytes_of_expert(weights, form))
     metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
+    of_chunk = len(x_ND) // cfg.chunks, cfg, router
     layout = _Layout(
         experts,
         transport,
         travel.WIRES[cfg.dispatch_dtype],
         form,
-        _capacity(transport, len(x_ND) // cfg.chunks, cfg, router),
+        _share(*of_chunk),
+        _capacity(transport, *of_chunk),
         stations.num_experts,
         own,
         slots,
@@ -141,6 +145,11 @@ def exchange(
     return jnp.concatenate(done), metrics
 
 
+def _share(tokens: int, cfg: ExchangeConfig, router: RouterConfig) -> int:
+    """Returns how many rows a device has at most where slots suffice."""
+    return math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
+
+
 def _capacity(
     transport: travel.Transport, tokens: int, cfg: ExchangeConfig, router: RouterConfig
 ) -> int:
@@ -150,8 +159,8 @@ def _capacity(
         return transport.capacity(cfg.capacity_factor, *of_router)
     expected = transport.capacity(1.0, *of_router)
     room = math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected))
-    share = math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
-    return min(room, share, transport.capacity(None, *of_router))
+    most = transport.capacity(None, *of_router)
+    return min(room, most, _share(tokens, cfg, router))
 
 
 def _plan(
@@ -207,7 +216,7 @@ def _exchange_chunk(
 
     def add(nth, y_ND):
         path, arrived = _bring(layout, nth, *tokens, chunk)
-        y_RD = _compute(layout, arrived, *held, chunk.station_NK.size)
+        y_RD = _compute(layout, arrived, *held)
         return y_ND + path.carry_back(y_RD).astype(jnp.float32)
 
     later_ND = lax.fori_loop(1, parts, add, jnp.zeros(x_ND.shape, jnp.float32))
@@ -228,7 +237,7 @@ def _exchange_part(
     def compute(arrived: travel.Arrived, weights: Any) -> tuple[jax.Array, Any]:
         both: Any = [loans.lend(w, chunk.borrowed_PS, layout.form) for w in weights]
         own, lent = (tuple(pair[i] for pair in both) for i in range(2))
-        return _compute(layout, arrived, own, lent, chunk.station_NK.size), lent
+        return _compute(layout, arrived, own, lent), lent
 
     path, arrived = _bring(layout, nth, x_ND, gate_NK, chunk)
     if layout.remat:  # of products, nothing is computed again: only what they are given
@@ -250,11 +259,16 @@ def _bring(
 
 
 def _compute(
-    layout: _Layout, arrived: travel.Arrived, own: Any, lent: Any, expected: int
+    layout: _Layout, arrived: travel.Arrived, own: Any, lent: Any
 ) -> jax.Array:
-    at_home = Group(*arrived.choices_of(0, layout.own), own, expected, is_bound=True)
+    """Returns what a device computes: mostly at home, and a quarter of it at most not.
+
+    That is what there are arrays for; further rows are computed after these.
+    """
+    choices = arrived.choices_of(0, layout.own)
+    at_home = Group(*choices, own, rows=layout.share, is_bound=True)
     choices = arrived.choices_of(layout.own, layout.slots)
-    borrowed = Group(*choices, lent, rows=0, is_bound=True)
+    borrowed = Group(*choices, lent, rows=layout.share // 4, is_bound=True)
     return layout.experts(arrived.x_RD, [at_home, borrowed])
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.ops import fp8
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, ragged
 from jmoe.parallel.travel import AXIS
 
 
@@ -139,17 +139,17 @@ def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     home_PS = _home_PS(borrowed_PS, len(own))
     local_PS = _local_PS(borrowed_PS, len(own))
     peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
-    carried = []
+    came = ragged.buffer(borrowed_PS.shape[1], own)
     for slot, local_P in enumerate(local_PS.T):
         is_mine_P = local_P < len(own)
         sizes = (
             jnp.where(is_mine_P, local_P, 0),
             is_mine_P,
-            zero_P,
+            slot + zero_P,
             peer_P == home_PS[me, slot],
         )
-        carried.append(_send(own, jnp.zeros((1, *own.shape[1:]), own.dtype), sizes))
-    return jnp.concatenate(carried)
+        came = _send(own, came, sizes)
+    return came
 
 
 class _Incoming(NamedTuple):
@@ -187,7 +187,7 @@ def _give_back_ragged(
     def add_round(nth, d_own):
         place_PS = incoming.rank_PS - nth * slots
         is_now_PS = (place_PS >= 0) & (place_PS < slots)
-        came = jnp.zeros((slots, *d_lent.shape[1:]), d_lent.dtype)
+        came = ragged.buffer(slots, d_lent)
         for slot in range(slots):
             sizes = (
                 zero_P,

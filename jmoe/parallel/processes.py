@@ -32,6 +32,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from jmoe.parallel import channel, rendezvous
 from jmoe.parallel.listener import split_address
+from jmoe.parallel.process_group import Failure, ProcessGroup, RemoteError
 
 JOIN_TIMEOUT_S = 300.0
 GRACE_S = 10.0  # to end by oneself, after another process has failed
@@ -45,7 +46,7 @@ _SHUTDOWN_TIMEOUT_S = 10
 _VERSIONS = ("jmoe", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 _LISTED_DIFFERENCES = 8
 
-_ALONE = rendezvous.ProcessGroup()
+_ALONE = ProcessGroup()
 _group = contextvars.ContextVar("group", default=_ALONE)
 
 
@@ -109,6 +110,20 @@ def from_first(what: str, make: Callable[[], Any]) -> Any:
     It is a JSON value.
     """
     return exchange(what, make() if index() == 0 else None)[0]
+
+
+def sender(what: str) -> Callable[[Any], None]:
+    """Returns what sends JSON values from process 0 to all others, for `receive`.
+
+    Another thread may call it. It waits for nobody.
+    """
+    group = _group.get()
+    return lambda value: group.send(what, value)
+
+
+def receive(what: str) -> Any:
+    """Returns the next value that process 0 sends; raises as `exchange` does."""
+    return _group.get().receive(what)
 
 
 @contextlib.contextmanager
@@ -179,12 +194,12 @@ def join(
 
 
 @contextlib.contextmanager
-def membership(group: rendezvous.ProcessGroup) -> Iterator[None]:
+def membership(group: ProcessGroup) -> Iterator[None]:
     """Makes `group` that of this thread; tells it of an error that ends the block."""
     token = _group.set(group)
     try:
         yield
-    except rendezvous.RemoteError:
+    except RemoteError:
         raise
     except BaseException as error:
         plain = isinstance(error, ValueError | OSError)
@@ -195,7 +210,7 @@ def membership(group: rendezvous.ProcessGroup) -> Iterator[None]:
         group.close()
 
 
-def _end_in_time(group: rendezvous.ProcessGroup, failure: rendezvous.Failure) -> None:
+def _end_in_time(group: ProcessGroup, failure: Failure) -> None:
     if failure.is_missing:
         _end(failure.reason, MISSING)
 
@@ -317,7 +332,7 @@ def _coordinator(num_processes: int | None, process_id: int | None) -> str | Non
 
 
 def _start_jax(
-    place: Place, group: rendezvous.ProcessGroup, timeout_s: float
+    place: Place, group: ProcessGroup, timeout_s: float
 ) -> Callable[[], None]:
     """Makes all processes' devices one set; returns what ends it, in good order."""
     import jax

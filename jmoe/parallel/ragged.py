@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jmoe.balance import dropping
 
@@ -35,6 +36,15 @@ class RoundTrip(NamedTuple):
 
     there: Sizes
     back: Sizes
+
+
+def buffer(size: int, rows_NX: jax.Array) -> jax.Array:
+    """Returns so many rows of zeros, for such rows to arrive in; made after these are.
+
+    XLA makes constant zeros at the start of a step, and all of them stay until then.
+    """
+    zero = lax.optimization_barrier((jnp.zeros((), rows_NX.dtype), rows_NX))[0]
+    return jnp.broadcast_to(zero, (size, *rows_NX.shape[1:]))
 
 
 def shared(count_PP: jax.Array, rows: int) -> jax.Array:

@@ -216,7 +216,7 @@ def _ragged_path(
 
     def send(rows_X, sizes, arriving):
         """Returns what arrives, followed by zeros."""
-        arrived = jnp.zeros((arriving, *rows_X.shape[1:]), rows_X.dtype)
+        arrived = ragged.buffer(arriving, rows_X)
         return all_to_all(rows_X, arrived, *sizes, axis_name=AXIS)
 
     def there(x_NX, route):

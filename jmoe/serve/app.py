@@ -1,28 +1,24 @@
-"""vLLM's own OpenAI server, as a Ray Serve application.
+"""An engine's OpenAI server as a Ray Serve application, whichever engine it is.
 
-Each replica is an engine with vLLM's HTTP application. Ray's proxies pass requests on
+Each replica holds an engine with its HTTP application. Ray's proxies pass requests on
 to it, from behind our `front`. Ours too are two things that only all replicas can do
 together: `/metrics` shows every replica, and SIGTERM drains: new requests get a 503,
 those in flight are finished, then the program ends.
 """
 # pyright: reportMissingImports=false
 
-import asyncio
 import contextlib
 import logging
 import os
 import signal
-import socket
 import time
-import types
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
-from jmoe.serve import proxy, replicas
-from jmoe.serve.answers import Refused, answer
+from jmoe.serve import lifecycle, proxy, replicas
+from jmoe.serve.deployed import Deployed, RunningEngine
 from jmoe.serve.front import Access
-from jmoe.serve.vllm_engine import VLLMEngine
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
@@ -30,69 +26,24 @@ import ray  # noqa: E402
 from ray import serve  # noqa: E402
 
 APP = "jmoe"
-DRAINING = Refused(503, "The server is shutting down.", headers=(("retry-after", "5"),))
-
-
-class Gate:
-    """An ASGI app that knows its requests in flight, and can be closed to new ones."""
-
-    def __init__(self, app: Any):
-        self._app = app
-        self._in_flight: set[asyncio.Task] = set()
-        self._closed = False
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] != "http":
-            return await self._app(scope, receive, send)
-        if self._closed:
-            return await answer(DRAINING, send)
-        task = asyncio.current_task()
-        assert task is not None
-        self._in_flight.add(task)
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            self._in_flight.discard(task)
-
-    async def close(self, seconds: float) -> int:
-        """Waits for the requests in flight; how many were cut off after `seconds`."""
-        self._closed = True
-        late: set[asyncio.Task] = set()
-        if self._in_flight:
-            _, late = await asyncio.wait(self._in_flight, timeout=seconds)
-        for task in late:
-            task.cancel()
-        return len(late)
 
 
 class Replica:
-    """One engine, and vLLM's HTTP application for it."""
+    """One engine, and the HTTP application for it."""
 
-    async def __init__(self, arguments: dict[str, Any]):
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-        from vllm.v1.engine.async_llm import AsyncLLM
-
-        parser = make_arg_parser(FlexibleArgumentParser())
-        parser.set_defaults(**arguments)
-        self._args = parser.parse_args([])
-        engine_args = AsyncEngineArgs.from_cli_args(self._args)
-        self._engine = AsyncLLM.from_engine_args(engine_args)
+    async def __init__(
+        self, start: Callable[..., Awaitable[RunningEngine]], arguments: tuple[Any, ...]
+    ):
+        """Starts the engine; see `Deployed`."""
+        self._engine = await start(*arguments)
 
     async def __serve_build_asgi_app__(self) -> Any:
         """Builds the application; Ray Serve calls it once the engine is there."""
         from starlette.routing import Route
-        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
-        from vllm.entrypoints.launchers.app import build_app
 
-        tasks = await self._engine.get_supported_tasks()
-        app = build_app(self._args, tasks, self._engine.model_config)
-        await init_app_state(self._engine, app.state, self._args, tasks)
-        # What vLLM tells to exit when an engine dies; here check_health is asked.
-        app.state.server = types.SimpleNamespace()
+        app = self._engine.app
         app.router.routes.insert(0, Route("/metrics", self._metrics_of_all))
-        self._gate = Gate(app)
+        self._gate = lifecycle.Gate(app)
         return self._gate
 
     async def check_health(self) -> None:
@@ -101,11 +52,8 @@ class Replica:
 
     async def metrics(self) -> tuple[str, str]:
         """Returns this replica's name and Prometheus page."""
-        import prometheus_client
-        from vllm.v1.metrics.prometheus import get_prometheus_registry
-
-        page = prometheus_client.generate_latest(get_prometheus_registry())
-        return serve.get_replica_context().replica_id.unique_id, page.decode()
+        name = serve.get_replica_context().replica_id.unique_id
+        return name, self._engine.page().decode()
 
     async def drain(self, seconds: float) -> int:
         return await self._gate.close(seconds)
@@ -120,41 +68,42 @@ class Replica:
 
     def __del__(self):
         if hasattr(self, "_engine"):
-            self._engine.shutdown()
+            self._engine.close()
 
 
-def serve_until_stopped(
-    cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access
-) -> None:
+def serve_until_stopped(cfg: ServeConfig, deployed: Deployed, access: Access) -> None:
     """Starts Ray unless it runs already, serves, and drains at SIGTERM or Ctrl-C.
 
     Raises:
       ValueError: the port is taken, Ray serves already, or it has too few devices.
       RuntimeError: the engine didn't start.
     """
-    _refuse_taken_port(cfg)
+    lifecycle.bind(cfg).close()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level="error")
     try:
-        _refuse_unfit_cluster(cfg, device)
-        _serve(cfg, engine, device, access)
+        _refuse_unfit_cluster(cfg, deployed)
+        _serve(cfg, deployed, access)
     finally:
         ray.shutdown()
 
 
-def _serve(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) -> None:
+def _serve(cfg: ServeConfig, deployed: Deployed, access: Access) -> None:
     try:
-        with _stop_signals():
-            _start(cfg, engine, device, access)
+        with lifecycle.stop_signals():
+            _start(cfg, deployed, access)
             signal.pause()
-    except _Stopped:
+    except lifecycle.Stopped:
         pass
     finally:
-        with contextlib.suppress(_Stopped), _stop_signals():  # a second doesn't wait
+        with (
+            contextlib.suppress(lifecycle.Stopped),
+            lifecycle.stop_signals(),
+        ):  # a second doesn't wait
             _stop(cfg)
 
 
-def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) -> None:
+def _start(cfg: ServeConfig, deployed: Deployed, access: Access) -> None:
     began = time.monotonic()
     serve.start(
         http_options=proxy.http_options(cfg),
@@ -162,16 +111,17 @@ def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) ->
         controller_options={"runtime_env": {"env_vars": proxy.environment(access)}},
     )
     proxy.refuse_unguarded(cfg)
-    options = replicas.deployment_options(cfg, engine, device)
+    options = replicas.deployment_options(cfg, deployed)
     deployment = serve.deployment(serve.ingress()(Replica), **options)
     try:
-        serve.run(deployment.bind(engine.arguments), name=APP, route_prefix="/")
+        bound = deployment.bind(deployed.start, deployed.arguments)
+        serve.run(bound, name=APP, route_prefix="/")
     except RuntimeError as error:
-        deployed = serve.status().applications[APP].deployments[Replica.__name__]
-        reason = deployed.message.strip().splitlines()[-1]
+        status = serve.status().applications[APP].deployments[Replica.__name__]
+        reason = status.message.strip().splitlines()[-1]
         raise RuntimeError(f"No replica started: {reason}") from error
     print(
-        f"Serving {cfg.name} at {proxy.url(cfg)} "
+        f"Serving {cfg.name} at {lifecycle.url(cfg)} "
         f"({time.monotonic() - began:.0f} s to start).",
         flush=True,
     )
@@ -180,7 +130,7 @@ def _start(cfg: ServeConfig, engine: VLLMEngine, device: str, access: Access) ->
 def _stop(cfg: ServeConfig) -> None:
     application = serve.status().applications.get(APP)
     if application is not None and application.status == "RUNNING":
-        print("Draining: no new requests; those in flight are finished.", flush=True)
+        print(lifecycle.DRAINS, flush=True)
         handle = serve.get_app_handle(APP)
         cut_off = sum(handle.broadcast("drain", cfg.drain_seconds).results())
         if cut_off:
@@ -189,48 +139,25 @@ def _stop(cfg: ServeConfig) -> None:
     print("Stopped.", flush=True)
 
 
-def _refuse_taken_port(cfg: ServeConfig) -> None:
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((cfg.host, cfg.port))
-        except OSError as error:
-            raise ValueError(
-                f"host={cfg.host!r}, port={cfg.port}: {error.strerror}."
-            ) from error
-
-
-def _refuse_unfit_cluster(cfg: ServeConfig, device: str) -> None:
+def _refuse_unfit_cluster(cfg: ServeConfig, deployed: Deployed) -> None:
     running = list(serve.status().applications)
     if running:
         raise ValueError(
             f"This Ray serves {', '.join(running)} already. RAY_ADDRESS=local starts "
             "another."
         )
-    kind, count = replicas.needed(cfg, device)
+    kind, size = deployed.kind, cfg.engine.num_devices
+    count = cfg.min_replicas * size
     found = ray.cluster_resources().get(kind, 0)
     if found < count:
         raise ValueError(
-            f"min_replicas={cfg.min_replicas} of {cfg.engine.num_devices} {kind}s each "
-            f"need {count}; Ray has {found:g}."
+            f"min_replicas={cfg.min_replicas} of {size} {kind}s each need {count}; Ray "
+            f"has {found:g}."
         )
-
-
-class _Stopped(BaseException):
-    """A signal that ends the program was received."""
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Raises _Stopped at SIGTERM and SIGINT, as Ctrl-C does."""
-
-    def stop(number, frame):
-        raise _Stopped
-
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    largest = max(node.get(kind, 0) for node in alive)
+    if deployed.resources is not replicas.bundles and largest < size:
+        raise ValueError(
+            f"A replica is one process, and needs its {size} {kind}s on one machine; "
+            f"the largest that Ray has here has {largest:g}."
+        )

@@ -25,6 +25,9 @@ ROUTES = {
     "/v1/completions": "POST",
     "/v1/chat/completions": "POST",
 }
+PAGE = "/monitor"  # the live page of jmoe's own engine
+PAGES = {PAGE: "GET", f"{PAGE}/": "GET", f"{PAGE}/events": "GET"}
+ROUTES |= PAGES
 PASSED_ON = (b"host", b"accept", b"content-type", b"user-agent")
 LINGER_SECONDS = 2.0  # that a client goes on sending what isn't read
 CLOSE = ("connection", "close")
@@ -88,7 +91,7 @@ class Front:
         """Refuses by the first line and the headers, before any of the body is read."""
         path, method = scope["path"], scope["method"]
         self._check_headers(scope)
-        if path not in self._access.open_routes:
+        if (PAGE if path in PAGES else path) not in self._access.open_routes:
             self._check_key(scope)
         if path not in ROUTES:
             raise Refused(404, f"There is only {', '.join(ROUTES)}.")

@@ -58,12 +58,6 @@ def http_options(cfg: ServeConfig) -> dict[str, Any]:
     return options
 
 
-def url(cfg: ServeConfig) -> str:
-    scheme = "http" if cfg.tls_certificate is None else "https"
-    host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
-    return f"{scheme}://{host}:{cfg.port}"
-
-
 def refuse_unguarded(cfg: ServeConfig) -> None:
     """Asks a proxy for what only our front and our protocol refuse.
 

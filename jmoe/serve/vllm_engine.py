@@ -200,6 +200,9 @@ def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
 
 
 def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:
+    for field in ("weights", "queue", "deadline_seconds"):
+        if (value := getattr(cfg, field)) is not None:
+            raise ValueError(f"{field}={value!r} is for --engine=jax.")
     heads, tensor = model.attention.num_heads, cfg.tensor_parallel
     if heads % tensor:
         raise ValueError(

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jmoe.config import MeshConfig, MoEConfig
 from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer, abstract_boxes
-from jmoe.nn.parameter import records
+from jmoe.nn.parameter import Parameter, records
 from jmoe.parallel import balanced, zero
 from jmoe.parallel.mesh import BATCH_AXES, make_mesh
 
@@ -101,19 +101,45 @@ def shardings(layout: Layout, tree: Any) -> Any:
     parameter does. Others are whole on every device, such as the factors that some
     optimizers keep of a moment.
     """
-    leaves = map(jax.tree.leaves_with_path, (layout.stored, layout.shapes))
-    of_path = {
-        _names(path): (x.shape, spec)
-        for (path, spec), (_, x) in zip(*leaves, strict=True)
-    }
+    parameter_of = parameters_by_path(layout)
 
     def choose(path: Any, x: Any) -> NamedSharding:
-        names = _names(path)
-        ends = (of_path.get(names[start:]) for start in range(len(names)))
-        shape, spec = next(filter(None, ends), (None, WHOLE))
-        return NamedSharding(layout.mesh, spec if x.shape == shape else WHOLE)
+        found = parameter_of(path)
+        if found is None or found.shape != x.shape:
+            return NamedSharding(layout.mesh, WHOLE)
+        return NamedSharding(layout.mesh, found.spec)
 
     return jax.tree.map_with_path(choose, tree)
+
+
+class ParameterAtRest(NamedTuple):
+    """What there is to know of a parameter at rest; path: its keys."""
+
+    path: tuple[str, ...]
+    record: Parameter
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+
+
+def parameters_by_path(layout: Layout) -> Callable[[Any], ParameterAtRest | None]:
+    """Returns a function from an array's path in a state to the parameter it is for.
+
+    That is the one whose path it ends in; None: none's.
+    """
+    leaves = map(
+        jax.tree.leaves_with_path, (layout.records, layout.shapes, layout.stored)
+    )
+    of_path = {
+        _names(path): ParameterAtRest(_names(path), record, x.shape, spec)
+        for (path, record), (_, x), (_, spec) in zip(*leaves, strict=True)
+    }
+
+    def find(path: Any) -> ParameterAtRest | None:
+        names = _names(path)
+        ends = (of_path.get(names[start:]) for start in range(len(names)))
+        return next(filter(None, ends), None)
+
+    return find
 
 
 def abstract(layout: Layout, make: Callable[[], Any]) -> Any:

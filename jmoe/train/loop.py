@@ -25,13 +25,14 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.config import RunConfig, to_dict
 from jmoe.data import durable
 from jmoe.data.tokenizer import Tokenizer
-from jmoe.monitor import report, run_files, starts
+from jmoe.monitor import report, run_files, server, starts
 from jmoe.monitor.console import Console
 from jmoe.monitor.metrics_log import MetricsLog
+from jmoe.monitor.training import TrainingMeter
 from jmoe.nn.model import Transformer
 from jmoe.ops import fp8
 from jmoe.parallel import balanced, processes
-from jmoe.train import guard, horizon, resume, saving, stages, stretch
+from jmoe.train import guard, homes, horizon, resume, saving, stages, stretch
 from jmoe.train import layout as layouts
 from jmoe.train.inputs import open_inputs
 from jmoe.train.optimizer import make_optimizer
@@ -72,9 +73,11 @@ def train(
     locked = workdir / lock.FILE, f"workdir={str(workdir)!r}"
     if shows:
         lock.require_free(*locked)
+        server.check(run.monitor)
     model = Transformer(run.model, fp8.dot_general(run.precision))
     layout = layouts.make_layout(model, layouts.run_mesh(run.mesh))
     layouts.check_exchange(run.model.moe, layout.mesh)
+    homes.check(run)
     if run.mesh.pipe > 1:
         stages.check(run)
     resumes = workdirs.check_run(workdir, run)
@@ -92,6 +95,7 @@ def train(
             stack.enter_context(lock.hold(*locked))
         store = stack.enter_context(saving.open_store(workdir / CHECKPOINTS, cfg))
         make = functools.partial(make_state, model, optimizer, cfg.seed)
+        at_home = homes.Homes(run, layout, make)
         begin = functools.partial(resume.begin, make, layout, store, inputs.loader)
         begun = begin()
         parameters = count_parameters(begun.state.params, run.model)
@@ -110,10 +114,14 @@ def train(
             )
             notes.append(starts.since(start, changed))
         workdirs.check_shared(workdir / run_files.INFO)
-        console = _Silent()
+        console, page = _Silent(), ""
+        holders = 1 if cfg.reassign_every else run.mesh.expert
+        meter = TrainingMeter(run.name, cfg.steps, holders, device=_devices(run))
         if shows:
-            console = stack.enter_context(Console(cfg.steps, start_step=begun.step))
-        _show_header(console, run, workdir, parameters, begun.step)
+            shown = Console(cfg.steps, start_step=begun.step, followers=[meter.note])
+            console = stack.enter_context(shown)
+            page = stack.enter_context(server.opened(run.monitor, meter))
+        _show_header(console, run, workdir, parameters, begun.step, page)
         for note in filter(None, notes):
             console.note(note)
         signals = stack.enter_context(StopSignals(console.note))
@@ -125,13 +133,16 @@ def train(
             inputs=inputs,
             saver=saving.Saver(cfg, store, inputs.loader),
             back=back,
+            homes=at_home,
             console=console,
             asked=lambda: signals.first,
         )
         stack.enter_context(jax.transfer_guard("disallow"))
         while True:
             watch = guard.Guard(cfg, begun.guard, console.note)
-            log = MetricsLog(workdir, start_step=begun.step) if shows else _Silent()
+            log = _Silent()
+            if shows:
+                log = MetricsLog(workdir, start_step=begun.step, followers=[meter.log])
             with log:
                 end = steps.train(begun.state, begun.step, watch, log)
             store.wait()
@@ -148,10 +159,12 @@ def train(
             )
         if end.signal:
             name = signal.Signals(end.signal).name
+            meter.finish(f"stopped by {name}")
             console.note(
                 f"{name}: saved step {end.step}; the same command goes on from it."
             )
             return end.signal
+        meter.finish("complete")
         if shows:
             report.write_report(workdir)  # whatever becomes of the samples
         if sample is not None:
@@ -204,6 +217,7 @@ def _show_header(
     workdir: pathlib.Path,
     parameters: tuple[int, int],
     step: int,
+    page: str = "",
 ) -> None:
     console.header(
         name=run.name,
@@ -213,6 +227,7 @@ def _show_header(
         device=_devices(run),
         run_dir=workdir,
         lending=_lending(run),
+        page=page,
     )
     exchange, router = run.model.moe.exchange, run.model.moe.router
     factor, peers = exchange.capacity_factor, run.mesh.expert
@@ -220,6 +235,11 @@ def _show_header(
         console.note(
             "model.moe.exchange.backend='balanced' has nothing to lend: with expert=1 "
             "one device computes all experts."
+        )
+    if run.train.reassign_every and peers == 1:
+        console.note(
+            f"train.reassign_every={run.train.reassign_every} has nothing to "
+            "re-assign: with expert=1 one device is the home of all experts."
         )
     if factor is not None and dropping.is_dropless(factor, router, peers):
         console.note(

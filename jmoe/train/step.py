@@ -31,7 +31,7 @@ from jmoe.config import RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.data.packing import Batch
 from jmoe.nn.measured import to_log
-from jmoe.nn.model import Transformer, read_biases, write_biases
+from jmoe.nn.model import Transformer, read_biases, with_biases
 from jmoe.parallel import collectives, reductions
 from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.train import accumulated, pipelined, schedules
@@ -118,7 +118,7 @@ def make_train_step(
         new_state = TrainState(
             step=state.step + 1,
             params=params,
-            router_state=write_biases(bias_LE, cfg),
+            router_state=with_biases(state.router_state, bias_LE, cfg),
             opt_state=opt_state,
         )
         metrics = {

@@ -27,6 +27,7 @@ from jmoe.train import layout as layouts
 from jmoe.train import schedules
 from jmoe.train.ahead import Ahead
 from jmoe.train.guard import Guard
+from jmoe.train.homes import Homes
 from jmoe.train.inputs import Inputs, next_batch
 from jmoe.train.roll_backs import RollBacks
 from jmoe.train.saving import Saver
@@ -81,6 +82,7 @@ class Stretch:
     inputs: Inputs
     saver: Saver
     back: RollBacks
+    homes: Homes
     console: Any
     asked: Callable[[], int]
 
@@ -98,6 +100,7 @@ class Stretch:
         meter = Meter(step, self._tokens(step))
         ahead = Ahead()
         loss, stop = math.nan, 0
+        state = self.homes.begin(state)
         while step < cfg.steps and not stop and watch.goes_on:
             self.back.leave_out(step, loader)
             batch = next_batch(loader, schedules.microbatches(cfg, step))
@@ -108,6 +111,7 @@ class Stretch:
             step, loss = step + 1, math.nan
             ahead.add(measured)
             watch.add(step, measured, int(loader.get_state()["sequences"]))
+            self.homes.add(measured)
             meter.add(batch.tokens_BT[..., 1:].size * self.inputs.num_parts)
             if _is_due(cfg.log_every, step, cfg.steps):
                 watch.catch_up()
@@ -120,10 +124,16 @@ class Stretch:
             if self.saver.is_due(step):
                 with meter.paused(state.step):
                     log.sync()
+                    state, home_LE = self.homes.in_order(state)
                     self.saver.save(step, state, watch, loss)
+                    state = self.homes.back(state, home_LE)
+            if self.homes.is_due(step) and step < cfg.steps:
+                state, moved = self.homes.reassign(state)
+                log.log(step, moved)
             asks = step % cfg.signal_every == 0
             stop = processes.any_signal(self.asked(), ask=asks)
         log.sync()
+        state, _ = self.homes.in_order(state)
         self.saver.save(step, state, watch, loss)
         return End(state, step, stop)
 

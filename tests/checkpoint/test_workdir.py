@@ -9,7 +9,7 @@ from jmoe.checkpoint import workdir
 from jmoe.checkpoint.workdir import open_run, read_run
 from jmoe.config import override
 from jmoe.config.presets import small_run
-from jmoe.parallel import rendezvous
+from jmoe.parallel import process_group
 from tests.plain_run import plain_run
 from tests.several_processes import together
 
@@ -184,7 +184,7 @@ def test_a_workdir_that_is_not_one_for_all_processes_is_refused_on_all(tmp_path)
 
     errors = together(check, *own)
     complaint = "must be one directory for all processes"
-    assert [type(error) for error in errors] == [rendezvous.RemoteError, ValueError]
+    assert [type(error) for error in errors] == [process_group.RemoteError, ValueError]
     assert all(complaint in str(error) for error in errors)
     assert together(check, own[0], own[0]) == [None, None]
 

@@ -221,12 +221,12 @@ def test_the_last_of_several_assignments_counts():
         (
             "=3",
             "Unknown field ''; known: name, model, data, train, optimizer, "
-            "schedule, mesh, pipeline, precision, initial_weights.",
+            "schedule, mesh, pipeline, precision, initial_weights, monitor.",
         ),
         (
             "trian.steps=3",
             "Unknown field 'trian'; known: name, model, data, train, optimizer, "
-            "schedule, mesh, pipeline, precision, initial_weights. "
+            "schedule, mesh, pipeline, precision, initial_weights, monitor. "
             "Did you mean 'train'?",
         ),
         ("train.steps.x=3", "train.steps is a plain value; it has no field 'x'."),

@@ -17,7 +17,8 @@ from jmoe.config.serve import ServeConfig
         (["drain_seconds=-1"], "drain_seconds=-1.0 must be at least 0.0."),
         (
             ["open_routes=['/v1/models']"],
-            "open_routes has '/v1/models', which is not one of '/health', '/metrics'.",
+            "open_routes has '/v1/models', which is not one of '/health', '/metrics', "
+            "'/monitor'.",
         ),
         (
             ["tls_key=key.pem"],

@@ -2,7 +2,7 @@
 
 And a decoder's cache as bad as it may be: NaN wherever no sequence has a token.
 
-Shapes: T position, V vocabulary, P page, K position in a page.
+Shapes: T position, V vocabulary, P page, K position in a page, L MoE layer, E expert.
 """
 
 import functools
@@ -25,15 +25,25 @@ Request = tuple[Sequence[int], Sampling]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(cfg, variables, tokens_BT):
-    return Transformer(cfg).apply(variables, tokens_BT).logits[0]
+def _applied(cfg, variables, tokens_BT, is_real_BT):
+    output = Transformer(cfg).apply(variables, tokens_BT, None, is_real_BT)
+    return output.logits[0], output.measured.load.load_E[: cfg.num_moe_layers]
+
+
+def _padded(tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    padded_BT = np.zeros((1, LENGTH), np.int32)
+    padded_BT[0, : len(tokens)] = tokens
+    return padded_BT, np.arange(LENGTH)[None] < len(tokens)
 
 
 def logits(cfg: ModelConfig, variables: Any, tokens: Sequence[int]) -> np.ndarray:
     """The training model's at each position, [T, V]; those behind the end mean none."""
-    padded_BT = np.zeros((1, LENGTH), np.int32)
-    padded_BT[0, : len(tokens)] = tokens
-    return np.asarray(_logits(cfg, variables, padded_BT))
+    return np.asarray(_applied(cfg, variables, *_padded(tokens))[0])
+
+
+def load(cfg: ModelConfig, variables: Any, tokens: Sequence[int]) -> np.ndarray:
+    """How many tokens choose each expert of the training model's layers, [L, E]."""
+    return np.asarray(_applied(cfg, variables, *_padded(tokens))[1])
 
 
 @jax.jit

@@ -7,17 +7,20 @@ import re
 import runpy
 
 import jax
+import numpy as np
 import pytest
 
 from jmoe.config import GQAConfig, override
 from jmoe.decode.engine import Engine
-from jmoe.decode.generate import generate
+from jmoe.decode.generate import fitting_limits, generate
 from jmoe.decode.limits import Limits
 from jmoe.decode.live import make_nobody
 from jmoe.decode.on_mesh import OnMesh, make_programs
+from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Sampling
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import quantize_weights
+from jmoe.parallel.mesh import make_mesh
 from jmoe.train import layout as layouts
 from tests.decode.conftest import EXPERIMENT, random_variables
 
@@ -38,16 +41,32 @@ def placed(mesh, settings, variables, model=None):
     run = runpy.run_path(str(EXPERIMENT))["get_config"]()
     run = dataclasses.replace(run, model=model or run.model)
     run = override(run, [*sizes, *axes, *settings])
-    layout = layouts.make_layout(Transformer(run.model), layouts.run_mesh(run.mesh))
+    devices = jax.devices()[: run.mesh.num_devices]
+    layout = layouts.make_layout(Transformer(run.model), make_mesh(run.mesh, devices))
     return run, layout, jax.device_put(variables, layouts.shardings(layout, variables))
 
 
+def counted(cfg, variables, limits, programs=OneDevice) -> np.ndarray:
+    """How often each expert is chosen while the prompts are completed."""
+    told = []
+    watched = {"programs": programs, "observe": told.append}
+    engine = Engine(cfg, variables, limits, **watched)
+    sampling = Sampling(max_new_tokens=NEW)
+    list(engine.complete((prompt, sampling) for prompt in PROMPTS))
+    return sum(stats.count_LE for stats in told)
+
+
 @pytest.mark.parametrize(("mesh", "settings"), MESHES.items(), ids=MESHES)
-def test_a_mesh_finds_the_tokens_of_one_device(cfg, variables, mesh, settings):
+def test_a_mesh_finds_the_tokens_and_counts_of_one_device(
+    cfg, variables, mesh, settings
+):
     run, layout, divided = placed(mesh, settings, variables)
     programs = make_programs(run, layout.mesh)
     got = generate(cfg, divided, PROMPTS, max_new_tokens=NEW, programs=programs)
     assert got == generate(cfg, variables, PROMPTS, max_new_tokens=NEW)
+    limits = fitting_limits(cfg, len(PROMPTS), max(map(len, PROMPTS)), NEW)
+    want_LE = counted(cfg, variables, limits)
+    np.testing.assert_array_equal(counted(cfg, divided, limits, programs), want_LE)
 
 
 SMALL = Limits(
@@ -93,13 +112,16 @@ def completed(engine: Engine, requests: list) -> list:
     return [(found[i].tokens, found[i].finish_reason) for i in range(len(requests))]
 
 
-def test_a_pipeline_of_tensor_groups_finds_the_tokens_of_one_device(cfg):
-    model = override(cfg, WIDE)
+def test_a_pipeline_of_tensor_groups_finds_the_tokens_and_counts_of_one_device(cfg):
+    model = override(cfg, WIDE)  # with experts on both ranks
     variables = random_variables(model)
     run, layout, divided = placed("pipe=2,tensor=8", [], variables, model)
     limits = dataclasses.replace(SMALL, rows=(4,))
     requests = mixed(9)
-    engine = Engine(model, divided, limits, programs=make_programs(run, layout.mesh))
+    programs = make_programs(run, layout.mesh)
+    want_LE = counted(model, variables, limits)
+    np.testing.assert_array_equal(counted(model, divided, limits, programs), want_LE)
+    engine = Engine(model, divided, limits, programs=programs)
     assert engine.programs.turns == 2 and engine.programs.parts == 1
     got = completed(engine, requests)
     assert got == completed(Engine(model, variables, limits), requests)

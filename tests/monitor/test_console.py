@@ -27,7 +27,7 @@ def _plain(file: io.StringIO, width: int = 80) -> rich.console.Console:
     return rich.console.Console(file=file, width=width, highlight=False)
 
 
-def _show_header(console: Console, *, name: str, lending: str = "") -> None:
+def _show_header(console: Console, *, name: str, **more: str) -> None:
     console.header(
         name=name,
         parameters=1_934_848,
@@ -35,7 +35,7 @@ def _show_header(console: Console, *, name: str, lending: str = "") -> None:
         tokens_per_step=4096,
         device="cpu",
         run_dir="runs/tiny",
-        lending=lending,
+        **more,
     )
 
 
@@ -107,6 +107,20 @@ def test_the_header_and_the_final_table_say_what_was_trained_and_how_it_went():
         "report runs/tiny/report.html",
     ):
         assert expected in shown
+
+
+def test_the_header_says_where_the_live_page_is():
+    file = io.StringIO()
+    with Console(10, out=_plain(file)) as console:
+        _show_header(console, name="tiny", page="http://127.0.0.1:8265/")
+    assert "live page         http://127.0.0.1:8265/" in file.getvalue()
+
+
+def test_notes_are_passed_on_as_they_are():
+    noted = []
+    with Console(10, out=_plain(io.StringIO()), followers=[noted.append]) as console:
+        console.note("Saved [step] 10.")
+    assert noted == ["Saved [step] 10."]
 
 
 @pytest.mark.parametrize("lending", ["", "up to 4 experts"])

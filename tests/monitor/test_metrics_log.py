@@ -52,6 +52,24 @@ def test_a_row_reads_back_as_it_was_logged(tmp_path):
     assert row["time"] > 1.7e9
 
 
+def test_followers_are_called_with_every_row_as_it_was_logged(tmp_path):
+    followed = []
+
+    def follow(step, metrics, *, load_LE, bias_LE):
+        followed.append((step, metrics, load_LE, bias_LE))
+
+    load_LE, bias_LE = np.ones((1, 4)), np.zeros((1, 4))
+    with MetricsLog(tmp_path, start_step=0, followers=[follow]) as log:
+        log.log(1, {"loss": 2.5}, load_LE=load_LE, bias_LE=bias_LE)
+        log.log(1, {"val_loss": 2.75})
+    assert followed[0][2] is load_LE and followed[0][3] is bias_LE
+    assert [row[:2] for row in followed] == [
+        (1, {"loss": 2.5}),
+        (1, {"val_loss": 2.75}),
+    ]
+    assert followed[1][2:] == (None, None)
+
+
 def test_numbers_that_are_not_finite_survive_in_valid_json(tmp_path):
     values = [np.nan, np.inf, -np.inf, 1.5]
     with MetricsLog(tmp_path, start_step=0) as log:

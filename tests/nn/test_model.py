@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from jmoe.config import model as config
-from jmoe.nn.model import Transformer, bias_paths, read_biases, write_biases
+from jmoe.nn.model import Transformer, bias_paths, read_biases, with_biases
 from jmoe.nn.tail import REMAT_POLICIES
 from jmoe.ops import fp8
 
@@ -108,7 +108,8 @@ def test_stats_and_biases_come_in_the_order_of_the_layers(build, loop):
     favours_LE = np.zeros((3, 8))
     for layer in range(3):
         favours_LE[layer, 2 * layer : 2 * layer + 3] = 1
-    state = write_biases(jnp.asarray(9 * favours_LE, jnp.float32), cfg)
+    bias_LE = jnp.asarray(9 * favours_LE, jnp.float32)
+    state = with_biases(variables["router_state"], bias_LE, cfg)
     variables = variables | {"router_state": state}
     (_, output), _ = compiled(variables, TOKENS_BT, SEGMENT_BT)
     # The MTP module's positions, but for those that no token of their document follows.
@@ -123,7 +124,7 @@ def test_stats_and_biases_come_in_the_order_of_the_layers(build, loop):
 
 @pytest.mark.parametrize("loop", config.LAYER_LOOPS)
 @pytest.mark.parametrize("num_dense", [0, 1, 2])
-def test_write_biases_is_the_inverse_of_read_biases(
+def test_with_biases_is_the_inverse_of_read_biases(
     small_config, random_variables, loop, num_dense
 ):
     cfg = small_config(
@@ -135,9 +136,9 @@ def test_write_biases_is_the_inverse_of_read_biases(
     if loop == "unroll":
         names = tuple(path[0] for path in bias_paths(cfg))
         assert names == cfg.moe_layer_names
-    chex.assert_trees_all_equal(write_biases(bias_LE, cfg), state)
+    chex.assert_trees_all_equal(with_biases({}, bias_LE, cfg), state)
     np.testing.assert_array_equal(
-        read_biases(write_biases(-bias_LE, cfg), cfg), -bias_LE
+        read_biases(with_biases(state, -bias_LE, cfg), cfg), -bias_LE
     )
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jmoe.parallel import channel, listener, rendezvous
+from jmoe.parallel import channel, listener, process_group, rendezvous
 from tests.several_processes import SECRET, free_address, in_parallel
 
 
@@ -96,13 +96,13 @@ def test_many_that_drip_keep_nobody_waiting(address, monkeypatch):
             while not ends.wait(0.1):
                 stranger.sendall(b"x" * (number % 2))  # every other one says nothing
 
-    def come(index: int) -> rendezvous.ProcessGroup:
+    def come(index: int) -> process_group.ProcessGroup:
         time.sleep(0.5 * index)  # process 0 listens, then strangers come first
         return rendezvous.join(address, 2, index, 20.0, SECRET)
 
     monkeypatch.setattr(rendezvous, "_RETRY_S", 0.01)
     zero = threading.Thread(target=lambda: groups.append(come(0)), daemon=True)
-    groups: list[rendezvous.ProcessGroup] = []
+    groups: list[process_group.ProcessGroup] = []
     zero.start()
     time.sleep(0.2)
     strangers = [

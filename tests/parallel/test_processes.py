@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jmoe.parallel import processes, rendezvous
+from jmoe.parallel import process_group, processes
 from tests.several_processes import together
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
@@ -122,8 +122,8 @@ def test_between_asks_nothing_travels_and_no_process_stops(monkeypatch):
         exchanged.append(value)
         return exchange(group, what, value)
 
-    exchange = rendezvous.ProcessGroup.exchange
-    monkeypatch.setattr(rendezvous.ProcessGroup, "exchange", count)
+    exchange = process_group.ProcessGroup.exchange
+    monkeypatch.setattr(process_group.ProcessGroup, "exchange", count)
 
     def run(mine: int) -> int:
         """The step after which a process stops that got a signal in the third."""

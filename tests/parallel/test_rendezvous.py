@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from jmoe.parallel import listener, rendezvous
+from jmoe.parallel import listener, process_group, rendezvous
 from tests.several_processes import SECRET, free_address, in_parallel
 
 HERE = f"{socket.gethostname()}, pid {os.getpid()}"
@@ -16,11 +16,11 @@ HERE = f"{socket.gethostname()}, pid {os.getpid()}"
 
 def meet(
     address: str, count: int, index: int, timeout_s: float
-) -> rendezvous.ProcessGroup:
+) -> process_group.ProcessGroup:
     return rendezvous.join(address, count, index, timeout_s, SECRET)
 
 
-def die(group: rendezvous.ProcessGroup) -> None:
+def die(group: process_group.ProcessGroup) -> None:
     """Ends it as the system does a process that is killed: its connections close."""
     group._leaves = True  # it can't say anything more
     for channel in group._channels:
@@ -44,12 +44,12 @@ def groups(address):
 def test_all_that_meet_get_everybodys_values_in_order(groups):
     for turn in ("first", "second"):
         values = [(group, turn, {"index": group.index}) for group in reversed(groups)]
-        got = in_parallel(rendezvous.ProcessGroup.exchange, *values)
+        got = in_parallel(process_group.ProcessGroup.exchange, *values)
         assert got == [[{"index": 0}, {"index": 1}, {"index": 2}]] * 3
 
 
 def test_a_lone_process_exchanges_with_itself():
-    assert rendezvous.ProcessGroup().exchange("anything", 5) == [5]
+    assert process_group.ProcessGroup().exchange("anything", 5) == [5]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -57,9 +57,9 @@ def test_a_failure_reaches_the_others_where_they_next_exchange(groups, failing):
     failed = groups.pop(failing)
     failed.fail("the disk is full")
     got = in_parallel(
-        rendezvous.ProcessGroup.exchange, *((group, "x", 1) for group in groups)
+        process_group.ProcessGroup.exchange, *((group, "x", 1) for group in groups)
     )
-    assert [type(error) for error in got] == [rendezvous.RemoteError] * 2
+    assert [type(error) for error in got] == [process_group.RemoteError] * 2
     assert {str(error) for error in got} == {f"process {failing}: the disk is full"}
 
 
@@ -85,7 +85,7 @@ def test_a_failure_does_not_overtake_the_values_before_it(groups, monkeypatch):
 def test_a_process_that_ends_is_named_to_those_that_wait_for_it(groups, ended):
     die(groups.pop(ended))
     got = in_parallel(
-        rendezvous.ProcessGroup.exchange, *((group, "step 3", 1) for group in groups)
+        process_group.ProcessGroup.exchange, *((group, "step 3", 1) for group in groups)
     )
     assert [type(error) for error in got] == [ConnectionError] * 2
     for error in got:
@@ -147,7 +147,7 @@ def test_without_process_0_the_others_name_it(address):
 
 
 def test_one_that_came_and_died_is_missing_and_may_come_again(address):
-    def die_then_meet(index: int) -> rendezvous.ProcessGroup:
+    def die_then_meet(index: int) -> process_group.ProcessGroup:
         if index == 1:
             time.sleep(0.3)  # process 0 listens
             hello = rendezvous._hello(1, 3)
@@ -159,7 +159,7 @@ def test_one_that_came_and_died_is_missing_and_may_come_again(address):
 
     groups = in_parallel(die_then_meet, (0,), (1,), (2,))
     got = in_parallel(
-        rendezvous.ProcessGroup.exchange, *((g, "x", g.index) for g in groups)
+        process_group.ProcessGroup.exchange, *((g, "x", g.index) for g in groups)
     )
     assert got == [[0, 1, 2]] * 3
     for group in groups:
@@ -212,3 +212,20 @@ def test_another_secret_is_named_on_either_side(address):
     assert isinstance(zero, TimeoutError) and isinstance(one, ValueError)
     assert "secret came from 127.0.0.1" in str(zero)
     assert "it has another secret (JMOE_SECRET, " in str(one)
+
+
+def test_what_process_0_sends_keeps_its_order_and_waits_for_nobody(groups):
+    for value in range(3):
+        groups[0].send("steps", value)
+    for group in groups[1:]:
+        assert [group.receive("steps") for _ in range(3)] == [0, 1, 2]
+
+
+def test_nothing_is_sent_once_a_process_has_failed(groups):
+    groups[1].fail("out of memory")
+    for group in (groups[0], groups[2]):
+        assert group.await_failure(20.0) is not None
+    with pytest.raises(process_group.RemoteError, match="process 1: out of memory"):
+        groups[0].send("steps", 0)
+    with pytest.raises(process_group.RemoteError, match="process 1: out of memory"):
+        groups[2].receive("steps")

@@ -9,7 +9,7 @@ import pytest
 
 from jmoe.config import override
 from jmoe.config.serve import LimitsConfig, ServeConfig
-from jmoe.serve import proxy
+from jmoe.serve import lifecycle, proxy
 from jmoe.serve.front import Access, Front, digest
 from jmoe.serve.protocol import LimitedProtocol
 from tests.serve.running import address, running
@@ -67,5 +67,5 @@ def test_tls_files_reach_ray_with_their_whole_paths(tmp_path, monkeypatch):
     options = proxy.http_options(cfg)
     assert options["ssl_certfile"] == str(tmp_path / "a.pem")
     assert options["ssl_keyfile"] == str(tmp_path / "a.key")
-    assert proxy.url(cfg) == "https://[::]:8000"
+    assert lifecycle.url(cfg) == "https://[::]:8000"
     assert "ssl_certfile" not in proxy.http_options(ServeConfig())

@@ -2,7 +2,8 @@
 
 from jmoe.config import override
 from jmoe.config.serve import ServeConfig
-from jmoe.serve.replicas import deployment_options, needed
+from jmoe.serve import jax_app, vllm_app
+from jmoe.serve.replicas import deployment_options
 from jmoe.serve.vllm_engine import VLLMEngine
 
 ENGINE = VLLMEngine({}, {"HF_HUB_OFFLINE": "1"})
@@ -10,7 +11,8 @@ TWO_MACHINES = ("engine.tensor_parallel=8", "engine.pipeline_parallel=2")
 
 
 def options(device: str, *assignments: str) -> dict:
-    return deployment_options(override(ServeConfig(), assignments), ENGINE, device)
+    cfg = override(ServeConfig(), assignments)
+    return deployment_options(cfg, vllm_app.deployed(ENGINE, device))
 
 
 def test_a_replica_on_gpus_has_a_bundle_for_each_and_packs_them():
@@ -49,7 +51,15 @@ def test_a_replica_that_leaves_may_finish_for_as_long_as_a_drain_lasts():
     assert options("cpu", "drain_seconds=7")["graceful_shutdown_timeout_s"] == 7
 
 
-def test_ray_must_have_what_the_first_replicas_need():
-    cfg = override(ServeConfig(), [*TWO_MACHINES, "min_replicas=2", "max_replicas=3"])
-    assert needed(cfg, "cuda") == ("GPU", 32)
-    assert needed(ServeConfig(), "cpu") == ("CPU", 1)
+def test_our_engine_is_one_process_with_all_of_its_devices(monkeypatch, tmp_path):
+    cfg = override(ServeConfig(), ["engine.tensor_parallel=8"])
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    on_cpus = deployment_options(cfg, jax_app.deployed(tmp_path, cfg, None))
+    assert on_cpus["ray_actor_options"]["num_cpus"] == 8
+    variables = on_cpus["ray_actor_options"]["runtime_env"]["env_vars"]
+    assert variables["JAX_PLATFORMS"] == "cpu"
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(jax_app, "_CUDA", ("jax",))  # as if there were such a plugin
+    on_gpus = deployment_options(cfg, jax_app.deployed(tmp_path, cfg, None))
+    assert on_gpus["ray_actor_options"]["num_gpus"] == 8
+    assert "placement_group_bundles" not in on_gpus

@@ -6,6 +6,8 @@ import pathlib
 import random
 import shutil
 import signal
+import socket
+import urllib.request
 
 import jax
 import numpy as np
@@ -224,6 +226,32 @@ def test_a_second_run_in_the_workdir_is_refused_while_the_first_is_there(
     assert train(smallest, copied_run, sample=begin_another) == 0
     assert seen == [True]
     assert not (copied_run / ".lock").exists()
+
+
+def test_a_run_is_shown_live_and_ends_as_one_that_is_not(smallest, whole_run, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    seen = []
+
+    def look(*_):
+        for path in ("metrics", "events"):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}") as page:
+                seen.append(page.read(2000).decode())
+        return []
+
+    shown = override(smallest, [f"monitor.port={port}"])
+    assert train(shown, tmp_path / "run", sample=look) == 0
+    assert "jmoe_train_step 40.0" in seen[0]
+    assert "step 40 of 40 \\u00b7 complete" in seen[1]
+    assert_same_end(smallest, tmp_path / "run", whole_run)
+
+
+def test_a_port_in_use_begins_no_run(smallest, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"monitor.port={port} can't be had"):
+            train(override(smallest, [f"monitor.port={port}"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_model_is_refused_and_nothing_overwritten(smallest, copied_run):

@@ -22,7 +22,7 @@ from jmoe.train.trained import CHECKPOINTS
 # What of `train` a run's loop reads, and no step.
 LOOPS = {
     *("steps", "log_every", "eval_every", "eval_batches", "signal_every"),
-    *("checkpoint_every", "checkpoint_minutes"),
+    *("checkpoint_every", "checkpoint_minutes", "reassign_every", "reassign_above"),
     *("keep_checkpoints", "keep_best", "keep_every"),
     *("on_nonfinite", "on_spike", "spike_score", "max_skipped", "max_roll_backs"),
 }
@@ -68,7 +68,7 @@ def sharing_programs() -> Callable[[], contextlib.AbstractContextManager]:
         of_steps = {**vars(run.train), "skips": run.train.skips_steps}
         of_steps = {name: of_steps[name] for name in of_steps.keys() - LOOPS}
         others = {**vars(run), "train": frozenset(of_steps.items())}
-        others |= {"schedule": run.horizon, "name": None}
+        others |= {"schedule": run.horizon, "name": None, "monitor": None}
         key = frozenset(others.items())
         if key not in made:
             made[key] = compile_steps(model, optimizer, run, layout)

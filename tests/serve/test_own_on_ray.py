@@ -1,0 +1,94 @@
+"""Our engine's replicas on Ray as clients see them (`pytest -m serving`)."""
+
+import concurrent.futures
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from jmoe.decode.generate import generate
+from jmoe.train import runtime
+from tests.serve.client import PROMPTS, events, greedy
+from tests.serve.conftest import ROOT
+from tests.serve.test_app import replica_process
+
+pytestmark = pytest.mark.serving
+NEW = 60
+LONG = 800
+RUNNING = "jmoe_requests_running"
+OWN = ("--engine=jax", "--set=max_replicas=2", "--set=requests_per_replica=1")
+
+
+@pytest.fixture(scope="module")
+def server(start, workdir):
+    """A run's directory is served: no export is needed."""
+    with start(f"--model={workdir}", *OWN, "--set=name=squares") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def expected(trained) -> list[list[int]]:
+    return generate(trained.run.model, trained.variables, PROMPTS, max_new_tokens=NEW)
+
+
+def test_answers_are_the_engines_whole_and_streamed(server, expected):
+    for prompt, ours in zip(PROMPTS, expected, strict=True):
+        assert server.complete(prompt, NEW) == ours
+        with server.open("/v1/completions", greedy(prompt, NEW, stream=True)) as stream:
+            *pieces, done = events(stream)
+        assert done == "[DONE]" and len(pieces) > 10
+        assert [t for x in pieces for t in x["choices"][0]["token_ids"]] == ours
+
+
+def test_a_killed_replica_is_replaced(server, expected):
+    (before,) = server.measured(RUNNING)
+    os.kill(replica_process(server).pid, signal.SIGKILL)
+    server.wait_for(lambda: before not in server.measured(RUNNING))
+    assert server.complete(PROMPTS[1], NEW) == expected[1]
+
+
+def test_load_above_a_replicas_share_brings_another_and_metrics_show_both(server):
+    enough = threading.Event()
+
+    def ask_on():
+        while not enough.is_set():
+            server.complete(PROMPTS[0], LONG)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        askers = [pool.submit(ask_on) for _ in range(4)]
+        try:
+            server.wait_for(lambda: len(server.measured(RUNNING)) == 2)
+        finally:
+            enough.set()
+        for asker in askers:
+            asker.result()
+
+
+def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(server):
+    alone = server.complete(PROMPTS[2], LONG)
+    body = greedy(PROMPTS[2], LONG, stream=True)
+    streams = [server.open("/v1/completions", body) for _ in range(4)]
+    server.process.send_signal(signal.SIGTERM)
+    server.wait_for(lambda: server.ask("/health").status == 503)
+    refused = server.ask("/v1/completions", greedy(PROMPTS[0], 1))
+    assert refused.status == 503 and "shutting down" in refused.text
+    for stream in streams:
+        *pieces, done = events(stream)
+        tokens = [t for piece in pieces for t in piece["choices"][0]["token_ids"]]
+        assert (done, tokens) == ("[DONE]", alone)
+    assert server.process.wait(60) == 0
+
+
+def test_more_devices_than_ray_has_are_refused(workdir):
+    command = [sys.executable, ROOT / "scripts" / "serve.py", f"--model={workdir}"]
+    done = subprocess.run(
+        [*command, "--engine=jax", "--set=min_replicas=99", "--set=max_replicas=99"],
+        env=os.environ | {"RAY_ADDRESS": "local"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == runtime.MISTAKE
+    assert "min_replicas=99 of 1 CPUs each need 99; Ray has" in done.stderr
