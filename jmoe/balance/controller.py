@@ -44,8 +44,8 @@ class Window(NamedTuple):
 
     seconds: that all of them took; slowest: all but the slowest in a hundred took so
     many, at most. count_LE: choices of each expert. waiting: requests without a slot,
-    on average; ended: requests that have. move_seconds: that it takes to move an expert
-    of a layer; 0: not known yet.
+    on average; wait: seconds, at most, for which one had none. move_seconds: that it
+    takes to move an expert of a layer; 0: not known yet.
     """
 
     steps: int
@@ -53,7 +53,7 @@ class Window(NamedTuple):
     slowest: float
     count_LE: np.ndarray
     waiting: float = 0.0
-    ended: int = 0
+    wait: float = 0.0
     move_seconds: float = 0.0
 
 
@@ -211,13 +211,12 @@ def _fp8(cfg, system, state, window, is_cool):
 def _admit(cfg, system, state, window, is_cool):
     if cfg.wait_seconds is None:
         return state, None
-    rate = max(window.ended, 1) / window.seconds
-    wait = window.waiting / rate
-    most = max(int(cfg.below * cfg.wait_seconds * rate), 1)
-    told = f"a new request waits for {wait:.4g} s"
+    gauge = window.wait / cfg.wait_seconds
+    # So many of those that wait now would wait for no longer than they may.
+    most = max(int(window.waiting * cfg.below / max(gauge, cfg.below)), 1)
+    told = f"requests wait for up to {window.wait:.4g} s"
     on = f"{most} requests may wait", most
     off = "as many requests may wait as there are places", None
-    gauge = wait / cfg.wait_seconds
     return _switched(cfg, state, ADMIT, is_cool, gauge, told, on, off)
 
 

@@ -19,7 +19,7 @@ class ControllerConfig:
       ends below the other.
     device_rows: the limit of the choices that a device computes in a layer of a step,
       for "drop". step_seconds: of the time that steps take, but for the slowest in a
-      hundred, for "fp8". wait_seconds: of the time for which a new request would wait,
+      hundred, for "fp8". wait_seconds: of the time for which requests wait for a slot,
       for "admit". None: there is no limit, and nothing is done about it.
     uneven_above: by how much the busiest device exceeds the mean before experts are
       placed anew; uneven_below: by how much it may after that.

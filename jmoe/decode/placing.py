@@ -107,6 +107,11 @@ class Placing:
         self._left = collections.deque()
 
     @property
+    def devices(self) -> int:
+        """How many devices share the experts."""
+        return self._system.devices
+
+    @property
     def placement(self) -> Placement:
         """Where experts are now."""
         return placement.from_slots(self._expert_LR, self._shape[1])
