@@ -1,10 +1,11 @@
 """A training run on sixteen virtual devices, with lent experts and without.
 
 The tiny model trains on its own text, so that routings are as uneven as they are at
-first, while its bias still learns. Without loans, buffers have room for every token,
-and nothing is dropped either. Both take turns, and see the same batches: those of the
-preset, with 128 tokens for each device, of which 29 go to each of the others; and such
-with 1,024.
+first, while its bias still learns. It has no MTP module, which would only make another
+such layer. Without loans, buffers have room for every token, and nothing is dropped
+either. Both take turns, and see the same batches: those of the preset, with 128 tokens
+for each device, of which 29 go to each of the others, for 200 steps in 5 rounds; and
+such with 1,024, for a tenth as many, as each takes several times as long.
 
 All devices share the same cores: one that waits for the busiest costs nothing here. So
 what this compares is the work, of which empty slots are a part, and the loans' own:
@@ -43,8 +44,8 @@ from jmoe.train.state import make_state
 from jmoe.train.step import make_train_step
 
 DEVICES = 16
-STEPS_A_TURN = 40  # 200 in 5 rounds
-SEQUENCES = (1, 8)  # of 128 tokens, a device
+# Steps of a turn, by the sequences of 128 tokens that a device has.
+STEPS_A_TURN = {1: 40, 8: 4}
 SIDES = ("balanced", "padded")
 # By how much the last steps' losses may differ; they start alike, but sums are in
 # another order.
@@ -54,20 +55,19 @@ MOST_APART = 0.02
 def steps(rounds: int, say: Callable[[str], None]) -> Part:
     """Measures training steps with either exchange, and few tokens or more."""
     turns = {}
-    for sequences in SEQUENCES:
+    for sequences, steps_a_turn in STEPS_A_TURN.items():
         say(
-            f"{rounds * STEPS_A_TURN} training steps on {DEVICES} virtual devices, "
+            f"{rounds * steps_a_turn} training steps on {DEVICES} virtual devices, "
             f"{sequences} sequences each: compiling them takes some minutes"
         )
-        turns[sequences] = measure(sequences, rounds)
+        turns[sequences] = measure(sequences, rounds, steps_a_turn)
     return Part(
         figures=[figure for n in turns for figure in figures(n, turns[n])],
         settings={
-            "model": "tiny",
+            "model": "tiny without MTP",
             "mesh": {"expert": DEVICES},
-            "sequences_a_device": SEQUENCES,
             "rounds": rounds,
-            "steps_a_round": STEPS_A_TURN,
+            "steps_a_round_by_sequences_a_device": STEPS_A_TURN,
         },
         samples={
             f"{name}, {n} sequences": {
@@ -82,7 +82,7 @@ def steps(rounds: int, say: Callable[[str], None]) -> Part:
 
 
 def measure(
-    sequences: int, rounds: int, steps_a_turn: int = STEPS_A_TURN
+    sequences: int, rounds: int, steps_a_turn: int
 ) -> Mapping[str, Sequence[Turn]]:
     """Returns turns of both, with so many sequences for each device."""
     with (
@@ -107,6 +107,7 @@ def run_with(exchange: str, sequences: int) -> RunConfig:
     """Returns the tiny run with this exchange."""
     batch = sequences * DEVICES
     settings = [
+        "model.mtp_depth=0",
         f"model.moe.exchange.backend={exchange}",
         f"train.batch_size={batch}",
         f"train.microbatch_size={batch}",

@@ -66,23 +66,56 @@ def in_order(num_layers: int, num_experts: int) -> np.ndarray:
     return np.tile(np.arange(num_experts, dtype=np.int32), (num_layers, 1))
 
 
-def keeping_groups(router: RouterConfig, devices: int) -> RouterConfig:
-    """Returns the router as the devices' experts tell of it, wherever experts live.
+def keeping_groups(
+    router: RouterConfig, devices: int, places: int | None = None
+) -> RouterConfig:
+    """Returns the router as the devices' places tell of it, wherever experts live.
 
     Where a token may choose from few groups only, groups stay on *nodes*: as many parts
     of the devices as divide devices and groups evenly. A token then visits few nodes,
-    and more is not known of its choices. So a node's experts are a group here.
+    and more is not known of its choices. So a node's places are a group here.
+
+    Args:
+      places: None: one for each expert.
     """
     limit = router.most_groups
     nodes = math.gcd(router.num_groups, devices) if limit < router.num_groups else 1
     return dataclasses.replace(
-        router, num_groups=nodes, groups_per_token=min(limit, nodes)
+        router,
+        num_experts=router.num_experts if places is None else places,
+        num_groups=nodes,
+        groups_per_token=min(limit, nodes),
     )
 
 
-def of_choices(expert_NK: jax.Array, home_E: jax.Array) -> jax.Array:
-    """Returns the homes of chosen experts; E, nobody, stays E."""
-    return jnp.append(home_E, len(home_E))[expert_NK]
+def num_places(home: jax.Array) -> int:
+    """Returns how many places there are, for homes [E], or those of copies [E, C].
+
+    With R places, an expert has at most R - E + 1 copies. That is C: so no shape
+    depends on which expert has how many.
+    """
+    most = 1 if home.ndim == 1 else home.shape[1]
+    return len(home) + most - 1
+
+
+def of_choices(
+    expert_NK: jax.Array, home: jax.Array, first: jax.Array | int = 0
+) -> jax.Array:
+    """Returns the homes of chosen experts; E, nobody, becomes the number of places.
+
+    Where an expert has copies (`jmoe.balance.copies`), tokens take turns.
+
+    Args:
+      home: int32 [E], or [E, C], the places of each expert's copies, -1 beyond.
+      first: the number of the first token, by which it takes its turn.
+    """
+    nobody = num_places(home)
+    if home.ndim == 1:
+        return jnp.append(home, nobody)[expert_NK]
+    home_EC = jnp.pad(home, ((0, 1), (0, 0)), constant_values=nobody)
+    count_E = (home_EC >= 0).sum(-1)
+    turn_N = first + jnp.arange(len(expert_NK))
+    return home_EC[expert_NK, turn_N[:, None] % count_E[expert_NK]]
 
 
 def reassign(

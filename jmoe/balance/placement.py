@@ -125,7 +125,7 @@ def place(
         for layer in np.flatnonzero(load_LE.any(-1)):
             weight_E = _weights(load_LE[layer])
             slots[layer] = _from_previous(weight_E, slots[layer], tolerance, sizes)
-    return _as_placement(np.stack(slots), num_experts)
+    return from_slots(np.stack(slots), num_experts)
 
 
 def device_load(
@@ -298,7 +298,7 @@ def _busiest(weight_E: np.ndarray, slot_R: np.ndarray, sizes: _Sizes) -> float:
     return packing.device_load(weight_E, slot_R, sizes.devices).max()
 
 
-def _as_placement(slot_LR: np.ndarray, num_experts: int) -> Placement:
+def from_slots(slot_LR: np.ndarray, num_experts: int) -> Placement:
     """Returns the placement with these experts in its slots, and its other maps."""
     num_layers, num_replicas = slot_LR.shape
     layer_L1 = np.arange(num_layers)[:, None]

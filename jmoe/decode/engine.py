@@ -88,7 +88,8 @@ class _Asked(NamedTuple):
 class Engine:
     """Requests go in by `submit`; each `step` returns those that have changed.
 
-    It is not for several threads.
+    It is not for several threads. most_waiting: how many requests may wait; it may be
+    made less than the limits' `queue`, and that again.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Engine:
         """
         check(cfg, limits)
         self.cfg, self.limits, self._text = cfg, limits, text
+        self.most_waiting = limits.queue
         self.programs = programs(cfg, variables, limits)
         parts, turns = self.programs.parts, self.programs.turns
         self._pages = [Pages(limits.pages * turns) for _ in range(parts)]
@@ -136,8 +138,8 @@ class Engine:
           QueueFull: too many wait.
         """
         self.check(prompt, sampling)
-        if len(self._waiting) >= self.limits.queue:
-            raise QueueFull(f"queue={self.limits.queue} requests wait already.")
+        if len(self._waiting) >= self.most_waiting:
+            raise QueueFull(f"queue={self.most_waiting} requests wait already.")
         number = next(self._numbers)
         accepted = [0] * self.limits.drafts
         completion = Completion(number, accepted=accepted)
@@ -166,6 +168,13 @@ class Engine:
     @property
     def is_idle(self) -> bool:
         return not (self._waiting or self._live)
+
+    @property
+    def longest_wait(self) -> float:
+        """For how many seconds the first of those that wait has waited."""
+        if not self._waiting:
+            return 0.0
+        return time.perf_counter() - self._waiting[0].submitted
 
     def step(self) -> list[Update]:
         """Decodes a token, at least, of each request whose prompt is read.
@@ -218,7 +227,7 @@ class Engine:
 
     def _next(self, left: Iterator[Any]) -> Iterator[Any]:
         """Yields as many of what is left as may wait."""
-        while len(self._waiting) < self.limits.queue:
+        while len(self._waiting) < self.most_waiting:
             following = next(left, None)
             if following is None:
                 return

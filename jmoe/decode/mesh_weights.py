@@ -5,7 +5,10 @@ They lie as a model computes with them: divided by the rules of their dimensions
 of layers, one of each rank, is one tree of arrays with the rank as first dimension. A
 rank that has no layer for a row has zeros, and no use for what it computes with them.
 
-Shapes: P rank of the pipeline.
+Where experts are placed (`jmoe.decode.placing`), a layer has weights for each place,
+and in its router state the places of each expert.
+
+Shapes: X rank of the pipeline, L MoE layer, E expert, C copy of one, R place.
 """
 
 import dataclasses
@@ -14,8 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jmoe.balance.placement import Placement
 from jmoe.config import ModelConfig
 from jmoe.config.model import FeedForwardConfig
 from jmoe.decode.weights import (
@@ -29,6 +34,7 @@ from jmoe.decode.weights import (
     layer_of,
     places,
 )
+from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.model import abstract_variables
 from jmoe.nn.parameter import Parameter
 from jmoe.nn.quantized import quantize_weight
@@ -45,6 +51,35 @@ class LayerRow(NamedTuple):
     feed_forward: FeedForwardConfig
     numbers: tuple[int, ...]
     places: tuple[LayerPlace | None, ...]
+
+    def moe_layers(self, cfg: ModelConfig) -> tuple[int, ...]:
+        """Returns the numbers among the model's MoE layers; -1 for none."""
+        return tuple(max(n - cfg.num_dense_layers, -1) for n in self.numbers)
+
+
+class Experts(NamedTuple):
+    """A row's experts: their arrays, by rank and place, and home [X, E, C]."""
+
+    weights: Any
+    home: Any
+
+
+def of_experts(layer: Any) -> Experts:
+    """Returns the experts of a row that has them, and their places."""
+    name = FEED_FORWARDS["moe"].name
+    home = layer[ROUTER_STATE][name]["experts"]["home"]
+    return Experts(layer[PARAMS][name]["experts"], home)
+
+
+def with_experts(layer: Any, experts: Experts) -> Any:
+    """Returns a row with other experts, and places."""
+    name = FEED_FORWARDS["moe"].name
+    params, state = layer[PARAMS], layer[ROUTER_STATE]
+    own = {**state[name], "experts": {"home": experts.home}}
+    return {
+        PARAMS: {**params, name: {**params[name], "experts": experts.weights}},
+        ROUTER_STATE: {**state, name: own},
+    }
 
 
 def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
@@ -89,6 +124,7 @@ def place(
     rows: tuple[LayerRow, ...],
     form: str,
     variables: Any,
+    placed: Placement | None = None,
 ) -> Weights:
     """Returns the weights as they lie on the mesh.
 
@@ -98,6 +134,7 @@ def place(
     Args:
       form: one of `jmoe.nn.quantized.FORMS`.
       variables: as a run's state has them.
+      placed: where experts are; None: in order, and nothing else is known of them.
     """
     make = functools.partial(_place, cfg, layout, form)
     layers = []
@@ -106,7 +143,11 @@ def place(
         some = next(filter(None, own))
         # Of what a rank doesn't have, it has zeros.
         filled = [tree or jax.tree.map(jnp.zeros_like, some) for tree in own]
-        layers.append(make(_of_row(layout, row), *filled))
+        homes = None
+        if placed is not None and max(row.moe_layers(cfg)) >= 0:
+            numbers = list(row.moe_layers(cfg))
+            homes = tuple(x[numbers] for x in placed[:2])
+        layers.append(make(_of_row(layout, row), *filled, homes=homes))
     mtp = None
     if cfg.mtp_depth:
         mtp = make(_of_mtp(layout), layer_of(variables, MTP))
@@ -132,6 +173,16 @@ def specs(
     mtp = _converted_specs(_of_mtp(layout), form) if cfg.mtp_depth else None
     found = _converted_specs(_of_ends(cfg, layout), form)
     return assemble(found[PARAMS], layers, mtp)
+
+
+def experts_specs(
+    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
+) -> Experts:
+    """Returns the specs of any row's experts: all have the same."""
+    row = next(row for row in rows if max(row.moe_layers(cfg)) >= 0)
+    found = _converted_specs(_of_row(layout, row), form)
+    weights = found[PARAMS][FEED_FORWARDS["moe"].name]["experts"]
+    return Experts(weights, found[ROUTER_STATE])
 
 
 def _of_row(layout: Layout, row: LayerRow) -> _Piece:
@@ -165,9 +216,18 @@ def _unstacked(record: Parameter) -> Parameter:
 
 
 def _place(
-    cfg: ModelConfig, layout: Layout, form: str, piece: _Piece, *trees: Any
+    cfg: ModelConfig,
+    layout: Layout,
+    form: str,
+    piece: _Piece,
+    *trees: Any,
+    homes: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Any:
-    """Returns a piece's collections on the mesh, of one tree, or one of each rank."""
+    """Returns a piece's collections on the mesh, of one tree, or one of each rank.
+
+    Args:
+      homes: the expert in each place [X, R], and each expert's places [X, E, C].
+    """
 
     def convert(record: Parameter, w: jax.Array) -> Any:
         if form != "native" and record.formats:
@@ -188,11 +248,29 @@ def _place(
     def make(*trees: Any) -> Any:
         join = (lambda *x: jnp.stack(x)) if piece.has_ranks else (lambda x: x)
         joined = jax.tree.map(join, *trees)
+        if homes is not None:
+            joined = _in_places(piece.records, joined, *homes)
         return {**joined, PARAMS: converted(joined[PARAMS])}
 
     state = NamedSharding(layout.mesh, after[ROUTER_STATE])
     lie = jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), after[PARAMS])
     return jax.jit(make, out_shardings={PARAMS: lie, ROUTER_STATE: state})(*trees)
+
+
+def _in_places(
+    records: Any, layer: Any, expert_XR: np.ndarray, home_XEC: np.ndarray
+) -> Any:
+    """Returns a row whose experts are in these places."""
+
+    def placed(record: Parameter, w: jax.Array) -> jax.Array:
+        if not record.of_experts:
+            return w
+        return jax.vmap(lambda w, expert_R: w[expert_R])(w, expert_XR)
+
+    params = jax.tree.map(placed, records, layer[PARAMS])
+    weights = params[FEED_FORWARDS["moe"].name]["experts"]
+    experts = Experts(weights, jnp.asarray(home_XEC))
+    return with_experts({**layer, PARAMS: params}, experts)
 
 
 def _converted_specs(piece: _Piece, form: str) -> Any:

@@ -16,6 +16,7 @@ hidden, L MoE layer, E expert.
 import collections
 import dataclasses
 import functools
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from jmoe.balance.placement import Placement
 from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
@@ -34,6 +36,7 @@ from jmoe.decode.engine import MakePrograms
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
+from jmoe.decode.placing import Placing, RowMoves, make_mover
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
@@ -61,37 +64,64 @@ class Underway(NamedTuple):
     count_LE: jax.Array
 
 
-def make_programs(run: RunConfig, mesh: Mesh, form: str = "native") -> MakePrograms:
+def make_programs(
+    run: RunConfig,
+    mesh: Mesh,
+    form: str = "native",
+    exchange: ExchangeConfig | None = None,
+    placed: Placement | None = None,
+) -> MakePrograms:
     """Returns what makes an engine's programs for a run's mesh.
 
     Its variables are as the run's state has them on the mesh.
 
     Args:
       form: in which the weights are kept, one of `jmoe.nn.quantized.FORMS`.
+      exchange: None: it drops nobody's tokens, and lends no experts. A step's tokens
+        are so few that room for all is little, and weights are more.
+      placed: where experts begin, which may then be changed (`OnMesh.placing`); None:
+        they are where the run's state has them, for good.
 
     Raises:
-      ValueError: there is no such form.
+      ValueError: there is no such form, or the placement isn't for this model and mesh.
     """
     check_form(form)
 
     def make(cfg: ModelConfig, variables: Any, limits: Limits) -> "OnMesh":
         assert cfg == run.model, "the run's own model"
-        return OnMesh(run, mesh, form, variables, limits)
+        return OnMesh(run, mesh, form, variables, limits, exchange, placed)
 
     return make
 
 
 class OnMesh:
-    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them."""
+    """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them.
+
+    placing: where experts are; None: where the run's state has them, for good.
+    """
 
     def __init__(
-        self, run: RunConfig, mesh: Mesh, form: str, variables: Any, limits: Limits
+        self,
+        run: RunConfig,
+        mesh: Mesh,
+        form: str,
+        variables: Any,
+        limits: Limits,
+        exchange: ExchangeConfig | None = None,
+        placed: Placement | None = None,
     ):
         self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
         self._limits = limits
-        self._programs = compile_for(run, mesh, form, limits)
+        self._programs = compile_for(run, mesh, form, limits, exchange)
         layout, rows = self._programs.layout, self._programs.rows
-        self._weights = mesh_weights.place(run.model, layout, rows, form, variables)
+        self.placing: Placing | None = None
+        if placed is not None:
+            move = self._programs.move
+            self.placing = Placing(run.model, layout, rows, move, placed)
+        place = functools.partial(mesh_weights.place, run.model, layout, rows, form)
+        self._weights = place(variables, placed)
+        if self.placing is not None:
+            self._weights = self.placing.stay(self._weights)
         self.state = self._programs.start()
         self._size = StepSize(0)  # of the steps that aren't done
         self._underway: Underway | None = None
@@ -123,6 +153,21 @@ class OnMesh:
         self._underway = None
         return done
 
+    def advance(self, steps: int) -> float:
+        """Takes so many steps to where experts are going; returns their seconds.
+
+        Between two steps of decoding; all processes call it alike.
+
+        Raises:
+          ValueError: experts are where they are for good.
+        """
+        if self.placing is None:
+            raise ValueError("experts can't move: the programs were made without.")
+        began = time.perf_counter()
+        self._weights = self.placing.advance(self._weights, steps)
+        jax.block_until_ready(self._weights.layers)
+        return time.perf_counter() - began
+
     def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
         operands = self._weights, self.state, self._underway, self._put(given)
         self.state, self._underway, found = self._programs.step(*operands)
@@ -144,8 +189,9 @@ class MeshPrograms(NamedTuple):
 
     layout: of the run's parameters. rows: of layers (`mesh_weights`). start: returns a
     state. begin: of a step's arrays, what is underway before any. step: of weights,
-    state, what is underway and what is given, the new ones and what was found.
-    abstract: of a step's arrays without values, all that `step` takes, likewise.
+    state, what is underway and what is given, the new ones and what was found. move:
+    moves a row's experts (`jmoe.decode.placing`). abstract: of a step's arrays without
+    values, all that `step` takes, likewise.
     """
 
     layout: Layout
@@ -153,23 +199,24 @@ class MeshPrograms(NamedTuple):
     start: Callable[[], Any]
     begin: Callable[[Given], Underway]
     step: Callable[..., tuple[Any, Underway, StepResult]]
+    move: Callable[[Any, RowMoves], Any]
     abstract: Callable[[Given], tuple[Weights, Any, Underway, Given]]
 
 
-def _with_room_for_all(cfg: ModelConfig) -> ModelConfig:
-    """Returns the model whose exchange drops nobody's tokens, and lends no experts.
-
-    A step's tokens are so few that room for all is little, and weights are more.
-    """
-    exchange = ExchangeConfig(dispatch_dtype=cfg.moe.exchange.dispatch_dtype)
-    moe = dataclasses.replace(cfg.moe, exchange=exchange)
-    return dataclasses.replace(cfg, moe=moe)
-
-
 @functools.lru_cache(maxsize=16)
-def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPrograms:
-    """Returns the programs of a run's model on this mesh."""
-    cfg = _with_room_for_all(run.model)
+def compile_for(
+    run: RunConfig,
+    mesh: Mesh,
+    form: str,
+    limits: Limits,
+    exchange: ExchangeConfig | None = None,
+) -> MeshPrograms:
+    """Returns the programs of a run's model on this mesh; see `make_programs`."""
+    if exchange is None:
+        kept = run.model.moe.exchange.dispatch_dtype
+        exchange = ExchangeConfig(dispatch_dtype=kept)
+    moe = dataclasses.replace(run.model.moe, exchange=exchange)
+    cfg = dataclasses.replace(run.model, moe=moe)
     layout = make_layout(Transformer(cfg), mesh)
     rows = mesh_weights.cut(cfg, run.mesh.pipe, limits.max_length)
     own = functools.partial(jax.tree.map, lambda x: x[None])
@@ -204,12 +251,14 @@ def compile_for(run: RunConfig, mesh: Mesh, form: str, limits: Limits) -> MeshPr
         on_mesh(step, layout, taken, (OWN, flight, WHOLE)), donate_argnums=(1, 2)
     )
 
+    move = make_mover(layout, mesh_weights.experts_specs(cfg, layout, rows, form))
+
     def abstract(given: Given) -> Any:
         weights = mesh_weights.abstract(cfg, layout, rows, form)
         state, underway = jax.eval_shape(starts), jax.eval_shape(begins, given)
         return lying(layout, taken, (weights, state, underway, given))
 
-    return MeshPrograms(layout, rows, starts, begins, steps, abstract)
+    return MeshPrograms(layout, rows, starts, begins, steps, move, abstract)
 
 
 def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:

@@ -223,8 +223,8 @@ def with_loads(router_state: Any, load_LE: jax.Array, cfg: ModelConfig) -> Any:
     return _with(router_state, _LOAD, load_LE, cfg)
 
 
-def with_homes(router_state: Any, home_LE: jax.Array | None, cfg: ModelConfig) -> Any:
-    """Returns `router_state` with experts' homes, int32 [L, E]; None: without."""
+def with_homes(router_state: Any, home_LE: jax.Array, cfg: ModelConfig) -> Any:
+    """Returns `router_state` with experts' homes, int32 [L, E]."""
     return _with(router_state, _HOME, home_LE, cfg)
 
 
@@ -243,21 +243,14 @@ def _read(
 
 
 def _with(
-    router_state: Any,
-    name: tuple[str, str],
-    value_LE: jax.Array | None,
-    cfg: ModelConfig,
-) -> dict[str, Any]:
-    """Returns a new tree with other rows of [L, E] at each module with experts."""
-    values = {other: _read(router_state, other, cfg) for other in (_BIAS, _LOAD, _HOME)}
-    values[name] = value_LE
-    state: dict[str, Any] = {}
+    router_state: Any, name: tuple[str, str], value_LE: jax.Array, cfg: ModelConfig
+) -> Any:
+    """Returns a copy of the tree with other rows at each module with experts."""
+    state = jax.tree.map(lambda x: x, router_state)
+    module, leaf = name
     for path, rows in moe_layers(cfg).items():
-        for (module, leaf), of_all in values.items():
-            if of_all is None:
-                continue
-            node = state
-            for key in (*path, module):
-                node = node.setdefault(key, {})
-            node[leaf] = of_all[rows]
+        node = state
+        for key in (*path, module):
+            node = node.setdefault(key, {})
+        node[leaf] = value_LE[rows]
     return state

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jmoe.balance import homes
-from jmoe.config import MoEConfig
+from jmoe.config import MoEConfig, RouterConfig
 from jmoe.nn.choices import Picks, Routing
 from jmoe.nn.linear import DotGeneral, Linear, weight
 from jmoe.nn.measured import Measured, beside
@@ -66,7 +66,8 @@ class RoutedExperts(nn.Module):
     `apart` is for a pipeline, as in `jmoe.ops.grouped`.
 
     In `router_state` may be `home`, int32 [E], of all devices' experts: weights then
-    are of the experts whose homes are here (see `nn.model.with_homes`).
+    are of the experts whose homes are here (see `nn.model.with_homes`). Or [E, C], if
+    experts have copies (`jmoe.balance.homes.of_choices`).
     """
 
     cfg: MoEConfig
@@ -77,7 +78,9 @@ class RoutedExperts(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array, routing: Routing | Picks) -> Exchanged:
         cfg = self.cfg
-        experts = collectives.share(cfg.router.num_experts, "expert", "num_experts")
+        home = self.get_variable("router_state", "home")
+        places = cfg.router.num_experts if home is None else homes.num_places(home)
+        experts = collectives.share(places, "expert", "num_experts")
         mlp = collectives.share(cfg.expert_mlp_dim, "tensor", "expert_mlp_dim")
         hidden = x_BSD.shape[-1]
         gate_up_ED2F = weight(
@@ -125,11 +128,7 @@ class RoutedExperts(nn.Module):
             return collectives.reduce_scatter(y, "tensor", 0)
 
         x_ND = x_BSD.reshape(-1, hidden)
-        expert_NK, router = routing.expert_NK, cfg.router
-        home_E = self.get_variable("router_state", "home")
-        if home_E is not None:
-            expert_NK = homes.of_choices(expert_NK, home_E)
-            router = homes.keeping_groups(router, collectives.axis_size("expert"))
+        expert_NK, router = self._at_homes(routing.expert_NK)
         return exchange(
             x_ND,
             expert_NK,
@@ -141,6 +140,15 @@ class RoutedExperts(nn.Module):
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+
+    def _at_homes(self, expert_NK: jax.Array) -> tuple[jax.Array, RouterConfig]:
+        """Returns where the chosen experts live, and what is known of such choices."""
+        router, home = self.cfg.router, self.get_variable("router_state", "home")
+        if home is None:
+            return expert_NK, router
+        first, peers = collectives.axis_index("expert"), collectives.axis_size("expert")
+        keeping = homes.keeping_groups(router, peers, homes.num_places(home))
+        return homes.of_choices(expert_NK, home, first), keeping
 
 
 def _of_tensor_group(group: Group) -> Group:

@@ -2,9 +2,10 @@
 
 Who moves where is planned on the host (`jmoe.balance.homes`) and is data here: one
 program makes any moves. A round carries at most one expert from each device to another,
-which puts it where it has just taken its own from. So a device holds one expert more
-than it has, of one layer, and nothing is gathered. On GPUs it sends no more than that
-one, by a ragged all-to-all; CPUs lack it, and send empty places to the others besides.
+which puts it where it has just taken its own from, and nothing is gathered. Arrays stay
+where they are in memory; beside them is room for what a device has of one layer. On
+GPUs an expert goes straight to its device, by a ragged all-to-all; CPUs lack it, and
+send empty places to the others besides.
 
 Shapes: L layer, M place of this device, E place of all devices, P device, R round, X
 whatever else an array has.

@@ -5,7 +5,7 @@ tokens, and what choices look like, whole and in the chunks of a stream.
 """
 
 import dataclasses
-import secrets
+import random
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -60,7 +60,7 @@ class Grown(NamedTuple):
 
     number: int
     text: str
-    piece: Increment
+    got: Increment
     finish_reason: str | None
 
 
@@ -115,11 +115,11 @@ class TextForm:
         choice = TextChoice(
             index=grown.number,
             text=text,
-            logprobs=logprobs.of_text(grown.piece) if is_told else None,
+            logprobs=logprobs.of_text(grown.got) if is_told else None,
             finish_reason=grown.finish_reason,
         )
         if self.asked.return_token_ids:
-            choice.token_ids = grown.piece.tokens
+            choice.token_ids = grown.got.tokens
             if not self.asked.stream:
                 choice.prompt_token_ids = self.prompts[
                     grown.number // self.asked.choices
@@ -152,11 +152,11 @@ class ChatForm:
         choice = ChatChoice(
             index=grown.number,
             message=ChatMessage(role="assistant", content=grown.text),
-            logprobs=logprobs.of_chat(grown.piece) if is_told else None,
+            logprobs=logprobs.of_chat(grown.got) if is_told else None,
             finish_reason=grown.finish_reason,
         )
         if self.asked.return_token_ids:
-            choice.token_ids = grown.piece.tokens
+            choice.token_ids = grown.got.tokens
         return choice
 
     def openings(self, number: int) -> Iterable[ChatDelta]:
@@ -165,13 +165,13 @@ class ChatForm:
         yield ChatDelta(index=number, delta=opening, logprobs=None, finish_reason=None)
 
     def deltas(self, grown: Grown, logprobs: Logprobs) -> Iterable[ChatDelta]:
-        tokens = grown.piece.tokens
+        tokens = grown.got.tokens
         if grown.text or (tokens and _tells_tokens(self.asked)):
             is_told = self.asked.num_logprobs is not None
             delta = ChatDelta(
                 index=grown.number,
                 delta=ChatMessage(content=grown.text),
-                logprobs=logprobs.of_chat(grown.piece) if is_told else None,
+                logprobs=logprobs.of_chat(grown.got) if is_told else None,
                 finish_reason=None,
             )
             if self.asked.return_token_ids:
@@ -209,7 +209,7 @@ class Answering:
             self._add(prompt)
         self._new_tokens = 0
         kind, self._object, self._chunk = self.form.names
-        self._id = f"{kind}-{secrets.token_hex(12)}"
+        self._id = f"{kind}-{random.getrandbits(96):024x}"
         self._created = int(time.time())
 
     @property
@@ -229,9 +229,9 @@ class Answering:
             self._streams.append(stream)
             self._logprobs.append(Logprobs(tokenizer.token_bytes))
 
-    def whole(self, pieces: Iterable[Increment]) -> Completions:
-        """Returns the answer, of one piece for each of its requests."""
-        by_number = sorted(pieces, key=lambda piece: piece.number)
+    def whole(self, increments: Iterable[Increment]) -> Completions:
+        """Returns the answer, of one increment of each of its requests."""
+        by_number = sorted(increments, key=lambda increment: increment.number)
         choices = [
             self.form.whole(grown, self._logprobs[grown.number])
             for grown in map(self._grow, by_number)
@@ -247,13 +247,13 @@ class Answering:
         numbers = range(len(self.requests))
         return self._events(x for number in numbers for x in self.form.openings(number))
 
-    def chunk(self, pieces: Sequence[Increment]) -> bytes:
-        """Returns the events of these pieces."""
+    def chunk(self, increments: Sequence[Increment]) -> bytes:
+        """Returns the events of these increments."""
         return self._events(
             delta
-            for piece in _joined(pieces)
+            for increment in _joined(increments)
             for delta in self.form.deltas(
-                self._grow(piece), self._logprobs[piece.number]
+                self._grow(increment), self._logprobs[increment.number]
             )
         )
 
@@ -265,13 +265,13 @@ class Answering:
         answer.usage = self._usage()
         return event(answer.to_json())
 
-    def _grow(self, piece: Increment) -> Grown:
-        stream = self._streams[piece.number]
-        text = stream.add(piece.tokens)
-        if piece.finish_reason:
+    def _grow(self, increment: Increment) -> Grown:
+        stream = self._streams[increment.number]
+        text = stream.add(increment.tokens)
+        if increment.finish_reason:
             text += stream.end()
-        self._new_tokens += len(piece.tokens)
-        return Grown(piece.number, text, piece, piece.finish_reason)
+        self._new_tokens += len(increment.tokens)
+        return Grown(increment.number, text, increment, increment.finish_reason)
 
     def _events(self, choices: Iterable[Any]) -> bytes:
         found = []
@@ -329,20 +329,20 @@ def _longest(asked: AskedTokens, served: Served, prompt_tokens: int) -> int:
     return asked.longest
 
 
-def _joined(pieces: Sequence[Increment]) -> Iterable[Increment]:
-    """Returns the pieces, those of each request as one."""
+def _joined(increments: Sequence[Increment]) -> Iterable[Increment]:
+    """Returns the increments, those of each request as one."""
     found: dict[int, Increment] = {}
-    for piece in pieces:
-        if piece.number in found:
-            before = found[piece.number]
-            piece = Increment(
-                piece.number,
-                before.tokens + piece.tokens,
-                before.logprobs + piece.logprobs,
-                before.top_logprobs + piece.top_logprobs,
-                piece.finish_reason,
+    for increment in increments:
+        if increment.number in found:
+            before = found[increment.number]
+            increment = Increment(
+                increment.number,
+                before.tokens + increment.tokens,
+                before.logprobs + increment.logprobs,
+                before.top_logprobs + increment.top_logprobs,
+                increment.finish_reason,
             )
-        found[piece.number] = piece
+        found[increment.number] = increment
     return found.values()
 
 

@@ -111,8 +111,8 @@ class CompletionEndpoint:
 
 
 async def _whole(answering: Answering, ticket: Ticket, send: Any) -> None:
-    pieces = [piece async for some in ticket for piece in some]
-    body = answering.whole(pieces).to_json()
+    increments = [one async for some in ticket for one in some]
+    body = answering.whole(increments).to_json()
     length = str(len(body)).encode()
     headers = [(b"content-type", JSON.encode()), (b"content-length", length)]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
@@ -120,29 +120,28 @@ async def _whole(answering: Answering, ticket: Ticket, send: Any) -> None:
 
 
 async def _stream(answering: Answering, ticket: Ticket, send: Any) -> None:
-    """Sends pieces as they come; what ends it before its first one has a status."""
+    """Sends tokens as they come; what ends it before its first one has a status."""
     has_begun = False
 
-    async def send_piece(body: bytes, more: bool = True) -> None:
-        piece = {"type": "http.response.body", "body": body, "more_body": more}
-        await send(piece)
+    async def send_body(body: bytes, more: bool = True) -> None:
+        await send({"type": "http.response.body", "body": body, "more_body": more})
 
     try:
-        async for pieces in ticket:
-            events = answering.chunk(pieces)
+        async for increments in ticket:
+            events = answering.chunk(increments)
             if not has_begun:
                 has_begun = True
                 start = {"type": "http.response.start", "status": 200}
                 await send(start | {"headers": STREAM_HEADERS})
                 events = answering.beginning() + events
             if events:
-                await send_piece(events)
-        await send_piece(answering.ending() + DONE, more=False)
+                await send_body(events)
+        await send_body(answering.ending() + DONE, more=False)
     except Refused as refused:
         if not has_begun:
             raise
         _, told = answers.start_and_body(refused)
-        await send_piece(event(told["body"]) + DONE, more=False)
+        await send_body(event(told["body"]) + DONE, more=False)
 
 
 async def _attended(work: Awaitable[T], receive: Any) -> T:

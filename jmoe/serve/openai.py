@@ -10,10 +10,10 @@ Beyond OpenAI's there are what vLLM's users know: `top_k`, `min_p`,
 """
 
 import json
+import random
 import reprlib
-import secrets
 from collections.abc import Mapping
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -59,6 +59,15 @@ _UNSERVED_OF_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
 }
 
+
+def _check_unicode(text: str) -> str:
+    if not checks.is_unicode(text):
+        raise ValueError("must be Unicode, without halves of surrogate pairs")
+    return text
+
+
+Text = Annotated[str, pydantic.AfterValidator(_check_unicode)]
+Stop = Annotated[Text, Field(min_length=1, max_length=STOP_CHARACTERS)]
 Prompt = str | list[int]
 A = TypeVar("A", bound="AskedTokens")
 
@@ -74,7 +83,7 @@ class StreamOptions(_Strict):
 class AskedTokens(_Strict):
     """What both kinds of requests may have."""
 
-    model: str
+    model: Text
     n: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -85,22 +94,17 @@ class AskedTokens(_Strict):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     seed: int | None = Field(None, ge=0, le=checks.MAX_SEED)
-    stop: str | list[str] | None = None
+    stop: list[Stop] | None = Field(None, max_length=STOPS)
     stop_token_ids: list[int] | None = Field(None, max_length=STOPS)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     deadline_seconds: float | None = Field(None, gt=0)
-    user: str | None = None  # who asks, for OpenAI's own records
+    user: Text | None = None  # who asks, for OpenAI's own records
 
-    @pydantic.field_validator("stop")
+    @pydantic.field_validator("stop", mode="before")
     @classmethod
-    def _check_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        texts = [stop] if isinstance(stop, str) else stop or []
-        if len(texts) > STOPS or not all(0 < len(x) <= STOP_CHARACTERS for x in texts):
-            raise ValueError(
-                f"must be at most {STOPS} texts of 1 to {STOP_CHARACTERS} characters"
-            )
-        return stop
+    def _one_stop(cls, stop: Any) -> Any:
+        return [stop] if isinstance(stop, str) else stop
 
     @pydantic.model_validator(mode="after")
     def _check_stream_options(self) -> Self:
@@ -133,9 +137,8 @@ class AskedTokens(_Strict):
         Args:
           stop_ids: the model's own.
         """
-        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         own_stop_ids = () if self.ignore_eos else stop_ids
-        seed = secrets.randbits(32) if self.seed is None else self.seed
+        seed = random.getrandbits(32) if self.seed is None else self.seed
         return Sampling(
             max_new_tokens=max_new_tokens,
             temperature=1.0 if self.temperature is None else self.temperature,
@@ -145,7 +148,7 @@ class AskedTokens(_Strict):
             repetition_penalty=self.repetition_penalty or 1.0,
             seed=seed,
             stop_ids=(*own_stop_ids, *(self.stop_token_ids or ())),
-            stop_texts=tuple(stop),
+            stop_texts=tuple(self.stop or ()),
             logprobs=self.num_logprobs or 0,
         )
 
@@ -171,6 +174,9 @@ class AskedCompletion(AskedTokens):
             )
         if not all(several) and not all(isinstance(x, str) for x in several):
             raise ValueError("must not be empty")
+        for one in several:
+            if isinstance(one, str):
+                _check_unicode(one)
         return several
 
     @pydantic.model_validator(mode="after")
@@ -188,7 +194,7 @@ class AskedCompletion(AskedTokens):
 
 class TextPart(_Strict):
     type: str
-    text: str
+    text: Text
 
     @pydantic.field_validator("type")
     @classmethod
@@ -200,8 +206,8 @@ class TextPart(_Strict):
 
 class AskedMessage(_Strict):
     role: str
-    content: str | list[TextPart]
-    name: str | None = None
+    content: list[TextPart]
+    name: Text | None = None
 
     @pydantic.field_validator("role")
     @classmethod
@@ -210,11 +216,15 @@ class AskedMessage(_Strict):
             raise ValueError("must be system, developer, user or assistant")
         return role
 
+    @pydantic.field_validator("content", mode="before")
+    @classmethod
+    def _one_part(cls, content: Any) -> Any:
+        is_text = isinstance(content, str)
+        return [{"type": "text", "text": content}] if is_text else content
+
     def for_template(self) -> dict[str, str]:
         """Returns what a chat template reads."""
-        content = self.content
-        if not isinstance(content, str):
-            content = "\n".join(part.text for part in content)
+        content = "\n".join(part.text for part in self.content)
         found = {"role": self.role, "content": content}
         return found if self.name is None else found | {"name": self.name}
 
@@ -255,6 +265,8 @@ def read(kind: type[A], body: bytes) -> A:
         given = json.loads(body)
     except ValueError as error:  # it isn't UTF-8, or isn't JSON
         raise Refused(400, f"The body is not JSON: {error}.") from error
+    except RecursionError as error:
+        raise Refused(400, "The body nests too deep.") from error
     if not isinstance(given, dict):
         raise Refused(400, "The body must be a JSON object.")
     given = _served(given, _UNSERVED)

@@ -52,8 +52,8 @@ class TextChoice(Answer):
     text: str
     logprobs: TextLogprobs | None
     finish_reason: str | None
-    token_ids: list[int] = []
-    prompt_token_ids: list[int] = []
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
 
 
 class ChatMessage(Answer):
@@ -66,7 +66,7 @@ class ChatChoice(Answer):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
-    token_ids: list[int] = []
+    token_ids: list[int] | None = None
 
 
 class ChatDelta(Answer):
@@ -76,7 +76,7 @@ class ChatDelta(Answer):
     delta: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str | None
-    token_ids: list[int] = []
+    token_ids: list[int] | None = None
 
 
 class Completions(Answer):
@@ -88,7 +88,7 @@ class Completions(Answer):
     model: str
     choices: list[Any]
     usage: Usage | None = None
-    prompt_token_ids: list[int] = []
+    prompt_token_ids: list[int] | None = None
 
 
 class ServedModel(Answer):

@@ -14,20 +14,18 @@ TokenBytes = Callable[[int], bytes]
 
 
 class Logprobs:
-    """Tells them of one completion, piece by piece."""
+    """Tells them of one completion, as it grows."""
 
     def __init__(self, token_bytes: TokenBytes):
         self._bytes = token_bytes
         self._offset = 0  # characters before the next token
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def of_text(self, piece: Increment) -> TextLogprobs:
-        """Returns those of a piece of a completion."""
+    def of_text(self, got: Increment) -> TextLogprobs:
+        """Returns those of what a completion has grown by."""
         offsets, top = [], []
-        likely = piece.top_logprobs or [{} for _ in piece.tokens]
-        for token, own, others in zip(
-            piece.tokens, piece.logprobs, likely, strict=True
-        ):
+        likely = got.top_logprobs or [{} for _ in got.tokens]
+        for token, own, others in zip(got.tokens, got.logprobs, likely, strict=True):
             offsets.append(self._offset)
             self._offset += len(self._decoder.decode(self._bytes(token)))
             named: dict[str, float] = {}
@@ -36,19 +34,17 @@ class Logprobs:
             named.setdefault(name(self._bytes(token)), own)
             top.append(named)
         return TextLogprobs(
-            tokens=[name(self._bytes(token)) for token in piece.tokens],
-            token_logprobs=piece.logprobs,
+            tokens=[name(self._bytes(token)) for token in got.tokens],
+            token_logprobs=got.logprobs,
             top_logprobs=top,
             text_offset=offsets,
         )
 
-    def of_chat(self, piece: Increment) -> ChatLogprobs:
-        """Returns those of a piece of a message."""
-        likely = piece.top_logprobs or [{} for _ in piece.tokens]
+    def of_chat(self, got: Increment) -> ChatLogprobs:
+        """Returns those of what a message has grown by."""
+        likely = got.top_logprobs or [{} for _ in got.tokens]
         tokens = []
-        for token, own, others in zip(
-            piece.tokens, piece.logprobs, likely, strict=True
-        ):
+        for token, own, others in zip(got.tokens, got.logprobs, likely, strict=True):
             top = [LikelyToken(**self._fields(*other)) for other in others.items()]
             tokens.append(ChatToken(**self._fields(token, own), top_logprobs=top))
         return ChatLogprobs(content=tokens)

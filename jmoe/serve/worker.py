@@ -2,15 +2,17 @@
 
     worker = Worker(engine, meter)
     with worker.submit([(prompt, sampling)], seconds=60) as ticket:
-        async for pieces in ticket:
+        async for increments in ticket:
             ...
 
 An engine is not for several threads. So what others want of it are calls, which the
-thread makes between two steps; it steps while there is work, and sleeps otherwise. A
-step's news go to each event loop in one call.
+thread makes between two steps; it steps while there is work, and sleeps otherwise. What
+tickets have got goes to each event loop in one call, in which short steps are put
+together: to wake a client's task and to write to its socket takes as long as a small
+model takes for a token.
 
 As many requests are taken as have a place, and so many more as may wait; others are
-refused at once. Who leaves the `with`, takes no pieces, or has had all of its time,
+refused at once. Who leaves the `with`, takes nothing, or has had all of its time,
 gives its places back.
 """
 
@@ -37,6 +39,7 @@ MOST_HELD = 1024  # tokens of a choice that a client hasn't taken
 RECENT = 256  # requests whose ends tell how fast the engine is
 MOST_RETRY_SECONDS = 60
 HANGING_SECONDS = 120.0  # of one step
+NEWS_SECONDS = 0.01  # that a token may wait for the next, unless it is a ticket's first
 
 FAILED = Refused(503, "The engine has failed; the server's log says why.")
 STOPPED = Refused(503, "The server is shutting down.", headers=(("retry-after", "5"),))
@@ -60,13 +63,14 @@ class Increment(NamedTuple):
 class Ticket:
     """One client's requests, as `Worker.submit` returns it, on one event loop.
 
-    Iterating gives lists of pieces, until each request has ended; it raises Refused if
-    they can't go on. Leaving the context ends those that haven't.
+    Iterating gives lists of increments until each request has ended; it raises Refused
+    if they can't go on. Leaving the context ends those that haven't.
 
     Args:
       cancel: called with the ticket when its requests are to end.
       count: of its requests.
-      is_streamed: whether pieces come with each step; else each request is one.
+      is_streamed: whether tokens come while they are found; else each request gives one
+        increment, at its end.
     """
 
     def __init__(
@@ -81,7 +85,7 @@ class Ticket:
         self._cancel = cancel
         self._left = count
         self._most_held = MOST_HELD * count
-        self._pieces: list[Increment] = []
+        self._got: list[Increment] = []
         self._held = 0  # tokens in them
         self._news = asyncio.Event()
         self._refused: Refused | None = None
@@ -101,14 +105,15 @@ class Ticket:
             self._news.clear()
             if self._refused is not None:
                 raise dataclasses.replace(self._refused)
-            pieces, self._pieces, self._held = self._pieces, [], 0
-            self._left -= sum(piece.finish_reason is not None for piece in pieces)
-            yield pieces
+            got, self._got, self._held = self._got, [], 0
+            self._left -= sum(one.finish_reason is not None for one in got)
+            yield got
 
-    def put(self, piece: Increment) -> None:
-        """Takes a piece, on the event loop."""
-        self._pieces.append(piece)
-        self._held += len(piece.tokens)
+    def put(self, increments: Iterable[Increment]) -> None:
+        """Takes what its requests have got, on the event loop."""
+        for increment in increments:
+            self._got.append(increment)
+            self._held += len(increment.tokens)
         if self.is_streamed and self._held > self._most_held:
             self._give_up(SLOW)
         self._news.set()
@@ -116,7 +121,7 @@ class Ticket:
     def refuse(self, reason: Refused) -> None:
         """Ends it, on the event loop; what wasn't taken is let go of."""
         self._refused = self._refused or reason
-        self._pieces = []
+        self._got = []
         self._news.set()
 
     def _give_up(self, reason: Refused) -> None:
@@ -146,6 +151,8 @@ class Worker:
         self._refused: Refused | None = None  # why no more requests are taken
         # And this by the thread alone.
         self._places: dict[int, tuple[Ticket, int]] = {}
+        self._news: dict[Ticket, list[Increment]] = {}
+        self._told = 0.0  # when all of it was
         self._step_began: float | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -247,7 +254,7 @@ class Worker:
             self._refused = self._refused or reason
         self._make_calls()  # of which each sees that it is too late
         for ticket in {ticket for ticket, _ in self._places.values()}:
-            _tell(ticket.loop, ticket.refuse, reason)
+            _call_on(ticket.loop, ticket.refuse, reason)
 
     def _wait(self) -> bool:
         """Returns once there is something to do; false if that is to end."""
@@ -266,7 +273,7 @@ class Worker:
 
     def _begin(self, ticket: Ticket, requests: Sequence[Request]) -> None:
         if self._refused is not None:
-            _tell(ticket.loop, ticket.refuse, self._refused)
+            _call_on(ticket.loop, ticket.refuse, self._refused)
             return
         for place, request in enumerate(requests):
             self._meter.request_started()
@@ -281,32 +288,49 @@ class Worker:
         self._step_began = began = time.monotonic()
         updates = self._engine.step()
         self._step_began = None
-        ended = self._publish(updates)
-        with self._changed:
+        before = len(self._places)
+        urgent = self._note(updates)
+        ended = before - len(self._places)
+        with self._changed:  # before anyone is told, who may then ask again
             self._busy += time.monotonic() - began
             self._count -= ended
             self._ends.extend([self._busy] * ended)
+        now = time.monotonic()
+        if now - self._told >= NEWS_SECONDS:
+            self._told, urgent = now, set(self._news)
+        self._tell(urgent & self._news.keys())
 
-    def _publish(self, updates: Iterable[Update]) -> int:
-        """Tells each event loop what its tickets have got; how many requests ended."""
-        news: dict[asyncio.AbstractEventLoop, list[tuple[Ticket, Increment]]] = {}
-        ended = 0
+    def _note(self, updates: Iterable[Update]) -> set[Ticket]:
+        """Notes what tickets have got; returns those that are to be told at once."""
+        urgent = set()
         for completion, new in updates:
-            ticket, place = self._places[completion.number]
+            # A pipeline may tell of a request again that has left it.
+            ticket, place = self._places.get(completion.number, (None, 0))
+            if ticket is None:
+                continue
             self._measure(completion, new)
-            if completion.finish_reason:
+            is_end = completion.finish_reason is not None
+            if is_end:
                 del self._places[completion.number]
-                ended += 1
             if completion.finish_reason == "cancelled":
+                self._news.pop(ticket, None)
                 continue
             if not ticket.is_streamed:
-                new = len(completion.tokens) if completion.finish_reason else 0
-            if new or completion.finish_reason:
-                piece = _piece(place, completion, new)
-                news.setdefault(ticket.loop, []).append((ticket, piece))
-        for loop, pieces in news.items():
-            _tell(loop, _put_all, pieces)
-        return ended
+                new = len(completion.tokens) if is_end else 0
+            if new or is_end:
+                increment = _increment(place, completion, new)
+                self._news.setdefault(ticket, []).append(increment)
+                if is_end or new == len(completion.tokens):
+                    urgent.add(ticket)
+        return urgent
+
+    def _tell(self, tickets: Iterable[Ticket]) -> None:
+        of_loop: dict[asyncio.AbstractEventLoop, list] = {}
+        for ticket in tickets:
+            news = self._news.pop(ticket)
+            of_loop.setdefault(ticket.loop, []).append((ticket, news))
+        for loop, news in of_loop.items():
+            _call_on(loop, _put_all, news)
 
     def _measure(self, completion: Completion, new: int) -> None:
         times, before = completion.times, len(completion.tokens) - new
@@ -318,7 +342,7 @@ class Worker:
             self._meter.request_ended(completion.finish_reason, len(times))
 
 
-def _piece(place: int, completion: Completion, new: int) -> Increment:
+def _increment(place: int, completion: Completion, new: int) -> Increment:
     """Returns the completion's last `new` tokens, which no step changes any more."""
     first = len(completion.tokens) - new
     return Increment(
@@ -330,12 +354,12 @@ def _piece(place: int, completion: Completion, new: int) -> Increment:
     )
 
 
-def _put_all(pieces: list[tuple[Ticket, Increment]]) -> None:
-    for ticket, piece in pieces:
-        ticket.put(piece)
+def _put_all(news: Iterable[tuple[Ticket, list[Increment]]]) -> None:
+    for ticket, increments in news:
+        ticket.put(increments)
 
 
-def _tell(
+def _call_on(
     loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object
 ) -> None:
     """Calls a function on an event loop; if that has ended, nobody waits there."""

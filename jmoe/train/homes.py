@@ -13,18 +13,21 @@ Shapes: T step, L MoE layer, E expert.
 """
 
 import collections
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jmoe.balance import dropping
 from jmoe.balance import homes as places
 from jmoe.config import RunConfig
-from jmoe.nn.model import read_homes, with_homes
+from jmoe.nn.model import read_biases, read_homes, with_biases, with_homes
 from jmoe.parallel import processes
-from jmoe.train.layout import Layout, put_whole
+from jmoe.train.layout import WHOLE, Layout, put_whole
 from jmoe.train.moving import make_mover
 from jmoe.train.state import TrainState
 
@@ -68,6 +71,13 @@ class Homes:
         self._loads: collections.deque[jax.Array] = collections.deque(maxlen=WINDOW)
         if self._every:
             self._move = make_mover(run.model, layout, jax.eval_shape(make))
+        # Compiled, as they are of arrays that other processes have parts of.
+        whole = functools.partial(
+            jax.jit, out_shardings=NamedSharding(layout.mesh, WHOLE)
+        )
+        self._read = whole(functools.partial(read_homes, cfg=self._cfg))
+        self._write = whole(functools.partial(with_homes, cfg=self._cfg))
+        self._forget = whole(self._biases_alone)
 
     def begin(self, state: TrainState) -> TrainState:
         """Returns a state whose experts are in order, with their homes.
@@ -75,7 +85,7 @@ class Homes:
         Without, if they are never to change.
         """
         self._loads.clear()
-        return self._with(state, self._in_order()) if self._every else state
+        return self._at(state, self._in_order()) if self._every else state
 
     def add(self, measured: Mapping[str, jax.Array]) -> None:
         """Takes what a step measured."""
@@ -95,7 +105,7 @@ class Homes:
         """
         load_TLE = np.stack(jax.device_get(list(self._loads)))
         self._loads.clear()
-        router, home_LE = self._cfg.moe.router, self._read(state)
+        router, home_LE = self._cfg.moe.router, self._homes(state)
         found = places.reassign(load_TLE, home_LE, router, self._peers, self._above)
         # One process decides, as libraries may differ in a rounding.
         chosen = processes.from_first("homes of experts", found.home_LE.tolist)
@@ -108,10 +118,12 @@ class Homes:
 
     def in_order(self, state: TrainState) -> tuple[TrainState, np.ndarray | None]:
         """Returns the state as any run has it, and homes to go back to; donates it."""
-        home_LE = self._read(state)
-        if home_LE is None:
+        if not self._every:
             return state, None
-        return self._with(self._go(state, home_LE, self._in_order()), None), home_LE
+        home_LE = self._homes(state)
+        state = self._go(state, home_LE, self._in_order())
+        biases = self._forget(state.router_state)
+        return dataclasses.replace(state, router_state=biases), home_LE
 
     def back(self, state: TrainState, home_LE: np.ndarray | None) -> TrainState:
         """Undoes `in_order`; donates the state."""
@@ -121,17 +133,20 @@ class Homes:
         router, layers = self._cfg.moe.router, len(self._cfg.moe_layer_names)
         return places.in_order(layers, router.num_experts)
 
-    def _read(self, state: TrainState) -> Any:
-        return jax.device_get(read_homes(state.router_state, self._cfg))
+    def _biases_alone(self, router_state: Any) -> Any:
+        return with_biases({}, read_biases(router_state, self._cfg), self._cfg)
 
-    def _with(self, state: TrainState, home_LE: np.ndarray | None) -> TrainState:
-        placed = None if home_LE is None else put_whole(self._layout, home_LE)
-        router_state = with_homes(state.router_state, placed, self._cfg)
-        return state.replace(router_state=router_state)
+    def _homes(self, state: TrainState) -> np.ndarray:
+        return jax.device_get(self._read(state.router_state))
+
+    def _at(self, state: TrainState, home_LE: np.ndarray) -> TrainState:
+        placed = put_whole(self._layout, home_LE)
+        router_state = self._write(state.router_state, placed)
+        return dataclasses.replace(state, router_state=router_state)
 
     def _go(
         self, state: TrainState, home_LE: np.ndarray, new_LE: np.ndarray
     ) -> TrainState:
         if not np.array_equal(home_LE, new_LE):
             state = self._move(state, home_LE, new_LE)
-        return self._with(state, new_LE)
+        return self._at(state, new_LE)

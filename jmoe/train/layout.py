@@ -105,13 +105,14 @@ def shardings(layout: Layout, tree: Any) -> Any:
 
     def choose(path: Any, x: Any) -> NamedSharding:
         found = parameter_of(path)
-        lies_so = found is not None and found.shape == x.shape
-        return NamedSharding(layout.mesh, found.spec if lies_so else WHOLE)
+        if found is None or found.shape != x.shape:
+            return NamedSharding(layout.mesh, WHOLE)
+        return NamedSharding(layout.mesh, found.spec)
 
     return jax.tree.map_with_path(choose, tree)
 
 
-class Stored(NamedTuple):
+class ParameterAtRest(NamedTuple):
     """What there is to know of a parameter at rest; path: its keys."""
 
     path: tuple[str, ...]
@@ -120,7 +121,7 @@ class Stored(NamedTuple):
     spec: PartitionSpec
 
 
-def parameters_by_path(layout: Layout) -> Callable[[Any], Stored | None]:
+def parameters_by_path(layout: Layout) -> Callable[[Any], ParameterAtRest | None]:
     """Returns a function from an array's path in a state to the parameter it is for.
 
     That is the one whose path it ends in; None: none's.
@@ -129,11 +130,11 @@ def parameters_by_path(layout: Layout) -> Callable[[Any], Stored | None]:
         jax.tree.leaves_with_path, (layout.records, layout.shapes, layout.stored)
     )
     of_path = {
-        _names(path): Stored(_names(path), record, x.shape, spec)
+        _names(path): ParameterAtRest(_names(path), record, x.shape, spec)
         for (path, record), (_, x), (_, spec) in zip(*leaves, strict=True)
     }
 
-    def find(path: Any) -> Stored | None:
+    def find(path: Any) -> ParameterAtRest | None:
         names = _names(path)
         ends = (of_path.get(names[start:]) for start in range(len(names)))
         return next(filter(None, ends), None)

@@ -23,7 +23,7 @@ from jmoe.parallel import homes
 from jmoe.train.layout import (
     WHOLE,
     Layout,
-    Stored,
+    ParameterAtRest,
     on_mesh,
     parameters_by_path,
     put_whole,
@@ -45,7 +45,7 @@ def make_mover(cfg: ModelConfig, layout: Layout, state: Any) -> Mover:
     stored = _of_experts(layout, state)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-    def move(x: jax.Array, moves: Moves, parameter: Stored) -> jax.Array:
+    def move(x: jax.Array, moves: Moves, parameter: ParameterAtRest) -> jax.Array:
         is_stacked, axes = parameter.record.is_stacked, _axes(parameter)
 
         def of_part(x: jax.Array, moves: Moves) -> jax.Array:
@@ -66,7 +66,7 @@ def make_mover(cfg: ModelConfig, layout: Layout, state: Any) -> Mover:
             parameter = stored.get(jax.tree_util.keystr(path))
             if parameter is None:
                 return x
-            devices = math.prod(map(layout.mesh.shape.get, _axes(parameter)))
+            devices = math.prod(layout.mesh.shape[axis] for axis in _axes(parameter))
             own = moves(*_layers(parameter, cfg), devices)
             return move(x, own, parameter._replace(path=()))
 
@@ -75,7 +75,7 @@ def make_mover(cfg: ModelConfig, layout: Layout, state: Any) -> Mover:
     return move_state
 
 
-def _of_experts(layout: Layout, state: Any) -> dict[str, Stored]:
+def _of_experts(layout: Layout, state: Any) -> dict[str, ParameterAtRest]:
     """Returns the weights that experts' arrays of a state are of, by their names."""
     find, found = parameters_by_path(layout), {}
     for path, x in jax.tree.leaves_with_path(state):
@@ -93,13 +93,13 @@ def _of_experts(layout: Layout, state: Any) -> dict[str, Stored]:
     return found
 
 
-def _axes(parameter: Stored) -> tuple[str, ...]:
+def _axes(parameter: ParameterAtRest) -> tuple[str, ...]:
     """Returns the mesh's axes that divide the experts."""
     axes = parameter.spec[parameter.record.dims.index(EXPERT)]
     return (axes,) if isinstance(axes, str) else axes
 
 
-def _layers(parameter: Stored, cfg: ModelConfig) -> tuple[int, int]:
+def _layers(parameter: ParameterAtRest, cfg: ModelConfig) -> tuple[int, int]:
     """Returns the first of the layers that a parameter is of, and where they end."""
     rows = next(
         rows

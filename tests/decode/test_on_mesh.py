@@ -20,6 +20,7 @@ from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Sampling
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import quantize_weights
+from jmoe.parallel.mesh import make_mesh
 from jmoe.train import layout as layouts
 from tests.decode.conftest import EXPERIMENT, random_variables
 
@@ -40,7 +41,8 @@ def placed(mesh, settings, variables, model=None):
     run = runpy.run_path(str(EXPERIMENT))["get_config"]()
     run = dataclasses.replace(run, model=model or run.model)
     run = override(run, [*sizes, *axes, *settings])
-    layout = layouts.make_layout(Transformer(run.model), layouts.run_mesh(run.mesh))
+    devices = jax.devices()[: run.mesh.num_devices]
+    layout = layouts.make_layout(Transformer(run.model), make_mesh(run.mesh, devices))
     return run, layout, jax.device_put(variables, layouts.shardings(layout, variables))
 
 

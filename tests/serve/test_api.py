@@ -1,15 +1,30 @@
 """Our engine as clients of OpenAI's API see it, over HTTP."""
 
+import asyncio
 import concurrent.futures
 import json
+import socket
+import urllib.error
+import urllib.parse
 
 import pytest
 
 from jmoe.decode.generate import generate
 from jmoe.decode.requests import Sampling
+from jmoe.serve.api import make_app
 from tests.decode.test_step import LIMITS, prompt
-from tests.serve.own import NAME, QUEUE, make_engine, make_served, serving, tokenizer
+from tests.serve.counting import Counting
+from tests.serve.own import (
+    NAME,
+    PATIENCE,
+    QUEUE,
+    make_engine,
+    make_served,
+    serving,
+    tokenizer,
+)
 from tests.serve.own import variables as weights
+from tests.serve.running import wait_until
 from tests.smallest_run import get_config
 
 TEXTS, CHATS = "/v1/completions", "/v1/chat/completions"
@@ -202,3 +217,171 @@ def test_models_health_metrics_and_page_are_there(client):
     assert f'jmoe_model{{model="{NAME}"}} 1.0' in client.ask("/metrics").text
     assert "<html" in client.ask("/monitor/").text
     assert json.loads(client.ask("/nowhere").text)["error"]["code"] == 404
+
+
+BAD = {
+    "no JSON": (TEXTS, b"{", 400, None),
+    "no prompt": (TEXTS, {"model": NAME}, 400, "prompt"),
+    "an empty prompt": (TEXTS, {"model": NAME, "prompt": []}, 400, "prompt"),
+    "too long a prompt": (TEXTS, {"model": NAME, "prompt": "a" * 64}, 400, "prompt"),
+    "too long an answer": (
+        TEXTS,
+        {"model": NAME, "prompt": "a", "max_tokens": 64},
+        400,
+        "max_tokens",
+    ),
+    "no such token": (TEXTS, {"model": NAME, "prompt": [300]}, 400, None),
+    "a token below 0": (TEXTS, {"model": NAME, "prompt": [-1]}, 400, None),
+    "an impossible draw": (
+        TEXTS,
+        {"model": NAME, "prompt": "a", "top_p": 0},
+        400,
+        "top_p",
+    ),
+    "too many likely tokens": (
+        TEXTS,
+        {"model": NAME, "prompt": "a", "logprobs": 4},
+        400,
+        None,
+    ),
+    "too many choices": (TEXTS, {"model": NAME, "prompt": "a", "n": 9}, 400, None),
+    "an unknown field": (TEXTS, {"model": NAME, "prompt": "a", "x": 1}, 400, "x"),
+    "an unserved field": (
+        CHATS,
+        {"model": NAME, "messages": [], "tools": [1]},
+        400,
+        "tools",
+    ),
+    "another model": (TEXTS, {"model": "gpt", "prompt": "a"}, 404, "model"),
+}
+
+
+@pytest.mark.parametrize(("path", "body", "status", "field"), BAD.values(), ids=BAD)
+def test_bad_requests_are_refused_as_openai_words_it_and_harm_nobody(
+    client, path, body, status, field
+):
+    response = client.ask(path, body)
+    error = response.json["error"]
+    assert response.status == error["code"] == status
+    assert error["type"] == "invalid_request_error" and error["param"] == field
+    assert error["message"] and "\n" not in error["message"]
+    assert client.served.worker.is_well
+
+
+def test_a_chat_needs_a_template_and_completions_none():
+    served = make_served(Counting(), template=None)
+    with serving(served) as client:
+        chat = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
+        refused = client.ask(CHATS, chat)
+        assert refused.status == 400 and "no chat template" in refused.text
+        assert client.complete("a", max_tokens=2)["choices"]
+
+
+def test_a_full_server_says_when_to_come_again_and_then_answers():
+    engine = Counting()
+    with serving(make_served(engine)) as client:
+        engine.may_step.clear()
+        with concurrent.futures.ThreadPoolExecutor(10) as pool:
+            asked = [pool.submit(client.complete, "a", max_tokens=3) for _ in range(5)]
+            wait_until(lambda: client.served.worker._count == 5)
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                client.open(TEXTS, {"model": NAME, "prompt": "a"})
+            assert refused.value.code == 429
+            assert int(refused.value.headers["retry-after"]) >= 1
+            assert json.loads(refused.value.read())["error"]["code"] == 429
+            refused.value.close()
+            engine.may_step.set()
+            assert all(answer.result()["choices"] for answer in asked)
+        assert client.complete("a", max_tokens=3)["choices"]
+        assert client.served.meter.totals().refused[429] == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_deadline_of_the_server_or_the_request_ends_an_answer(stream):
+    endless = {"model": NAME, "prompt": "a", "stream": stream, "max_tokens": 60}
+    engine = Counting()
+    with serving(make_served(engine, deadline_seconds=0.2)) as client:
+        engine.may_step.clear()
+        for fields in ({}, {"deadline_seconds": 0.05}):
+            late = client.ask(TEXTS, endless | fields)
+            assert late.status == late.json["error"]["code"] == 504
+        engine.may_step.set()
+        wait_until(lambda: not engine.asked)
+        assert client.complete("a", max_tokens=3)["choices"]
+
+
+def test_a_stream_that_has_begun_tells_of_its_deadline_and_ends():
+    engine = Counting(pause=0.01)
+    with serving(make_served(engine, deadline_seconds=0.3, max_length=10**6)) as client:
+        *sent, last = client.stream(TEXTS, prompt="a", max_tokens=10**5)
+        assert sent and last["error"]["code"] == 504
+        wait_until(lambda: not engine.asked)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_vanishes_frees_its_place(stream):
+    engine = Counting(pause=0.001)
+    with serving(make_served(engine, max_length=10**6)) as client:
+        asked = {"model": NAME, "prompt": "a", "max_tokens": 10**5, "stream": stream}
+        body = json.dumps(asked).encode()
+        parts = urllib.parse.urlsplit(client.url)
+        with socket.create_connection((parts.hostname, parts.port)) as connection:
+            head = f"POST {TEXTS} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}"
+            connection.sendall(head.encode() + b"\r\n\r\n" + body)
+            wait_until(lambda: engine.asked)
+            if stream:
+                assert connection.recv(15) == b"HTTP/1.1 200 OK"
+        wait_until(lambda: not engine.asked)
+        wait_until(lambda: not client.served.worker._count)
+        assert client.complete("a", max_tokens=3)["choices"]
+
+
+def test_a_client_that_reads_nothing_loses_its_place_and_little_memory_is_held():
+    engine = Counting()
+    served = make_served(engine, max_length=10**9)
+    form = {"model": NAME, "prompt": "a", "max_tokens": 10**8, "stream": True}
+    body = json.dumps(form).encode()
+    sent: list[int] = []
+
+    async def ask() -> None:
+        received = iter([{"type": "http.request", "body": body, "more_body": False}])
+        gone = asyncio.Event()
+
+        async def receive():
+            if message := next(received, None):
+                return message
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(len(message.get("body", b"")))
+            if len(sent) > 1:  # as a transport whose buffer is full
+                await asyncio.to_thread(wait_until, lambda: not engine.asked)
+                gone.set()
+                await asyncio.sleep(PATIENCE)
+
+        scope = {"type": "http", "method": "POST", "path": TEXTS, "headers": []}
+        await make_app(served)(scope | {"query_string": b""}, receive, send)
+
+    asyncio.run(ask())
+    assert len(sent) == 2
+    served.worker.close()
+
+
+def test_a_failed_engine_is_told_of_by_health_and_by_every_answer(caplog):
+    engine = Counting()
+    with serving(make_served(engine)) as client:
+        engine.failure = RuntimeError("a device is gone")
+        for _ in range(2):
+            failed = client.ask(TEXTS, {"model": NAME, "prompt": "a"})
+            assert failed.status == 503 and "device" not in failed.text
+        assert client.ask("/health").status == 503
+        assert client.ask("/metrics").status == 200
+
+
+def test_a_mistake_of_ours_is_a_500_that_tells_nothing(monkeypatch, caplog):
+    with serving(make_served(Counting())) as client:
+        monkeypatch.setattr(client.served.meter, "prometheus", lambda: 1 / 0)
+        response = client.ask("/metrics")
+    assert response.status == response.json["error"]["code"] == 500
+    assert "division" not in response.text

@@ -112,11 +112,15 @@ def test_experts_with_ever_other_homes_train_the_same_with_one_compiled_step(
 def uneven(quick):
     """Runs of a few steps on a mesh, whose biases don't move; by settings."""
     settings = [
-        *("mesh=data=2,expert=4,tensor=2", "model.moe.router.num_groups=1"),
-        *("model.moe.router.groups_per_token=1", "schedule.steps=40"),
-        *("train.batch_size=8", "train.microbatch_size=8"),
+        *(
+            "mesh=expert=16",
+            "model.moe.router.num_experts=16",
+            "model.layer_loop=unroll",
+        ),
+        *("model.moe.router.num_groups=1", "model.moe.router.groups_per_token=1"),
+        *("train.batch_size=16", "train.microbatch_size=16", "train.steps=8"),
         *("train.bias_rate.first=0.0", "train.log_every=1", "train.eval_every=8"),
-        *("train.steps=8", "train.checkpoint_every=4", "train.reassign_above=0.0"),
+        *("train.checkpoint_every=4", "train.reassign_above=0.0"),
     ]
     return lambda *others: override(quick, [*settings, *others])
 

@@ -1,0 +1,75 @@
+"""Experts may be anywhere, and move while requests are decoded: tokens are the same."""
+
+import numpy as np
+import pytest
+
+from jmoe.config import override
+from jmoe.decode.engine import Engine
+from jmoe.decode.on_mesh import make_programs
+from jmoe.decode.placing import begin_with
+from tests.decode.placed import (
+    DEVICES,
+    LIMITS,
+    SPARE,
+    any_placement,
+    completed,
+    engine,
+    placed,
+)
+
+
+def test_on_a_pipeline_experts_move_between_steps_and_no_token_changes(cfg):
+    on_mesh, variables, _ = engine(cfg)
+    want = completed(Engine(on_mesh.cfg, variables, LIMITS))
+    assert completed(on_mesh) == want
+    programs, steps, moved = on_mesh.programs, [], []
+    compiled = programs._programs.step._cache_size()
+
+    def move():
+        if not programs.placing.steps_left:
+            wanted = any_placement(on_mesh.cfg, seed=len(moved))
+            moved.append(programs.placing.begin(wanted))
+        steps.append(programs.advance(steps=1))
+
+    assert completed(on_mesh, move) == want
+    assert sum(moved) > 10 and all(seconds > 0 for seconds in steps)
+    assert programs._programs.step._cache_size() == compiled
+    assert programs._programs.move._cache_size() == 1
+
+
+def test_on_a_pipeline_experts_arrive_where_they_are_wanted(cfg):
+    on_mesh, _, _ = engine(cfg)
+    placing, wanted = on_mesh.programs.placing, any_placement(on_mesh.cfg, seed=99)
+    placing.begin(wanted)
+    on_mesh.programs.advance(placing.steps_left)
+    assert placing.begin(wanted) == 0
+    held, asked = (
+        np.sort(x.physical_to_logical.reshape(on_mesh.cfg.num_moe_layers, DEVICES, -1))
+        for x in (placing.placement, wanted)
+    )
+    np.testing.assert_array_equal(held, asked)
+
+
+def test_on_a_pipeline_a_placement_for_another_model_is_refused_and_nothing_moves(cfg):
+    on_mesh, _, _ = engine(cfg)
+    placing, model = on_mesh.programs.placing, on_mesh.cfg
+    before = placing.placement.physical_to_logical
+    other = begin_with(override(model, ["num_layers=4"]), DEVICES, SPARE)
+    with pytest.raises(ValueError, match="3 MoE layers of 8 experts.*has 2 of 8"):
+        placing.begin(other)
+    with pytest.raises(ValueError, match="8 experts in 8 places is no other one"):
+        placing.begin(begin_with(model, DEVICES))
+    assert placing.steps_left == 0
+    np.testing.assert_array_equal(placing.placement.physical_to_logical, before)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("form", ["native", "fp8"])
+def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(cfg, form):
+    model, variables = engine(cfg)[0].cfg, engine(cfg)[1]
+    run, layout, divided = placed("expert=4,tensor=2", [], variables, model)
+    found = []
+    for where in (None, begin_with(model, 4, SPARE)):
+        programs = make_programs(run, layout.mesh, form, placed=where)
+        found.append(completed(Engine(model, divided, LIMITS, programs=programs)))
+    assert found[0] == found[1]
