@@ -74,12 +74,16 @@ def of_experts(layer: Any) -> Experts:
 def with_experts(layer: Any, experts: Experts) -> Any:
     """Returns a row with other experts, and places."""
     name = FEED_FORWARDS["moe"].name
-    params, state = layer[PARAMS], layer[ROUTER_STATE]
-    own = {**state[name], "experts": {"home": experts.home}}
-    return {
-        PARAMS: {**params, name: {**params[name], "experts": experts.weights}},
-        ROUTER_STATE: {**state, name: own},
-    }
+    params = layer[PARAMS]
+    placed = {**params, name: {**params[name], "experts": experts.weights}}
+    return with_state({**layer, PARAMS: placed}, home=experts.home)
+
+
+def with_state(layer: Any, **values: Any) -> Any:
+    """Returns a row whose experts have other values in the router's state."""
+    name, state = FEED_FORWARDS["moe"].name, layer[ROUTER_STATE]
+    own = state[name].get("experts", {}) | values
+    return {**layer, ROUTER_STATE: {**state, name: {**state[name], "experts": own}}}
 
 
 def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
@@ -154,6 +158,25 @@ def place(
     params = {name: variables[PARAMS][name] for name in ends(cfg)}
     found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
     return assemble(found[PARAMS], tuple(layers), mtp)
+
+
+def with_limit(
+    layout: Layout, rows: tuple[LayerRow, ...], weights: Weights, limit: int
+) -> Weights:
+    """Returns the weights with a limit of each device's choices in a layer.
+
+    It lies as what is compiled for it expects, whatever it is.
+    """
+    ranks = np.full(layout.mesh.shape[PIPE], limit, np.int32)
+    sharding = NamedSharding(layout.mesh, PartitionSpec(PIPE))
+    layers = []
+    for row, layer in zip(rows, weights.layers, strict=True):
+        if row.feed_forward.kind == "moe":
+            # An array of each layer's own: what is donated is nobody else's.
+            own = jax.make_array_from_callback(ranks.shape, sharding, ranks.__getitem__)
+            layer = with_state(layer, limit=own)
+        layers.append(layer)
+    return weights._replace(layers=tuple(layers))
 
 
 def abstract(
