@@ -24,7 +24,7 @@ from jmoe.config import ModelConfig
 from jmoe.plan.device import H20
 
 DEVICES, NODE = 16, 8
-FLOPS = 148e12
+FLOPS = H20.bfloat16_flops
 LINK, NETWORK = 450e9, 50e9  # bytes a second each way, of a device
 ITEM = 2  # bytes
 BOUNDS = ("compute", "memory", "network")

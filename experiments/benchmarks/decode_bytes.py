@@ -46,6 +46,20 @@ def draft_bytes(cfg: ModelConfig) -> Bytes:
     return _bytes(cfg, lambda name: name in ("mtp_0", head))
 
 
+def draft_ratio(cfg: ModelConfig) -> float:
+    """Returns the bytes of a step with a draft over those of one without.
+
+    As much as two tokens choose by chance of the same experts, where all are equally
+    likely.
+    """
+    router = cfg.moe.router
+    one, share = router.top_k, router.top_k / router.num_experts
+    two = one + one * (1 - share)
+    own, drafting = step_bytes(cfg), draft_bytes(cfg)
+    with_draft = own.of(cfg.num_moe_layers * two) + drafting.of(two)
+    return with_draft / own.of(cfg.num_moe_layers * one)
+
+
 def _bytes(cfg: ModelConfig, is_read: Callable[[str], bool]) -> Bytes:
     leaves, _ = jax.tree.flatten_with_path(abstract_variables(cfg)["params"])
     item, always = np.dtype(cfg.dtype).itemsize, 0

@@ -274,12 +274,36 @@ def draft_figures(turns: Turns) -> Iterator[Figure]:
         at_least=1.516,
     )
     found = turns["bytes"][0].result
+    right = turns["drafts_1"][0].result
+    acceptance = right["accepted"][0] / right["steps"]
+    measured = found["with_draft"] / found["step"]["1"]
+    yield from _floor_of_drafts("bench_s", measured, "that decode", acceptance)
+    for name, ratio_of_bytes in found["draft_shapes"].items():
+        yield from _floor_of_drafts(name, ratio_of_bytes, "by chance", acceptance)
+
+
+def _floor_of_drafts(
+    shape: str, ratio_of_bytes: float, choices: str, acceptance: float
+) -> Iterator[Figure]:
+    """What the bytes of a step with a draft leave of its gain, at batch 1."""
     yield Figure(
-        name="bytes of a step with a draft / without, bench_s",
-        value=found["with_draft"] / found["step"]["1"],
+        name=f"bytes of a step with a draft / without, {shape}",
+        value=ratio_of_bytes,
         unit="×",
-        definition="weights of two tokens' distinct experts, the MTP module and the "
-        "head again; with an acceptance of 1 a step gives 2 tokens",
+        definition=f"weights of the distinct experts of two tokens {choices}, the MTP "
+        "module and the head again",
+    )
+    yield Figure(
+        name=f"most that a draft can gain, {shape}",
+        value=2 / ratio_of_bytes,
+        unit="×",
+        definition="two tokens a step, every draft right, over those bytes",
+    )
+    yield Figure(
+        name=f"most at the trained model's acceptance, {shape}",
+        value=(1 + acceptance) / ratio_of_bytes,
+        unit="×",
+        definition=f"{1 + acceptance:.3f} tokens a step over those bytes",
     )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments import tiny_deep
 from experiments.benchmarks import decode_bytes
 from experiments.benchmarks.decode_work import (
     Decoding,
@@ -33,6 +34,17 @@ from jmoe.nn import block
 from jmoe.nn.model import Transformer, make_variables
 from jmoe.train import runtime
 from jmoe.train.trained import load_trained
+
+# Of which the bytes of a step with a draft are counted: from many layers of experts to
+# one, behind dense ones.
+SHAPES = {
+    "tiny_deep": tiny_deep.get_config().model,
+    "v3": ModelConfig.preset("v3"),
+    "bench_s, 32 layers, 1 of experts": override(
+        ModelConfig.preset("bench_s"),
+        ["num_layers=32", "num_dense_layers=31", "mtp_depth=1"],
+    ),
+}
 
 
 def export(directory: str, cfg: ModelConfig) -> Tasks:
@@ -82,6 +94,9 @@ def generate(directory: str, decoding: Decoding) -> Tasks:
             "step": {str(b): own.of(experts) for b, experts in batches.items()},
             "experts": {str(b): experts for b, experts in batches.items()},
             "with_draft": own.of(two) + drafting.of(two / cfg.num_moe_layers),
+            "draft_shapes": {
+                name: decode_bytes.draft_ratio(shape) for name, shape in SHAPES.items()
+            },
             "cache_token": cfg.num_layers * block.cached_bytes(cfg),
         }
 

@@ -27,7 +27,7 @@ from experiments.benchmarks.gpu_shapes import (
     Dense,
     Grouped,
 )
-from jmoe.ops import fp8, grouped_fp8, grouped_ragged
+from jmoe.ops import fp8, grouped_fp8, grouped_ragged, segments
 from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER
 
 RECIPE = fp8.RECIPES["fp8"]
@@ -205,12 +205,10 @@ def _others(case: Grouped, operation: str) -> Iterator[Subject]:
     yield Subject(operation, "tokamax", make, by_tokamax)
 
 
-def _segment(rows: int, size_E: jax.Array) -> grouped_ragged.Segment:
+def _segment(rows: int, size_E: jax.Array) -> segments.Segment:
     """Returns a segment of all rows, each of them some expert's."""
     row_M = jnp.arange(rows, dtype=jnp.int32)
-    return grouped_ragged.Segment(
-        jnp.int32(0), row_M, row_M, jnp.ones(rows, bool), size_E
-    )
+    return segments.Segment(jnp.int32(0), row_M, row_M, jnp.ones(rows, bool), size_E)
 
 
 def _normals(*shapes: tuple[int, ...]) -> Callable[[jax.Array], tuple[jax.Array, ...]]:

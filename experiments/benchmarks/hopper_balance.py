@@ -6,7 +6,8 @@ One lends experts, so that all devices compute as many rows. Of the others, one 
 what is more than 1.05 times the expected, and one has room for whatever comes. Compiled
 are an MoE layer of DeepSeek-V3's shape, forward and backward, and V2-Lite's training
 step. Read off the programs are the memory that they need besides weights and results,
-and whether products hide the way of lent weights and of their gradients.
+and whether products hide the way of lent weights and of their gradients. A plan of
+loans is compiled besides, and its kernels are counted.
 
 What travels depends on the data: that of loans is given for full slots, that of tokens
 for experts that are all chosen alike.
@@ -20,7 +21,8 @@ import rich.console
 from experiments.benchmarks.report import Figure, Report
 from jmoe.balance import dropping
 from jmoe.parallel import compiler
-from jmoe.plan import hlo, layers, programs, summary
+from jmoe.plan import decision, hlo, layers, programs, summary
+from jmoe.plan.decision import PlanCost
 from jmoe.plan.summary import Summary
 from jmoe.plan.traffic import Collective
 
@@ -40,23 +42,28 @@ LOANS: Mapping[str, tuple[str, int | None]] = {
 def run(names: Sequence[str], console: rich.console.Console) -> Report:
     """Compiles these of `programs.LAYERS` and `programs.LENDING_STEPS`."""
     found = {}
+    costs = {}
     for name in names:
         console.print(f"Compiling {name} ...")
         if name in programs.LAYERS:
             asked = programs.LAYERS[name]()
             found[name] = summary.apart(layers.compile_layer, asked)
+            if name.endswith(SUFFIX):
+                costs[name] = summary.apart(decision.plan_cost, asked)
         else:
             asked = programs.LENDING_STEPS[name]()
             found[name] = summary.apart(summary.compile_run, asked)
-    return make_report(found)
+    return make_report(found, costs)
 
 
-def make_report(found: Mapping[str, Summary]) -> Report:
+def make_report(found: Mapping[str, Summary], costs: Mapping[str, PlanCost]) -> Report:
     """Returns figures with their bounds, and the programs in full."""
     figures = [figure for name in found for figure in _memory(name, found)]
     for name, program in found.items():
         if name.endswith(SUFFIX):
             figures += [*_bytes(name, program), *_loans(name, program)]
+        if name in costs:
+            figures += _planning(name, costs[name])
     return Report(
         suite="hopper_balance",
         compared=("jax-cuda13-plugin",),
@@ -120,6 +127,32 @@ def _bytes(name: str, program: Summary) -> Iterator[Figure]:
     )
 
 
+def _planning(name: str, cost: PlanCost) -> Iterator[Figure]:
+    """Yields what a plan of loans costs, against the layer's least time."""
+    yield Figure(
+        name=f"{name}: a plan's kernels",
+        value=cost.kernels,
+        unit="",
+        definition="of `lending.plan`, which every device computes from all counts",
+        at_most=20,
+    )
+    yield Figure(
+        name=f"{name}: a plan's time",
+        value=1e6 * cost.seconds,
+        unit="us",
+        definition=f"{1e6 * decision.LAUNCH_SECONDS:g} us a kernel, and the "
+        f"{cost.moved_bytes / 1000:,.0f} kB that they read and write at full bandwidth",
+    )
+    yield Figure(
+        name=f"{name}: a plan's time / the layer's floor",
+        value=100 * cost.seconds / cost.floor_seconds,
+        unit="%",
+        definition=f"the floor is {1e3 * cost.floor_seconds:.1f} ms: products of "
+        "routed and shared experts, forward and backward, at 148 TFLOP/s",
+        at_most=1.0,
+    )
+
+
 def _loans(name: str, program: Summary) -> Iterator[Figure]:
     """Yields what hides the loans' way, and the gathers, of which there are none."""
     for what, (definition, at_least) in LOANS.items():
@@ -131,7 +164,7 @@ def _loans(name: str, program: Summary) -> Iterator[Figure]:
             value=max(c.gemms or 0 for c in loans),
             unit="",
             definition="between start and end of a collective, the most that one of "
-            f"{definition} spans",
+            f"{definition} spans; of loops over what is rare, one turn counts",
             at_least=at_least,
         )
         yield Figure(

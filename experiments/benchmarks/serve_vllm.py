@@ -2,7 +2,8 @@
 
     python serve_vllm.py MODEL PORT [SETTING ...]
 
-The engine gets what `scripts/serve.py` gives it with these settings, and is compiled.
+The engine gets what `scripts/serve.py` gives it with these settings, and is compiled;
+but it computes where vLLM would have it by default, in one process less.
 """
 
 import asyncio
@@ -22,7 +23,8 @@ def main(directory: str, port: str, *settings: str) -> None:
     cfg = override(ServeConfig(name=exported.directory.name), compiled)
     engine = make_engine(exported, cfg, this_host())
     os.environ.update(engine.environment)  # before vLLM is imported
-    asyncio.run(serve(engine.arguments | {"host": cfg.host, "port": int(port)}))
+    own = {"host": cfg.host, "port": int(port), "distributed_executor_backend": None}
+    asyncio.run(serve(engine.arguments | own))
 
 
 async def serve(arguments: dict[str, Any]) -> None:

@@ -197,50 +197,75 @@ def _deal_and_cut(
     turn_P = is_earlier_PP.sum(-1, dtype=jnp.int32)
     borrowers_L = is_lender_LP.sum(-1, dtype=jnp.int32)
     needed_L = (before_LM < flow.given_P[:, None]).sum(-1, dtype=jnp.int32)
+    turn_TLM = _turns(rank_LM, needed_L, borrowers_L, slots, dealt_T)
+    is_of_TLPM = turn_TLM[:, :, None] == turn_P[:, None]
+
+    # A borrower has room for what it is to get but what it was dealt before.
+    is_own_TLMM = turn_TLM[..., None, :] == turn_TLM[..., None]
+    is_own_TLMM &= rank_LM[:, None] < rank_LM[:, :, None]
+    had_TLMM = jnp.where(is_own_TLMM, load_LM[:, None], 0)
+    is_of_TLMP = (turn_TLM[..., None] == turn_P) & is_lender_LP[:, None]
+    rows_TLMP = jnp.where(is_of_TLMP, flow.rows_P, 0)
+    room_TLM = jnp.concatenate([rows_TLMP, -had_TLMM], -1).sum(-1)
+    dealt_TLM = jnp.where(turn_TLM < devices, jnp.clip(room_TLM, 0, load_LM), 0)
+
+    # What there was no room for is cut, too. One sum over a lender's experts yields
+    # what is dealt of an expert's larger ones, to a borrower, and to those before it.
+    is_larger_TLMM = jnp.broadcast_to(is_larger_LMM, is_own_TLMM.shape)
+    is_before_TLPM = turn_TLM[:, :, None] < turn_P[:, None]
+    is_summed_TLXM = jnp.concatenate([is_larger_TLMM, is_of_TLPM, is_before_TLPM], 2)
+    dealt_TLX = jnp.where(is_summed_TLXM, dealt_TLM[:, :, None], 0).sum(-1)
+    larger_TLM, own_TLP, before_TLP = jnp.split(
+        dealt_TLX, [hosted, hosted + devices], axis=2
+    )
+    is_of_TLPM &= is_lender_LP[:, :, None]  # others have the same turns
+    return jnp.where(is_of_TLPM, dealt_TLM[:, :, None], 0) + _cut(
+        load_LM - dealt_TLM,
+        before_LM - larger_TLM,
+        is_lender_LP,
+        flow.start_P - before_TLP,
+        flow.rows_P - own_TLP,
+    )
+
+
+def _turns(
+    rank_LM: jax.Array,
+    needed_L: jax.Array,
+    borrowers_L: jax.Array,
+    slots: int,
+    dealt_T: np.ndarray,
+) -> jax.Array:
+    """Returns at whose turn among its lender's borrowers an expert is dealt, [T, L, M].
+
+    As many as there are devices where it isn't.
+    """
+    nobody, hosted = rank_LM.shape
     dealt_TL = dealt_T[:, None] * borrowers_L
     lent_TL = jnp.minimum(jnp.clip(needed_L, dealt_TL, slots * borrowers_L), hosted)
-    cut_TL1 = jnp.maximum(lent_TL - dealt_TL, 0)[:, :, None]
-
-    place_TLM = rank_LM - cut_TL1
+    place_TLM = rank_LM - jnp.maximum(lent_TL - dealt_TL, 0)[:, :, None]
     lap_TLM, turn_TLM = jnp.divmod(place_TLM, jnp.maximum(borrowers_L, 1)[:, None])
     back_TLM = borrowers_L[:, None] - 1 - turn_TLM
     turn_TLM = jnp.where(lap_TLM % 2 == 0, turn_TLM, back_TLM)
     is_dealt_TLM = (place_TLM >= 0) & (place_TLM < dealt_TL[:, :, None])
-    turn_TLM = jnp.where(is_dealt_TLM, turn_TLM, devices)
-    # What a borrower was dealt before.
-    is_own_TLMM = turn_TLM[..., None, :] == turn_TLM[..., None]
-    is_own_TLMM &= rank_LM[:, None] < rank_LM[:, :, None]
-    had_TL1M = jnp.where(is_own_TLMM, load_LM[:, None], 0).sum(-1)[:, :, None]
-    is_own_TLPM = turn_TLM[:, :, None] == turn_P[:, None]
-    is_own_TLPM &= is_lender_LP[:, :, None]
-    room_TLPM = jnp.clip(flow.rows_P[:, None] - had_TL1M, 0, load_LM[:, None])
-    dealt_TLPM = jnp.where(is_own_TLPM, room_TLPM, 0)
-
-    rows_TP = flow.rows_P - dealt_TLPM.sum((1, 3))
-    start_TP = jnp.where(is_earlier_PP, rows_TP[:, None], 0).sum(-1)
-    cut_TLPM = _cut(
-        load_LM, before_LM, is_lender_LP, start_TP[:, None], rows_TP[:, None]
-    )
-    is_cut_TLM = rank_LM < cut_TL1
-    return dealt_TLPM + jnp.where(is_cut_TLM[:, :, None], cut_TLPM, 0)
+    return jnp.where(is_dealt_TLM, turn_TLM, nobody)
 
 
 def _cut(
-    load_LM: jax.Array,
-    before_LM: jax.Array,
+    load_XLM: jax.Array,
+    before_XLM: jax.Array,
     is_lender_LP: jax.Array,
     start_XP: jax.Array,
     rows_XP: jax.Array,
 ) -> jax.Array:
     """Returns what a borrower gets of each expert: the overlap of two intervals.
 
-    `before_LM` is where an expert's rows start on its lender's line, `start_XP` where a
-    borrower's do.
+    `before_XLM` is where an expert's rows start on its lender's line, `start_XP` where
+    a borrower's do.
     """
     start_XP1, end_XP1 = start_XP[..., None], (start_XP + rows_XP)[..., None]
-    before_L1M, load_L1M = before_LM[:, None], load_LM[:, None]
-    end_XLPM = jnp.minimum(end_XP1, before_L1M + load_L1M)
-    overlap_XLPM = jnp.maximum(end_XLPM - jnp.maximum(start_XP1, before_L1M), 0)
+    before_XL1M, load_XL1M = before_XLM[..., None, :], load_XLM[..., None, :]
+    end_XLPM = jnp.minimum(end_XP1, before_XL1M + load_XL1M)
+    overlap_XLPM = jnp.maximum(end_XLPM - jnp.maximum(start_XP1, before_XL1M), 0)
     return jnp.where(is_lender_LP[:, :, None], overlap_XLPM, 0)
 
 

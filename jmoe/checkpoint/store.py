@@ -396,5 +396,5 @@ class Store:
 def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     if array.sharding is not None:
         return array
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)

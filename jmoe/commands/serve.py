@@ -116,7 +116,7 @@ def serve_own(directory: pathlib.Path) -> int:
             served = jax_app.make_served(directory, cfg, step)
             try:
                 app_ = api.make_app(served)
-                asyncio.run(local.serve_until_stopped(app_, cfg, access, bound))
+                asyncio.run(local.serve_until_signalled(app_, cfg, access, bound))
             finally:
                 served.worker.close()
         jax_engine.release()

@@ -190,8 +190,10 @@ def _most_likely(x_BV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each row's largest number, and the first token that has it."""
     own_B = x_BV.max(-1)
     top_B = collectives.pmax(own_B, AXIS)
-    first = collectives.axis_index(AXIS) * x_BV.shape[1]
-    token_B = first + jnp.argmax(x_BV, axis=-1).astype(jnp.int32)
+    # XLA for CPUs takes many times as long for `argmax`.
+    token_V = jnp.arange(x_BV.shape[1], dtype=jnp.int32)
+    token_B = jnp.where(x_BV == own_B[:, None], token_V, token_V[-1]).min(-1)
+    token_B += collectives.axis_index(AXIS) * x_BV.shape[1]
     # Of the devices that have it, the first.
     token_B = jnp.where(own_B == top_B, -token_B, jnp.iinfo(jnp.int32).min)
     return top_B, -collectives.pmax(token_B, AXIS)

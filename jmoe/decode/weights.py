@@ -10,6 +10,9 @@ import jax
 
 from jmoe.config import ModelConfig
 from jmoe.config.model import FeedForwardConfig
+from jmoe.nn import block
+from jmoe.nn import mtp as mtp_module
+from jmoe.nn.cached import PREPARED
 from jmoe.nn.model import parameter_records
 from jmoe.nn.parameter import Parameter
 from jmoe.ops.stored import FewerBits
@@ -57,13 +60,18 @@ def prepare(cfg: ModelConfig, variables: Any) -> Weights:
     """Returns the weights in the dtypes that they are computed with.
 
     Those that have them already are not copied, unless they are stacked. `layers` are
-    the blocks' collections.
+    the blocks' collections, with what is computed of parameters once.
     """
     params = _converted(cfg, variables[PARAMS])
     state = variables[ROUTER_STATE]
     collections = {PARAMS: params, ROUTER_STATE: state}
-    layers = tuple(layer_of(collections, where) for where in places(cfg))
-    mtp = layer_of(collections, MTP) if cfg.mtp_depth else None
+
+    def made(where: LayerPlace, prepared: Any) -> Any:
+        layer = layer_of(collections, where)
+        return {**layer, PREPARED: prepared(cfg, layer[PARAMS])}
+
+    layers = tuple(made(where, block.prepared) for where in places(cfg))
+    mtp = made(MTP, mtp_module.prepared) if cfg.mtp_depth else None
     return assemble(params, layers, mtp)
 
 

@@ -98,7 +98,7 @@ def load(
 def _placed(reader: Reader, shardings: Any) -> dict[str, jax.sharding.Sharding]:
     """Returns where each leaf goes."""
     if shardings is None:
-        default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return dict.fromkeys(reader.leaves, default)
     given = manifest.flatten(shardings)
     for path in reader.leaves.keys() - given.keys():

@@ -68,6 +68,12 @@ def empty_cache(cfg: ModelConfig, num_pages: int, page_size: int) -> Any:
     return {"attention": pages}
 
 
+def prepared(cfg: ModelConfig, params: Any) -> Any:
+    """Returns a block's collection `prepared` (`jmoe.nn.cached`), of its parameters."""
+    made = MIXERS[cfg.attention.kind].prepared(cfg.attention, params["attention"])
+    return {"attention": made}
+
+
 class Block(nn.Module):
     """A block of any kind of attention and any of feed-forward, by their records.
 

@@ -7,7 +7,8 @@ each sequence lies in pages. A group's sequences have equally many tokens; those
 the last group are there to make T divide over a mesh, and attend to nothing.
 
 A module's pages are in its variables' collection `cache`, in which it also leaves them
-with the new tokens' entries.
+with the new tokens' entries. What it computes of its parameters alone a decoder may
+compute once, and hand it in the collection `prepared`.
 
 Shapes: T token of a step, B sequence of a group, Q token of one, P page, K position in
 a page.
@@ -22,6 +23,7 @@ from flax import linen as nn
 from jmoe.ops import paged
 
 COLLECTION = "cache"
+PREPARED = "prepared"
 
 Groups = tuple[paged.Sequences, ...]
 

@@ -9,6 +9,7 @@ head, a norm before they are rotated, of which a part may be left as it is. On a
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,12 @@ def cached(
     kv_heads = collectives.share(cfg.num_kv_heads, "tensor", "num_kv_heads")
     of_heads = jax.ShapeDtypeStruct((kv_heads, cfg.head_dim), dtype)
     return {"key": of_heads, "value": of_heads}
+
+
+def prepared(cfg: GQAConfig, params: Any) -> dict[str, jax.Array]:
+    """Returns what a decoder computes of the parameters once: nothing."""
+    del cfg, params
+    return {}
 
 
 def _attend(cfg, pages, sequences, q_BQHX):

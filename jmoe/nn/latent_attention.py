@@ -1,7 +1,7 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
 Shapes: B batch, T position, S this device's positions, D hidden, H head (this
-device's), Q = nope + rope query/key dimension, V value dimension.
+device's), Q = nope + rope query/key dimension, V value dimension, C latent.
 
 Keys and values of all heads come from one small latent, which is all that a decoder has
 to cache; one rotated key part is shared by the heads. On a mesh, `tensor` divides the
@@ -14,6 +14,7 @@ themselves: the cheaper way for the few new tokens of a sequence that is being d
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jmoe.nn.heads import project_out
 from jmoe.nn.linear import DotGeneral, Linear, RMSNorm
 from jmoe.nn.measured import NOTHING, Measured
 from jmoe.nn.parameter import TO_HEADS
-from jmoe.ops import attention, dot, paged, rope
+from jmoe.ops import attention, dot, paged, rope, stored
 from jmoe.ops.latent_attention import latent_decode
 from jmoe.parallel import collectives
 
@@ -74,7 +75,8 @@ class LatentAttention(nn.Module):
             new = jnp.concatenate([latent, k_rope[:, :, 0]], axis=-1)
             pages_PKX = caches.remember(self, {"latent": new}, groups)["latent"]
             up_CHX = up.kernel_array(x_BSD.dtype)
-            attend = functools.partial(_attend, cfg, pages_PKX, up_CHX)
+            halves = self.variables.get(caches.PREPARED) or _halves(cfg, up_CHX)
+            attend = functools.partial(_attend, cfg, pages_PKX, up_CHX, halves)
             out_BTHV = caches.by_group(attend, groups, q_BTHQ)
         own = x_BSD.shape[-1], self.init_std, self.dot_general
         return project_out(out_BTHV, *own), NOTHING
@@ -125,6 +127,22 @@ def cached(
     return {"latent": jax.ShapeDtypeStruct((cfg.kv_latent_dim + cfg.rope_dim,), dtype)}
 
 
+def prepared(cfg: MLAConfig, params: Any) -> dict[str, jax.Array]:
+    """Returns what the absorbed form multiplies by; nothing if it has fewer bits."""
+    kernel = params["kv_up"]["kernel"]
+    return {} if isinstance(kernel, stored.FewerBits) else _halves(cfg, kernel)
+
+
+def _halves(cfg: MLAConfig, up_CHX: jax.Array) -> dict[str, jax.Array]:
+    """Returns what computes keys, [H, C, nope], and values, [H, V, C].
+
+    Laid out as XLA for CPUs multiplies by them: otherwise it lays them out anew in each
+    step, which takes as long as all the projections.
+    """
+    key_CHX, value_CHV = jnp.split(up_CHX, [cfg.nope_dim], axis=-1)
+    return {"key": key_CHX.swapaxes(0, 1), "value": value_CHV.transpose(1, 2, 0)}
+
+
 def absorbs(cfg: MLAConfig, tokens: int) -> bool:
     """Returns whether so many new tokens of a sequence score latents for less.
 
@@ -134,17 +152,16 @@ def absorbs(cfg: MLAConfig, tokens: int) -> bool:
     return tokens * wider < cfg.kv_latent_dim * (cfg.nope_dim + cfg.value_dim)
 
 
-def _attend(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
+def _attend(cfg, pages_PKX, up_CHX, halves, sequences, q_BQHX):
     """Returns each token's attention to what is cached, [B, Q, H, V]."""
-    is_absorbed = absorbs(cfg, sequences.position_BQ.shape[1])
-    form = _attend_absorbed if is_absorbed else _attend_expanded
-    return form(cfg, pages_PKX, up_CHX, sequences, q_BQHX)
+    if absorbs(cfg, sequences.position_BQ.shape[1]):
+        return _attend_absorbed(cfg, pages_PKX, halves, sequences, q_BQHX)
+    return _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX)
 
 
-def _attend_absorbed(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
+def _attend_absorbed(cfg, pages_PKX, halves, sequences, q_BQHX):
     q_nope, q_rope = jnp.split(q_BQHX, [cfg.nope_dim], axis=-1)
-    key_CHX, value_CHV = jnp.split(up_CHX, [cfg.nope_dim], axis=-1)
-    q_latent = jnp.einsum("bqhx,chx->bqhc", q_nope, key_CHX)
+    q_latent = jnp.einsum("bqhx,hcx->bqhc", q_nope, halves["key"])
     out_BQHC = latent_decode(
         jnp.concatenate([q_latent, q_rope], axis=-1),
         pages_PKX,
@@ -152,7 +169,7 @@ def _attend_absorbed(cfg, pages_PKX, up_CHX, sequences, q_BQHX):
         value_dim=cfg.kv_latent_dim,
         scale=cfg.softmax_scale,
     )
-    return jnp.einsum("bqhc,chv->bqhv", out_BQHC, value_CHV)
+    return jnp.einsum("bqhc,hvc->bqhv", out_BQHC, halves["value"])
 
 
 def _attend_expanded(cfg, pages_PKX, up_CHX, sequences, q_BQHX):

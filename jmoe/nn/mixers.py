@@ -30,12 +30,15 @@ class Mixer(NamedTuple):
       forward pass.
     cached: of the activations' dtype, what a decoder keeps of each token, by the
       names that the module has in the collection `cache`.
+    prepared: of the module's parameters, what a decoder computes once, likewise in the
+      collection `prepared`.
     """
 
     module: Callable[..., nn.Module]
     rotation: Callable[[Any, jax.Array], Rotation]
     cost: Callable[[Any, int, int], float]
     cached: Callable[[Any, jax.typing.DTypeLike], dict[str, jax.ShapeDtypeStruct]]
+    prepared: Callable[[Any, Any], dict[str, jax.Array]]
 
 
 def _rotary(cfg: AttentionConfig, position_BT: jax.Array) -> Rotation:
@@ -48,12 +51,14 @@ MIXERS: Mapping[str, Mixer] = {
         _rotary,
         latent_attention.cost,
         latent_attention.cached,
+        latent_attention.prepared,
     ),
     "gqa": Mixer(
         grouped_query_attention.GroupedQueryAttention,
         _rotary,
         grouped_query_attention.cost,
         grouped_query_attention.cached,
+        grouped_query_attention.prepared,
     ),
 }
 

@@ -28,6 +28,11 @@ def empty_cache(cfg: ModelConfig, num_pages: int, page_size: int) -> Any:
     return {"block": blocks.empty_cache(cfg, num_pages, page_size)}
 
 
+def prepared(cfg: ModelConfig, params: Any) -> Any:
+    """Returns a module's collection `prepared`, of its parameters."""
+    return {"block": blocks.prepared(cfg, params["block"])}
+
+
 class MTPModule(nn.Module):
     """One further prediction depth."""
 

@@ -7,7 +7,7 @@ All backends share one signature,
 
     routed_mlp(
         x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD,
-        recipe=None, rows=None, *, is_bound, remat, apart,
+        recipe=None, rows=None, *, is_bound, remat, apart, after=None,
     ) -> y_TD
     y_t = sum_k gate_tk * (silu(x_t @ gate_e) * (x_t @ up_e)) @ down_e,  e = expert_tk
 
@@ -17,7 +17,8 @@ its choices may be expert E, "nobody", and contribute nothing: that is how a dev
 skips the experts that other devices compute. About `rows` choices aren't nobody's, all
 of them if it is None; buffers are sized for that, and any number is right. With
 `is_bound`, more of them are rare, and no memory is held for these: what they add to an
-expert's gradient is rounded to its weights' dtype before.
+expert's gradient is rounded to its weights' dtype before, and what they add to a
+token's result or gradient to x's.
 
 Products have x's dtype, to which weights are converted. An expert's gradient is summed
 in float32 over all of its rows, and has its weights' own dtype.
@@ -26,6 +27,9 @@ With `remat`, a backward pass computes the gate and up activations again, rather
 reading what the forward pass stored. With `apart`, nothing that x's gradient needs
 waits for the weights' gradients, which a pipeline's schedule puts off; without, one
 loop yields all gradients.
+
+Products of the forward pass wait for the array `after`, if there is one: so what else
+they need, such as weights on their way from another device, may come meanwhile.
 
 Weights may be kept in fewer bits (`jmoe.ops.stored`), as matrices [E, D, 2 F] and
 [E, F, D]; that is for inference, without gradients.

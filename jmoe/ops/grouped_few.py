@@ -52,6 +52,7 @@ def routed_mlp_few(
     num_experts, _, hidden = down_EFD.shape
     rows = sort_rows(expert_TK, num_experts, spare=0, by_keys=True)
     expert_N = take(expert_TK.reshape(-1), rows.choice_N)
+    gate_N1 = take(gate_TK.reshape(-1), rows.choice_N)[:, None].astype(jnp.float32)
     is_own_N1 = (expert_N < num_experts)[:, None]
     expert_N = jnp.minimum(expert_N, num_experts - 1)
     gate_up_ED2F, down_EFD = (
@@ -60,10 +61,10 @@ def routed_mlp_few(
     gate_up_EDX = gate_up_ED2F.reshape(num_experts, hidden, -1)
     h_NX = _dot(take(x_TD, rows.token_N), gate_up_EDX, expert_N)
     y_ND = _dot(swiglu(h_NX), down_EFD, expert_N)
-    y_ND = jnp.where(is_own_N1, y_ND, 0)
-    row_TK = jnp.argsort(rows.choice_N).reshape(expert_TK.shape)
-    gate_TK1 = gate_TK[..., None].astype(jnp.float32)
-    return (gate_TK1 * take(y_ND, row_TK)).sum(1).astype(x_TD.dtype)
+    y_ND = jnp.where(is_own_N1, gate_N1 * y_ND, 0)
+    y_TD = jnp.zeros(x_TD.shape, jnp.float32)
+    y_TD = y_TD.at[rows.token_N].add(y_ND, mode="promise_in_bounds")
+    return y_TD.astype(x_TD.dtype)
 
 
 def _num_terms(inputs: int) -> int:

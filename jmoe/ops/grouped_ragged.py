@@ -7,11 +7,10 @@ input and O output dimension. The contract is that of `jmoe.ops.grouped`.
 Rows are sorted by expert, and one kernel multiplies each expert's rows by its weights.
 That needs arrays of a fixed number of rows, though how many rows there are is up to the
 router: on a mesh, most of a token's choices are other devices' experts. So rows are
-taken in *segments*. The first is always computed, which lets the compiler overlap it
-with communication. It holds as many rows as are expected, all of them where no other
-device has experts, and no less than T. A loop takes as many segments of T more as there
-are. No array is longer than a segment, and what is nobody's
-is computed only to fill the last one.
+taken in *segments* (`jmoe.ops.segments`). The first is always computed, which lets the
+compiler overlap it with communication. It holds as many rows as are expected, all of
+them where no other device has experts. A loop takes as many more as there are. No array
+is longer than a segment, and what is nobody's is computed only to fill the last one.
 
 The backward pass computes a segment's activations again from its tokens. So an expert's
 MLP stores nothing, and a layer that is recomputed does not run it: only its inputs are
@@ -20,8 +19,7 @@ asked for. Results go back to their tokens by gathers: a scatter adds in any ord
 One loop yields all gradients of the segments after the first. With `apart`, one yields
 those of x and the gates, and another the weights'. What both need of the first segment
 is computed once; of a later one in each loop, so that no array need hold it for all:
-seven products, not five. There all segments have T rows: in one long segment, XLA puts
-little between the start and the end of a collective.
+seven products, not five.
 
 Products are kernels (`jmoe.ops.kernels.grouped`) when compiled for a Hopper GPU in
 bfloat16. Elsewhere, or without the `gpu` extra, they are `lax.ragged_dot`, whose cost
@@ -34,59 +32,21 @@ what an expert has of 128 rows of the segment.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.ops import fp8, grouped_fp8, stored
+from jmoe.ops import fp8, grouped_fp8, segments, stored
 from jmoe.ops.by_platform import by_platform
-from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER, Rows, sort_rows
-
-TILE = 128  # rows that a block of GPU threads works on at a time
+from jmoe.ops.rows import DOT, DOT_TRANSPOSED, OUTER
+from jmoe.ops.segments import Lengths, RowPlan, Segment
 
 _DIMENSIONS = {"dot": DOT, "dot_transposed": DOT_TRANSPOSED, "outer": OUTER}
 
 Recipe = fp8.Recipe | None
 Weight = jax.Array | fp8.Quantized
-
-
-class Lengths(NamedTuple):
-    """How many rows the first segment has, and each later one; are these rare."""
-
-    first: int
-    later: int
-    are_later_rare: bool = False
-
-    def of_sums(self, dtype: Any) -> Any:
-        """Returns the dtype in which results of this one add up over segments.
-
-        In float32, arrays for what is rare would take twice the room in every step.
-        """
-        return dtype if self.are_later_rare else jnp.float32
-
-
-class RowPlan(NamedTuple):
-    """`rows`, with spare ones to whole segments; the row of each choice; those owned.
-
-    Rows from `owned` on are nobody's.
-    """
-
-    rows: Rows
-    row_TK: jax.Array
-    owned: jax.Array
-
-
-class Segment(NamedTuple):
-    """M rows from row `start` on, of which `size_E` are each expert's."""
-
-    start: jax.Array
-    choice_M: jax.Array
-    token_M: jax.Array
-    is_owned_M: jax.Array
-    size_E: jax.Array
 
 
 class Residuals(NamedTuple):
@@ -127,7 +87,7 @@ def routed_mlp_ragged(
 ) -> jax.Array:
     """Returns [T, D] in x's dtype, summed in float32, as `jmoe.ops.grouped` says."""
     del remat  # the backward pass always computes activations again
-    lengths = _lengths(expert_TK.shape, rows, is_bound, apart)
+    lengths = segments.lengths_of(expert_TK.shape, rows, is_bound=is_bound, apart=apart)
     weights = gate_up_ED2F, down_EFD
     return _compute(x_TD, expert_TK, gate_TK, *weights, after, recipe, lengths, apart)
 
@@ -141,7 +101,7 @@ def _forward(
     x_TD, expert_TK, gate_TK, gate_up_ED2F, down_EFD, after, recipe, lengths, apart
 ):
     del apart
-    plan = _plan(expert_TK, down_EFD.shape[0], lengths)
+    plan = segments.plan_rows(expert_TK, down_EFD.shape[0], lengths)
     like = stored.like(gate_up_ED2F), stored.like(down_EFD)
     gate_up_EDX, down_EFD = (
         _ready(w, x_TD.dtype, recipe) for w in (gate_up_ED2F, down_EFD)
@@ -153,10 +113,10 @@ def _forward(
     def output(segment):
         act_MF = _activations(*_hidden(recipe, waits, segment), segment)
         y_MD = _dot(recipe, act_MF, down_EFD, segment)
-        y_TD = _collect(y_MD, plan, segment).sum(1)
+        y_TD = segments.collect(y_MD, plan, segment).sum(1)
         return y_TD.astype(lengths.of_sums(x_TD.dtype))
 
-    y_TD = _over_segments(plan, lengths, output)
+    y_TD = segments.over_segments(plan, lengths, output)
     return y_TD.astype(x_TD.dtype), saved
 
 
@@ -179,12 +139,12 @@ def _in_one_loop(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD: jax.
         of_inputs = _input_gradients(recipe, saved, middle, segment, lengths)
         return of_inputs + _weight_gradients(recipe, summed, dy_TD, middle, segment)
 
-    return _results(saved, *_over_segments(saved.plan, lengths, gradients))
+    return _results(saved, *segments.over_segments(saved.plan, lengths, gradients))
 
 
 def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
     plan = saved.plan
-    first = _cut(plan, 0, lengths.first)
+    first = segments.cut(plan, 0, lengths.first)
 
     # What needs only x could be computed long before this pass, and stay.
     of_pass = saved._replace(x_TD=_after(dy_TD, saved.x_TD))
@@ -197,7 +157,7 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
         return _input_gradients(recipe, of_pass, middle, segment, lengths)
 
     of_first = _input_gradients(recipe, of_pass, middle, first, lengths)
-    of_inputs = _add_later(plan, lengths, input_gradients, of_first)
+    of_inputs = segments.add_later(plan, lengths, input_gradients, of_first)
 
     # An overload's segments add up in the weights' dtype: float32 arrays for what is
     # rare would take room, and the exchanges' place, in every step.
@@ -208,22 +168,8 @@ def _in_two_loops(recipe: Recipe, lengths: Lengths, saved: Residuals, dy_TD):
         return _weight_gradients(recipe, of_pass, dy_TD, middle, segment)
 
     of_first = _weight_gradients(recipe, of_pass, dy_TD, middle, first)
-    of_weights = _add_later(plan, lengths, weight_gradients, of_first)
+    of_weights = segments.add_later(plan, lengths, weight_gradients, of_first)
     return _results(saved, *of_inputs, *of_weights)
-
-
-def _lengths(shape_TK, rows: int | None, is_bound: bool, apart: bool) -> Lengths:
-    tokens, top_k = shape_TK
-    most = tokens * top_k if rows is None else min(rows, tokens * top_k)
-    if is_bound:
-        first = max(min(most, tokens) if apart else most, 1)
-        return Lengths(_whole_tiles(first), _whole_tiles(-(-tokens // 4)), True)
-    first = tokens if apart else max(tokens, most)
-    return Lengths(_whole_tiles(first), _whole_tiles(tokens))
-
-
-def _whole_tiles(rows: int) -> int:
-    return -(-rows // TILE) * TILE
 
 
 def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
@@ -238,7 +184,7 @@ def _ready(w: stored.Weight, dtype: Any, recipe: Recipe) -> Weight:
 
 def _hidden(recipe: Recipe, saved: Residuals, segment: Segment):
     """Returns the gate and up activations, and the rows' gates."""
-    x_MD = _spread(saved.x_TD, segment)
+    x_MD = segments.spread(saved.x_TD, segment)
     h_MX = _dot(fp8.of_tokens(recipe), x_MD, saved.gate_up_EDX, segment)
     return h_MX, saved.gate_TK.reshape(-1)[segment.choice_M]
 
@@ -256,7 +202,7 @@ def _activations(h_MX: jax.Array, gate_M: jax.Array, segment: Segment) -> jax.Ar
 def _middle(recipe: Recipe, saved: Residuals, dy_TD: jax.Array, segment: Segment):
     activations = functools.partial(_activations, segment=segment)
     act_MF, pull = jax.vjp(activations, *_hidden(recipe, saved, segment))
-    dy_MD = _spread(dy_TD, segment)
+    dy_MD = segments.spread(dy_TD, segment)
     return Middle(
         act_MF, *pull(_dot_transposed(recipe, dy_MD, saved.down_EFD, segment))
     )
@@ -271,16 +217,16 @@ def _input_gradients(
 ):
     """Returns the gradients of x and the gates."""
     dx_MD = _dot_transposed(recipe, middle.d_h_MX, saved.gate_up_EDX, segment)
-    dx_TD = _collect(dx_MD, saved.plan, segment).sum(1)
+    dx_TD = segments.collect(dx_MD, saved.plan, segment).sum(1)
     dx_TD = dx_TD.astype(lengths.of_sums(saved.x_TD.dtype))
-    return dx_TD, _collect(middle.d_gate_M, saved.plan, segment)
+    return dx_TD, segments.collect(middle.d_gate_M, saved.plan, segment)
 
 
 def _weight_gradients(
     recipe: Recipe, saved: Residuals, dy_TD: jax.Array, middle: Middle, segment: Segment
 ):
     """Returns one segment's gradients, no narrower than the weights are."""
-    x_MD, dy_MD = _spread(saved.x_TD, segment), _spread(dy_TD, segment)
+    x_MD, dy_MD = segments.spread(saved.x_TD, segment), segments.spread(dy_TD, segment)
     dtypes = (jnp.promote_types(x_MD.dtype, like.dtype) for like in saved.like)
     outer = functools.partial(_outer, recipe, segment=segment)
     operands = (x_MD, middle.d_h_MX), (middle.act_MF, dy_MD)
@@ -304,69 +250,6 @@ def _results(saved: Residuals, dx_TD, d_gate_TK, d_gate_up_EDX, d_down_EFD):
 def _after(other: jax.Array, x: jax.Array) -> jax.Array:
     """Returns x, which cannot be read before `other` is there."""
     return lax.optimization_barrier((x, other))[0]
-
-
-def _num_later(rows: jax.Array | int, lengths: Lengths) -> Any:
-    """Returns how many segments these rows need, besides the first."""
-    return -(-(rows - lengths.first) // lengths.later)
-
-
-def _plan(expert_TK: jax.Array, num_experts: int, lengths: Lengths) -> RowPlan:
-    most = lengths.first + max(0, _num_later(expert_TK.size, lengths)) * lengths.later
-    spare = most - expert_TK.size
-    rows = sort_rows(expert_TK, num_experts, spare=spare)
-    choice_N = rows.choice_N[: expert_TK.size]
-    index_N = jnp.arange(expert_TK.size, dtype=jnp.int32)
-    row_N = jnp.zeros_like(choice_N).at[choice_N].set(index_N, unique_indices=True)
-    return RowPlan(rows, row_N.reshape(expert_TK.shape), rows.size_E.sum())
-
-
-def _over_segments(
-    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any]
-) -> Any:
-    """Returns the sum of a tree of arrays over all segments that have rows."""
-    return _add_later(plan, lengths, compute, compute(_cut(plan, 0, lengths.first)))
-
-
-def _add_later(
-    plan: RowPlan, lengths: Lengths, compute: Callable[[Segment], Any], first: Any
-) -> Any:
-    """Adds later segments' results to those of the first, as `_over_segments` does."""
-
-    def add(i, total):
-        segment = _cut(plan, lengths.first + i * lengths.later, lengths.later)
-        return jax.tree.map(jnp.add, total, compute(segment))
-
-    if plan.rows.choice_N.size == lengths.first:
-        return first
-    return lax.fori_loop(0, _num_later(plan.owned, lengths), add, first)
-
-
-def _cut(plan: RowPlan, row: jax.Array | int, length: int) -> Segment:
-    start = jnp.asarray(row, jnp.int32)
-    choice_M, token_M = (
-        lax.dynamic_slice_in_dim(x, start, length) for x in plan.rows[:2]
-    )
-    end_E = jnp.cumsum(plan.rows.size_E)
-    first_E = end_E - plan.rows.size_E
-    within_E = (jnp.clip(x, start, start + length) for x in (first_E, end_E))
-    is_owned_M = start + jnp.arange(length) < plan.owned
-    first_E, end_E = within_E
-    return Segment(start, choice_M, token_M, is_owned_M, end_E - first_E)
-
-
-def _spread(x_TD: jax.Array, segment: Segment) -> jax.Array:
-    """Returns each row's token; nobody's rows have some token's."""
-    return x_TD.at[segment.token_M].get(mode="promise_in_bounds")
-
-
-def _collect(rows: jax.Array, plan: RowPlan, segment: Segment) -> jax.Array:
-    """Returns each choice's row of [M, ...], float32; zeros where it isn't there."""
-    local_TK = plan.row_TK - segment.start
-    inside_TK = (local_TK >= 0) & (local_TK < segment.size_E.sum())
-    picked = rows.at[jnp.where(inside_TK, local_TK, 0)].get(mode="promise_in_bounds")
-    inside = inside_TK.reshape(inside_TK.shape + (1,) * (rows.ndim - 1))
-    return jnp.where(inside, picked.astype(jnp.float32), 0)
 
 
 def _dot(recipe: Recipe, x_MI: jax.Array, w_EIO: Any, segment: Segment) -> jax.Array:

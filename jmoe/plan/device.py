@@ -11,13 +11,17 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """A Hopper GPU: name, cores (SMs), and memory in bytes and bytes a second."""
+    """A Hopper GPU: name, cores (SMs), and memory in bytes and bytes a second.
+
+    bfloat16_flops: dense products' operations a second.
+    """
 
     name: str
     cores: int
     memory_bytes: int
     memory_bandwidth: int
     cache_bytes: int  # L2
+    bfloat16_flops: int
 
     @property
     def target_config(self) -> str:
@@ -33,6 +37,7 @@ H20 = Device(
     memory_bytes=96 * 10**9,
     memory_bandwidth=4 * 10**12,
     cache_bytes=60 * 2**20,
+    bfloat16_flops=148 * 10**12,
 )
 
 _HOPPER = """

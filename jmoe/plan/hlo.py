@@ -14,6 +14,9 @@ from typing import NamedTuple
 # Custom calls that are matrix products: the libraries' and this project's kernels.
 _GEMM_CALLS = ("__cublas$", "__cudnn$", "mosaic_gpu", "__triton")
 
+# What moves nothing, and so is no kernel.
+_FREE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
+
 _COMPUTATION = re.compile(r"(ENTRY )?%?([\w.$-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.$-]+) = (.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
@@ -103,6 +106,15 @@ class HloModule:
                     yield from self._executed(
                         called, inner, instruction.op_name or op_name, differs
                     )
+
+    def kernels(self) -> list[HloInstruction]:
+        """Returns all instructions that do something, each as often as it runs."""
+        return [
+            instruction
+            for executed in self.executed()
+            for instruction in [*executed.instructions] * executed.times
+            if instruction.opcode not in _FREE
+        ]
 
     def gemms(self, instruction: HloInstruction) -> collections.Counter[str]:
         """Returns the matrix products that an instruction runs, by op_name.

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from jmoe import families
 from jmoe.balance.controller import Action
@@ -347,7 +348,9 @@ def _divided(
 
 def _spread(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
     """Returns an array that all processes have, in parts on the devices of all."""
-    return jax.make_array_from_callback(x.shape, sharding, lambda part: x[part])
+    return jax.make_array_from_callback(
+        x.shape, sharding, lambda part: np.asarray(x[part]), dtype=x.dtype
+    )
 
 
 def _is_exported(directory: pathlib.Path) -> bool:

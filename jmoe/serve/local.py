@@ -28,39 +28,51 @@ class Server(uvicorn.Server):
         yield
 
 
-async def serve_until_stopped(
+class Stop:
+    """Says that a server is to stop: once, to drain; twice, not to wait."""
+
+    def __init__(self) -> None:
+        self.asked, self.hurried = asyncio.Event(), asyncio.Event()
+
+    def __call__(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
+async def serve_until_signalled(
     app: Any, cfg: ServeConfig, access: Access, bound: socket.socket
 ) -> None:
-    """Serves an ASGI app until SIGTERM or Ctrl-C; then what is in flight is finished.
+    """Serves an ASGI app until SIGTERM or Ctrl-C, as `serve_until_stopped` does."""
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await serve_until_stopped(app, cfg, access, bound, stop)
 
-    A second signal doesn't wait.
+
+async def serve_until_stopped(
+    app: Any, cfg: ServeConfig, access: Access, bound: socket.socket, stop: Stop
+) -> None:
+    """Serves an ASGI app; once it is to stop, what is in flight is finished.
 
     Args:
       bound: as `lifecycle.bind` returns it.
     """
-    stop = asyncio.Event()
-    hurry = asyncio.Event()
-
-    def signalled() -> None:
-        (hurry if stop.is_set() else stop).set()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, signalled)
     gate = Gate(app)
     server = make_server(gate, cfg, access)
     serving = asyncio.create_task(server.serve([bound]))
+    while not (server.started or serving.done()):
+        await asyncio.sleep(0.01)
     print(f"Serving {cfg.name} at {lifecycle.url(cfg)}.", flush=True)
-    await stop.wait()
+    await stop.asked.wait()
     print(lifecycle.DRAINS, flush=True)
     draining = asyncio.create_task(gate.close(cfg.drain_seconds))
-    hurrying = asyncio.create_task(hurry.wait())
+    hurrying = asyncio.create_task(stop.hurried.wait())
     await asyncio.wait({draining, hurrying}, return_when=asyncio.FIRST_COMPLETED)
-    hurrying.cancel()
-    cut_off = await (draining if draining.done() else gate.close(0))
-    draining.cancel()
+    cut_off = draining.result() if draining.done() else await gate.close(0)
+    for task in (draining, hurrying):
+        task.cancel()
     if cut_off:
-        print(f"Cut off {cut_off} requests after {cfg.drain_seconds:g} s.")
+        print(f"Cut off {cut_off} requests.", flush=True)
     server.should_exit = True
     await serving
     print("Stopped.", flush=True)
@@ -80,6 +92,7 @@ def make_server(app: Any, cfg: ServeConfig, access: Access) -> Server:
         ws="none",
         lifespan="off",
         access_log=False,
+        log_config=None,  # another one would close the program's own log
         log_level="warning",
         server_header=False,
         proxy_headers=False,

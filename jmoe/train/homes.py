@@ -13,6 +13,7 @@ Shapes: T step, L MoE layer, E expert.
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -121,7 +122,8 @@ class Homes:
             return state, None
         home_LE = self._homes(state)
         state = self._go(state, home_LE, self._in_order())
-        return state.replace(router_state=self._forget(state.router_state)), home_LE
+        biases = self._forget(state.router_state)
+        return dataclasses.replace(state, router_state=biases), home_LE
 
     def back(self, state: TrainState, home_LE: np.ndarray | None) -> TrainState:
         """Undoes `in_order`; donates the state."""
@@ -139,7 +141,8 @@ class Homes:
 
     def _at(self, state: TrainState, home_LE: np.ndarray) -> TrainState:
         placed = put_whole(self._layout, home_LE)
-        return state.replace(router_state=self._write(state.router_state, placed))
+        router_state = self._write(state.router_state, placed)
+        return dataclasses.replace(state, router_state=router_state)
 
     def _go(
         self, state: TrainState, home_LE: np.ndarray, new_LE: np.ndarray

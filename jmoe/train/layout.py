@@ -105,8 +105,9 @@ def shardings(layout: Layout, tree: Any) -> Any:
 
     def choose(path: Any, x: Any) -> NamedSharding:
         found = parameter_of(path)
-        lies_so = found is not None and found.shape == x.shape
-        return NamedSharding(layout.mesh, found.spec if lies_so else WHOLE)
+        if found is None or found.shape != x.shape:
+            return NamedSharding(layout.mesh, WHOLE)
+        return NamedSharding(layout.mesh, found.spec)
 
     return jax.tree.map_with_path(choose, tree)
 

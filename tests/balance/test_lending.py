@@ -192,7 +192,7 @@ def test_what_cannot_be_planned_is_refused(shape, args, message):
         lending.plan(np.zeros(shape, np.int32), *args)
 
 
-@pytest.mark.parametrize("shape", [(2, 16), (4, 64), (8, 64)])
+@pytest.mark.parametrize("shape", [(2, 16), (4, 64), (8, 64), (8, 256)])
 @pytest.mark.parametrize("popularity", ["one device", "zipf", "skewed"])
 def test_four_slots_are_enough_to_be_a_hundredth_above_the_mean(shape, popularity):
     """On the first two shapes, one device's experts just fit in all others' slots."""
@@ -206,6 +206,19 @@ def test_four_slots_are_enough_to_be_a_hundredth_above_the_mean(shape, popularit
     load_PE = rng.multinomial(10_000, share_E / share_E.sum(), devices)
     rows_P = planned(load_PE.astype(np.int32), 4, 0.0, None).rows_EP.sum(0)
     assert rows_P.max() <= 1.01 * 10_000
+
+
+def test_what_a_borrower_has_no_room_for_goes_to_others():
+    """A borrower that lacks seven rows doesn't keep the rest of its expert at home."""
+    lender = [1645, 1122, 812, 697, 534, 490, 432, 348, 329, 270, 251, 248, 224, 206]
+    lender += [206, 195, 174, 159, 156, 156, 152, 148, 123, 121, 120, 115, 108, 107]
+    load_PM = np.zeros((8, 32), np.int32)
+    load_PM[0] = [*lender, 106, 98, 93, 82]
+    load_PM[1:, 0] = 2041, 1211, 938, 655, 575, 487, 450
+    load_PE = np.zeros((8, 256), np.int32)
+    load_PE[3] = load_PM.reshape(-1)
+    rows_P = planned(load_PE, 4, 0.0, None).rows_EP.sum(0)
+    assert rows_P.tolist() == [2048] * 8
 
 
 def test_without_slots_all_stays_at_home():

@@ -40,5 +40,6 @@ def test_experts_are_lent_and_given_back_one_by_one_and_never_gathered(layer):
     assert set(LOANS) == {"lent", "lent again", "given back"}
 
 
-def test_products_hide_the_way_of_lent_experts_gradients(layer):
-    assert summary.hidden(of_loans(layer, "given back")) >= 0.5
+@pytest.mark.parametrize("what", ["lent", "given back"])
+def test_products_hide_the_way_of_lent_experts_and_of_their_gradients(layer, what):
+    assert summary.hidden(of_loans(layer, what)) >= 0.5

@@ -82,7 +82,8 @@ def test_the_page_fits_and_has_the_readers_colours(
     browser, port, tmp_path, size, column, scheme
 ):
     with shown(browser, port, busy_meter(), size, scheme):
-        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        width = browser.value("document.documentElement.scrollWidth")
+        assert width <= size["width"]
         found = browser.value("getComputedStyle(document.body).backgroundColor")
         assert found == "rgb({}, {}, {})".format(*rgb(PALETTE["paper"][column]))
         browser.screenshot(tmp_path / "page.png")
@@ -174,7 +175,8 @@ def test_deepseek_v3_fits_a_phone(browser, port):
     meter = make_meter(layers=58, experts=256, devices=16)
     step(meter, count_LE=np.random.default_rng(0).integers(0, 20, (58, 256)))
     with shown(browser, port, meter, PHONE):
-        assert browser.value("document.documentElement.scrollWidth <= innerWidth")
+        width = browser.value("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"]
         assert "58 layers" in browser.value(
             "document.getElementById('heat').getAttribute('aria-label')"
         )

@@ -84,10 +84,10 @@ def whole(cfg, params, x_BSD):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def step(cfg, params, cache, x_TD, position_T, groups):
+def step(cfg, collections, cache, x_TD, position_T, groups):
     mixer = MIXERS[cfg.kind]
     (y_1TD, _), changed = mixer.module(cfg, 0.02).apply(
-        {"params": params, "cache": cache},
+        {**collections, "cache": cache},
         x_TD[None],
         mixer.rotation(cfg, jnp.maximum(position_T, 0)[None]),
         None,
@@ -112,8 +112,9 @@ def tokens_of(plan, table_BM):
     return tuple(groups), b_T, position_T
 
 
-def in_steps(cfg, x_BSD, dtype):
+def in_steps(cfg, x_BSD, dtype, **collections):
     """What all steps compute, of the last that computed it, and the cache."""
+    collections = {"params": parameters(cfg), **collections}
     table_BM, pages = caches.table(LENGTHS, PAGE)
     kept = MIXERS[cfg.kind].cached(cfg, dtype)
     cache = {
@@ -131,7 +132,7 @@ def in_steps(cfg, x_BSD, dtype):
         x_TD = x_BSD[b_T, position_T] + is_wrong[:, None].astype(x_BSD.dtype)
         x_TD[~is_there] = np.nan
         told = position_T.astype(np.int32), groups
-        y_TD, cache = step(cfg, parameters(cfg), cache, x_TD, *told)
+        y_TD, cache = step(cfg, collections, cache, x_TD, *told)
         y_TD = np.asarray(y_TD)
         assert not y_TD[~is_there].any(), number
         out_BSD[b_T[is_there], position_T[is_there]] = y_TD[is_there]
@@ -164,6 +165,17 @@ def test_in_bfloat16_steps_differ_by_its_rounding(kind):
     assert np.nanmax(abs(got - exact)) < 2 * of_whole
 
 
+def test_a_step_reads_what_was_prepared_of_parameters_in_their_place():
+    cfg = CASES["mla"]
+    prepared = MIXERS[cfg.kind].prepared(cfg, parameters(cfg))
+    got, _ = in_steps(cfg, hidden(), jnp.float32, prepared=prepared)
+    want = whole_outputs(cfg, hidden())
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    nothing = jax.tree.map(jnp.zeros_like, prepared)
+    other, _ = in_steps(cfg, hidden(), jnp.float32, prepared=nothing)
+    assert np.nanmax(abs(other - want)) > 0.1
+
+
 def test_steps_are_of_both_forms():
     """MLA has two, and the other kind one."""
     for cfg in list(CASES.values())[:2]:
@@ -179,17 +191,16 @@ def test_absorbed_projections_give_what_expanded_ones_do(tokens):
     cache_BSX = rng.normal(size=(len(LENGTHS), max(LENGTHS), dim))
     pages_PKX, table_BM = caches.scatter(cache_BSX, LENGTHS, PAGE)
     position_BQ = np.int32(LENGTHS)[:, None] - tokens + np.arange(tokens)
+    params = parameters(cfg)
     operands = (
-        jnp.asarray(pages_PKX),
-        parameters(cfg)["kv_up"]["kernel"],
         paged.Sequences(jnp.asarray(table_BM), jnp.asarray(position_BQ, jnp.int32)),
         jnp.float32(rng.normal(size=(len(LENGTHS), tokens, cfg.num_heads, cfg.qk_dim))),
     )
     absorbed, expanded = (
-        jax.jit(form, static_argnums=0)(cfg, *operands)
-        for form in (
-            latent_attention._attend_absorbed,
-            latent_attention._attend_expanded,
+        jax.jit(form, static_argnums=0)(cfg, jnp.asarray(pages_PKX), of_up, *operands)
+        for form, of_up in (
+            (latent_attention._attend_absorbed, latent_attention.prepared(cfg, params)),
+            (latent_attention._attend_expanded, params["kv_up"]["kernel"]),
         )
     )
     assert expanded.std() > 0.1

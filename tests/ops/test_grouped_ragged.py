@@ -6,16 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from jmoe.ops import grouped, grouped_ragged
+from jmoe.ops import grouped, grouped_ragged, segments
 from tests.programs import equations
 
 T, K, D, E, F = 300, 3, 16, 5, 8
 NOBODY = E
-SEGMENT = 3 * grouped_ragged.TILE  # holds T
-FIRST = {None: 8 * grouped_ragged.TILE, 450: 4 * grouped_ragged.TILE, 225: SEGMENT}
+SEGMENT = 3 * segments.TILE  # holds T
+FIRST = {None: 8 * segments.TILE, 450: 4 * segments.TILE, 225: SEGMENT}
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -76,23 +74,55 @@ def test_a_device_with_all_experts_has_one_segment_and_no_loop():
     assert loops(T * K // 2) > 0
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def segments_computed(expert_TK, lengths):
-    plan = grouped_ragged._plan(expert_TK, E, lengths)
-    return grouped_ragged._over_segments(
-        plan, lengths, lambda s: (jnp.int32(1), s.size_E)
-    )
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("rows", [1, 2 * SEGMENT])
+def test_rows_beyond_a_bound_are_computed_in_short_segments(rows, apart):
+    """And waiting for another array changes nothing."""
+    options = {"rows": rows, "is_bound": True, "apart": apart, "after": jnp.ones(2)}
+    routed_mlp = functools.partial(grouped.BACKENDS["ragged"], **options)
+    lengths = segments.lengths_of((T, K), rows, is_bound=True, apart=apart)
+    first = min(rows, T) if apart else rows
+    assert lengths.first == -(-first // 128) * 128 and lengths.later == 128
+    given_arrays = arrays(0.2)
+    got = gradients(routed_mlp, *given_arrays)
+    want = gradients(grouped.BACKENDS["blocks"], *given_arrays)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
-@settings(deadline=None, max_examples=20)
-@given(
-    st.lists(st.integers(0, E), min_size=60, max_size=60),
-    st.sampled_from([(8, 8), (24, 8), (20, 60), (60, 60), (64, 24)]),
-)
-def test_segments_hold_each_row_once_and_nobodys_rows_add_none(choices, lengths):
-    expert_TK = np.array(choices, np.int32).reshape(20, 3)
-    lengths = grouped_ragged.Lengths(*lengths)
-    count, size_E = segments_computed(expert_TK, lengths)
-    np.testing.assert_array_equal(size_E, np.bincount(choices, minlength=E + 1)[:E])
-    left_over = max(0, int(size_E.sum()) - lengths.first)
-    assert count == 1 + -(-left_over // lengths.later)
+def carried(is_bound):
+    """Shapes and dtypes that loops carry, of an MLP and its gradients in bfloat16."""
+    options = {"rows": T, "is_bound": is_bound}
+    routed_mlp = functools.partial(grouped.BACKENDS["ragged"], **options)
+    expert_TK, *floats = arrays(0.2)
+    floats = [x.astype(jnp.bfloat16) for x in floats]
+    traced = jax.make_jaxpr(functools.partial(gradients, routed_mlp))
+    found = equations(traced(expert_TK, *floats).jaxpr)
+    loops = [e for e, _ in found if e.primitive.name == "while"]
+    return {(v.aval.shape, v.aval.dtype.name) for e in loops for v in e.outvars}
+
+
+def test_tokens_sums_take_twice_the_room_only_where_they_are_often_of_several_parts():
+    wide, narrow = ((T, D), "float32"), ((T, D), "bfloat16")
+    assert wide in carried(False) and narrow not in carried(False)
+    assert narrow in carried(True) and wide not in carried(True)
+
+
+def test_a_pass_that_computes_again_what_it_is_given_does_not_wait():
+    """What a forward pass waits for isn't computed a second time for the backward."""
+    expert_TK, *floats = arrays(0.2)
+
+    def products(is_waited_for):
+        def both(*floats):
+            run = functools.partial(grouped.BACKENDS["ragged"], floats[0], expert_TK)
+            y_TD = run(*floats[1:])
+            return y_TD + run(*floats[1:], after=y_TD if is_waited_for else None)
+
+        again = jax.grad(lambda *floats: jax.checkpoint(both)(*floats).sum())
+        found = [
+            e.primitive.name for e, _ in equations(jax.make_jaxpr(again)(*floats).jaxpr)
+        ]
+        return found.count("ragged_dot_general"), found.count("optimization_barrier")
+
+    count, barriers = products(True)
+    assert count == products(False)[0] and barriers > products(False)[1]

@@ -78,6 +78,19 @@ def test_experts_that_several_tokens_choose_are_read_once():
     assert decode_bytes.of_drafts(expert_LBTK[:, 1:], 2) == 4
 
 
+def test_a_drafts_bytes_by_chance_are_those_of_even_choices():
+    cfg = override(CFG, ["mtp_depth=1"])
+    rng = np.random.default_rng(0)
+    shape = cfg.num_moe_layers, 1, 2000, cfg.moe.router.top_k
+    # Each step's tokens choose without replacement, and independently.
+    order = rng.permuted(np.tile(np.arange(16), (*shape[:3], 1)), axis=-1)
+    two = decode_bytes.of_drafts(order[..., : shape[-1]], 2)
+    own, drafting = decode_bytes.step_bytes(cfg), decode_bytes.draft_bytes(cfg)
+    with_draft = own.of(two) + drafting.of(two / cfg.num_moe_layers)
+    want = with_draft / own.of(cfg.num_moe_layers * shape[-1])
+    assert decode_bytes.draft_ratio(cfg) == pytest.approx(want, rel=0.01)
+
+
 def test_choices_are_those_that_the_router_counts():
     variables = jax.jit(make_variables, static_argnums=(0, 1))(Transformer(CFG), 0)
     tokens_BT = SMALL.prompts(2)
@@ -100,6 +113,7 @@ def test_bytes_lie_between_one_tokens_and_the_whole_models(ours):
     least, most = (decode_bytes.step_bytes(CFG).of(n) for n in (6, 16))
     assert least == found["step"]["1"] <= found["step"]["2"] <= most
     assert found["with_draft"] > found["step"]["1"]
+    assert all(1 < ratio < 2 for ratio in found["draft_shapes"].values())
     assert found["cache_token"] == 2 * (128 + 32) * 4
 
 
@@ -153,6 +167,7 @@ def turns():
         "step": {"1": 2**30 / 100, "2": 2**30 / 50},
         "experts": {"1": 6.0, "2": 10.0},
         "with_draft": 2**30 / 50,
+        "draft_shapes": {"dense": 1.2},
         "cache_token": 640,
     }
     return {**calls, "bytes": [turn(1.0, result=found)], "read": [turn(1.0), turn(2.0)]}
@@ -211,6 +226,9 @@ def test_drafts_that_were_right_are_told_by_position():
     assert figures["tokens a step, 2 drafts"].value == 1.75
     assert figures["speed with drafts / plain"].value == 2
     assert figures["bytes of a step with a draft / without, bench_s"].value == 2
+    assert figures["most that a draft can gain, bench_s"].value == 1
+    at_this = figures["most at the trained model's acceptance, dense"].value
+    assert at_this == pytest.approx(1.5 / 1.2)
 
 
 def test_tokens_that_differ_are_named():

@@ -7,6 +7,7 @@ import pytest
 from experiments.benchmarks import hopper_balance
 from jmoe.plan import programs
 from jmoe.plan.aot import Memory
+from jmoe.plan.decision import PlanCost
 from jmoe.plan.device import H20
 from jmoe.plan.summary import Summary
 from jmoe.plan.traffic import Collective
@@ -49,9 +50,9 @@ def program(name: str, temporaries: int, *collectives: Collective) -> Summary:
     )
 
 
-def figures(*found: Summary):
+def figures(*found: Summary, costs=None):
     by_name = {one.run.name: one for one in found}
-    report = hopper_balance.make_report(by_name)
+    report = hopper_balance.make_report(by_name, costs or {})
     return {figure.name: figure for figure in report.figures}
 
 
@@ -66,6 +67,15 @@ def test_temporaries_are_held_against_those_of_the_same_size():
     to_dropless = found["v3_layer_16_balanced: temporaries / dropless's"]
     assert (to_capacity.value, to_capacity.met) == (pytest.approx(1.2), False)
     assert (to_dropless.value, to_dropless.met) == (pytest.approx(0.5), True)
+
+
+def test_a_plans_time_is_held_against_its_layers():
+    name = "v3_layer_8_balanced"
+    cost = PlanCost(kernels=21, moved_bytes=0, seconds=2e-3, floor_seconds=0.4)
+    found = figures(program(name, 1), costs={name: cost})
+    assert found[f"{name}: a plan's kernels"].met is False
+    share = found[f"{name}: a plan's time / the layer's floor"]
+    assert (share.value, share.met) == (pytest.approx(0.5), True)
 
 
 def test_loans_are_what_has_experts_and_is_not_rare():

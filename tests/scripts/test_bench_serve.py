@@ -87,7 +87,9 @@ def test_a_server_that_says_nothing_or_is_not_there_is_told_apart(target):
 def test_arrivals_wait_for_nobody(target):
     asks = itertools.cycle([Ask("wait", 4)])
     answers = asyncio.run(arriving(target, asks, 50.0, 1.0, 60.0))
-    assert len(answers) > 20  # one after another there would be two
+    begun = [answer.begun for answer in answers]
+    assert len(answers) > 20
+    assert max(begun) - min(begun) < 0.5 * 0.6 * len(answers)  # one takes 0.6 s
     assert all(answer.is_whole for answer in answers)
 
 

@@ -19,7 +19,12 @@ PATIENCE = 60  # seconds; a test that needs them has failed
 def running(app: Any, **options: Any) -> Iterator[uvicorn.Server]:
     """Serves `app` on a free port; refused clients are soon done with."""
     config = uvicorn.Config(
-        app, port=0, log_level="critical", timeout_keep_alive=PATIENCE, **options
+        app,
+        port=0,
+        log_config=None,  # another one would close what pytest captures
+        log_level="critical",
+        timeout_keep_alive=PATIENCE,
+        **options,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=asyncio.run, args=[server.serve()])

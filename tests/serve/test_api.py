@@ -289,6 +289,7 @@ def test_a_full_server_says_when_to_come_again_and_then_answers():
             assert refused.value.code == 429
             assert int(refused.value.headers["retry-after"]) >= 1
             assert json.loads(refused.value.read())["error"]["code"] == 429
+            refused.value.close()
             engine.may_step.set()
             assert all(answer.result()["choices"] for answer in asked)
         assert client.complete("a", max_tokens=3)["choices"]

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from jmoe.decode.generate import generate
+from jmoe.monitor import vllm
 from tests.serve.client import NAME, PROMPTS, events, greedy
 
 pytestmark = pytest.mark.serving
@@ -89,6 +90,16 @@ def test_models_health_and_metrics_are_there(server):
     server.complete(PROMPTS[0], 5)
     (generated,) = server.measured("vllm:generation_tokens_total").values()
     assert generated >= 5
+
+
+def test_the_live_page_reads_what_vllm_measures(server):
+    server.complete(PROMPTS[0], 5)
+    reading = vllm.read(server.ask("/metrics").text, 0.0)
+    assert reading.model == NAME and reading.cache is not None
+    assert reading.counts["new"] >= 5 and reading.counts["prompt"] >= len(PROMPTS[0])
+    assert reading.counts["ended"] >= 1 and reading.gauges["running"] == 0
+    assert reading.durations["first_token"].count_B.sum() >= 1
+    assert reading.durations["between_tokens"].count_B.sum() >= 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import threading
 import pytest
 
 from jmoe.decode.generate import generate
+from jmoe.train import runtime
 from tests.serve.client import PROMPTS, events, greedy
 from tests.serve.conftest import ROOT
 from tests.serve.test_app import replica_process
@@ -89,5 +90,5 @@ def test_more_devices_than_ray_has_are_refused(workdir):
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 1
+    assert done.returncode == runtime.MISTAKE
     assert "min_replicas=99 of 1 CPUs each need 99; Ray has" in done.stderr

@@ -15,6 +15,7 @@ from jmoe.decode.limits import Limits
 from jmoe.decode.requests import Sampling
 from jmoe.export import hf
 from jmoe.parallel import processes
+from jmoe.train import runtime
 from tests import several_processes
 from tests.decode.conftest import random_variables
 from tests.serve.client import Server, events, greedy
@@ -60,7 +61,7 @@ def started(directory, *settings: str) -> Iterator[list[subprocess.Popen]]:
     finally:
         for process in running:
             process.kill()
-            process.communicate()
+            print(process.communicate()[1][-2000:])  # shown if a test has failed
 
 
 @contextlib.contextmanager
@@ -120,5 +121,5 @@ def test_sigterm_that_all_get_is_heeded_by_process_0_for_all(two):
 def test_fewer_devices_than_the_processes_have_are_refused(directory):
     with started(directory, "engine.tensor_parallel=1") as running:
         zero, one = several_processes.ended(running)
-    assert zero.code == one.code == 1
+    assert zero.code == one.code == runtime.MISTAKE
     assert "= 2 devices must be all 4 that the 2 processes have" in zero.err

@@ -37,7 +37,8 @@ function readable(value, unit = "") {
   if (Number.isInteger(value) || size >= 1e3) {
     return Math.round(value).toLocaleString("en");
   }
-  return size < 1e-3 ? value.toExponential(1) : value.toPrecision(size < 1 ? 3 : 4);
+  if (size < 1e-3) return value.toExponential(1);
+  return value.toPrecision(size >= 1 && size < 10 ? 4 : 3);
 }
 
 function mark(value, unit) {
@@ -259,7 +260,7 @@ function lineChart(figure, chart, lines) {
     drawn.append(shape("text", { x: width / 2, y: height / 2, "text-anchor": "middle" }, "nothing yet"));
     return drawn;
   }
-  const xs = chart.x_N, [y, marks] = scale(known, area);
+  const xs = chart.x_N, { y, marks, isFrom0 } = scale(known, area);
   const span = xs.at(-1) - xs[0] || 1;
   const x = (value) => area.left + ((value - xs[0]) / span) * (area.right - area.left);
   for (const value of marks) {
@@ -269,7 +270,10 @@ function lineChart(figure, chart, lines) {
       shape("text", { x: area.left - 6, y: height + 4, "text-anchor": "end" }, mark(value, chart.unit)));
   }
   drawn.append(...xLabels(chart, x, area));
-  lines.forEach((values, i) => drawn.append(...line(xs, values, x, y, i, area)));
+  lines.forEach((values, i) => {
+    const fill = i === 0 && isFrom0 ? area.bottom : null;
+    drawn.append(...line(xs, values, x, y, `var(${LINES[i]})`, fill));
+  });
   drawn.append(cross(drawn, chart, x, area));
   return drawn;
 }
@@ -277,12 +281,12 @@ function lineChart(figure, chart, lines) {
 // From 0, unless values lie so high and close together that nothing could be seen.
 function scale(known, area) {
   const least = Math.min(...known), most = Math.max(...known);
-  const from = least < most * 0.6 || least === most ? Math.min(0, least) : least;
+  const from = least < most * 0.8 || least === most ? Math.min(0, least) : least;
   const step = tickStep(from, most, 4), room = area.bottom - area.top;
   const low = Math.floor(from / step + 1e-9) * step;
   const top = Math.max(Math.ceil(most / step - 1e-9) * step, low + step);
   const y = (value) => area.bottom - ((value - low) / (top - low)) * room;
-  return [y, ticks(low, top, (top - low) / step)];
+  return { y, marks: ticks(low, top, (top - low) / step), isFrom0: low === 0 };
 }
 
 function xLabels(chart, x, area) {
@@ -302,21 +306,21 @@ function xLabels(chart, x, area) {
     label(last - ago * unit, ago ? `−${ago} ${name}` : "now"));
 }
 
-function line(xs, values, x, y, number, area) {
+// `bottom`: down to where the area below the line is filled; null: it isn't.
+function line(xs, values, x, y, hue, bottom) {
   const parts = [[]];
   values.forEach((value, i) => {
     if (value === null) parts.push([]);
     else parts.at(-1).push([x(xs[i]).toFixed(1), y(value).toFixed(1)]);
   });
   const whole = parts.filter((part) => part.length);
-  const hue = `var(${LINES[number]})`;
   const drawn = [];
   for (const part of whole) {
     const path = part.map((point) => point.join(",")).join(" L");
     const style = { class: "line", d: `M${path}${part.length > 1 ? "" : " h0.1"}`, stroke: hue };
     if (part.length === 1) style["stroke-linecap"] = "round", style["stroke-width"] = 3;
-    if (!number && part.length > 1) {
-      const under = `M${part[0][0]},${area.bottom} L${path} V${area.bottom} Z`;
+    if (bottom !== null && part.length > 1) {
+      const under = `M${part[0][0]},${bottom} L${path} V${bottom} Z`;
       drawn.push(shape("path", { class: "area", d: under, fill: hue }));
     }
     drawn.push(shape("path", style));

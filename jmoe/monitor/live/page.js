@@ -1,7 +1,7 @@
 // Listens to the server, and draws what it says.
 
 const QUIET_SECONDS = 6; // without a word from the server, it counts as lost
-const RETRY_SECONDS = [1, 2, 4, 8];
+const RETRY_SECONDS = [1, 1, 2, 4, 8];
 const KINDS = { serving: "serving", training: "training", vllm: "vLLM" };
 
 const at = (id) => document.getElementById(id);
