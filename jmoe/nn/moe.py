@@ -32,6 +32,8 @@ from jmoe.parallel.exchange_picks import exchange_picks
 from jmoe.parallel.shedding import shed
 from jmoe.parallel.travel import Group
 
+EXPERTS = "experts"  # the routed experts' name in a `MoE`
+
 
 class SwiGLU(nn.Module):
     """`(silu(x @ gate) * (x @ up)) @ down` (Shazeer, arXiv 2002.05202)."""
@@ -189,7 +191,7 @@ class MoE(nn.Module):
         router = Router(cfg.router, self.init_std, name="router")
         routing, measured = router(x_BSD, tokens)
         experts = RoutedExperts(
-            cfg, self.init_std, self.dot_general, self.apart, name="experts"
+            cfg, self.init_std, self.dot_general, self.apart, name=EXPERTS
         )
         routed = experts(x_BSD, routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)
