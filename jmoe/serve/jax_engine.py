@@ -231,6 +231,13 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
             f"engine.spare_experts={asked.spare_experts} needs "
             "engine.expert_parallel=True: copies are for experts on several devices."
         )
+    experts, devices = model.moe.router.num_experts, mesh_of(asked).expert
+    spare = asked.spare_experts or 0
+    if (experts + spare) % devices:
+        raise ValueError(
+            f"engine.spare_experts={spare} and the model's {experts} experts must "
+            f"divide over the {devices} devices that share them."
+        )
     if asked.compiled is not None:
         raise ValueError(
             f"engine.compiled={asked.compiled} is for engine='vllm': jmoe's own "
