@@ -67,7 +67,10 @@ class Settings:
 
 
 Say = Callable[[str], None]
-CONTROLLED: Mapping[str, tuple[str, ...]] = {"as served": ()}
+CONTROLLED: Mapping[str, tuple[str, ...]] = {
+    "with the controller": (),
+    "without": ("engine.controller={'actions': ()}",),
+}
 
 
 def _against(asks: Iterator[Ask], rounds: int, say: Say, cfg: Settings) -> Part:

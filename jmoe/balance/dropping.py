@@ -231,7 +231,7 @@ def dropped_choices(visits: Visits, is_kept_NV: jax.Array) -> jax.Array:
     return jnp.where(is_kept_NV, 0, visits.choices_NV).sum(dtype=jnp.int32)
 
 
-def share_capacity(count_P: jax.Array, capacity: int) -> jax.Array:
+def share_capacity(count_P: jax.Array, capacity: jax.Array | int) -> jax.Array:
     """Returns how many visits each sender may pay to one peer, int32 [P].
 
     All of them where they fit. Otherwise none may pay more than one above another who

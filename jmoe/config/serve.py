@@ -39,7 +39,7 @@ class EngineConfig:
     weights: str | None = None  # native, fp8 or int4-experts
     queue: int | None = None  # requests that may wait for a place; 256
     deadline_seconds: float | None = None  # that an answer may take; 600
-    controller: ControllerConfig | None = None  # of load; `SERVING`
+    controller: ControllerConfig | None = None  # of load; places, and admits in time
     spare_experts: int | None = None  # with expert_parallel, places for copies; 0
 
     def __post_init__(self):

@@ -151,7 +151,8 @@ def place(
         homes = None
         if placed is not None and max(row.moe_layers(cfg)) >= 0:
             numbers = list(row.moe_layers(cfg))
-            homes = tuple(x[numbers] for x in placed[:2])
+            expert_LR, home_LEC, _ = placed
+            homes = expert_LR[numbers], home_LEC[numbers]
         layers.append(make(_of_row(layout, row), *filled, homes=homes))
     mtp = None
     if cfg.mtp_depth:

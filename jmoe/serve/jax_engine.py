@@ -120,7 +120,6 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
 
     engine = make_engine(trained, cfg, observe)
     pilot.take(engine)
-    deadline = cfg.engine.deadline_seconds
     return Served(
         name=cfg.name,
         worker=Worker(engine, meter),
@@ -129,13 +128,23 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
         template=template,
         max_length=engine.limits.max_length,
         new_tokens=cfg.limits.new_tokens,
-        deadline_seconds=DEADLINE_SECONDS if deadline is None else deadline,
+        deadline_seconds=_deadline(cfg.engine),
     )
 
 
 def controller_of(cfg: EngineConfig) -> ControllerConfig:
-    """Returns what may be done about load."""
-    return SERVING if cfg.controller is None else cfg.controller
+    """Returns what may be done about load.
+
+    By default requests that would wait for their whole deadline aren't admitted.
+    """
+    if cfg.controller is not None:
+        return cfg.controller
+    return dataclasses.replace(SERVING, wait_seconds=_deadline(cfg))
+
+
+def _deadline(cfg: EngineConfig) -> float:
+    asked = cfg.deadline_seconds
+    return DEADLINE_SECONDS if asked is None else asked
 
 
 def _tell(meter: ServingMeter, action: Action) -> None:
@@ -221,6 +230,13 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
         raise ValueError(
             f"engine.spare_experts={asked.spare_experts} needs "
             "engine.expert_parallel=True: copies are for experts on several devices."
+        )
+    experts, devices = model.moe.router.num_experts, mesh_of(asked).expert
+    spare = asked.spare_experts or 0
+    if (experts + spare) % devices:
+        raise ValueError(
+            f"engine.spare_experts={spare} and the model's {experts} experts must "
+            f"divide over the {devices} devices that share them."
         )
     if asked.compiled is not None:
         raise ValueError(

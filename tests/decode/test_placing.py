@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from jmoe.config import override
+from jmoe.balance import placement
+from jmoe.config import ExchangeConfig, override
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import make_programs
-from jmoe.decode.placing import begin_with
+from jmoe.decode.placing import begin_with, system
 from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.placed import (
     DEVICES,
@@ -82,13 +83,29 @@ def test_on_a_pipeline_a_limit_drops_choices_and_none_when_it_is_gone(cfg):
     assert programs._programs.step._cache_size() == compiled
 
 
+LENDING = ExchangeConfig(backend="balanced", lend_above=0.0)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["native", "fp8"])
-def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(cfg, form):
-    model, variables = engine(cfg)[0].cfg, engine(cfg)[1]
+@pytest.mark.parametrize(
+    ("form", "exchange"), [("native", None), ("fp8", None), ("native", LENDING)]
+)
+def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(
+    cfg, form, exchange
+):
+    on_mesh, variables, _ = engine(cfg)
+    model = on_mesh.cfg
     run, layout, divided = placed("expert=4,tensor=2", [], variables, model)
     found = []
-    for where in (None, begin_with(model, 4, SPARE)):
-        programs = make_programs(run, layout.mesh, form, placed=where)
-        found.append(completed(Engine(model, divided, LIMITS, programs=programs)))
+    for where, way in ((None, None), (begin_with(model, 4, SPARE), exchange)):
+        programs = make_programs(run, layout.mesh, form, way, where)
+        made = Engine(model, divided, LIMITS, programs=programs)
+        found.append(completed(made))
     assert found[0] == found[1]
+    placing = made.programs.placing
+    loads = np.arange(2 * 8).reshape(2, 8)[:, ::-1] ** 3
+    own = system(model, 4)
+    wanted = placement.place(loads, 8 + SPARE, own.groups, own.nodes, 4)
+    assert placing.begin(placing.plan(wanted)) > 0
+    made.programs.advance(placing.steps_left)
+    assert completed(made) == found[0]

@@ -17,6 +17,7 @@ class Counting:
     """
 
     slots, limits = SLOTS, Limits(queue=QUEUE)
+    most_waiting = QUEUE
 
     def __init__(self, pause: float = 0.0):
         self.pause = pause  # seconds of a step

@@ -12,7 +12,7 @@ from jmoe.monitor.serving import ServingMeter
 from jmoe.serve import worker as workers
 from jmoe.serve.answers import Refused
 from jmoe.serve.worker import Worker
-from tests.serve.counting import QUEUE, Counting
+from tests.serve.counting import QUEUE, SLOTS, Counting
 from tests.serve.running import wait_until
 
 LONG = 10**6
@@ -89,6 +89,20 @@ def test_more_requests_than_there_is_room_for_are_refused_until_some_end(
         del ticket
         await asyncio.to_thread(wait_until, lambda: not worker._count)
         assert await taken(worker, 2) == {0: [0, 1]}
+
+    asyncio.run(main())
+
+
+def test_fewer_requests_are_admitted_while_fewer_should_wait(engine, worker):
+    async def main():
+        engine.most_waiting = 1
+        with worker.submit([request(LONG)] * (SLOTS + 1), 60):
+            with pytest.raises(Refused) as refused:
+                worker.submit([request(1)], 60)
+            assert refused.value.status == 429
+            engine.most_waiting = QUEUE
+            with worker.submit([request(1)], 60):
+                pass
 
     asyncio.run(main())
 
