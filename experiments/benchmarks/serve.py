@@ -15,7 +15,8 @@ against   servers beside each other: `requests` at 1, 8 and 32 at once. `ours` i
           scripts/serve.py. vLLM is left out where it isn't installed: run the suite by
           the Python of scripts/make_serving_env.sh.
 http      our server beside its engine, called directly
-overload  three times the requests that it can answer, with the controller and without
+overload  three times the requests that it can answer: with the controller, which
+          admits fewer where they wait for more than 4 s, and without
 hostile   requests of every kind in `hostile_requests`, beside normal ones
 placement experts of a model on 16 virtual devices, where they were and where load puts
           them (`serve_placement`)
@@ -68,8 +69,8 @@ class Settings:
 
 Say = Callable[[str], None]
 CONTROLLED: Mapping[str, tuple[str, ...]] = {
-    "with the controller": (),
-    "without": ("engine.controller={'actions': ()}",),
+    "controlled": ("engine.controller={'wait_seconds': 4.0}",),
+    "uncontrolled": ("engine.controller={'actions': ()}",),
 }
 
 

@@ -16,6 +16,7 @@ from experiments.benchmarks.serve_clients import Answer, arriving, summary, toge
 from experiments.benchmarks.serve_model import NEAR_TIE, Ask, Reference, differs
 from experiments.benchmarks.serve_servers import Server
 from jmoe.config import override
+from jmoe.config.serve import ServeConfig
 from tests.serve.running import address, running
 
 TOKENS = [5, 6, 7, 8]
@@ -199,6 +200,16 @@ def test_parts_that_are_not_measured_stay_as_they_were(tmp_path, monkeypatch):
     assert [figure.value for figure in report.figures] == [2.0, 3.0]
     assert report.samples["http"]["samples"] == {"seen": 2.0}
     assert report.wrong == ("bad", "bad")
+
+
+def test_the_controller_is_told_to_act_and_not_to():
+    told = {
+        name: override(ServeConfig(), settings).engine.controller
+        for name, settings in serve.CONTROLLED.items()
+    }
+    controlled, uncontrolled = told["controlled"], told["uncontrolled"]
+    assert controlled is not None and controlled.wait_seconds and controlled.actions
+    assert uncontrolled is not None and not uncontrolled.actions
 
 
 @pytest.mark.parametrize(
