@@ -6,7 +6,7 @@
 A `bench_s` model with random weights is exported once, and served in float32 on CPUs.
 Clients are on the same machine, and ask for greedy tokens after prompts that are a
 user's (`prompts`, a .jsonl file as scripts/generate.py reads it) or the code of the
-running Python's own library. There are four parts, which may be measured one by one;
+running Python's own library. There are five parts, which may be measured one by one;
 those that aren't stay in the file as they were measured last.
 
 against   servers beside each other: `requests` at 1, 8 and 32 at once. `ours` is
@@ -15,8 +15,11 @@ against   servers beside each other: `requests` at 1, 8 and 32 at once. `ours` i
           scripts/serve.py. vLLM is left out where it isn't installed: run the suite by
           the Python of scripts/make_serving_env.sh.
 http      our server beside its engine, called directly
-overload  three times the requests that it can answer, with the controller and without
+overload  three times the requests that it can answer: with the controller, which
+          admits fewer where they wait for more than 4 s, and without
 hostile   requests of every kind in `hostile_requests`, beside normal ones
+placement experts of a model on 16 virtual devices, where they were and where load puts
+          them (`serve_placement`)
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ from experiments.benchmarks.report import RESULTS, Figure, Report
 from experiments.benchmarks.serve_hostile import attacked
 from experiments.benchmarks.serve_model import DIRECTORY, Ask
 from experiments.benchmarks.serve_overload import overload
+from experiments.benchmarks.serve_placement import placement
 from experiments.benchmarks.serve_servers import SIDES
 from experiments.benchmarks.serve_speed import OURS, VLLM, against, of_http
 from experiments.benchmarks.workers import Worker
@@ -43,7 +47,7 @@ NAME = "serve"
 class Settings:
     """Which parts there are, and how long each is."""
 
-    parts: tuple[str, ...] = ("against", "http", "overload", "hostile")
+    parts: tuple[str, ...] = ("against", "http", "overload", "hostile", "placement")
     prompts: str | None = None  # a file; the running Python's code
     requests: int = 200  # at each number at once
     new: int = 64  # tokens of each
@@ -64,7 +68,10 @@ class Settings:
 
 
 Say = Callable[[str], None]
-CONTROLLED: Mapping[str, tuple[str, ...]] = {"as served": ()}
+CONTROLLED: Mapping[str, tuple[str, ...]] = {
+    "controlled": ("engine.controller={'wait_seconds': 4.0}",),
+    "uncontrolled": ("engine.controller={'actions': ()}",),
+}
 
 
 def _against(asks: Iterator[Ask], rounds: int, say: Say, cfg: Settings) -> Part:
@@ -83,11 +90,16 @@ def _hostile(_: Iterator[Ask], __: int, say: Say, cfg: Settings) -> Part:
     return attacked(cfg.hostile, say)
 
 
+def _placement(_: Iterator[Ask], __: int, say: Say, cfg: Settings) -> Part:
+    return placement(cfg.requests, say)
+
+
 PARTS: dict[str, Callable[[Iterator[Ask], int, Say, Settings], Part]] = {
     "against": _against,
     "http": _http,
     "overload": _overload,
     "hostile": _hostile,
+    "placement": _placement,
 }
 
 

@@ -27,7 +27,7 @@ from experiments.benchmarks.report import Figure
 from experiments.benchmarks.workers import Tasks, Worker, virtual_devices
 
 DEVICES, EXPERTS, TOP_K = 16, 64, 4
-CHUNK, NEW = 128, 2  # tokens of a prompt, and of its answer
+CHUNK, PROMPT, NEW = 128, 384, 2  # tokens read at once, of a prompt, of its answer
 LENDS = 4  # experts that a device borrows, at most
 ROUNDS = 5  # of a product's time
 WAYS = ("static", "moving", "placed")
@@ -47,9 +47,8 @@ class Served(NamedTuple):
     tokens: list[list[int]]
 
 
-def placement(rounds: int, requests: int, say: Callable[[str], None]) -> Part:
+def placement(requests: int, say: Callable[[str], None]) -> Part:
     """Answers so many requests in each of `WAYS`."""
-    del rounds  # rows are exact
     say(f"{requests} requests on {DEVICES} virtual devices, in {len(WAYS)} ways")
     side = f"{__name__}.{serve.__name__}"
     environment = virtual_devices(DEVICES)
@@ -69,7 +68,7 @@ def placement(rounds: int, requests: int, say: Callable[[str], None]) -> Part:
             "devices": DEVICES,
             "experts": EXPERTS,
             "top_k": TOP_K,
-            "prompt_tokens": CHUNK,
+            "prompt_tokens": PROMPT,
             "new_tokens": NEW,
             "requests": requests,
         },
@@ -165,13 +164,13 @@ def serve(requests: int) -> Tasks:
     """
     import jax
 
-    from jmoe.config.controller import ControllerConfig
+    from jmoe.config.controller import PLACE, ControllerConfig
     from jmoe.decode.pilot import Pilot
 
     engine, watch, variables = _engine(jax.devices())
     placing = engine.programs.placing
     # Short windows: there are few requests.
-    cfg = ControllerConfig(window_steps=8, cool_down=1, actions=("place",))
+    cfg = ControllerConfig(window_steps=8, cool_down=1, actions=(PLACE,))
     served: dict[str, Served] = {}
 
     def answer(way: str, pilot: Pilot | None = None) -> Served:
@@ -242,7 +241,11 @@ def _engine(devices: Sequence[Any]) -> tuple[Any, list[Callable[[Any], None]], A
     variables = make(Transformer(run.model), 0)
     divided = jax.device_put(variables, shardings(layout, variables))
     limits = Limits(
-        rows=(1,), prompts=(1,), chunks=(CHUNK,), max_length=2 * CHUNK, page_size=CHUNK
+        rows=(1,),
+        prompts=(1,),
+        chunks=(CHUNK,),
+        max_length=PROMPT + CHUNK,
+        page_size=CHUNK,
     )
     watch: list[Callable[[Any], None]] = [lambda stats: None]
     engine = Engine(
@@ -263,8 +266,8 @@ def _requests(count: int) -> Iterator[Any]:
 
     documents = builtin.documents(("code",))
     for _ in range(count):
-        text = next(documents).encode().ljust(CHUNK)
-        yield list(text[:CHUNK]), Sampling(max_new_tokens=NEW)
+        text = next(documents).encode().ljust(PROMPT)
+        yield list(text[:PROMPT]), Sampling(max_new_tokens=NEW)
 
 
 def lent(served: Served) -> np.ndarray:

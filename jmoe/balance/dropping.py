@@ -179,14 +179,48 @@ def by_score(visits: Visits, peers: int) -> jax.Array:
 
     Of equals, later tokens go first.
     """
-    peer_X, gate_X = visits.peer_NV.ravel(), visits.gate_NV.ravel()
+    count_P = count_visits(visits, peers)
+    return _rank_by_gate(visits.peer_NV, visits.gate_NV, count_P)
+
+
+def _rank_by_gate(
+    peer_NV: jax.Array, gate_NV: jax.Array, count_P: jax.Array
+) -> jax.Array:
+    peer_X, gate_X = peer_NV.ravel(), gate_NV.ravel()
     index_X = jnp.arange(peer_X.size, dtype=jnp.int32)
     sorted_X, _, from_X = lax.sort((peer_X, -gate_X, index_X), num_keys=2)
-    count_P = count_visits(visits, peers)
     first_P = jnp.append(jnp.cumsum(count_P) - count_P, count_P.sum())
     rank_X = index_X - first_P[sorted_X]
     rank_X = jnp.zeros_like(rank_X).at[from_X].set(rank_X, unique_indices=True)
-    return rank_X.reshape(visits.peer_NV.shape)
+    return rank_X.reshape(peer_NV.shape)
+
+
+def least_important_dropped(
+    place_NK: jax.Array, gate_NK: jax.Array, allowed_P: jax.Array, places: int
+) -> jax.Array:
+    """Returns choices of which each peer has no more than it is allowed.
+
+    The lowest gates go first, and of equals later tokens'. But a token's highest stays:
+    so a peer may have some more.
+
+    Args:
+      place_NK: int32, of `places` that peers divide evenly; `places` is nobody.
+      allowed_P: int32.
+    """
+    peers, top_k = len(allowed_P), place_NK.shape[1]
+    peer_NK = place_NK // (places // peers)
+    gate_NK = jnp.where(place_NK < places, gate_NK, -jnp.inf)
+    is_best_NK = jnp.arange(top_k) == gate_NK.argmax(1)[:, None]
+    gate_NK = jnp.where(is_best_NK, jnp.inf, gate_NK)
+    rank_NK = _rank_by_gate(peer_NK, gate_NK, count_choices(place_NK, places, peers))
+    stays_NK = is_best_NK | (rank_NK < jnp.append(allowed_P, 0)[peer_NK])
+    return jnp.where(stays_NK, place_NK, places)
+
+
+def count_choices(place_NK: jax.Array, places: int, peers: int) -> jax.Array:
+    """Returns how many choices are each peer's, int32 [P]."""
+    peer_NK = place_NK // (places // peers)
+    return (peer_NK[..., None] == jnp.arange(peers)).sum((0, 1), dtype=jnp.int32)
 
 
 DROP_ORDERS: dict[str, DropOrder] = {"score": by_score, "position": by_position}
@@ -197,7 +231,7 @@ def dropped_choices(visits: Visits, is_kept_NV: jax.Array) -> jax.Array:
     return jnp.where(is_kept_NV, 0, visits.choices_NV).sum(dtype=jnp.int32)
 
 
-def share_capacity(count_P: jax.Array, capacity: int) -> jax.Array:
+def share_capacity(count_P: jax.Array, capacity: jax.Array | int) -> jax.Array:
     """Returns how many visits each sender may pay to one peer, int32 [P].
 
     All of them where they fit. Otherwise none may pay more than one above another who

@@ -52,6 +52,7 @@ def make_follower() -> "Follower":
 
     if _WORKDIR.value is not None:
         return RunFollower(runtime.path(_WORKDIR))
+    assert _ENDPOINT.value is not None
     return VllmFollower(_ENDPOINT.value, os.environ.get(KEY_VARIABLE))
 
 

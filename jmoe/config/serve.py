@@ -3,6 +3,7 @@
 import dataclasses
 
 from jmoe.config import checks
+from jmoe.config.controller import ControllerConfig
 from jmoe.config.model import DTYPES
 
 OPEN_ROUTES = ("/health", "/metrics", "/monitor")  # what may be asked without a key
@@ -38,6 +39,8 @@ class EngineConfig:
     weights: str | None = None  # native, fp8 or int4-experts
     queue: int | None = None  # requests that may wait for a place; 256
     deadline_seconds: float | None = None  # that an answer may take; 600
+    controller: ControllerConfig | None = None  # of load; places, and admits in time
+    spare_experts: int | None = None  # with expert_parallel, places for copies; 0
 
     def __post_init__(self):
         checks.at_least(
@@ -49,8 +52,9 @@ class EngineConfig:
         )
         checks.one_of(self, dtype=(None, *DTYPES))
         checks.above_zero(self, "cache_gib", "deadline_seconds")
-        if self.queue is not None:
-            checks.at_least(self, queue=0)
+        for field in ("queue", "spare_experts"):
+            if getattr(self, field) is not None:
+                checks.at_least(self, **{field: 0})
         if self.max_length is not None:
             checks.at_least(self, max_length=2)
         if self.placement is not None and not self.expert_parallel:

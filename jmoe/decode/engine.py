@@ -88,8 +88,8 @@ class _Asked(NamedTuple):
 class Engine:
     """Requests go in by `submit`; each `step` returns those that have changed.
 
-    It is not for several threads. most_waiting: how many requests may wait; it may be
-    made less than the limits' `queue`, and that again.
+    It is not for several threads. most_waiting: how many requests should wait at most,
+    for whoever refuses others; not above the limits' `queue`.
     """
 
     def __init__(
@@ -138,8 +138,8 @@ class Engine:
           QueueFull: too many wait.
         """
         self.check(prompt, sampling)
-        if len(self._waiting) >= self.most_waiting:
-            raise QueueFull(f"queue={self.most_waiting} requests wait already.")
+        if len(self._waiting) >= self.limits.queue:
+            raise QueueFull(f"queue={self.limits.queue} requests wait already.")
         number = next(self._numbers)
         accepted = [0] * self.limits.drafts
         completion = Completion(number, accepted=accepted)
@@ -227,7 +227,7 @@ class Engine:
 
     def _next(self, left: Iterator[Any]) -> Iterator[Any]:
         """Yields as many of what is left as may wait."""
-        while len(self._waiting) < self.most_waiting:
+        while len(self._waiting) < self.limits.queue:
             following = next(left, None)
             if following is None:
                 return
@@ -340,6 +340,7 @@ class Engine:
                 pages_used=pages * len(free) - sum(free),
                 pages=pages * len(free),
                 count_LE=np.asarray(found.count_LE),
+                dropped_L=np.asarray(found.dropped_L),
             )
             self._observe(stats)
         if done:

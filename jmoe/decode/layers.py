@@ -5,7 +5,7 @@ V vocabulary (this device's part), L MoE layer, E expert.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from jmoe.nn.mtp import MTPModule
 from jmoe.nn.tokens import Tokens
 from jmoe.parallel import collectives, vocabulary
 from jmoe.parallel.vocabulary import AXIS
+
+
+class Counts(NamedTuple):
+    """Choices of real tokens, int32: of each expert [L, E], and dropped ones [L]."""
+
+    count_LE: jax.Array
+    dropped_L: jax.Array
 
 
 def known(
@@ -47,33 +54,36 @@ def blocks(
     caches: Sequence[Any],
     x_SD: jax.Array,
     known: Positions,
-) -> tuple[jax.Array, tuple[Any, ...], jax.Array]:
+) -> tuple[jax.Array, tuple[Any, ...], Counts]:
     """Returns what the last of these blocks computes, [S, D], and their caches.
 
-    And `count_LE`, int32, how many of this device's real tokens chose each expert.
+    And what this device's tokens chose.
     """
     kept, counts = [], []
     for layer, cache in zip(layers, caches, strict=True):
-        x_SD, cache, count_E = block(cfg, layer, cache, x_SD, known)
+        x_SD, cache, count = block(cfg, layer, cache, x_SD, known)
         kept.append(cache)
-        if count_E is not None:
-            counts.append(count_E)
-    return x_SD, tuple(kept), jnp.stack(counts)
+        if count is not None:
+            counts.append(count)
+    return x_SD, tuple(kept), jax.tree.map(lambda *x: jnp.stack(x), *counts)
 
 
 def block(
     cfg: ModelConfig, layer: Layer, cache: Any, x_SD: jax.Array, known: Positions
-) -> tuple[jax.Array, Any, jax.Array | None]:
-    """Returns what one block computes, its cache, and its experts' counts [E].
+) -> tuple[jax.Array, Any, Counts | None]:
+    """Returns what one block computes, its cache, and what was chosen in it.
 
-    They are None of a block without experts.
+    That is None of a block without experts.
     """
     feed_forward, number, collections = layer
     module = Block.of(cfg, feed_forward)
     operands = x_SD[None], known, number
     (x_1SD, measured), cache = _apply(module, collections, cache, *operands)
-    count_E = None if measured.load is None else measured.load.load_E
-    return x_1SD[0], cache, count_E
+    load = measured.load
+    if load is None:
+        return x_1SD[0], cache, None
+    dropped = load.dropped_sending + load.dropped_receiving
+    return x_1SD[0], cache, Counts(load.load_E, dropped)
 
 
 def final_norm(cfg: ModelConfig, weights: Weights, x_SD: jax.Array) -> jax.Array:

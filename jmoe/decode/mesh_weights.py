@@ -36,6 +36,7 @@ from jmoe.decode.weights import (
 )
 from jmoe.nn.feed_forwards import FEED_FORWARDS
 from jmoe.nn.model import abstract_variables
+from jmoe.nn.moe import EXPERTS
 from jmoe.nn.parameter import Parameter
 from jmoe.nn.quantized import quantize_weight
 from jmoe.parallel.partition import partition
@@ -67,19 +68,23 @@ class Experts(NamedTuple):
 def of_experts(layer: Any) -> Experts:
     """Returns the experts of a row that has them, and their places."""
     name = FEED_FORWARDS["moe"].name
-    home = layer[ROUTER_STATE][name]["experts"]["home"]
-    return Experts(layer[PARAMS][name]["experts"], home)
+    home = layer[ROUTER_STATE][name][EXPERTS]["home"]
+    return Experts(layer[PARAMS][name][EXPERTS], home)
 
 
 def with_experts(layer: Any, experts: Experts) -> Any:
     """Returns a row with other experts, and places."""
     name = FEED_FORWARDS["moe"].name
-    params, state = layer[PARAMS], layer[ROUTER_STATE]
-    own = {**state[name], "experts": {"home": experts.home}}
-    return {
-        PARAMS: {**params, name: {**params[name], "experts": experts.weights}},
-        ROUTER_STATE: {**state, name: own},
-    }
+    params = layer[PARAMS]
+    placed = {**params, name: {**params[name], EXPERTS: experts.weights}}
+    return with_state({**layer, PARAMS: placed}, home=experts.home)
+
+
+def with_state(layer: Any, **values: Any) -> Any:
+    """Returns a row whose experts have other values in the router's state."""
+    name, state = FEED_FORWARDS["moe"].name, layer[ROUTER_STATE]
+    own = state[name].get(EXPERTS, {}) | values
+    return {**layer, ROUTER_STATE: {**state, name: {**state[name], EXPERTS: own}}}
 
 
 def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
@@ -146,7 +151,8 @@ def place(
         homes = None
         if placed is not None and max(row.moe_layers(cfg)) >= 0:
             numbers = list(row.moe_layers(cfg))
-            homes = tuple(x[numbers] for x in placed[:2])
+            expert_LR, home_LEC, _ = placed
+            homes = expert_LR[numbers], home_LEC[numbers]
         layers.append(make(_of_row(layout, row), *filled, homes=homes))
     mtp = None
     if cfg.mtp_depth:
@@ -154,6 +160,25 @@ def place(
     params = {name: variables[PARAMS][name] for name in ends(cfg)}
     found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
     return assemble(found[PARAMS], tuple(layers), mtp)
+
+
+def with_limit(
+    layout: Layout, rows: tuple[LayerRow, ...], weights: Weights, limit: int
+) -> Weights:
+    """Returns the weights with a limit of each device's choices in a layer.
+
+    It lies as what is compiled for it expects, whatever it is.
+    """
+    ranks = np.full(layout.mesh.shape[PIPE], limit, np.int32)
+    sharding = NamedSharding(layout.mesh, PartitionSpec(PIPE))
+    layers = []
+    for row, layer in zip(rows, weights.layers, strict=True):
+        if row.feed_forward.kind == "moe":
+            # An array of each layer's own: what is donated is nobody else's.
+            own = jax.make_array_from_callback(ranks.shape, sharding, ranks.__getitem__)
+            layer = with_state(layer, limit=own)
+        layers.append(layer)
+    return weights._replace(layers=tuple(layers))
 
 
 def abstract(
@@ -181,7 +206,7 @@ def experts_specs(
     """Returns the specs of any row's experts: all have the same."""
     row = next(row for row in rows if max(row.moe_layers(cfg)) >= 0)
     found = _converted_specs(_of_row(layout, row), form)
-    weights = found[PARAMS][FEED_FORWARDS["moe"].name]["experts"]
+    weights = found[PARAMS][FEED_FORWARDS["moe"].name][EXPERTS]
     return Experts(weights, found[ROUTER_STATE])
 
 
@@ -268,7 +293,7 @@ def _in_places(
         return jax.vmap(lambda w, expert_R: w[expert_R])(w, expert_XR)
 
     params = jax.tree.map(placed, records, layer[PARAMS])
-    weights = params[FEED_FORWARDS["moe"].name]["experts"]
+    weights = params[FEED_FORWARDS["moe"].name][EXPERTS]
     experts = Experts(weights, jnp.asarray(home_XEC))
     return with_experts({**layer, PARAMS: params}, experts)
 

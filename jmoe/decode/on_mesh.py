@@ -33,6 +33,7 @@ from jmoe.decode import batch as batches
 from jmoe.decode import layers, mesh_weights
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
+from jmoe.decode.layers import Counts
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
@@ -55,13 +56,13 @@ Given = tuple[DecodeRows, PrefillChunks]
 class Underway(NamedTuple):
     """Tokens that later ranks of a pipeline have: what was given, the newest first.
 
-    x: the hidden states that come to a rank next; count_LE: int32, what the ranks
-    before have counted of their tokens, on each device.
+    x: the hidden states that come to a rank next; counts: what the ranks before have
+    counted of their tokens, on each device.
     """
 
     given: tuple[Given, ...]
     x: jax.Array
-    count_LE: jax.Array
+    counts: Counts
 
 
 def make_programs(
@@ -70,6 +71,7 @@ def make_programs(
     form: str = "native",
     exchange: ExchangeConfig | None = None,
     placed: Placement | None = None,
+    limit: int | None = None,
 ) -> MakePrograms:
     """Returns what makes an engine's programs for a run's mesh.
 
@@ -81,6 +83,8 @@ def make_programs(
         are so few that room for all is little, and weights are more.
       placed: where experts begin, which may then be changed (`OnMesh.placing`); None:
         they are where the run's state has them, for good.
+      limit: of the choices that a device computes in a layer of a step, which may then
+        be changed (`OnMesh.set_limit`); None: there is none, for good.
 
     Raises:
       ValueError: there is no such form, or the placement isn't for this model and mesh.
@@ -89,7 +93,7 @@ def make_programs(
 
     def make(cfg: ModelConfig, variables: Any, limits: Limits) -> "OnMesh":
         assert cfg == run.model, "the run's own model"
-        return OnMesh(run, mesh, form, variables, limits, exchange, placed)
+        return OnMesh(run, mesh, form, variables, limits, exchange, placed, limit)
 
     return make
 
@@ -109,6 +113,7 @@ class OnMesh:
         limits: Limits,
         exchange: ExchangeConfig | None = None,
         placed: Placement | None = None,
+        limit: int | None = None,
     ):
         self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
         self._limits = limits
@@ -122,6 +127,9 @@ class OnMesh:
         self._weights = place(variables, placed)
         if self.placing is not None:
             self._weights = self.placing.stay(self._weights)
+        self.may_drop = limit is not None
+        if limit is not None:
+            self.set_limit(limit)
         self.state = self._programs.start()
         self._size = StepSize(0)  # of the steps that aren't done
         self._underway: Underway | None = None
@@ -152,6 +160,18 @@ class OnMesh:
         self._calls.clear()
         self._underway = None
         return done
+
+    def set_limit(self, limit: int) -> None:
+        """Lets devices compute so many choices of a layer (`jmoe.parallel.shedding`).
+
+        Raises:
+          ValueError: there is no limit for good.
+        """
+        if not self.may_drop:
+            raise ValueError("nothing can be dropped: the programs were made without.")
+        layout, rows = self._programs.layout, self._programs.rows
+        set_limit = functools.partial(mesh_weights.with_limit, layout, rows)
+        self._weights = set_limit(self._weights, limit)
 
     def advance(self, steps: int) -> float:
         """Takes so many steps to where experts are going; returns their seconds.
@@ -228,8 +248,8 @@ def compile_for(
         x_TD = jnp.zeros((len(batches.join(*given).token_T), cfg.hidden_dim), cfg.dtype)
         x_SD = collectives.local_part(x_TD, "tensor", 0)
         shape = cfg.num_moe_layers, cfg.moe.router.num_experts
-        count_LE = jnp.zeros(shape, jnp.int32)
-        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD), own(count_LE))
+        counts = Counts(jnp.zeros(shape, jnp.int32), jnp.zeros(shape[:1], jnp.int32))
+        return Underway((given,) * (run.mesh.pipe - 1), own(x_SD), own(counts))
 
     def step(weights: Weights, state: Any, underway: Underway, given: Given) -> Any:
         state, came = jax.tree.map(lambda x: x[0], (state, underway[1:]))
@@ -239,11 +259,11 @@ def compile_for(
         state = state._replace(layers=())
         state, found = _finish(cfg, limits, weights, state, *passed, every[-1])
         state = state._replace(layers=caches)
-        onward = (own(collectives.ppermute(x, PIPE)) for x in passed)
+        onward = jax.tree.map(lambda x: collectives.ppermute(x, PIPE)[None], passed)
         return own(state), Underway(every[:-1], *onward), found
 
     placed = mesh_weights.specs(cfg, layout, rows, form)
-    flight = Underway(SEQUENCES, OWN, OWN)  # type: ignore[arg-type]
+    flight: Any = Underway(SEQUENCES, OWN, OWN)  # type: ignore[arg-type]
     taken = placed, OWN, flight, SEQUENCES
     starts = jax.jit(on_mesh(start, layout, (), OWN))
     begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
@@ -274,41 +294,42 @@ def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
 
 def _blocks(cfg, weights, own, caches, came, every):
     """Returns hidden states and counts behind this rank's layers, and their caches."""
-    rank, (x_SD, count_LE) = collectives.axis_index(PIPE), came
+    rank, (x_SD, counts) = collectives.axis_index(PIPE), came
     rows, chunks = jax.tree.map(lambda *x: jnp.stack(x)[rank], *every)
     batch = batches.join(rows, chunks)
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     first_SD = layers.embedded(cfg, weights, batches.join(*every[0]).token_T)
     x_SD = jnp.where(rank == 0, first_SD, x_SD)
-    count_LE = jnp.where(rank == 0, 0, count_LE)
+    counts = jax.tree.map(lambda x: jnp.where(rank == 0, 0, x), counts)
     kept = []
     for layer, cache in zip(own, caches, strict=True):
-        out_SD, cache, count_E = layers.block(cfg, layer, cache, x_SD, known)
+        out_SD, cache, count = layers.block(cfg, layer, cache, x_SD, known)
         # All ranks compute every row, as the longest must: a choice would cost copies
         # of the pages that go through it.
         is_own = layer.number >= 0
         x_SD = jnp.where(is_own, out_SD, x_SD)
-        if count_E is not None:
-            moe_layer = jnp.where(is_own, layer.number - cfg.num_dense_layers, 0)
-            count_LE = count_LE.at[moe_layer].add(jnp.where(is_own, count_E, 0))
+        if count is not None:
+            at = jnp.where(is_own, layer.number - cfg.num_dense_layers, 0)
+            here = jax.tree.map(lambda x, own=is_own: jnp.where(own, x, 0), count)
+            counts = jax.tree.map(lambda x, y, at=at: x.at[at].add(y), counts, here)
         kept.append(cache)
-    return (x_SD, count_LE), tuple(kept)
+    return (x_SD, counts), tuple(kept)
 
 
-def _finish(cfg, limits, weights, state, x_SD, count_LE, given):
+def _finish(cfg, limits, weights, state, x_SD, counts, given):
     """Returns what the last rank finds, of all devices' sequences, and its state.
 
     Other ranks compute the same of what means nothing, for which no one waits.
     """
     is_last = collectives.axis_index(PIPE) == collectives.axis_size(PIPE) - 1
-    counted = jnp.where(is_last, count_LE, 0)
-    count_LE = collectives.psum(counted, (PIPE, *TOKEN_AXES))
-    told = x_SD, count_LE, *given
+    counts = jax.tree.map(lambda x: jnp.where(is_last, x, 0), counts)
+    counts = collectives.psum(counts, (PIPE, *TOKEN_AXES))
+    told = x_SD, counts, *given
     state, found = finish(cfg, limits.top_logprobs, weights, state, *told)
-    drawn = found._replace(count_LE=None)  # what is to be joined, not summed
+    drawn = found._replace(count_LE=None, dropped_L=None)  # joined, not summed
     packed_N = collectives.psum(jnp.where(is_last, _packed(drawn), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, drawn)._replace(count_LE=count_LE)
+    return state, _unpacked(packed_PN, drawn)._replace(**counts._asdict())
 
 
 def _packed(found: StepResult) -> jax.Array:

@@ -7,24 +7,37 @@
 Load is measured over a window of steps (`jmoe.balance.controller`). Where experts get
 other places, each step of decoding is followed by one of their way: so a step is later
 by what it takes to move one expert to each device, at most, and nothing waits for all.
-On several processes each has a pilot, and all decide alike: by times of the first.
+That is for an engine whose mesh is one process's: on several, experts stay.
+
+What to do is thought about in a thread of its own, as it may take longer than a step.
 """
 
+import concurrent.futures
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from jmoe.balance import controller
 from jmoe.balance.controller import Action, ControllerState, Window
-from jmoe.config.controller import ADMIT, PLACE, ControllerConfig
+from jmoe.balance.copies import CopyStep
+from jmoe.config.controller import ADMIT, DROP, PLACE, ControllerConfig
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import Placing, begin_with, system
 from jmoe.decode.stats import StepStats
-from jmoe.parallel import processes
+from jmoe.parallel.shedding import NO_LIMIT
 
-ABLE = (PLACE, ADMIT)
+ABLE = (PLACE, DROP, ADMIT)
+MOVED = "moved"  # the kind of what is told when experts have arrived: how many have
+
+
+class _Thought(NamedTuple):
+    """What to remember, what to do, and the experts' ways if they get other places."""
+
+    state: ControllerState
+    actions: list[Action]
+    ways: list[list[CopyStep]]
 
 
 class Pilot:
@@ -34,19 +47,27 @@ class Pilot:
 
     Args:
       tell: is told what is done, and when experts have arrived.
+      thinks: runs what decides and plans; None: a thread.
 
     Raises:
       ValueError: an action is asked for that no engine can take.
     """
 
-    def __init__(self, cfg: ControllerConfig, tell: Callable[[Action], None]):
+    def __init__(
+        self,
+        cfg: ControllerConfig,
+        tell: Callable[[Action], None],
+        thinks: concurrent.futures.Executor | None = None,
+    ):
         for action in cfg.actions:
             if action not in ABLE:
                 raise ValueError(
-                    f"actions has {action!r}: an engine takes "
-                    f"{' and '.join(map(repr, ABLE))} while it runs."
+                    f"actions has {action!r}; while it runs, an engine takes only "
+                    f"{', '.join(map(repr, ABLE))}."
                 )
         self._cfg, self._tell = cfg, tell
+        self._thinks = thinks or concurrent.futures.ThreadPoolExecutor(1, "pilot")
+        self._thought: concurrent.futures.Future[_Thought] | None = None
         self._engine: Engine | None = None
         self._steps: list[StepStats] = []
         self._waits: list[float] = []
@@ -54,7 +75,18 @@ class Pilot:
         self._moved = 1  # experts, on the last way
 
     def take(self, engine: Engine) -> None:
-        """Begins to act on an engine, which tells this of its steps."""
+        """Begins to act on an engine, which tells this of its steps.
+
+        Raises:
+          ValueError: choices may be dropped, but the engine's programs can't.
+        """
+        programs = engine.programs
+        can_drop = isinstance(programs, OnMesh) and programs.may_drop
+        if DROP in self._cfg.actions and not can_drop:
+            raise ValueError(
+                "actions has 'drop', but the engine's programs were made without a "
+                "limit of a device's choices."
+            )
         self._engine = engine
         placing = self._placing
         self._system = system(engine.cfg, placing.devices if placing else 1)
@@ -65,6 +97,10 @@ class Pilot:
     def _placing(self) -> Placing | None:
         programs = self._engine.programs if self._engine else None
         return programs.placing if isinstance(programs, OnMesh) else None
+
+    def device_load(self, count_LE: np.ndarray) -> np.ndarray | None:
+        """Returns the choices that each device computes; None: experts are in order."""
+        return None if self._placing is None else self._placing.device_load(count_LE)
 
     def __call__(self, stats: StepStats) -> None:
         """Takes what a step did, and does what follows from it."""
@@ -78,28 +114,40 @@ class Pilot:
             self.stalls.append(self._engine.programs.advance(1))
             if not placing.steps_left:
                 self._tell(self._arrived())
-        elif len(self._steps) >= self._cfg.window_steps:
-            self._decide()
+        elif self._thought is None and len(self._steps) >= self._cfg.window_steps:
+            self._thought = self._thinks.submit(self._think, self._window())
+            self._steps, self._waits = [], []
+        if self._thought is not None and self._thought.done():
+            thought, self._thought = self._thought.result(), None
+            self._state = thought.state
+            for action in thought.actions:
+                self._apply(action, thought.ways)
+                self._tell(action)
 
-    def _decide(self) -> None:
-        decide = controller.decide
-        given = self._cfg, self._system, self._state, self._window()
-        self._state, actions = decide(*given)
-        self._steps, self._waits = [], []
-        for action in actions:
-            self._apply(action)
-            self._tell(action)
+    def _think(self, window: Window) -> "_Thought":
+        given = self._cfg, self._system, self._state, window
+        state, actions = controller.decide(*given)
+        wanted = [action.value for action in actions if action.kind == PLACE]
+        placing, ways = self._placing, []
+        if wanted:
+            assert placing is not None, "on one device nothing is uneven"
+            ways = placing.plan(*wanted)
+        return _Thought(state, actions, ways)
 
-    def _apply(self, action: Action) -> None:
+    def _apply(self, action: Action, ways: list[list[CopyStep]]) -> None:
         assert self._engine is not None
         if action.kind == ADMIT:
             most: Any = action.value
             queue = self._engine.limits.queue
             self._engine.most_waiting = queue if most is None else min(most, queue)
+        if action.kind == DROP:
+            assert isinstance(self._engine.programs, OnMesh), "see `take`"
+            limit = NO_LIMIT if action.value is None else action.value
+            self._engine.programs.set_limit(limit)
         if action.kind == PLACE:
-            assert self._placing is not None, "on one device nothing is uneven"
+            assert self._placing is not None, "as there is a way"
             self.stalls = []
-            self._moved = self._placing.begin(action.value)
+            self._moved = max(self._placing.begin(ways), 1)
 
     def _window(self) -> Window:
         seconds = [stats.seconds for stats in self._steps]
@@ -110,17 +158,17 @@ class Pilot:
             "wait": max(self._waits),
             "move_seconds": sum(self.stalls) / self._moved,
         }
-        told = processes.from_first("what was measured", lambda: measured)
         count_LE = np.sum([stats.count_LE for stats in self._steps], axis=0)
-        return Window(steps=len(self._steps), count_LE=count_LE, **told)
+        return Window(steps=len(self._steps), count_LE=count_LE, **measured)
 
     def _arrived(self) -> Action:
         stalls = 1e3 * np.array(self.stalls)
-        steps = 1e3 * np.percentile([stats.seconds for stats in self._steps], 99)
+        seconds = [stats.seconds for stats in self._steps]
+        steps = 1e3 * np.percentile(seconds, 99)
         return Action(
-            PLACE,
+            MOVED,
             f"experts have arrived, in {len(stalls)} steps",
             f"each was later by {stalls.mean():.3g} ms, {stalls.max():.3g} at most; 99 "
             f"of 100 took no more than {steps:.3g} ms",
-            self._state.placement,
+            self._moved,
         )

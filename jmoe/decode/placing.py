@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jmoe.balance import copies, homes, placement
 from jmoe.balance.controller import System, check
@@ -79,7 +80,9 @@ def make_mover(layout: Layout, specs: Any) -> Callable[[Any, RowMoves], Any]:
         return experts._replace(weights=weights, home=home_EC[None])
 
     on_all = on_mesh(move, layout, (specs, WHOLE), specs)
-    return jax.jit(on_all, donate_argnums=0)
+    # Moved arrays are said to lie as those did that came: so nothing is compiled anew.
+    lie = jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), specs)
+    return jax.jit(on_all, donate_argnums=0, out_shardings=lie)
 
 
 class Placing:
@@ -116,24 +119,31 @@ class Placing:
         """Where experts are now."""
         return placement.from_slots(self._expert_LR, self._shape[1])
 
+    def device_load(self, count_LE: np.ndarray) -> np.ndarray:
+        """Returns the choices that each device computes, int [L, P], but for chance."""
+        load_LP = placement.device_load(count_LE, self.placement, self.devices)
+        return np.rint(load_LP).astype(np.int64)
+
     @property
     def steps_left(self) -> int:
         """How many steps there are to where experts are going."""
         return len(self._left)
 
-    def begin(self, wanted: Placement) -> int:
-        """Plans the way to a placement from here, and returns how many copies move.
+    def plan(self, wanted: Placement) -> list[list[CopyStep]]:
+        """Returns each layer's way to a placement from here.
+
+        Another thread may call it, as long as nothing moves.
 
         Raises:
           ValueError: it is for another model, or has other places.
         """
         check(wanted, self._shape, self._system)
-        ways = [
-            copies.steps(*of_layer, self._system.devices)
-            for of_layer in zip(
-                self._expert_LR, wanted.physical_to_logical, strict=True
-            )
-        ]
+        held_LR, wanted_LR = self._expert_LR, wanted.physical_to_logical
+        layers = zip(held_LR, wanted_LR, strict=True)
+        return [copies.steps(*layer, self._system.devices) for layer in layers]
+
+    def begin(self, ways: Sequence[Sequence[CopyStep]]) -> int:
+        """Sets out on what was planned, and returns how many copies will move."""
         self._left.clear()
         for number, layers in enumerate(self._layers):
             own = [ways[layer] if layer >= 0 else [] for layer in layers]

@@ -18,7 +18,7 @@ class StepStats(NamedTuple):
     them were right. waiting, live: requests without and with a slot, behind the step.
     pages_used, pages: of the cache, on all devices. count_LE: int, how many of the
     step's real tokens chose each expert of the model's MoE layers, on all devices; the
-    MTP module's experts aren't counted.
+    MTP module's experts aren't counted. dropped_L: how many of these nobody computed.
     """
 
     seconds: float
@@ -32,6 +32,7 @@ class StepStats(NamedTuple):
     pages_used: int
     pages: int
     count_LE: np.ndarray
+    dropped_L: np.ndarray
 
 
 Observe = Callable[[StepStats], None]

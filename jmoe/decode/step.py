@@ -43,8 +43,9 @@ class StepResult(NamedTuple):
     """What was drawn of rows [B, Q] and chunks [A], and how many of a row's are new.
 
     draft_BK, draft_AK: what the next step should try. count_LE: int32, how many of the
-    step's real tokens chose each expert of the model's MoE layers; the MTP module's, by
-    which drafts are made, are not counted.
+    step's real tokens chose each expert of the model's MoE layers; dropped_L: how many
+    of these choices nobody computed. Those of the MTP module, by which drafts are made,
+    are not counted.
     """
 
     rows: Sampled
@@ -53,6 +54,7 @@ class StepResult(NamedTuple):
     chunks: Sampled
     draft_AK: jax.Array
     count_LE: jax.Array
+    dropped_L: jax.Array
 
 
 def step(
@@ -74,9 +76,9 @@ def step(
     known = layers.known(cfg, batch.token_T, batch.position_T, batch.groups)
     x_SD = layers.embedded(cfg, weights, batch.token_T)
     blocks = layers_of(cfg, weights)
-    x_SD, caches, count_LE = layers.blocks(cfg, blocks, state.layers, x_SD, known)
+    x_SD, caches, counts = layers.blocks(cfg, blocks, state.layers, x_SD, known)
     tail = state._replace(layers=())
-    told = x_SD, count_LE, rows, chunks
+    told = x_SD, counts, rows, chunks
     tail, result = finish(cfg, num_top, weights, tail, *told)
     return tail._replace(layers=caches), result
 
@@ -87,7 +89,7 @@ def finish(
     weights: Weights,
     state: State,
     x_SD: jax.Array,
-    count_LE: jax.Array,
+    counts: layers.Counts,
     rows: DecodeRows,
     chunks: PrefillChunks,
 ) -> tuple[State, StepResult]:
@@ -95,7 +97,7 @@ def finish(
 
     Args:
       state: whose layers aren't looked at.
-      count_LE: of the layers, which becomes part of the result.
+      counts: of the layers, which become part of the result.
     """
     batch = batches.join(rows, chunks)
     hidden_SD = layers.final_norm(cfg, weights, x_SD)
@@ -121,7 +123,7 @@ def finish(
         state = state._replace(mtp=cache)
     draft_BK, draft_AK = jnp.split(draft_RK, [len(rows.slot_B)])
     drawn = of_rows, new_B, draft_BK, of_chunks, draft_AK
-    return state, StepResult(*drawn, count_LE)
+    return state, StepResult(*drawn, *counts)
 
 
 def _draw(weights, hidden_SD, batch, seen_XV, num_top) -> Sampled:

@@ -87,9 +87,9 @@ class ServingMeter:
         """
         with self._lock:
             now, totals = self._clock(), self._totals
-            if device_LP is None:
-                layers, devices = totals.device_LP.shape
-                device_LP = count_LE.reshape(layers, devices, -1).sum(-1)
+            layers, devices = totals.device_LP.shape
+            own_LP = count_LE.reshape(layers, devices, -1).sum(-1)
+            computed_LP = own_LP if device_LP is None else device_LP
             part = self._recent.part(now)
             for counted in (totals, part):
                 counted.prompt_tokens += prompt_tokens
@@ -97,9 +97,9 @@ class ServingMeter:
                 counted.drafted += drafted
                 counted.accepted += accepted
                 counted.running, counted.waiting = live, waiting
-            part.add_choices(count_LE, device_LP)
+            part.add_choices(count_LE, computed_LP)
             totals.count_LE += count_LE
-            totals.device_LP += device_LP
+            totals.device_LP += computed_LP
             if dropped_L is not None:
                 totals.dropped_L += dropped_L
             totals.rows += rows

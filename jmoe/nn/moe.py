@@ -29,7 +29,10 @@ from jmoe.ops.swiglu import after_swiglu
 from jmoe.parallel import collectives
 from jmoe.parallel.exchange import Exchanged, exchange
 from jmoe.parallel.exchange_picks import exchange_picks
+from jmoe.parallel.shedding import shed
 from jmoe.parallel.travel import Group
+
+EXPERTS = "experts"  # the routed experts' name in a `MoE`
 
 
 class SwiGLU(nn.Module):
@@ -67,7 +70,8 @@ class RoutedExperts(nn.Module):
 
     In `router_state` may be `home`, int32 [E], of all devices' experts: weights then
     are of the experts whose homes are here (see `nn.model.with_homes`). Or [E, C], if
-    experts have copies (`jmoe.balance.homes.of_choices`).
+    experts have copies (`jmoe.balance.homes.of_choices`). And `limit`, int32: of the
+    choices that a device computes (`jmoe.parallel.shedding`).
     """
 
     cfg: MoEConfig
@@ -129,7 +133,11 @@ class RoutedExperts(nn.Module):
 
         x_ND = x_BSD.reshape(-1, hidden)
         expert_NK, router = self._at_homes(routing.expert_NK)
-        return exchange(
+        dropped, limit = jnp.int32(0), self.get_variable("router_state", "limit")
+        if limit is not None:
+            chosen = expert_NK, routing.gate_NK
+            expert_NK, dropped = shed(*chosen, limit, router.num_experts)
+        found = exchange(
             x_ND,
             expert_NK,
             routing.gate_NK,
@@ -140,6 +148,7 @@ class RoutedExperts(nn.Module):
             recipe=fp8.recipe_of(self.dot_general),
             remat=cfg.remat == "activations",
         )
+        return found._replace(dropped_sending=found.dropped_sending + dropped)
 
     def _at_homes(self, expert_NK: jax.Array) -> tuple[jax.Array, RouterConfig]:
         """Returns where the chosen experts live, and what is known of such choices."""
@@ -182,7 +191,7 @@ class MoE(nn.Module):
         router = Router(cfg.router, self.init_std, name="router")
         routing, measured = router(x_BSD, tokens)
         experts = RoutedExperts(
-            cfg, self.init_std, self.dot_general, self.apart, name="experts"
+            cfg, self.init_std, self.dot_general, self.apart, name=EXPERTS
         )
         routed = experts(x_BSD, routing)
         out_BSD = routed.y_ND.reshape(x_BSD.shape)

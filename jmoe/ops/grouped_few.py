@@ -2,7 +2,8 @@
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), I input and O
-output dimension of a product, P part of I, J input of a part. The contract is that of
+output dimension of a product, S slice of I, P part of a slice, J input of a part, B =
+E * S slices of all matrices, R = S * N slices of all rows. The contract is that of
 `jmoe.ops.grouped`, without gradients.
 
 A decoder's step has a row or a few of each expert that it visits, and takes as long as
@@ -13,11 +14,13 @@ cores:
 
     y[n, p, o] = x[n, p, 0] w[e_n, p, 0, o] + ... + x[n, p, J - 1] w[e_n, p, J - 1, o]
 
-which leaves one number of J, to be summed over p. Rows are sorted by expert: those of
-one expert follow each other, and find its weights in the cache.
+which leaves one number of J, to be summed over p. Rows are sorted by expert, and go
+through one slice of their experts' matrices after another: those of one expert follow
+each other, and find a slice of it in the core's cache, for which a matrix is too large.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 
 import jax
@@ -30,7 +33,8 @@ from jmoe.ops.swiglu import swiglu
 
 MAX_ROWS = 192  # of more, blocks of an expert's rows are faster
 MAX_TERMS = 16  # J: as many streams as a core reads well
-MIN_PARTS = 16  # P: XLA merges the sum over fewer with that over J, and is slow
+SLICE_PARTS = 4  # P, at least
+MIN_PARTS = 16  # S * P: XLA merges the sum over fewer with that over J, and is slow
 
 
 def suits(num_rows: int, gate_up_ED2F: stored.Weight, down_EFD: stored.Weight) -> bool:
@@ -73,19 +77,30 @@ def _num_terms(inputs: int) -> int:
     return max((j for j in terms if inputs % j == 0), default=1)
 
 
+def _num_slices(parts: int) -> int:
+    """Returns S, the most that leaves enough parts of a slice."""
+    most = max(parts // SLICE_PARTS, 1)
+    return max(s for s in range(1, most + 1) if parts % s == 0)
+
+
 def _dot(x_NI: jax.Array, w_EIO: jax.Array, expert_N: jax.Array) -> jax.Array:
     """Returns each row's product with its expert's matrix, [N, O] in x's dtype."""
     num_experts, inputs, outputs = w_EIO.shape
-    terms = _num_terms(inputs)
-    w_EPJO = w_EIO.reshape(num_experts, -1, terms, outputs)
-    x_NPJ = x_NI.reshape(len(x_NI), -1, terms)
+    rows, terms = len(x_NI), _num_terms(inputs)
+    slices = _num_slices(inputs // terms)
+    w_BPJO = w_EIO.reshape(num_experts * slices, -1, terms, outputs)
+    x_RPJ = x_NI.reshape(rows, slices, -1).swapaxes(0, 1)
+    x_RPJ = x_RPJ.reshape(slices * rows, -1, terms)
+    slice_R = (expert_N * slices + jnp.arange(slices)[:, None]).reshape(-1)
 
     def term(j: int) -> jax.Array:
-        w_NPO = w_EPJO.at[expert_N, :, j].get(mode="promise_in_bounds")
-        return x_NPJ[:, :, j, None].astype(jnp.float32) * w_NPO.astype(jnp.float32)
+        w_RPO = w_BPJO.at[slice_R, :, j].get(mode="promise_in_bounds")
+        return x_RPJ[:, :, j, None].astype(jnp.float32) * w_RPO.astype(jnp.float32)
 
-    y_NPO = _sum(map(term, range(terms)))
-    return _sum(y_NPO[:, p] for p in range(inputs // terms)).astype(x_NI.dtype)
+    y_RPO = _sum(map(term, range(terms)))
+    y_SNPO = y_RPO.reshape(slices, rows, -1, outputs)
+    parts = itertools.product(range(slices), range(y_SNPO.shape[2]))
+    return _sum(y_SNPO[s, :, p] for s, p in parts).astype(x_NI.dtype)
 
 
 def _sum(terms: Iterable[jax.Array]) -> jax.Array:

@@ -7,6 +7,8 @@ Shapes: M place of this device, P device of the `expert` axis, X whatever else a
 has.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,7 +26,8 @@ def copy(x_MX: jax.Array, source_P: jax.Array, target_P: jax.Array) -> jax.Array
         its own place that the copy goes to. As many as there are places, or more:
         nothing.
     """
-    _, came_1X = loans.lend(x_MX, source_P[:, None], _AS_THEY_ARE)
+    lent: Any = loans.lend(x_MX, source_P[:, None], _AS_THEY_ARE)
+    _, came_1X = lent
     me, own = collectives.axis_index(AXIS), len(x_MX)
     at = target_P[me] - me * own
     at = jnp.where((at >= 0) & (at < own), at, own)

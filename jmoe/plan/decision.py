@@ -5,7 +5,7 @@ launches. It is held against the floor of the layer that it is made for: its mat
 products, forward and backward, at the GPU's full rate.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +70,8 @@ def _compiled(run: RunConfig, device: Device) -> str:
         slots = balanced.num_slots(cfg, router, peers)
         return lending.plan(load_PE, slots, cfg.lend_above, cfg.node_size)
 
-    return jax.jit(plan).lower(load_PE).compile().as_text()
+    compiled: Any = jax.jit(plan).lower(load_PE).compile()
+    return compiled.as_text()
 
 
 def _layer_flops(run: RunConfig) -> float:

@@ -5,13 +5,17 @@ meaning for ours is refused.
 """
 
 import dataclasses
+import functools
+import logging
 import pathlib
+import time
 from typing import Any
 
 import jax
 import numpy as np
 
 from jmoe import families
+from jmoe.balance.controller import Action
 from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.retention import Which
 from jmoe.config import (
@@ -22,21 +26,26 @@ from jmoe.config import (
     TrainConfig,
     to_dict,
 )
+from jmoe.config.controller import DROP, SERVING, ControllerConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers
 from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits
 from jmoe.decode.on_mesh import make_programs
+from jmoe.decode.pilot import MOVED, Pilot
+from jmoe.decode.placing import begin_with
 from jmoe.decode.programs import OneDevice, make_state
-from jmoe.decode.stats import Observe, ignore
+from jmoe.decode.stats import Observe, StepStats, ignore
 from jmoe.export import safetensors
 from jmoe.export.trained import load_exported
+from jmoe.monitor.decisions import Decision
 from jmoe.monitor.serving import ServingMeter
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
 from jmoe.parallel import processes
 from jmoe.parallel.mesh import make_mesh
+from jmoe.parallel.shedding import NO_LIMIT
 from jmoe.serve.answering import Served
 from jmoe.serve.chat import ChatTemplate, find_template
 from jmoe.serve.worker import Worker
@@ -102,8 +111,15 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
     experts = model.moe.router.num_experts
     layers = model.num_moe_layers  # the MTP module's are not counted
     meter = ServingMeter(cfg.name, layers, experts, mesh.expert)
-    engine = make_engine(trained, cfg, lambda stats: meter.step(**stats._asdict()))
-    deadline = cfg.engine.deadline_seconds
+    pilot = Pilot(controller_of(cfg.engine), functools.partial(_tell, meter))
+
+    def observe(stats: StepStats) -> None:
+        load_LP = pilot.device_load(stats.count_LE)
+        meter.step(**stats._asdict(), device_LP=load_LP)
+        pilot(stats)
+
+    engine = make_engine(trained, cfg, observe)
+    pilot.take(engine)
     return Served(
         name=cfg.name,
         worker=Worker(engine, meter),
@@ -112,8 +128,32 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
         template=template,
         max_length=engine.limits.max_length,
         new_tokens=cfg.limits.new_tokens,
-        deadline_seconds=DEADLINE_SECONDS if deadline is None else deadline,
+        deadline_seconds=_deadline(cfg.engine),
     )
+
+
+def controller_of(cfg: EngineConfig) -> ControllerConfig:
+    """Returns what may be done about load.
+
+    By default requests that would wait for their whole deadline aren't admitted.
+    """
+    if cfg.controller is not None:
+        return cfg.controller
+    return dataclasses.replace(SERVING, wait_seconds=_deadline(cfg))
+
+
+def _deadline(cfg: EngineConfig) -> float:
+    asked = cfg.deadline_seconds
+    return DEADLINE_SECONDS if asked is None else asked
+
+
+def _tell(meter: ServingMeter, action: Action) -> None:
+    """Tells people of what was decided, or has come of it."""
+    told = action.kind, action.reason, action.change
+    logging.getLogger(__name__).info("%s: %s; %s", *told)
+    meter.decided(Decision(time.time(), *told))
+    if action.kind == MOVED:
+        meter.moved(action.value)
 
 
 def make_engine(
@@ -169,7 +209,7 @@ def _prepare(trained: Trained, cfg: ServeConfig) -> tuple[Any, MakePrograms, Lim
         trained = quantized(trained, form)
         variables, programs = trained.variables, OneDevice
     else:
-        variables, programs = _divided(trained, mesh, form)
+        variables, programs = _divided(trained, asked, form)
     cache_bytes = min(processes.exchange("cache", _cache_bytes(asked)))
     return variables, programs, make_limits(model, cfg, cache_bytes)
 
@@ -183,7 +223,21 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
     asked = cfg.engine
     check_form(asked.weights or "native")
     if asked.placement is not None:
-        raise ValueError("engine.placement is for engine='vllm'.")
+        raise ValueError(
+            "engine.placement is for engine='vllm'; jmoe's own has engine.controller."
+        )
+    if asked.spare_experts and not asked.expert_parallel:
+        raise ValueError(
+            f"engine.spare_experts={asked.spare_experts} needs "
+            "engine.expert_parallel=True: copies are for experts on several devices."
+        )
+    experts, devices = model.moe.router.num_experts, mesh_of(asked).expert
+    spare = asked.spare_experts or 0
+    if (experts + spare) % devices:
+        raise ValueError(
+            f"engine.spare_experts={spare} and the model's {experts} experts must "
+            f"divide over the {devices} devices that share them."
+        )
     if asked.compiled is not None:
         raise ValueError(
             f"engine.compiled={asked.compiled} is for engine='vllm': jmoe's own "
@@ -272,9 +326,11 @@ def _cache_bytes(cfg: EngineConfig) -> float:
     return SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"])
 
 
-def _divided(trained: Trained, cfg: MeshConfig, form: str) -> tuple[Any, MakePrograms]:
+def _divided(
+    trained: Trained, engine: EngineConfig, form: str
+) -> tuple[Any, MakePrograms]:
     """Returns the variables on a mesh of all processes' devices, and its programs."""
-    model, devices = trained.run.model, jax.devices()
+    model, cfg, devices = trained.run.model, mesh_of(engine), jax.devices()
     asked = "engine.tensor_parallel x engine.pipeline_parallel"
     if cfg.num_devices > len(devices):
         raise ValueError(
@@ -298,8 +354,12 @@ def _divided(trained: Trained, cfg: MeshConfig, form: str) -> tuple[Any, MakePro
     mesh = make_mesh(cfg, devices[: cfg.num_devices])
     layout = make_layout(Transformer(model), mesh)
     variables = trained.variables
-    placed = jax.tree.map(_spread, variables, shardings(layout, variables))
-    return placed, make_programs(run, mesh, form)
+    divided = jax.tree.map(_spread, variables, shardings(layout, variables))
+    placed = limit = None
+    if cfg.expert > 1 and count == 1:
+        placed = begin_with(model, cfg.expert, engine.spare_experts or 0)
+        limit = NO_LIMIT if DROP in controller_of(engine).actions else None
+    return divided, make_programs(run, mesh, form, placed=placed, limit=limit)
 
 
 def _spread(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -93,7 +93,7 @@ def make_server(app: Any, cfg: ServeConfig, access: Access) -> Server:
         lifespan="off",
         access_log=False,
         log_config=None,  # another one would close the program's own log
-        log_level="warning",
+        log_level="error",  # else a line for each hostile request
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=CLOSE_SECONDS,

@@ -200,7 +200,8 @@ def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
 
 
 def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:
-    for field in ("weights", "queue", "deadline_seconds"):
+    ours = "weights", "queue", "deadline_seconds", "controller", "spare_experts"
+    for field in ours:
         if (value := getattr(cfg, field)) is not None:
             raise ValueError(f"{field}={value!r} is for --engine=jax.")
     heads, tensor = model.attention.num_heads, cfg.tensor_parallel

@@ -177,7 +177,8 @@ class Worker:
         with self._changed:
             if self._refused is not None:
                 raise dataclasses.replace(self._refused)
-            if self._count + count > most:
+            few = self._engine.slots + self._engine.most_waiting
+            if self._count + count > min(most, few):
                 raise self._full()
             self._count += count
             ticket = Ticket(self._cancel, count, seconds, is_streamed)

@@ -50,7 +50,7 @@ counts = st.lists(st.integers(0, 10_000), min_size=16, max_size=16).map(
 seconds = st.floats(0.001, 3.0)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(counts, seconds, st.floats(0, 200), st.floats(0, 30))
 def test_a_constant_load_is_answered_once(count_LE, slowest, waiting, wait):
     same = window(count_LE, slowest=slowest, waiting=waiting, wait=wait)
@@ -59,6 +59,7 @@ def test_a_constant_load_is_answered_once(count_LE, slowest, waiting, wait):
     assert not any(found[1:])
 
 
+@settings(deadline=None)
 @given(st.floats(0.1, 3.0), st.floats(0.1, 1.0))
 def test_a_load_that_its_answer_relieves_is_answered_once(slowest, relief):
     def measured(switches):
@@ -68,6 +69,7 @@ def test_a_load_that_its_answer_relieves_is_answered_once(slowest, relief):
     assert len(kinds(run(EVERYTHING, [measured] * 20))) == (slowest > 0.9)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.71, 0.89), min_size=20, max_size=20), st.booleans())
 def test_between_the_thresholds_nothing_changes(gauges, is_on):
     loads = [window(slowest=gauge) for gauge in gauges]
@@ -84,7 +86,7 @@ def test_what_began_ends_when_the_load_is_gone():
     assert kinds(found) == ["fp8", "admit"] * 2
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(counts, seconds), min_size=12, max_size=12))
 def test_decisions_of_a_kind_are_apart(loads):
     found = run(EVERYTHING, [window(x, slowest=s) for x, s in loads])
@@ -93,6 +95,7 @@ def test_decisions_of_a_kind_are_apart(loads):
         assert all(np.diff(at) >= EVERYTHING.cool_down)
 
 
+@settings(deadline=None)
 @given(counts, seconds)
 def test_the_same_is_decided_of_the_same_and_nothing_given_is_changed(count_LE, slow):
     before, load = state(), window(count_LE, slowest=slow)
@@ -145,6 +148,7 @@ def test_choices_are_dropped_above_the_threshold_only_where_that_is_allowed():
     assert "drop" not in SERVING.actions
 
 
+@settings(deadline=None)
 @given(counts, seconds)
 def test_training_decides_nothing_unless_it_is_told_to(count_LE, slowest):
     limited = dataclasses.replace(TRAINING, **LIMITS)

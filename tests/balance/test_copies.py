@@ -33,7 +33,7 @@ def by_device(expert_R, devices) -> list[list[int]]:
     return np.sort(expert_R.reshape(devices, -1), axis=1).tolist()
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(placements())
 def test_every_expert_is_somewhere_at_each_step_and_all_arrive(drawn):
     expert_R, wanted_R, devices = drawn
@@ -53,6 +53,7 @@ def test_every_expert_is_somewhere_at_each_step_and_all_arrive(drawn):
     np.testing.assert_array_equal(expert_R, kept_R)
 
 
+@settings(deadline=None)
 @given(placements())
 def test_no_weights_move_twice_nor_to_who_has_them(drawn):
     expert_R, wanted_R, devices = drawn

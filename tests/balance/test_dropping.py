@@ -214,3 +214,35 @@ def test_capacity_is_shared_evenly_and_used_up(counts, capacity):
         assert allowed.max() - allowed[unserved].min() <= 1
         wants_more = allowed[np.asarray(counts) > allowed[unserved].min()]
         assert (np.diff(wants_more) <= 0).all()
+
+
+PLACES, DEVICES = 8, 4
+
+
+@st.composite
+def choices(draw):
+    """Places of tokens' choices, some of them nobody's, with gates and limits."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    place_NK = rng.permuted(np.tile(np.arange(PLACES), (12, 1)), axis=1)[:, :3]
+    place_NK[rng.random(12) < 0.2] = PLACES
+    allowed_P = rng.integers(0, 12, DEVICES)
+    gate_NK = rng.random((12, 3))
+    return place_NK.astype(np.int32), gate_NK.astype(np.float32), allowed_P
+
+
+@settings(deadline=None, max_examples=40)
+@given(choices())
+def test_a_device_keeps_its_most_important_choices_and_every_tokens_best(drawn):
+    place_NK, gate_NK, allowed_P = drawn
+    given = map(jnp.asarray, drawn)
+    kept_NK = np.asarray(dropping.least_important_dropped(*given, PLACES))
+    is_best_NK = np.arange(3) == gate_NK.argmax(1)[:, None]
+    is_real_NK = place_NK < PLACES
+    for device, allowed in enumerate(allowed_P):
+        here_NK = place_NK // (PLACES // DEVICES) == device
+        order = np.argsort(-np.where(is_best_NK, np.inf, gate_NK)[here_NK])
+        want = np.isin(np.arange(here_NK.sum()), order[:allowed]) | is_best_NK[here_NK]
+        np.testing.assert_array_equal(kept_NK[here_NK] < PLACES, want)
+    stays_NK = kept_NK < PLACES
+    np.testing.assert_array_equal(kept_NK[stays_NK], place_NK[stays_NK])
+    assert stays_NK.any(1)[is_real_NK.all(1)].all()

@@ -14,6 +14,7 @@ from jmoe.decode.on_mesh import make_programs
 from jmoe.decode.placing import begin_with, system
 from jmoe.decode.requests import Sampling
 from jmoe.decode.stats import Observe, ignore
+from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.conftest import random_variables
 from tests.decode.test_on_mesh import placed
 
@@ -35,12 +36,15 @@ class Watcher:
 
 @functools.cache
 def engine(cfg: ModelConfig) -> tuple[Engine, Any, Watcher]:
-    """One with experts on both ranks of a pipeline; its variables; who watches it."""
+    """One with experts on both ranks of a pipeline; its variables; who watches it.
+
+    It drops nothing, but may.
+    """
     model = override(cfg, ["num_layers=3"])
     variables, watcher = random_variables(model), Watcher()
     run, layout, divided = placed(MESH, [], variables, model)
     begin = begin_with(model, DEVICES, SPARE)
-    programs = make_programs(run, layout.mesh, placed=begin)
+    programs = make_programs(run, layout.mesh, placed=begin, limit=NO_LIMIT)
     made = Engine(model, divided, LIMITS, programs=programs, observe=watcher)
     return made, variables, watcher
 

@@ -1,5 +1,6 @@
 """A pilot does what a controller decides, between steps, and no token is other."""
 
+import concurrent.futures
 import dataclasses
 
 import numpy as np
@@ -7,10 +8,10 @@ import pytest
 
 from jmoe.balance import placement
 from jmoe.config.controller import ControllerConfig
-from jmoe.decode.engine import Engine, QueueFull
+from jmoe.decode.engine import Engine
 from jmoe.decode.pilot import Pilot
 from jmoe.decode.requests import Sampling
-from tests.decode.placed import DEVICES, any_placement, completed, engine
+from tests.decode.placed import DEVICES, SPARE, completed, engine
 from tests.decode.test_step import LIMITS
 
 RESTLESS = ControllerConfig(
@@ -22,25 +23,41 @@ RESTLESS = ControllerConfig(
 )
 
 
+class AtOnce(concurrent.futures.Executor):
+    """Calls what it is given, while whoever gives it waits."""
+
+    def submit(self, fn, /, *args, **kwargs):
+        future = concurrent.futures.Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def uneven(model, load_LE) -> placement.Placement:
+    """One with the busiest two of four groups on the first device, in each layer."""
+    slots = []
+    for load_E in load_LE:
+        group_G = np.argsort(-load_E.reshape(4, -1).sum(1))
+        expert_GJ = np.arange(len(load_E)).reshape(4, -1)[group_G]
+        spare_PJ = expert_GJ[::2][:, : SPARE // 2]  # copies of one's own
+        parts = np.split(expert_GJ.ravel(), 2), spare_PJ
+        slots.append(np.concatenate([np.append(*x) for x in zip(*parts, strict=True)]))
+    return placement.from_slots(np.stack(slots), model.moe.router.num_experts)
+
+
 def test_on_a_pipeline_a_pilot_places_experts_as_they_are_busy(cfg):
     on_mesh, _, watcher = engine(cfg)
     placing, told, counts = on_mesh.programs.placing, [], []
-    placing.begin(any_placement(on_mesh.cfg, seed=1))
+    watcher.observe = lambda stats: counts.append(stats.count_LE)
+    want, load_LE = completed(on_mesh), np.sum(counts, axis=0)
+    placing.begin(placing.plan(uneven(on_mesh.cfg, load_LE)))
     on_mesh.programs.advance(placing.steps_left)
-    want, before = completed(on_mesh), placing.placement
-    pilot = Pilot(RESTLESS, told.append)
+    before = placing.placement
+    watcher.observe = pilot = Pilot(RESTLESS, told.append, AtOnce())
     pilot.take(on_mesh)
-
-    def observe(stats):
-        counts.append(stats.count_LE)
-        pilot(stats)
-
-    watcher.observe = observe
     assert completed(on_mesh) == want
     assert [action.kind for action in told][:1] == ["place"]
     assert "of the mean load, above 1.02" in told[0].reason
     assert any("have arrived" in action.reason for action in told)
-    load_LE = np.sum(counts, axis=0)
     busiest = [
         placement.device_load(load_LE, x, DEVICES).max(-1).sum()
         for x in (before, placing.placement)
@@ -51,25 +68,28 @@ def test_on_a_pipeline_a_pilot_places_experts_as_they_are_busy(cfg):
 def test_a_pilot_lets_fewer_requests_wait_while_they_wait_for_too_long(cfg, variables):
     told: list = []
     asked = ControllerConfig(wait_seconds=1e-6, window_steps=2, cool_down=1)
-    pilot = Pilot(asked, told.append)
+    pilot = Pilot(asked, told.append, AtOnce())
     limits = dataclasses.replace(LIMITS, queue=20)
     one = Engine(cfg, variables, limits, observe=pilot)
     pilot.take(one)
-    for _ in range(limits.slots + 10):
+    for _ in range(20):
         one.submit([1, 2, 3], Sampling(max_new_tokens=9))
-        one.step()
     while one.most_waiting == limits.queue:
         one.step()
     assert told[0].kind == "admit" and 1 <= one.most_waiting < 20
-    with pytest.raises(QueueFull, match=f"queue={one.most_waiting} "):
-        for _ in range(20):
-            one.submit([1], Sampling())
     while one.most_waiting < limits.queue:
         one.step()
-        one.submit([1], Sampling(max_new_tokens=1)) if one.is_idle else None
+        if one.is_idle:
+            one.submit([1], Sampling(max_new_tokens=4))
     assert told[-1].value is None
 
 
 def test_a_pilot_refuses_what_no_engine_does():
-    with pytest.raises(ValueError, match="actions has 'fp8'.*'place' and 'admit'"):
+    with pytest.raises(ValueError, match="actions has 'fp8'; .*only 'place', 'drop'"):
         Pilot(ControllerConfig(actions=("place", "fp8")), print)
+
+
+def test_a_pilot_refuses_to_drop_what_an_engine_cannot(cfg, variables):
+    pilot = Pilot(ControllerConfig(actions=("drop",), device_rows=9), print)
+    with pytest.raises(ValueError, match="actions has 'drop', .* without a limit"):
+        pilot.take(Engine(cfg, variables, LIMITS, observe=pilot))

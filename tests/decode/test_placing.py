@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from jmoe.config import override
+from jmoe.balance import placement
+from jmoe.config import ExchangeConfig, override
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import make_programs
-from jmoe.decode.placing import begin_with
+from jmoe.decode.placing import begin_with, system
+from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.placed import (
     DEVICES,
     LIMITS,
@@ -28,7 +30,7 @@ def test_on_a_pipeline_experts_move_between_steps_and_no_token_changes(cfg):
     def move():
         if not programs.placing.steps_left:
             wanted = any_placement(on_mesh.cfg, seed=len(moved))
-            moved.append(programs.placing.begin(wanted))
+            moved.append(programs.placing.begin(programs.placing.plan(wanted)))
         steps.append(programs.advance(steps=1))
 
     assert completed(on_mesh, move) == want
@@ -40,9 +42,9 @@ def test_on_a_pipeline_experts_move_between_steps_and_no_token_changes(cfg):
 def test_on_a_pipeline_experts_arrive_where_they_are_wanted(cfg):
     on_mesh, _, _ = engine(cfg)
     placing, wanted = on_mesh.programs.placing, any_placement(on_mesh.cfg, seed=99)
-    placing.begin(wanted)
+    placing.begin(placing.plan(wanted))
     on_mesh.programs.advance(placing.steps_left)
-    assert placing.begin(wanted) == 0
+    assert placing.begin(placing.plan(wanted)) == 0
     held, asked = (
         np.sort(x.physical_to_logical.reshape(on_mesh.cfg.num_moe_layers, DEVICES, -1))
         for x in (placing.placement, wanted)
@@ -56,20 +58,54 @@ def test_on_a_pipeline_a_placement_for_another_model_is_refused_and_nothing_move
     before = placing.placement.physical_to_logical
     other = begin_with(override(model, ["num_layers=4"]), DEVICES, SPARE)
     with pytest.raises(ValueError, match="3 MoE layers of 8 experts.*has 2 of 8"):
-        placing.begin(other)
+        placing.plan(other)
     with pytest.raises(ValueError, match="8 experts in 8 places is no other one"):
-        placing.begin(begin_with(model, DEVICES))
+        placing.plan(begin_with(model, DEVICES))
     assert placing.steps_left == 0
     np.testing.assert_array_equal(placing.placement.physical_to_logical, before)
 
 
+def test_on_a_pipeline_a_limit_drops_choices_and_none_when_it_is_gone(cfg):
+    on_mesh, _, watcher = engine(cfg)
+    programs, told, top_k = on_mesh.programs, [], on_mesh.cfg.moe.router.top_k
+    want, compiled = completed(on_mesh), programs._programs.step._cache_size()
+    watcher.observe = told.append
+    for limit in (2, NO_LIMIT):
+        told.clear()
+        programs.set_limit(limit)
+        assert (completed(on_mesh) == want) or limit < NO_LIMIT
+        dropped_L = sum(stats.dropped_L for stats in told)
+        tokens = sum(stats.rows + stats.prompt_tokens for stats in told)
+        assert (dropped_L <= tokens * (top_k - 1)).all()
+        assert (dropped_L > 0).all() == (limit < NO_LIMIT)
+        load_LP = programs.placing.device_load(told[0].count_LE)
+        assert load_LP.shape == (2, DEVICES)
+    assert programs._programs.step._cache_size() == compiled
+
+
+LENDING = ExchangeConfig(backend="balanced", lend_above=0.0)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("form", ["native", "fp8"])
-def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(cfg, form):
-    model, variables = engine(cfg)[0].cfg, engine(cfg)[1]
+@pytest.mark.parametrize(
+    ("form", "exchange"), [("native", None), ("fp8", None), ("native", LENDING)]
+)
+def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(
+    cfg, form, exchange
+):
+    on_mesh, variables, _ = engine(cfg)
+    model = on_mesh.cfg
     run, layout, divided = placed("expert=4,tensor=2", [], variables, model)
     found = []
-    for where in (None, begin_with(model, 4, SPARE)):
-        programs = make_programs(run, layout.mesh, form, placed=where)
-        found.append(completed(Engine(model, divided, LIMITS, programs=programs)))
+    for where, way in ((None, None), (begin_with(model, 4, SPARE), exchange)):
+        programs = make_programs(run, layout.mesh, form, way, where)
+        made = Engine(model, divided, LIMITS, programs=programs)
+        found.append(completed(made))
     assert found[0] == found[1]
+    placing = made.programs.placing
+    loads = np.arange(2 * 8).reshape(2, 8)[:, ::-1] ** 3
+    own = system(model, 4)
+    wanted = placement.place(loads, 8 + SPARE, own.groups, own.nodes, 4)
+    assert placing.begin(placing.plan(wanted)) > 0
+    made.programs.advance(placing.steps_left)
+    assert completed(made) == found[0]

@@ -17,6 +17,7 @@ class Counting:
     """
 
     slots, limits = SLOTS, Limits(queue=QUEUE)
+    most_waiting = QUEUE
 
     def __init__(self, pause: float = 0.0):
         self.pause = pause  # seconds of a step
@@ -24,7 +25,7 @@ class Counting:
         self.failure: Exception | None = None
         self.may_step = threading.Event()
         self.may_step.set()
-        self.steps = self.submitted = 0
+        self.steps = self.submitted = self.looks = 0
 
     def check(self, prompt, sampling):
         if not prompt:
@@ -41,6 +42,7 @@ class Counting:
 
     @property
     def is_idle(self):
+        self.looks += 1
         return not self.asked
 
     def step(self):

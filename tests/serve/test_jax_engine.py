@@ -61,6 +61,7 @@ def test_a_cache_has_as_many_pages_as_its_bytes_hold_on_each_device():
         ("compiled=False", "engine.compiled=False is for engine='vllm'"),
         ("max_length=65", "max_length=65 must be at most .* max_positions=64"),
         ("expert_parallel=True", "needs engine.tensor_parallel above 1"),
+        ("spare_experts=2", "spare_experts=2 needs engine.expert_parallel=True"),
     ],
 )
 def test_what_our_engine_does_not_have_is_refused_before_anything_is_loaded(
@@ -82,6 +83,9 @@ def test_placement_and_drafts_without_a_module_are_refused():
     )
     with pytest.raises(ValueError, match="engine.placement is for engine='vllm'"):
         jax_engine.check(MODEL, placed)
+    uneven = override(placed, ["engine.placement=none", "engine.spare_experts=1"])
+    with pytest.raises(ValueError, match="spare_experts=1 and the model's 8 experts"):
+        jax_engine.check(MODEL, uneven)
     plain = dataclasses.replace(MODEL, mtp_depth=0)
     drafting = override(ServeConfig(), ["engine.draft_tokens=2"])
     with pytest.raises(ValueError, match="draft_tokens=2 needs a model with MTP"):
@@ -90,7 +94,15 @@ def test_placement_and_drafts_without_a_module_are_refused():
 
 
 @pytest.mark.parametrize(
-    "setting", ["weights=fp8", "queue=5", "deadline_seconds=9"], ids=str
+    "setting",
+    [
+        "weights=fp8",
+        "queue=5",
+        "deadline_seconds=9",
+        "controller={}",
+        "spare_experts=0",
+    ],
+    ids=str,
 )
 def test_what_only_our_engine_has_is_refused_for_vllm(tmp_path, setting):
     cfg = override(ServeConfig(), [f"engine.{setting}"])
@@ -99,6 +111,14 @@ def test_what_only_our_engine_has_is_refused_for_vllm(tmp_path, setting):
     field = setting.partition("=")[0]
     with pytest.raises(ValueError, match=f"{field}=.* is for --engine=jax"):
         vllm_engine.make_engine(exported, cfg, host)
+
+
+def test_by_default_experts_are_placed_and_requests_admitted_that_come_in_time():
+    cfg = override(ServeConfig(), ["engine.deadline_seconds=20"])
+    found = jax_engine.controller_of(cfg.engine)
+    assert found.actions == ("place", "admit") and found.wait_seconds == 20
+    cfg = override(cfg, ["engine.controller={'actions': ()}"])
+    assert jax_engine.controller_of(cfg.engine) == cfg.engine.controller
 
 
 @pytest.fixture(scope="module")

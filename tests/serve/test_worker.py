@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from jmoe.monitor.serving import ServingMeter
 from jmoe.serve import worker as workers
 from jmoe.serve.answers import Refused
 from jmoe.serve.worker import Worker
-from tests.serve.counting import QUEUE, Counting
+from tests.serve.counting import QUEUE, SLOTS, Counting
 from tests.serve.running import wait_until
 
 LONG = 10**6
@@ -65,11 +66,14 @@ def test_event_loops_in_several_threads_share_an_engine(worker):
     assert found == [{0: list(range(20))}] * 3
 
 
-def test_nothing_is_stepped_while_there_is_nothing_to_do(engine, worker):
+def test_the_thread_sleeps_while_there_is_nothing_to_do(engine, worker):
     asyncio.run(taken(worker, 5))
-    before = engine.steps
-    assert worker.between_steps(lambda engine: engine.steps).result() == before
-    assert engine.steps == before == 5
+    wait_until(lambda: worker._thread.is_alive() and not engine.asked)
+    worker.between_steps(lambda engine: None).result()
+    time.sleep(0.05)
+    before = engine.looks
+    time.sleep(0.2)
+    assert engine.looks == before and engine.steps == 5
 
 
 def test_more_requests_than_there_is_room_for_are_refused_until_some_end(
@@ -85,6 +89,20 @@ def test_more_requests_than_there_is_room_for_are_refused_until_some_end(
         del ticket
         await asyncio.to_thread(wait_until, lambda: not worker._count)
         assert await taken(worker, 2) == {0: [0, 1]}
+
+    asyncio.run(main())
+
+
+def test_fewer_requests_are_admitted_while_fewer_should_wait(engine, worker):
+    async def main():
+        engine.most_waiting = 1
+        with worker.submit([request(LONG)] * (SLOTS + 1), 60):
+            with pytest.raises(Refused) as refused:
+                worker.submit([request(1)], 60)
+            assert refused.value.status == 429
+            engine.most_waiting = QUEUE
+            with worker.submit([request(1)], 60):
+                pass
 
     asyncio.run(main())
 
