@@ -105,6 +105,7 @@ class Placing:
         self._layout, self._move_row = layout, move
         check(found, self._shape, self._system)
         self._expert_LR = found.physical_to_logical.copy()
+        self._placement: Placement | None = None
         self._layers = [row.moe_layers(cfg) for row in rows]
         self._left: collections.deque[tuple[int, list[CopyStep | None]]]
         self._left = collections.deque()
@@ -117,7 +118,9 @@ class Placing:
     @property
     def placement(self) -> Placement:
         """Where experts are now."""
-        return placement.from_slots(self._expert_LR, self._shape[1])
+        if self._placement is None:  # asked for after each step, and rarely another
+            self._placement = placement.from_slots(self._expert_LR, self._shape[1])
+        return self._placement
 
     def device_load(self, count_LE: np.ndarray) -> np.ndarray:
         """Returns the choices that each device computes, int [L, P], but for chance."""
@@ -157,6 +160,7 @@ class Placing:
         """Returns the weights so many steps further, or at the end."""
         for _ in range(min(steps, len(self._left))):
             number, now = self._left.popleft()
+            self._placement = None
             for layer, step in zip(self._layers[number], now, strict=True):
                 if step is not None:
                     self._expert_LR[layer] = step.expert_R
@@ -175,11 +179,12 @@ class Placing:
     ) -> Weights:
         places = self._expert_LR.shape[1]
         nothing_P = np.full(self._system.devices, places, np.int32)
+        # What a rank without a layer has is as good as any.
+        expert_XR = self._expert_LR[list(self._layers[number])]
         moves = RowMoves(
             np.stack([nothing_P if s is None else s.source_P for s in steps]),
             np.stack([nothing_P if s is None else s.target_P for s in steps]),
-            # What a rank without a layer has is as good as any.
-            self.placement.logical_to_physical[list(self._layers[number])],
+            placement.from_slots(expert_XR, self._shape[1]).logical_to_physical,
         )
         layers = list(weights.layers)
         experts = of_experts(layers[number])
