@@ -250,7 +250,9 @@ def loss_figures(runs: Mapping[str, Sequence[Recorded]]) -> Iterator[Figure]:
 
 def _needed(ours: Sequence[Recorded], theirs: Sequence[Recorded]) -> float:
     """Returns the tokens to the same loss, theirs over ours."""
-    target = max(np.mean([run.val_V[-1] for run in runs]) for runs in (ours, theirs))
+    target = max(
+        statistics.fmean(run.val_V[-1] for run in runs) for runs in (ours, theirs)
+    )
     return tokens_to(target, theirs) / tokens_to(target, ours)
 
 

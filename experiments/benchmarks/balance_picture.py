@@ -40,8 +40,8 @@ def draw_busiest(axes: Axes, ways: Mapping[str, Any], title: str) -> None:
     for way, colour in _WAYS.items():
         busiest_B = ways[way]["busiest"]
         step_B = balance_busiest.BLOCK * (np.arange(len(busiest_B)) + 0.5)
-        style = {"linestyle": "--"} if way == "both" else {}
-        axes.plot(step_B, busiest_B, color=colour, label=way, **style)
+        style = "--" if way == "both" else "-"
+        axes.plot(step_B, busiest_B, color=colour, label=way, linestyle=style)
     axes.set(title=title, xlabel="step", ylabel="rows over the mean")
     axes.set_ylim(bottom=0.95)
 

@@ -146,11 +146,9 @@ def recorded(way: str = OURS, seed: int = 0) -> Recorded:
             found = train(run, domains)
         KEPT.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            **{k: v for k, v in found._asdict().items() if k != "served"},
-            **found.served,
-        )
+        arrays: dict[str, Any] = {**found._asdict(), **found.served}
+        del arrays["served"]
+        np.savez(partial, **arrays)
         partial.rename(path)
     with np.load(path) as file:
         arrays = dict(file)

@@ -5,6 +5,7 @@
 The engine gets what `scripts/serve.py` gives it with these settings, and is compiled;
 but it computes where vLLM would have it by default, in one process less.
 """
+# pyright: reportMissingImports=false
 
 import asyncio
 import os
