@@ -99,7 +99,7 @@ def running(
         process = subprocess.Popen(
             [sys.executable, *command.arguments],
             cwd=ROOT,
-            env=os.environ | {"PYTHONPATH": str(ROOT)} | command.environment,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **command.environment},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

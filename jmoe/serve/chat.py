@@ -54,7 +54,8 @@ class ChatTemplate:
         longest_first = sorted(self._ids, key=len, reverse=True)
         special = "|".join(map(re.escape, longest_first)) or "(?!)"
         self._special = re.compile(special)
-        self._pieces = re.compile(f"{_BEGIN}(?:{special}){_END}|{special}")
+        # One mark is enough: a template may have cut a text at the other.
+        self._pieces = re.compile(f"{_BEGIN}?(?:{special}){_END}?")
         self._names = _names_of_tokens(tokenizer.files)
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
@@ -103,7 +104,7 @@ class ChatTemplate:
         for found in self._pieces.finditer(text):
             plain += text[at : found.start()]
             at = found.end()
-            if found[0].startswith(_BEGIN):
+            if found[0] not in self._ids:
                 plain += found[0]
                 continue
             yield from self._tokenizer.encode(plain.translate(_MARKS))

@@ -35,6 +35,7 @@ async def start(arguments: dict[str, Any]) -> RunningEngine:
     parser = make_arg_parser(FlexibleArgumentParser())
     parser.set_defaults(**arguments)
     args = parser.parse_args([])
+    assert args is not None
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
     tasks = await engine.get_supported_tasks()
     app = build_app(args, tasks, engine.model_config)

@@ -7,7 +7,13 @@ from typing import Any
 
 import pytest
 
-from experiments.benchmarks import hostile, serve, serve_model, serve_overload
+from experiments.benchmarks import (
+    hostile,
+    serve,
+    serve_model,
+    serve_overload,
+    serve_servers,
+)
 from experiments.benchmarks import serve_speed as speed
 from experiments.benchmarks.balance_part import Part
 from experiments.benchmarks.hostile_requests import CLOSED, HUNG, Target
@@ -46,6 +52,37 @@ async def engine(scope: Any, receive: Any, send: Any) -> None:
     if prompt == "fail":
         await say('data: {"error": {"message": "The deadline is over."}}\n\n')
     await say("data: [DONE]\n\n", more=prompt == "endless")
+
+
+def page(*counts: int) -> Any:
+    """Returns an app with metrics: so many requests run, in the end the last number."""
+    left = itertools.chain(counts, itertools.repeat(counts[-1]))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        count = next(left)
+        lines = (
+            "# HELP jmoe_requests_running Requests.",
+            f"jmoe_requests_running {count}",
+        )
+        text = "\n".join((*lines, f"jmoe_requests_waiting {2 * count}.0", "other 9"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": text.encode()})
+
+    return app
+
+
+@pytest.mark.parametrize(("counts", "left"), [((1, 0), 0), ((1,), 3)])
+def test_requests_that_a_server_still_has_are_counted_once_it_had_time(
+    counts, left, monkeypatch
+):
+    monkeypatch.setattr(serve_servers, "_SETTLE_S", 0.5)
+    with running(page(*counts), http="h11") as server:
+        host, port = address(server)
+        url = f"http://{host}:{port}"
+        assert (
+            serve_servers.unfinished(Server(url, Target(host, port, False, None), []))
+            == left
+        )
 
 
 @pytest.fixture(scope="module")

@@ -91,9 +91,24 @@ def test_what_clients_write_of_special_tokens_stays_text(tokenizer):
 def test_a_special_token_is_not_made_of_parts_either(tokenizer):
     template = ChatTemplate("{{ messages[0].content }}<|end|>", tokenizer)
     end = tokenizer._backend.token_to_id("<|end|>")
-    for text in ("<|\ufdd0end|>", "<|<|end|>end|>", "\ufdd1<|end|>\ufdd0", "<|end"):
+    marked = "<|\ufdd0end|>", "\ufdd1<|end|>\ufdd0", "<|end\ufdd1|>"
+    for text in (*marked, "<|<|end|>end|>", "<|end"):
         ids = template.encode([{"role": "user", "content": text}])
         assert ids.count(end) == 1 and ids[-1] == end
+
+
+def test_clients_cannot_take_a_special_token_from_a_template(tokenizer):
+    template = ChatTemplate("<|start|>{{ messages[0].content }}<|end|>", tokenizer)
+    start, end = (tokenizer._backend.token_to_id(x) for x in SPECIAL[1:])
+    for text in ("\ufdd1a", "<|end|>a\ufdd0", "\ufdd0", "<s>"):
+        ids = template.encode([{"role": "user", "content": text}])
+        assert (ids[0], ids[-1]) == (start, end) and ids.count(end) == 1
+
+
+def test_a_template_that_cuts_a_text_makes_no_special_token_of_it(tokenizer):
+    template = ChatTemplate("{{ messages[0].content[1:] }}", tokenizer)
+    ids = template.encode([{"role": "user", "content": "<|end|>"}])
+    assert tokenizer.decode(ids) == "<|end|>" and len(ids) > 1
 
 
 def test_what_a_template_refuses_or_cannot_do_is_the_clients_mistake(tokenizer):

@@ -114,7 +114,7 @@ def uneven(quick):
     settings = [
         *(
             "mesh=expert=16",
-            "model.moe.router.num_experts=16",
+            "model.moe.router.num_experts=32",
             "model.layer_loop=unroll",
         ),
         *("model.moe.router.num_groups=1", "model.moe.router.groups_per_token=1"),
