@@ -7,7 +7,7 @@ from jmoe.balance import placement
 from jmoe.config import ExchangeConfig, override
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import make_programs
-from jmoe.decode.placing import begin_with, system
+from jmoe.decode.placing import begin_with
 from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.placed import (
     DEVICES,
@@ -103,9 +103,8 @@ def test_copies_on_tensor_groups_find_the_tokens_of_experts_in_order(
         found.append(completed(made))
     assert found[0] == found[1]
     placing = made.programs.placing
-    loads = np.arange(2 * 8).reshape(2, 8)[:, ::-1] ** 3
-    own = system(model, 4)
-    wanted = placement.place(loads, 8 + SPARE, own.groups, own.nodes, 4)
-    assert placing.begin(placing.plan(wanted)) > 0
+    held_LR = placing.placement.physical_to_logical
+    wanted = placement.from_slots(np.roll(held_LR, 3, axis=1), 8)  # the next device
+    assert placing.begin(placing.plan(wanted)) == held_LR.size
     made.programs.advance(placing.steps_left)
     assert completed(made) == found[0]
