@@ -188,7 +188,6 @@ def test_a_field_that_nobody_knows_is_refused_by_name():
         (chat, {"messages": [{"role": "user"}]}, "messages[0].content is needed"),
         (chat, {"messages": [{"role": "pope", "content": "a"}]}, "role='pope'"),
     ],
-    ids=str,
 )
 def test_what_does_not_go_together_is_refused(ask, fields, said):
     assert said in refusal(ask, **fields).message
