@@ -145,15 +145,39 @@ def test_grouped_queries_and_drafts_of_many_devices_find_the_tokens_of_one(cfg):
     assert got == completed(Engine(model, variables, SMALL), requests)
 
 
-def test_weights_in_fp8_on_a_mesh_find_the_tokens_of_one_device(cfg, variables):
-    run, layout, divided = placed("data=2,expert=8", [], variables)
-    programs = make_programs(run, layout.mesh, "fp8")
+WHOLE_BLOCKS = [  # of FP8, and groups of 4 bits, on each of two devices
+    "hidden_dim=128",
+    "dense_mlp_dim=256",
+    "moe.expert_mlp_dim=256",
+    "attention.num_heads=4",
+    "attention.nope_dim=64",
+    "attention.rope_dim=64",
+    "attention.value_dim=64",
+]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sizes", "form"),
+    [
+        ("data=2,expert=8", [], "fp8"),
+        # experts in 4 bits, and what else there is in FP8
+        ("expert=4,tensor=2", WHOLE_BLOCKS, "int4-experts"),
+    ],
+    ids=["fp8", "int4"],
+)
+def test_weights_in_fewer_bits_on_a_mesh_find_the_tokens_of_one_device(
+    cfg, mesh, sizes, form
+):
+    model = override(cfg, sizes)
+    variables = random_variables(model)
+    run, layout, divided = placed(mesh, [], variables, model)
+    programs = make_programs(run, layout.mesh, form)
     complete = functools.partial(generate, prompts=PROMPTS, max_new_tokens=NEW)
-    got = complete(cfg, divided, programs=programs)
-    quantize = jax.jit(functools.partial(quantize_weights, cfg=cfg, form="fp8"))
+    got = complete(model, divided, programs=programs)
+    quantize = jax.jit(functools.partial(quantize_weights, cfg=model, form=form))
     quantized = {**variables, "params": quantize(variables["params"])}
-    assert got == complete(cfg, quantized)
-    assert got != complete(cfg, variables)
+    assert got == complete(model, quantized)
+    assert got != complete(model, variables)
 
 
 def compiled_step(made: OnMesh, limits: Limits, rows: int, chunk: int) -> str:
