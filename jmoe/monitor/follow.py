@@ -4,6 +4,7 @@ Neither needs to know of it. A run is read as `jmoe.monitor.run_files` describes
 while it trains or afterwards.
 """
 
+import http.client
 import pathlib
 import urllib.request
 from typing import Any, Protocol
@@ -134,7 +135,7 @@ class VllmFollower:
         try:
             with _OPENER.open(self._request, timeout=_TIMEOUT) as answer:
                 text = answer.read(_MOST_BYTES).decode(errors="replace")
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise ValueError(f"endpoint={self._endpoint!r}: {error}") from error
         self._meter.add(text)
 

@@ -101,7 +101,8 @@ def test_a_client_tells_what_it_was_sent_and_when(target):
     (answer,) = ask_all(target, "wait")
     assert answer.is_whole and (answer.tokens, answer.text) == (TOKENS, "xxxx")
     first, within, last = answer.gaps
-    assert first >= 0.2 and within == 0.0 and last >= 0.2
+    # What comes late makes the next gap shorter than the server's.
+    assert first > 0.1 and within == 0.0 and last > 0.1
     assert answer.begun < answer.first < answer.ended
     assert 0.6 <= answer.seconds < 30
 

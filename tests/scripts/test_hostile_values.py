@@ -35,6 +35,7 @@ SMALLEST, TRAINED, EXPORTED = "smallest run", "trained run", "exported run"
 NEW = f"--experiment={ROOT / 'tests' / 'smallest_run.py'}", "--workdir=new"
 TWO = (*NEW, "--num_processes=2", "--process_id=0")
 OLD = (f"--workdir={TRAINED}",)
+OWN = (f"--model={TRAINED}", "--engine=jax", "--local")
 MATH = ("--task=math500", "--data=problems.jsonl")
 NO_SERVER = "http://127.0.0.1:9/v1"
 SCHEDULES = ("schedules", "--pp=2", "--schedule=interleaved_1f1b")
@@ -114,9 +115,26 @@ TABLE = {
     ("serve", "model"): ((), [*PATHS, "dir", "file"]),
     ("serve", "engine"): ((f"--model={EXPORTED}",), NAMES),
     ("serve", "mtp"): ((f"--model={EXPORTED}",), ["", "x", "2"]),
+    ("serve", "local"): ((f"--model={EXPORTED}",), ["", "x", "2"]),
+    ("serve", "step"): (OWN, INTEGERS),
+    ("serve", "coordinator"): (
+        (*OWN, "--num_processes=2", "--process_id=0"),
+        ["a", ":1", "a:0", "a:99999", "a:x", "[::1", "\n"],
+    ),
+    ("serve", "num_processes"): (OWN, INTEGERS),
+    ("serve", "process_id"): (
+        (*OWN, "--coordinator=a:1", "--num_processes=2"),
+        INTEGERS,
+    ),
     ("serve", "set"): (
         (f"--model={EXPORTED}",),
         ["", "x", "=1", "nosuch=1", "port=-1", "port=1e400", "engine=1", "name=\n"],
+    ),
+    ("monitor", "workdir"): ((), NO_PATH),
+    ("monitor", "endpoint"): ((), ["", "x", "ftp://host", "http://", "http://h:x"]),
+    ("monitor", "set"): (
+        OLD,
+        ["", "x", "=1", "nosuch=1", "port=-1", "port=1e400", "host=\n"],
     ),
     ("bench", "suite"): ((), NAMES),
     ("bench", "repeats"): (("--suite=train_cpu",), ["", "x", "1.5", "-1", "0"]),
