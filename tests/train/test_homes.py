@@ -28,7 +28,7 @@ BALANCED = "model.moe.exchange.backend=balanced"
 PLACES = {
     "data=4,expert=2,tensor=2,zero_stage=3": (),
     "data=4,expert=4": ("model.layer_loop=unroll", "optimizer.name=muon"),
-    "expert=8,tensor=2": (BALANCED, "precision=fp8"),
+    "expert=8,tensor=2": (BALANCED,),
     "data=2,pipe=2,expert=4": ("pipeline.schedule=1f1b", "model.num_layers=4"),
     "data=4,pipe=2,expert=2": (
         *("pipeline.schedule=dualpipe_v", "pipeline.microbatches=4"),
