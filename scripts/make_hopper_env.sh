@@ -46,7 +46,7 @@ install() {
 "$python" -m venv --clear --without-pip "$directory"
 install --upgrade pip # an old one can take very long to find versions that agree
 python=$environment_python
-install pytest pytest-xdist hypothesis uvicorn -e "$repository[gpu]"
+install pytest pytest-xdist hypothesis -e "$repository[gpu,serve-jax]"
 
 JAX_PLATFORMS=cpu "$python" - <<'PYTHON' || fail "$directory can't compile for GPUs."
 from jmoe.plan import aot, device

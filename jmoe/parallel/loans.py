@@ -139,7 +139,7 @@ def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     home_PS = _home_PS(borrowed_PS, len(own))
     local_PS = _local_PS(borrowed_PS, len(own))
     peer_P, zero_P = jnp.arange(len(borrowed_PS)), jnp.zeros(len(borrowed_PS), int)
-    came = ragged.buffer(borrowed_PS.shape[1], own)
+    came = ragged.late_zeros(borrowed_PS.shape[1], own)
     for slot, local_P in enumerate(local_PS.T):
         is_mine_P = local_P < len(own)
         sizes = (
@@ -187,7 +187,7 @@ def _give_back_ragged(
     def add_round(nth, d_own):
         place_PS = incoming.rank_PS - nth * slots
         is_now_PS = (place_PS >= 0) & (place_PS < slots)
-        came = ragged.buffer(slots, d_lent)
+        came = ragged.late_zeros(slots, d_lent)
         for slot in range(slots):
             sizes = (
                 zero_P,

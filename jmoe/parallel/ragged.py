@@ -38,7 +38,12 @@ class RoundTrip(NamedTuple):
     back: Sizes
 
 
-def buffer(size: int, rows_NX: jax.Array) -> jax.Array:
+def zeros(size: int, rows_NX: jax.Array) -> jax.Array:
+    """Returns so many rows of zeros, for such rows to arrive in."""
+    return jnp.zeros((size, *rows_NX.shape[1:]), rows_NX.dtype)
+
+
+def late_zeros(size: int, rows_NX: jax.Array) -> jax.Array:
     """Returns so many rows of zeros, for such rows to arrive in; made after these are.
 
     XLA makes constant zeros at the start of a step, and all of them stay until then.

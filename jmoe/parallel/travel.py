@@ -214,9 +214,13 @@ def _ragged_path(
         trips.visits, rank_NV, is_kept_NV, layout.there.from_P, send_rows
     )
 
+    # Zeros that are made late hold no memory before. Where rows travel in one part, XLA
+    # then would hide less of their way, as with `tensor`.
+    make_zeros = ragged.zeros if nth is None else ragged.late_zeros
+
     def send(rows_X, sizes, arriving):
         """Returns what arrives, followed by zeros."""
-        arrived = ragged.buffer(arriving, rows_X)
+        arrived = make_zeros(arriving, rows_X)
         return all_to_all(rows_X, arrived, *sizes, axis_name=AXIS)
 
     def there(x_NX, route):
