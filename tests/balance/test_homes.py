@@ -96,3 +96,14 @@ def test_homes_that_cannot_be_are_refused():
         subject.find_moves(home_LE, home_LE, 3)
     with pytest.raises(ValueError, match="wanted_LE must have each of the 16 places"):
         subject.find_moves(home_LE, np.zeros_like(home_LE), P)
+
+
+def test_tokens_take_turns_between_the_copies_of_their_expert():
+    home_EC = np.array([[0, 4, 5], [1, -1, -1], [2, 3, -1]], np.int32)
+    expert_NK = np.repeat([[0, 1], [2, 3]], 6, axis=0)  # the last one is nobody
+    for first in range(6):
+        places = np.asarray(subject.of_choices(expert_NK, home_EC, first))
+        assert np.bincount(places[:6, 0], minlength=6).tolist() == [2, 0, 0, 0, 2, 2]
+        assert (places[:6, 1] == 1).all()
+        assert np.bincount(places[6:, 0], minlength=6).tolist() == [0, 0, 3, 3, 0, 0]
+        assert (places[6:, 1] == subject.num_places(home_EC)).all()
