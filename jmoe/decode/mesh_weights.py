@@ -149,7 +149,7 @@ def place(
         # Of what a rank doesn't have, it has zeros.
         filled = [tree or jax.tree.map(jnp.zeros_like, some) for tree in own]
         homes = None
-        if placed is not None and max(row.moe_layers(cfg)) >= 0:
+        if placed is not None and row.feed_forward.kind == "moe":
             numbers = list(row.moe_layers(cfg))
             expert_LR, home_LEC, _ = placed
             homes = expert_LR[numbers], home_LEC[numbers]

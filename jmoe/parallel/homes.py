@@ -12,14 +12,13 @@ whatever else an array has.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jmoe.balance.homes import Moves
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, ragged
 
 
 def move(x_LMX: jax.Array, moves: Moves, axes: collectives.Axes) -> jax.Array:
@@ -96,12 +95,9 @@ def _ragged(
     """Does as `_padded`, and sends nothing else."""
     peer_P = jnp.arange(collectives.axis_size(axes))
     zero_P = jnp.zeros_like(peer_P)
-    sizes: Any = (zero_P, peer_P == target, zero_P, peer_P == source)
-    sizes = (size.astype(jnp.int32) for size in sizes)
-    came_X = lax.ragged_all_to_all(
-        x_X[None], jnp.zeros_like(x_X)[None], *sizes, axis_name=axes
-    )
-    return came_X[0]
+    sizes = ragged.Sizes(zero_P, peer_P == target, zero_P, peer_P == source)
+    x_1X = x_X[None]
+    return ragged.send(x_1X, ragged.zeros(1, x_1X), sizes, axes)[0]
 
 
 def _transport():

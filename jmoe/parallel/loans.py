@@ -142,13 +142,13 @@ def _lend_ragged(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     came = ragged.late_zeros(borrowed_PS.shape[1], own)
     for slot, local_P in enumerate(local_PS.T):
         is_mine_P = local_P < len(own)
-        sizes = (
+        sizes = ragged.Sizes(
             jnp.where(is_mine_P, local_P, 0),
             is_mine_P,
             slot + zero_P,
             peer_P == home_PS[me, slot],
         )
-        came = _send(own, came, sizes)
+        came = ragged.send(own, came, sizes, AXIS)
     return came
 
 
@@ -189,13 +189,13 @@ def _give_back_ragged(
         is_now_PS = (place_PS >= 0) & (place_PS < slots)
         came = ragged.late_zeros(slots, d_lent)
         for slot in range(slots):
-            sizes = (
+            sizes = ragged.Sizes(
                 zero_P,
                 (peer_P == home_PS[me, slot]) & is_now_PS[me, slot],
                 jnp.where(is_now_PS[me, slot], place_PS[me, slot], 0) + zero_P,
                 (home_PS[:, slot] == me) & is_now_PS[:, slot],
             )
-            came = _send(d_lent[slot : slot + 1], came, sizes)
+            came = ragged.send(d_lent[slot : slot + 1], came, sizes, AXIS)
         at_PS = jnp.where(is_now_PS & (local_PS < len(d_own)), place_PS, slots)
         local_Q = jnp.full(slots, len(d_own), jnp.int32)
         local_Q = local_Q.at[at_PS].set(local_PS, mode="drop")
@@ -203,11 +203,6 @@ def _give_back_ragged(
 
     rounds = -(-incoming.most // slots)
     return lax.fori_loop(1, rounds, add_round, add_round(0, d_own))
-
-
-def _send(rows: jax.Array, arrived: jax.Array, sizes: tuple[jax.Array, ...]):
-    operands = (size.astype(jnp.int32) for size in sizes)
-    return lax.ragged_all_to_all(rows, arrived, *operands, axis_name=AXIS)
 
 
 class _Transport(NamedTuple):

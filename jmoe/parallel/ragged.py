@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jmoe.balance import dropping
+from jmoe.parallel import collectives
 
 
 class Sizes(NamedTuple):
@@ -36,6 +37,14 @@ class RoundTrip(NamedTuple):
 
     there: Sizes
     back: Sizes
+
+
+def send(
+    rows_NX: jax.Array, arrived_NX: jax.Array, sizes: Sizes, axes: collectives.Axes
+) -> jax.Array:
+    """Returns `arrived_NX` with the rows that peers sent here written into it."""
+    as_int32 = (size.astype(jnp.int32) for size in sizes)
+    return lax.ragged_all_to_all(rows_NX, arrived_NX, *as_int32, axis_name=axes)
 
 
 def zeros(size: int, rows_NX: jax.Array) -> jax.Array:

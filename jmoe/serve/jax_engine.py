@@ -253,13 +253,7 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
             f"engine.draft_tokens={asked.draft_tokens} needs a model with MTP modules; "
             "this one has mtp_depth=0."
         )
-    longest = asked.max_length
-    if longest is not None and longest > model.max_positions:
-        raise ValueError(
-            f"engine.max_length={longest} must be at most the model's "
-            f"max_positions={model.max_positions}."
-        )
-    decode_limits.check(model, Limits(max_length=longest or 2))
+    decode_limits.check(model, Limits(max_length=asked.max_length or 2))
 
 
 def mesh_of(cfg: EngineConfig) -> MeshConfig:

@@ -1,10 +1,13 @@
 """A server of the small run in a process of its own, as its clients use it."""
 
+import concurrent.futures
 import json
 import pathlib
 import re
+import signal
 import ssl
 import subprocess
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -68,6 +71,40 @@ class Server(NamedTuple):
             alive = self.process.poll() is None and time.monotonic() < deadline
             assert alive, self.log.read_text()[-4000:]
             time.sleep(0.1)
+
+    def ask_until(
+        self, condition: Callable[[], bool], prompt: Any, max_tokens: int
+    ) -> None:
+        """Has four clients ask on and on until it holds; all of them are answered."""
+        enough = threading.Event()
+
+        def ask_on():
+            while not enough.is_set():
+                self.complete(prompt, max_tokens)
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            askers = [pool.submit(ask_on) for _ in range(4)]
+            try:
+                self.wait_for(condition)
+            finally:
+                enough.set()
+            for asker in askers:
+                asker.result()
+
+    def drain_and_check(self, prompt: Any, max_tokens: int) -> None:
+        """Ends it by SIGTERM: what is in flight is finished, and the rest refused."""
+        alone = self.complete(prompt, max_tokens)
+        body = greedy(prompt, max_tokens, stream=True)
+        streams = [self.open("/v1/completions", body) for _ in range(4)]
+        self.process.send_signal(signal.SIGTERM)
+        self.wait_for(lambda: self.ask("/health").status == 503)
+        refused = self.ask("/v1/completions", greedy(PROMPTS[0], 1))
+        assert refused.status == 503 and "shutting down" in refused.text
+        for stream in streams:
+            *pieces, done = events(stream)
+            tokens = [t for piece in pieces for t in piece["choices"][0]["token_ids"]]
+            assert (done, tokens) == ("[DONE]", alone)
+        assert self.process.wait(60) == 0
 
 
 def greedy(prompt: Any, max_tokens: int, **options: Any) -> dict[str, Any]:

@@ -1,11 +1,9 @@
 """Our engine's replicas on Ray as clients see them (`pytest -m serving`)."""
 
-import concurrent.futures
 import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -52,35 +50,11 @@ def test_a_killed_replica_is_replaced(server, expected):
 
 
 def test_load_above_a_replicas_share_brings_another_and_metrics_show_both(server):
-    enough = threading.Event()
-
-    def ask_on():
-        while not enough.is_set():
-            server.complete(PROMPTS[0], LONG)
-
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        askers = [pool.submit(ask_on) for _ in range(4)]
-        try:
-            server.wait_for(lambda: len(server.measured(RUNNING)) == 2)
-        finally:
-            enough.set()
-        for asker in askers:
-            asker.result()
+    server.ask_until(lambda: len(server.measured(RUNNING)) == 2, PROMPTS[0], LONG)
 
 
 def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(server):
-    alone = server.complete(PROMPTS[2], LONG)
-    body = greedy(PROMPTS[2], LONG, stream=True)
-    streams = [server.open("/v1/completions", body) for _ in range(4)]
-    server.process.send_signal(signal.SIGTERM)
-    server.wait_for(lambda: server.ask("/health").status == 503)
-    refused = server.ask("/v1/completions", greedy(PROMPTS[0], 1))
-    assert refused.status == 503 and "shutting down" in refused.text
-    for stream in streams:
-        *pieces, done = events(stream)
-        tokens = [t for piece in pieces for t in piece["choices"][0]["token_ids"]]
-        assert (done, tokens) == ("[DONE]", alone)
-    assert server.process.wait(60) == 0
+    server.drain_and_check(PROMPTS[2], LONG)
 
 
 def test_more_devices_than_ray_has_are_refused(workdir):
