@@ -170,11 +170,14 @@ def test_slots_are_four_or_as_many_as_a_device_has_experts():
     assert subject.num_slots(cfg, many, 4) == 4
 
 
-def test_rows_that_int32_cannot_count_are_refused():
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_rows_that_int32_cannot_count_are_refused(tensor):
+    """Those of a tensor group's devices together."""
     cfg = ExchangeConfig(backend="balanced")
     shapes = [(2**31 // 4, 8), (2**31 // 4, 4), (2**31 // 4, 4)]
     x, expert, gate = (jax.ShapeDtypeStruct(s, np.float32) for s in shapes)
     expert = jax.ShapeDtypeStruct(expert.shape, np.int32)
     weights = [jax.ShapeDtypeStruct(s, np.float32) for s in [(16, 8, 4), (16, 4, 8)]]
     with pytest.raises(ValueError, match="lending counts them in int32"):
-        jax.eval_shape(measured.__wrapped__(cfg), x, expert, gate, *weights)
+        run = measured.__wrapped__(cfg, tensor)
+        jax.eval_shape(run, x, expert, gate, *weights)
