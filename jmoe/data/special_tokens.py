@@ -66,7 +66,7 @@ def read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def describe_tokens(names: Iterable[str]) -> bool:
-    """Returns whether files of these names, beside a tokenizer.json, tell of its tokens.
+    """Returns whether files of these names, beside a tokenizer.json, tell its tokens.
 
     A chat template doesn't: it says how messages are written, and may be put beside a
     tokenizer.json that lay alone.
