@@ -27,6 +27,7 @@ from tests.train.training import (
 
 STEPS, A, B = 8, 2, 16
 ONE = ""
+LENDING = "model.moe.exchange.backend=balanced", "model.moe.exchange.lend_above=0.0"
 
 # Of these, a mesh of all three axes has both.
 PAIRS = {"data=4,expert=4", "data=4,tensor=4"}
@@ -137,12 +138,19 @@ def test_other_models_train_on_a_mesh_as_on_one_device(run, settings):
     assert_same(got.steps[0], want.steps[0])
 
 
-@pytest.mark.parametrize("mesh", ["data=16", "data=2,expert=4,tensor=2"])
-def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("data=16", ()),
+        ("data=2,expert=4,tensor=2", ()),
+        ("data=2,expert=4,tensor=2", LENDING),
+    ],
+)
+def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh, settings):
     found = []
-    for changed in (run, on(run, mesh)):
+    for changed in (run, on(run, mesh, *settings)):
         trainer = Trainer.of(changed, variables)
-        model = Transformer(run.model)
+        model = Transformer(changed.model)
         evaluate = jax.jit(steps.make_eval_step(model, changed, trainer.layout))
         rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
         placed = layouts.put_batch(trainer.layout, rows)
