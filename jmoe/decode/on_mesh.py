@@ -17,7 +17,7 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,7 +37,7 @@ from jmoe.decode.layers import Counts
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
-from jmoe.decode.placing import Placing, RowMoves, make_mover
+from jmoe.decode.placing import Move, Placing, RowMoves, make_mover
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
@@ -176,17 +176,32 @@ class OnMesh:
     def advance(self, steps: int) -> float:
         """Takes so many steps to where experts are going; returns their seconds.
 
-        Between two steps of decoding; all processes call it alike.
+        Between two steps of decoding.
 
         Raises:
           ValueError: experts are where they are for good.
         """
-        if self.placing is None:
-            raise ValueError("experts can't move: the programs were made without.")
-        began = time.perf_counter()
-        self._weights = self.placing.advance(self._weights, steps)
+        return self.move(self._movable.take(steps))
+
+    def move(self, moves: Sequence[Move]) -> float:
+        """Makes steps of an experts' way, and returns their seconds.
+
+        All processes of the mesh make the same ones, between the same two steps of
+        decoding; one of them has set out on the way.
+
+        Raises:
+          ValueError: experts are where they are for good.
+        """
+        placing, began = self._movable, time.perf_counter()
+        self._weights = placing.make(self._weights, moves)
         jax.block_until_ready(self._weights.layers)
         return time.perf_counter() - began
+
+    @property
+    def _movable(self) -> Placing:
+        if self.placing is None:
+            raise ValueError("experts can't move: the programs were made without.")
+        return self.placing
 
     def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
         operands = self._weights, self.state, self._underway, self._put(given)

@@ -7,14 +7,14 @@
 Load is measured over a window of steps (`jmoe.balance.controller`). Where experts get
 other places, each step of decoding is followed by one of their way: so a step is later
 by what it takes to move one expert to each device, at most, and nothing waits for all.
-That is for an engine whose mesh is one process's: on several, experts stay.
+On several processes the pilot is process 0's (`jmoe.decode.followers`).
 
 What to do is thought about in a thread of its own, as it may take longer than a step.
 """
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,13 +23,27 @@ from jmoe.balance.controller import Action, ControllerState, Window
 from jmoe.balance.copies import CopyStep
 from jmoe.config.controller import ADMIT, DROP, PLACE, ControllerConfig
 from jmoe.decode.engine import Engine
-from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import Placing, begin_with, system
 from jmoe.decode.stats import StepStats
 from jmoe.parallel.shedding import NO_LIMIT
 
 ABLE = (PLACE, DROP, ADMIT)
 MOVED = "moved"  # the kind of what is told when experts have arrived: how many have
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """Programs of a mesh, which can move experts and drop choices if they may.
+
+    As `jmoe.decode.on_mesh.OnMesh` has it.
+    """
+
+    placing: Placing | None
+    may_drop: bool
+
+    def advance(self, steps: int) -> float: ...
+
+    def set_limit(self, limit: int) -> None: ...
 
 
 class _Thought(NamedTuple):
@@ -81,7 +95,7 @@ class Pilot:
           ValueError: choices may be dropped, but the engine's programs can't.
         """
         programs = engine.programs
-        can_drop = isinstance(programs, OnMesh) and programs.may_drop
+        can_drop = isinstance(programs, Steerable) and programs.may_drop
         if DROP in self._cfg.actions and not can_drop:
             raise ValueError(
                 "actions has 'drop', but the engine's programs were made without a "
@@ -96,7 +110,7 @@ class Pilot:
     @property
     def _placing(self) -> Placing | None:
         programs = self._engine.programs if self._engine else None
-        return programs.placing if isinstance(programs, OnMesh) else None
+        return programs.placing if isinstance(programs, Steerable) else None
 
     def device_load(self, count_LE: np.ndarray) -> np.ndarray | None:
         """Returns the choices that each device computes; None: experts are in order."""
@@ -110,7 +124,7 @@ class Pilot:
         self._steps.append(stats)
         self._waits.append(self._engine.longest_wait)
         if placing is not None and placing.steps_left:
-            assert isinstance(self._engine.programs, OnMesh)
+            assert isinstance(self._engine.programs, Steerable)
             self.stalls.append(self._engine.programs.advance(1))
             if not placing.steps_left:
                 self._tell(self._arrived())
@@ -141,7 +155,7 @@ class Pilot:
             queue = self._engine.limits.queue
             self._engine.most_waiting = queue if most is None else min(most, queue)
         if action.kind == DROP:
-            assert isinstance(self._engine.programs, OnMesh), "see `take`"
+            assert isinstance(self._engine.programs, Steerable), "see `take`"
             limit = NO_LIMIT if action.value is None else action.value
             self._engine.programs.set_limit(limit)
         if action.kind == PLACE:

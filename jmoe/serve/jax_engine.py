@@ -350,7 +350,7 @@ def _divided(
     variables = trained.variables
     divided = jax.tree.map(_spread, variables, shardings(layout, variables))
     placed = limit = None
-    if cfg.expert > 1 and count == 1:
+    if cfg.expert > 1:
         placed = begin_with(model, cfg.expert, engine.spare_experts or 0)
         limit = NO_LIMIT if DROP in controller_of(engine).actions else None
     return divided, make_programs(run, mesh, form, placed=placed, limit=limit)

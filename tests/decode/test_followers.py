@@ -1,12 +1,18 @@
 """Other processes run the steps that process 0's engine decides, in its order."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 
 from jmoe.decode.followers import END, Leader, decode, encode, follow
-from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_nobody, make_rows
+from jmoe.decode.on_mesh import OnMesh
+from jmoe.decode.placing import begin_with
 from jmoe.decode.requests import Completion, Sampling
+from jmoe.parallel.shedding import NO_LIMIT
+from tests.decode import placed
 from tests.decode.test_step import LIMITS
 
 
@@ -14,6 +20,7 @@ class Recorded:
     """Programs that compute nothing, and know what they were asked."""
 
     parts, turns = 2, 1
+    placing, may_drop = None, False
 
     def __init__(self):
         self.asked = []
@@ -88,3 +95,28 @@ def test_a_leader_that_cannot_reach_the_others_runs_nothing():
     with pytest.raises(ConnectionError, match="process 1 is missing"):
         Leader(own, fail).run(*step(1))
     assert own.asked == []
+
+
+def test_on_a_pipeline_experts_and_limits_of_followers_become_the_leaders(cfg):
+    """Of two in this process, which both have the whole mesh."""
+    on_mesh, variables, _ = placed.engine(cfg)
+    model = on_mesh.cfg
+    run, layout, divided = placed.placed(placed.MESH, [], variables, model)
+    begin = begin_with(model, placed.DEVICES, placed.SPARE)
+    made = run, layout.mesh, "native", divided, placed.LIMITS, None, begin, NO_LIMIT
+    own, others = OnMesh(*made), OnMesh(*made)
+    sent: list[str] = []
+    leader = Leader(own, lambda value: sent.append(json.dumps(value)))
+    leader.run(*make_nobody(placed.LIMITS, leader.parts, placed.LIMITS.sizes[0]))
+    placing = leader.placing
+    assert placing.begin(placing.plan(placed.any_placement(model, seed=5))) > 0
+    leader.advance(1)
+    leader.set_limit(3)
+    leader.advance(placing.steps_left)
+    leader.flush()
+    sent.append(json.dumps([END]))
+    assert not same(own._weights, others._weights)
+    follow(others, placed.LIMITS, map(json.loads, sent).__next__)
+    assert same(own._weights, others._weights)
+    assert same(placing.placement, others.placing.placement)
+    assert leader.may_drop and not same(placing.placement, begin)
