@@ -12,7 +12,6 @@ import time
 from typing import Any
 
 import jax
-import numpy as np
 
 from jmoe import families
 from jmoe.balance.controller import Action
@@ -28,7 +27,7 @@ from jmoe.config import (
 )
 from jmoe.config.controller import DROP, SERVING, ControllerConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
-from jmoe.decode import followers
+from jmoe.decode import followers, mesh_weights
 from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits
@@ -38,7 +37,7 @@ from jmoe.decode.placing import begin_with
 from jmoe.decode.programs import OneDevice, make_state
 from jmoe.decode.stats import Observe, StepStats, ignore
 from jmoe.export import safetensors
-from jmoe.export.trained import load_exported
+from jmoe.export.trained import load_exported, look_at_exported
 from jmoe.monitor.decisions import Decision
 from jmoe.monitor.serving import ServingMeter
 from jmoe.nn.model import Transformer
@@ -49,8 +48,8 @@ from jmoe.parallel.shedding import NO_LIMIT
 from jmoe.serve.answering import Served
 from jmoe.serve.chat import ChatTemplate, find_template
 from jmoe.serve.worker import Worker
-from jmoe.train.layout import make_layout, shardings
-from jmoe.train.trained import Trained, load_trained, quantized
+from jmoe.train.layout import make_layout
+from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
 QUEUE = 256
@@ -78,18 +77,21 @@ def read_model(directory: pathlib.Path) -> ModelConfig:
 
 
 def load(directory: pathlib.Path, cfg: EngineConfig, step: Which) -> Trained:
-    """Reads weights and tokenizer.
+    """Reads tokenizer and weights, which a mesh will read when it gets them.
 
     Raises:
       FileNotFoundError: a part of it is missing.
       ValueError: a file is damaged, or `step` is of a model that has no steps.
     """
+    alone = _is_alone(cfg)
     if _is_exported(directory):
         if step is not None:
             raise ValueError(f"step={step!r} is for runs; {directory} is exported.")
-        trained = load_exported(directory, dtype=cfg.dtype)
+        read = load_exported if alone else look_at_exported
+        trained = read(directory, dtype=cfg.dtype)
     else:
-        trained = load_trained(directory, step=step)
+        read = load_trained if alone else look_at_trained
+        trained = read(directory, step=step)
     if cfg.dtype is not None:
         model = dataclasses.replace(trained.run.model, dtype=cfg.dtype)
         run = dataclasses.replace(trained.run, model=model)
@@ -204,14 +206,18 @@ def _prepare(trained: Trained, cfg: ServeConfig) -> tuple[Any, MakePrograms, Lim
         {"engine": to_dict(asked), "model": to_dict(model), "step": trained.step}
     )
     form = asked.weights or "native"
-    mesh = mesh_of(asked)
-    if mesh.num_devices == 1 and processes.count() == 1:
-        trained = quantized(trained, form)
-        variables, programs = trained.variables, OneDevice
+    if _is_alone(asked):
+        trained, to_come = quantized(trained, form), 0
+        programs: MakePrograms = OneDevice
     else:
-        variables, programs = _divided(trained, asked, form)
-    cache_bytes = min(processes.exchange("cache", _cache_bytes(asked)))
-    return variables, programs, make_limits(model, cfg, cache_bytes)
+        programs, to_come = _on_mesh(model, asked, form)
+    cache_bytes = min(processes.exchange("cache", _cache_bytes(asked, to_come)))
+    return trained.variables, programs, make_limits(model, cfg, cache_bytes)
+
+
+def _is_alone(cfg: EngineConfig) -> bool:
+    """Returns whether an engine has one device."""
+    return mesh_of(cfg).num_devices == 1 and processes.count() == 1
 
 
 def check(model: ModelConfig, cfg: ServeConfig) -> None:
@@ -310,21 +316,29 @@ def _page_bytes(model: ModelConfig, limits: Limits, mesh: MeshConfig) -> float:
     return sum(x.size * x.dtype.itemsize for x in leaves) / one.pages
 
 
-def _cache_bytes(cfg: EngineConfig) -> float:
-    """Returns how much of a device the cache may take; its weights are there."""
+def _cache_bytes(cfg: EngineConfig, to_come: int) -> float:
+    """Returns how much of a device the cache may take.
+
+    Args:
+      to_come: bytes of weights that aren't there yet.
+    """
     if cfg.cache_gib is not None:
         return cfg.cache_gib * 2**30
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:  # a CPU
         return CPU_CACHE_GIB * 2**30
-    return SHARE_OF_FREE * (stats["bytes_limit"] - stats["bytes_in_use"])
+    free = stats["bytes_limit"] - stats["bytes_in_use"] - to_come
+    return SHARE_OF_FREE * free
 
 
-def _divided(
-    trained: Trained, engine: EngineConfig, form: str
-) -> tuple[Any, MakePrograms]:
-    """Returns the variables on a mesh of all processes' devices, and its programs."""
-    model, cfg, devices = trained.run.model, mesh_of(engine), jax.devices()
+def _on_mesh(
+    model: ModelConfig, engine: EngineConfig, form: str
+) -> tuple[MakePrograms, int]:
+    """Returns the programs of a mesh of all processes' devices.
+
+    And the bytes of the weights that each device will have.
+    """
+    cfg, devices = mesh_of(engine), jax.devices()
     asked = "engine.tensor_parallel x engine.pipeline_parallel"
     if cfg.num_devices > len(devices):
         raise ValueError(
@@ -346,21 +360,15 @@ def _divided(
         mesh=cfg,
     )
     mesh = make_mesh(cfg, devices[: cfg.num_devices])
-    layout = make_layout(Transformer(model), mesh)
-    variables = trained.variables
-    divided = jax.tree.map(_spread, variables, shardings(layout, variables))
     placed = limit = None
     if cfg.expert > 1:
         placed = begin_with(model, cfg.expert, engine.spare_experts or 0)
         limit = NO_LIMIT if DROP in controller_of(engine).actions else None
-    return divided, make_programs(run, mesh, form, placed=placed, limit=limit)
-
-
-def _spread(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Returns an array that all processes have, in parts on the devices of all."""
-    return jax.make_array_from_callback(
-        x.shape, sharding, lambda part: np.asarray(x[part]), dtype=x.dtype
-    )
+    programs = make_programs(run, mesh, form, placed=placed, limit=limit)
+    layout = make_layout(Transformer(model), mesh)
+    rows = mesh_weights.cut(model, cfg.pipe, engine.max_length or model.max_positions)
+    weights = mesh_weights.abstract(model, layout, rows, form, placed)
+    return programs, mesh_weights.device_bytes(weights)
 
 
 def _is_exported(directory: pathlib.Path) -> bool:
