@@ -23,7 +23,7 @@ from jmoe.nn.parameter import Parameter
 THREADS = 4
 
 
-class Piece(NamedTuple):
+class WeightPiece(NamedTuple):
     """Some of the parameters: what they are, and their specs as they are computed with.
 
     has_ranks: whether each rank of the pipeline has its own, by the first dimension.
@@ -51,7 +51,7 @@ class Disk:
 
     def layers(
         self,
-        piece: Piece,
+        piece: WeightPiece,
         places: Sequence[LayerPlace | None],
         expert_XR: np.ndarray | None = None,
     ) -> Any:
@@ -77,7 +77,7 @@ class Disk:
                 _set(state, name, self._array(piece, piece.state, sources))
         return {PARAMS: params, ROUTER_STATE: state}
 
-    def params(self, piece: Piece) -> Any:
+    def params(self, piece: WeightPiece) -> Any:
         """Returns parameters that aren't layers'."""
 
         def read(path: Any, _: Parameter, spec: PartitionSpec) -> jax.Array:
@@ -87,7 +87,7 @@ class Disk:
 
     def _array(
         self,
-        piece: Piece,
+        piece: WeightPiece,
         spec: PartitionSpec,
         sources: Sequence[_Source | None],
         of_experts: bool = False,

@@ -27,7 +27,7 @@ from jmoe.balance.placement import Placement
 from jmoe.checkpoint.unread import Unread
 from jmoe.config import ModelConfig
 from jmoe.config.model import FeedForwardConfig
-from jmoe.decode.mesh_pieces import THREADS, Disk, Piece
+from jmoe.decode.mesh_pieces import THREADS, Disk, WeightPiece
 from jmoe.decode.weights import (
     MTP,
     PARAMS,
@@ -117,8 +117,8 @@ def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
     return tuple(rows)
 
 
-class Homes(NamedTuple):
-    """Where a row's experts are: the one in each place, and each one's places."""
+class RowHomes(NamedTuple):
+    """Says where a row's experts are: which is in a place, and each one's places."""
 
     expert_XR: np.ndarray
     home_XEC: np.ndarray
@@ -132,13 +132,16 @@ class _Origin(Protocol):
     """
 
     def layers(
-        self, piece: Piece, own: Sequence[LayerPlace | None], homes: Homes | None
+        self,
+        piece: WeightPiece,
+        own: Sequence[LayerPlace | None],
+        homes: RowHomes | None,
     ) -> tuple[Any, ...]: ...
 
-    def ends(self, piece: Piece) -> tuple[Any, ...]: ...
+    def ends(self, piece: WeightPiece) -> tuple[Any, ...]: ...
 
     def join(
-        self, piece: Piece, trees: tuple[Any, ...], homes: Homes | None
+        self, piece: WeightPiece, trees: tuple[Any, ...], homes: RowHomes | None
     ) -> Any: ...
 
 
@@ -226,7 +229,7 @@ def _place(
         if placed is not None and kind.kind == "moe":
             numbers = list(row.moe_layers(cfg))
             expert_LR, home_LEC, _ = placed
-            homes = Homes(expert_LR[numbers], home_LEC[numbers])
+            homes = RowHomes(expert_LR[numbers], home_LEC[numbers])
         if kind not in makers:
             makers[kind] = maker(piece)
         layers.append(makers[kind](origin.layers(piece, row.places, homes), homes))
@@ -299,21 +302,21 @@ def experts_specs(
     return Experts(weights, found[ROUTER_STATE])
 
 
-def _of_row(layout: Layout, row: LayerRow) -> Piece:
+def _of_row(layout: Layout, row: LayerRow) -> WeightPiece:
     name, index = next(filter(None, row.places))
     records, placements = layout.records[name], layout.placements[name]
     if index is not None:
         records = jax.tree.map(_unstacked, records)
         placements = jax.tree.map(lambda x: x.of_layer(), placements)
     specs = jax.tree.map(lambda x: PartitionSpec(PIPE, *x.whole), placements)
-    return Piece(records, specs, True, PartitionSpec(PIPE))
+    return WeightPiece(records, specs, True, PartitionSpec(PIPE))
 
 
-def _of_mtp(layout: Layout) -> Piece:
+def _of_mtp(layout: Layout) -> WeightPiece:
     return _whole(layout.records[MTP.name], layout.placements[MTP.name])
 
 
-def _of_ends(cfg: ModelConfig, layout: Layout) -> Piece:
+def _of_ends(cfg: ModelConfig, layout: Layout) -> WeightPiece:
     records, placements = (
         {name: tree[name] for name in ends(cfg)}
         for tree in (layout.records, layout.placements)
@@ -321,8 +324,10 @@ def _of_ends(cfg: ModelConfig, layout: Layout) -> Piece:
     return _whole(records, placements)
 
 
-def _whole(records: Any, placements: Any) -> Piece:
-    return Piece(records, jax.tree.map(lambda x: x.whole, placements), False, WHOLE)
+def _whole(records: Any, placements: Any) -> WeightPiece:
+    return WeightPiece(
+        records, jax.tree.map(lambda x: x.whole, placements), False, WHOLE
+    )
 
 
 def _unstacked(record: Parameter) -> Parameter:
@@ -330,8 +335,8 @@ def _unstacked(record: Parameter) -> Parameter:
 
 
 def _maker(
-    cfg: ModelConfig, layout: Layout, form: str, origin: _Origin, piece: Piece
-) -> Callable[[tuple[Any, ...], Homes | None], Any]:
+    cfg: ModelConfig, layout: Layout, form: str, origin: _Origin, piece: WeightPiece
+) -> Callable[[tuple[Any, ...], RowHomes | None], Any]:
     """Returns what makes a piece's collections on the mesh of an origin's trees."""
 
     def convert(record: Parameter, w: jax.Array) -> Any:
@@ -350,7 +355,7 @@ def _maker(
     after = _converted_specs(piece, form)
     converted = on_mesh(of_device, layout, (piece.specs,), after[PARAMS])
 
-    def make(trees: tuple[Any, ...], homes: Homes | None) -> Any:
+    def make(trees: tuple[Any, ...], homes: RowHomes | None) -> Any:
         joined = origin.join(piece, trees, homes)
         return {**joined, PARAMS: converted(joined[PARAMS])}
 
@@ -359,7 +364,7 @@ def _maker(
     return jax.jit(make, out_shardings={PARAMS: lie, ROUTER_STATE: state})
 
 
-def _in_places(records: Any, layer: Any, homes: Homes) -> Any:
+def _in_places(records: Any, layer: Any, homes: RowHomes) -> Any:
     """Returns a row whose experts are in these places."""
 
     def placed(record: Parameter, w: jax.Array) -> jax.Array:
@@ -373,7 +378,7 @@ def _in_places(records: Any, layer: Any, homes: Homes) -> Any:
     return with_experts({**layer, PARAMS: params}, experts)
 
 
-def _converted_specs(piece: Piece, form: str) -> Any:
+def _converted_specs(piece: WeightPiece, form: str) -> Any:
     """Returns the specs of a piece's collections; its router state is whole."""
 
     def convert(record: Parameter, spec: PartitionSpec) -> PartitionSpec:

@@ -9,6 +9,7 @@ import functools
 import logging
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -196,10 +197,12 @@ def release() -> None:
         processes.sender(STEPS)([followers.END])
 
 
-def _prepare(trained: Trained, cfg: ServeConfig) -> tuple[Any, MakePrograms, Limits]:
-    """Returns variables where they are to be, and what runs steps on them.
+def _prepare(
+    trained: Trained, cfg: ServeConfig
+) -> tuple[Any, Callable[..., Any], Limits]:
+    """Returns variables, read or not, and what makes of them what runs steps.
 
-    The same on all processes.
+    The same on all processes; on several it makes `OnMesh`.
     """
     asked, model = cfg.engine, trained.run.model
     processes.agree(
@@ -208,7 +211,7 @@ def _prepare(trained: Trained, cfg: ServeConfig) -> tuple[Any, MakePrograms, Lim
     form = asked.weights or "native"
     if _is_alone(asked):
         trained, to_come = quantized(trained, form), 0
-        programs: MakePrograms = OneDevice
+        programs: Callable[..., Any] = OneDevice
     else:
         programs, to_come = _on_mesh(model, asked, form)
     cache_bytes = min(processes.exchange("cache", _cache_bytes(asked, to_come)))

@@ -1,6 +1,7 @@
 """Other processes run the steps that process 0's engine decides, in its order."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -73,17 +74,27 @@ def test_followers_make_the_leaders_calls_in_its_order_until_it_ends():
         assert asked == called if "flush" in (asked, called) else same(asked, called)
 
 
-def test_a_step_is_sent_before_process_0_runs_it():
+def test_all_that_process_0_does_is_sent_before_it_is_done():
     """Otherwise it would wait in a collective for those that wait for its word."""
     order = []
 
     class Ordered(Recorded):
+        placing, may_drop = types.SimpleNamespace(take=lambda steps: []), True
+
         def run(self, rows, chunks):
             order.append("runs")
-            return []
 
-    Leader(Ordered(), lambda value: order.append(value[0])).run(*step(1))
-    assert order == ["run", "runs"]
+        def move(self, moves):
+            order.append("moves")
+
+        def set_limit(self, limit):
+            order.append("limits")
+
+    leader = Leader(Ordered(), lambda value: order.append(value[0]))
+    leader.run(*step(1))
+    leader.advance(1)
+    leader.set_limit(2)
+    assert order == ["run", "runs", "move", "moves", "limit", "limits"]
 
 
 def test_a_leader_that_cannot_reach_the_others_runs_nothing():
@@ -98,7 +109,7 @@ def test_a_leader_that_cannot_reach_the_others_runs_nothing():
 
 
 def test_on_a_pipeline_experts_and_limits_of_followers_become_the_leaders(cfg):
-    """Of two in this process, which both have the whole mesh."""
+    """Both are in this process, and have all of the mesh."""
     on_mesh, variables, _ = placed.engine(cfg)
     model = on_mesh.cfg
     run, layout, divided = placed.placed(placed.MESH, [], variables, model)
