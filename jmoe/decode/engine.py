@@ -30,7 +30,6 @@ from jmoe.decode.live import (
     Live,
     PromptChunk,
     make_chunks,
-    make_nobody,
     make_rows,
 )
 from jmoe.decode.pages import Pages
@@ -47,6 +46,8 @@ class Programs(Protocol):
 
     parts: int
     turns: int
+
+    def warm_up(self, size: StepSize) -> None: ...
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]: ...
 
@@ -128,7 +129,8 @@ class Engine:
         self._turn = 0
         self._cancelled: list[Live] = []
         self._observe, self._since = observe, 0.0
-        self._warm_up()
+        for size in limits.sizes:
+            self.programs.warm_up(size)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """Returns the number of a request, which will begin once there is room.
@@ -250,12 +252,6 @@ class Engine:
             )
         if sampling.stop_texts and self._text is None:
             raise ValueError("stop_texts need an engine that knows the tokenizer.")
-
-    def _warm_up(self) -> None:
-        """Compiles each size, by steps in which nobody takes part."""
-        for size in self.limits.sizes:
-            self.programs.run(*make_nobody(self.limits, self.programs.parts, size))
-            self.programs.flush()
 
     def _admit(self) -> None:
         """Gives those that wait a slot and pages, in their order."""

@@ -7,7 +7,7 @@ few KiB, and waits for none of them: whoever is behind finds the next step waiti
 
 So it is with what a pilot decides (`jmoe.decode.pilot`): where experts go is planned by
 process 0 alone. The others get each step of the way when it is to be made, and how much
-may be dropped when that changes.
+may be dropped, or the dtype in which tokens travel, when that changes.
 """
 
 import base64
@@ -25,7 +25,8 @@ from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import Move
 from jmoe.decode.step import StepResult
 
-RUN, FLUSH, MOVE, LIMIT, END = "run", "flush", "move", "limit", "end"
+WARM_UP, RUN, FLUSH, END = "warm up", "run", "flush", "end"
+MOVE, LIMIT, DTYPE = "move", "limit", "dtype"
 
 
 class Leader:
@@ -38,7 +39,13 @@ class Leader:
     def __init__(self, programs: OnMesh, send: Callable[[Any], None]):
         self.parts, self.turns = programs.parts, programs.turns
         self.placing, self.may_drop = programs.placing, programs.may_drop
+        self.dispatch_dtype = programs.dispatch_dtype
+        self.dispatch_dtypes = programs.dispatch_dtypes
         self._programs, self._send = programs, send
+
+    def warm_up(self, size: StepSize) -> None:
+        self._send([WARM_UP, *size])
+        self._programs.warm_up(size)
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
         self._send([RUN, *encode(self.parts, rows, chunks)])
@@ -61,6 +68,13 @@ class Leader:
         self._send([LIMIT, limit])
         self._programs.set_limit(limit)
 
+    def set_dispatch_dtype(self, dtype: str) -> None:
+        """Does as `OnMesh.set_dispatch_dtype`, of those that there are."""
+        assert dtype in self.dispatch_dtypes, "as they were made with it"
+        self._send([DTYPE, dtype])
+        self._programs.set_dispatch_dtype(dtype)
+        self.dispatch_dtype = dtype
+
 
 def led(
     make: Callable[..., OnMesh], send: Callable[[Any], None]
@@ -79,14 +93,18 @@ def follow(programs: OnMesh, limits: Limits, receive: Callable[[], Any]) -> None
         call, *arguments = receive()
         if call == END:
             return
-        if call == RUN:
+        if call == WARM_UP:
+            programs.warm_up(StepSize(*arguments))
+        elif call == RUN:
             programs.run(*decode(limits, programs.parts, *arguments))
         elif call == FLUSH:
             programs.flush()
         elif call == MOVE:
             programs.move(decode_moves(*arguments))
-        else:
+        elif call == LIMIT:
             programs.set_limit(*arguments)
+        else:
+            programs.set_dispatch_dtype(*arguments)
 
 
 def encode(

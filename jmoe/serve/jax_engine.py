@@ -26,7 +26,8 @@ from jmoe.config import (
     TrainConfig,
     to_dict,
 )
-from jmoe.config.controller import DROP, SERVING, ControllerConfig
+from jmoe.config.controller import DROP, FP8, SERVING, ControllerConfig
+from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers, mesh_weights
 from jmoe.decode import limits as decode_limits
@@ -35,7 +36,7 @@ from jmoe.decode.limits import Limits
 from jmoe.decode.on_mesh import make_programs
 from jmoe.decode.pilot import MOVED, Pilot
 from jmoe.decode.placing import begin_with
-from jmoe.decode.programs import OneDevice, make_state
+from jmoe.decode.programs import OneDevice
 from jmoe.decode.stats import Observe, StepStats, ignore
 from jmoe.export import safetensors
 from jmoe.export.trained import load_exported, look_at_exported
@@ -46,6 +47,7 @@ from jmoe.nn.quantized import check_form
 from jmoe.parallel import processes
 from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.shedding import NO_LIMIT
+from jmoe.serve import cache_room
 from jmoe.serve.answering import Served
 from jmoe.serve.chat import ChatTemplate, find_template
 from jmoe.serve.worker import Worker
@@ -55,9 +57,7 @@ from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
 QUEUE = 256
 DEADLINE_SECONDS = 600.0
-CPU_CACHE_GIB = 1.0
 STEPS = "steps"  # what process 0 tells the others of its engine
-SHARE_OF_FREE = 0.8  # of a device's memory that the weights leave, for the cache
 
 
 def read_model(directory: pathlib.Path) -> ModelConfig:
@@ -118,7 +118,8 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
 
     def observe(stats: StepStats) -> None:
         load_LP = pilot.device_load(stats.count_LE)
-        meter.step(**stats._asdict(), device_LP=load_LP)
+        told = {"device_LP": load_LP, "in_fp8": pilot.is_in_fp8}
+        meter.step(**stats._asdict(), **told)
         pilot(stats)
 
     engine = make_engine(trained, cfg, observe)
@@ -214,7 +215,9 @@ def _prepare(
         programs: Callable[..., Any] = OneDevice
     else:
         programs, to_come = _on_mesh(model, asked, form)
-    cache_bytes = min(processes.exchange("cache", _cache_bytes(asked, to_come)))
+    cache_bytes = min(
+        processes.exchange("cache", cache_room.cache_bytes(asked, to_come))
+    )
     return trained.variables, programs, make_limits(model, cfg, cache_bytes)
 
 
@@ -262,7 +265,32 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
             f"engine.draft_tokens={asked.draft_tokens} needs a model with MTP modules; "
             "this one has mtp_depth=0."
         )
+    _check_controller(model, asked)
     decode_limits.check(model, Limits(max_length=asked.max_length or 2))
+
+
+def _check_controller(model: ModelConfig, asked: EngineConfig) -> None:
+    """Refuses actions that this engine could never take."""
+    cfg = controller_of(asked)
+    for action, limit in ((DROP, "device_rows"), (FP8, "step_seconds")):
+        if action not in cfg.actions:
+            continue
+        told = f"engine.controller.actions has {action!r}, which"
+        if not asked.expert_parallel:
+            raise ValueError(
+                f"{told} needs engine.expert_parallel=True: it is for experts on "
+                "several devices."
+            )
+        if getattr(cfg, limit) is None:
+            raise ValueError(
+                f"{told} needs engine.controller.{limit}: without a limit there is "
+                "nothing to do about it."
+            )
+    if FP8 in cfg.actions and model.moe.exchange.dispatch_dtype == FLOAT8:
+        raise ValueError(
+            "engine.controller.actions has 'fp8', but this model's tokens travel in "
+            f"dispatch_dtype={FLOAT8!r} always."
+        )
 
 
 def mesh_of(cfg: EngineConfig) -> MeshConfig:
@@ -299,7 +327,7 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
         queue=places + queue,
     )
     size = limits.page_size
-    pages = int(cache_bytes / (_page_bytes(model, limits, mesh) * mesh.pipe))
+    pages = int(cache_bytes / (cache_room.page_bytes(model, limits, mesh) * mesh.pipe))
     if asked.max_length is None and 1 <= pages < limits.pages_of_one:
         limits = dataclasses.replace(limits, max_length=pages * size)
     if pages < limits.pages_of_one:
@@ -308,30 +336,6 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
             f"tokens; one sequence may have max_length={limits.max_length}."
         )
     return dataclasses.replace(limits, num_pages=min(pages, limits.pages))
-
-
-def _page_bytes(model: ModelConfig, limits: Limits, mesh: MeshConfig) -> float:
-    """Returns what a page takes of a device's memory, in all of its layers."""
-    one = dataclasses.replace(limits, num_pages=limits.pages_of_one)
-    layers = -(-model.num_layers // mesh.pipe)
-    state = jax.eval_shape(lambda: make_state(model, one, layers, 1))
-    leaves = jax.tree.leaves((state.layers, state.mtp))
-    return sum(x.size * x.dtype.itemsize for x in leaves) / one.pages
-
-
-def _cache_bytes(cfg: EngineConfig, to_come: int) -> float:
-    """Returns how much of a device the cache may take.
-
-    Args:
-      to_come: bytes of weights that aren't there yet.
-    """
-    if cfg.cache_gib is not None:
-        return cfg.cache_gib * 2**30
-    stats = jax.local_devices()[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:  # a CPU
-        return CPU_CACHE_GIB * 2**30
-    free = stats["bytes_limit"] - stats["bytes_in_use"] - to_come
-    return SHARE_OF_FREE * free
 
 
 def _on_mesh(
@@ -363,15 +367,19 @@ def _on_mesh(
         mesh=cfg,
     )
     mesh = make_mesh(cfg, devices[: cfg.num_devices])
-    placed = limit = None
+    more: dict[str, Any] = {}
     if cfg.expert > 1:
-        placed = begin_with(model, cfg.expert, engine.spare_experts or 0)
-        limit = NO_LIMIT if DROP in controller_of(engine).actions else None
-    programs = make_programs(run, mesh, form, placed=placed, limit=limit)
+        actions = controller_of(engine).actions
+        more["placed"] = begin_with(model, cfg.expert, engine.spare_experts or 0)
+        more["limit"] = NO_LIMIT if DROP in actions else None
+        if FP8 in actions:
+            usual = model.moe.exchange.dispatch_dtype
+            more["dispatch_dtypes"] = usual, FLOAT8
     layout = make_layout(Transformer(model), mesh)
     rows = mesh_weights.cut(model, cfg.pipe, engine.max_length or model.max_positions)
-    weights = mesh_weights.abstract(model, layout, rows, form, placed)
-    return programs, mesh_weights.device_bytes(weights)
+    weights = mesh_weights.abstract(model, layout, rows, form, more.get("placed"))
+    bytes_of_each = mesh_weights.device_bytes(weights)
+    return make_programs(run, mesh, form, **more), bytes_of_each
 
 
 def _is_exported(directory: pathlib.Path) -> bool:

@@ -306,20 +306,6 @@ def test_drafts_are_counted_by_how_far_they_are_right(cfg, variables):
 MIXED = dataclasses.replace(LIMITS, rows=(1, 4), prompts=(1, 3))
 
 
-@pytest.fixture
-def compilations():
-    """Names of what is compiled from here on."""
-    found = []
-
-    def note(event, _, **told):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(told.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilations):
     engine = Engine(cfg, variables, MIXED)
     run, sizes = engine.programs.run, set()

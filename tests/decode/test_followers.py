@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from jmoe.config.model import FLOAT8, WIRE_DTYPES
 from jmoe.decode.followers import END, Leader, decode, encode, follow
+from jmoe.decode.limits import StepSize
 from jmoe.decode.live import Live, PromptChunk, make_chunks, make_nobody, make_rows
 from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import begin_with
@@ -22,9 +24,13 @@ class Recorded:
 
     parts, turns = 2, 1
     placing, may_drop = None, False
+    dispatch_dtype, _ = dispatch_dtypes = WIRE_DTYPES
 
     def __init__(self):
         self.asked = []
+
+    def warm_up(self, size):
+        self.asked.append(size)
 
     def run(self, rows, chunks):
         self.asked.append((rows, chunks))
@@ -61,6 +67,8 @@ def test_a_steps_arrays_come_as_they_were_sent():
 def test_followers_make_the_leaders_calls_in_its_order_until_it_ends():
     sent, own, others = [], Recorded(), Recorded()
     leader = Leader(own, sent.append)
+    size = StepSize(3, 2, 16)
+    leader.warm_up(size)
     calls = [step(1), step(2), "flush", step(3)]
     for call in calls:
         if call == "flush":
@@ -69,8 +77,8 @@ def test_followers_make_the_leaders_calls_in_its_order_until_it_ends():
             assert leader.run(*call) == ["found"]
     sent += [[END], "is not looked at"]
     follow(others, LIMITS, iter(sent).__next__)
-    assert len(others.asked) == len(calls)
-    for asked, called in zip(others.asked, calls, strict=True):
+    assert others.asked[0] == own.asked[0] == size
+    for asked, called in zip(others.asked[1:], calls, strict=True):
         assert asked == called if "flush" in (asked, called) else same(asked, called)
 
 
@@ -90,11 +98,17 @@ def test_all_that_process_0_does_is_sent_before_it_is_done():
         def set_limit(self, limit):
             order.append("limits")
 
+        def set_dispatch_dtype(self, dtype):
+            order.append(dtype)
+
     leader = Leader(Ordered(), lambda value: order.append(value[0]))
     leader.run(*step(1))
     leader.advance(1)
     leader.set_limit(2)
-    assert order == ["run", "runs", "move", "moves", "limit", "limits"]
+    leader.set_dispatch_dtype(FLOAT8)
+    assert leader.dispatch_dtype == FLOAT8
+    assert order[:4] == ["run", "runs", "move", "moves"]
+    assert order[4:] == ["limit", "limits", "dtype", FLOAT8]
 
 
 def test_a_leader_that_cannot_reach_the_others_runs_nothing():
@@ -114,7 +128,8 @@ def test_on_a_pipeline_experts_and_limits_of_followers_become_the_leaders(cfg):
     model = on_mesh.cfg
     run, layout, divided = placed.placed(placed.MESH, [], variables, model)
     begin = begin_with(model, placed.DEVICES, placed.SPARE)
-    made = run, layout.mesh, "native", divided, placed.LIMITS, None, begin, NO_LIMIT
+    ways = None, begin, NO_LIMIT, WIRE_DTYPES
+    made = run, layout.mesh, "native", divided, placed.LIMITS, *ways
     own, others = OnMesh(*made), OnMesh(*made)
     sent: list[str] = []
     leader = Leader(own, lambda value: sent.append(json.dumps(value)))
@@ -123,6 +138,7 @@ def test_on_a_pipeline_experts_and_limits_of_followers_become_the_leaders(cfg):
     assert placing.begin(placing.plan(placed.any_placement(model, seed=5))) > 0
     leader.advance(1)
     leader.set_limit(3)
+    leader.set_dispatch_dtype(FLOAT8)
     leader.advance(placing.steps_left)
     leader.flush()
     sent.append(json.dumps([END]))
@@ -130,4 +146,5 @@ def test_on_a_pipeline_experts_and_limits_of_followers_become_the_leaders(cfg):
     follow(others, placed.LIMITS, map(json.loads, sent).__next__)
     assert same(own._weights, others._weights)
     assert same(placing.placement, others.placing.placement)
+    assert own.dispatch_dtype == others.dispatch_dtype == FLOAT8
     assert leader.may_drop and not same(placing.placement, begin)
