@@ -220,10 +220,9 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
-    longest_chunk = min(max_length, Limits.chunks[-1])
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
-        chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
+        **decode_limits.reading_on(jax.default_backend(), max_length),
         max_length=max_length,
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),

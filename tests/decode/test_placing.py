@@ -10,7 +10,7 @@ from jmoe.config import ExchangeConfig, override
 from jmoe.config.model import ACTIVATIONS, FLOAT8
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import make_programs
-from jmoe.decode.placing import begin_with
+from jmoe.decode.placing import Placing, begin_with
 from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.placed import (
     DEVICES,
@@ -66,6 +66,8 @@ def test_on_a_pipeline_a_placement_for_another_model_is_refused_and_nothing_move
         placing.plan(other)
     with pytest.raises(ValueError, match="8 experts in 8 places is no other one"):
         placing.plan(begin_with(model, DEVICES))
+    with pytest.raises(ValueError, match="3 MoE layers of 8 experts.*has 2 of 8"):
+        Placing(model, placing._layout, [], placing._move_row, other)
     assert placing.steps_left == 0
     np.testing.assert_array_equal(placing.placement.physical_to_logical, before)
 
