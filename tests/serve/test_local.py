@@ -24,7 +24,14 @@ from jmoe.serve.api import make_app
 from jmoe.serve.front import Access
 from tests.serve.client import events
 from tests.serve.counting import Counting
-from tests.serve.own import NAME, PATIENCE, make_served, tokenizer, variables
+from tests.serve.own import (
+    NAME,
+    PATIENCE,
+    RESTLESS,
+    make_served,
+    tokenizer,
+    variables,
+)
 from tests.serve.running import wait_until
 from tests.smallest_run import get_config
 
@@ -132,12 +139,13 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
     command = [
         *(sys.executable, str(SCRIPT), f"--model={directory}", "--engine=jax"),
         *("--local", f"--set=port={port}", "--set=engine.max_sequences=1"),
+        f"--set={RESTLESS}",
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert server.stdout is not None
         assert server.stdout.readline().startswith(b"Serving tiny at ")
-        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0}
+        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0, "n": 8}
         with opened(post(port, body | {"return_token_ids": True})) as response:
             answer = json.loads(response.read())
         assert len(answer["choices"][0]["token_ids"]) == 4
@@ -145,3 +153,4 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
         server.send_signal(signal.SIGTERM)
         _, said = server.communicate(timeout=PATIENCE)
     assert server.returncode == 0, said
+    assert b"admit: requests wait for up to" in said
