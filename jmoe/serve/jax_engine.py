@@ -16,7 +16,6 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.retention import Which
 from jmoe.config import (
     DataConfig,
-    MeshConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,

@@ -1,6 +1,8 @@
 """Our own engine is made ready from a run, or from an exported model."""
 
+import asyncio
 import dataclasses
+import logging
 
 import jax
 import pytest
@@ -9,9 +11,10 @@ from jmoe.checkpoint.unread import Unread
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
 from jmoe.decode.limits import Limits
+from jmoe.decode.requests import Sampling
 from jmoe.export import hf
 from jmoe.serve import jax_engine
-from tests.serve.own import tokenizer, variables
+from tests.serve.own import RESTLESS, tokenizer, variables
 from tests.smallest_run import get_config
 
 MODEL = get_config().model
@@ -107,3 +110,24 @@ def test_a_damaged_template_is_refused_before_the_engine_is_made(tmp_path, monke
     trained = jax_engine.Trained(get_config(), tokenizer(), variables(), 0)
     with pytest.raises(ValueError, match="none of Jinja's"):
         jax_engine.serve(trained, ServeConfig())
+
+
+def test_a_served_engines_decisions_are_done_logged_shown_and_counted(caplog):
+    caplog.set_level(logging.INFO, jax_engine.__name__)
+    trained = jax_engine.Trained(get_config(), tokenizer(), variables(), 0)
+    settings = ["engine.max_sequences=1", "engine.max_length=32", RESTLESS]
+    served = jax_engine.serve(trained, override(ServeConfig(name="tiny"), settings))
+    asked = [([1, 2, 3], Sampling(max_new_tokens=9))] * 8
+
+    async def ask():
+        with served.worker.submit(asked, 60) as ticket:
+            return [one async for some in ticket for one in some]
+
+    assert len(asyncio.run(ask())) == len(asked)
+    served.worker.close()
+    decision = served.meter.snapshot().decisions[0]
+    assert decision.kind == "admit" and "wait for up to" in decision.reason
+    assert decision.change.endswith("requests may wait")
+    assert f"admit: {decision.reason}; {decision.change}" in caplog.messages
+    assert b'jmoe_decisions_total{kind="admit"' in served.meter.prometheus()
+    assert served.meter.totals().steps.count_B.sum() > 70
