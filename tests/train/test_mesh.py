@@ -22,6 +22,7 @@ from tests.train.training import (
     assert_same,
     batch,
     on,
+    on_host,
     random_variables,
 )
 
@@ -196,7 +197,8 @@ def test_zero_divides_weights_and_moments_by_the_data_axis(run, variables, data)
         mesh = layouts.make_mesh(on(run, spec).mesh, jax.devices()[: 2 * data])
         layout = layouts.make_layout(Transformer(run.model), mesh)
         params = variables["params"]
-        opt_state = make_optimizer(run.optimizer, 10, layout).init(params)
+        optimizer = make_optimizer(run.optimizer, 10, layout)
+        opt_state = on_host(jax.jit(optimizer.init), params)
         where = layouts.shardings(layout, (params, opt_state))
         return bytes_on_a_device(jax.device_put((params, opt_state), where))
 
