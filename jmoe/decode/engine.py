@@ -6,9 +6,10 @@
 
 A request waits until a slot and enough pages for its longest completion are free. Then
 its prompt is read in chunks, each in a step that also decodes all other requests: so a
-long prompt delays no one by more than its chunk. Several prompts are read side by side,
-the oldest first, as one pass over the experts' weights serves them all. All programs
-are compiled when the engine is made, and none later.
+long prompt delays no one by more than its chunk, and what a step reads beside others is
+bounded (`Limits.beside`). Several prompts are read side by side, the oldest first, as
+one pass over the experts' weights serves them all. All programs are compiled when the
+engine is made, and none later.
 
 The loop here decides who takes part in a step; what a step computes is a pure function
 (`jmoe.decode.step`).
@@ -30,7 +31,6 @@ from jmoe.decode.live import (
     Live,
     PromptChunk,
     make_chunks,
-    make_nobody,
     make_rows,
 )
 from jmoe.decode.pages import Pages
@@ -47,6 +47,8 @@ class Programs(Protocol):
 
     parts: int
     turns: int
+
+    def warm_up(self, size: StepSize) -> None: ...
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]: ...
 
@@ -128,7 +130,8 @@ class Engine:
         self._turn = 0
         self._cancelled: list[Live] = []
         self._observe, self._since = observe, 0.0
-        self._warm_up()
+        for size in limits.sizes:
+            self.programs.warm_up(size)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """Returns the number of a request, which will begin once there is room.
@@ -251,12 +254,6 @@ class Engine:
         if sampling.stop_texts and self._text is None:
             raise ValueError("stop_texts need an engine that knows the tokenizer.")
 
-    def _warm_up(self) -> None:
-        """Compiles each size, by steps in which nobody takes part."""
-        for size in self.limits.sizes:
-            self.programs.run(*make_nobody(self.limits, self.programs.parts, size))
-            self.programs.flush()
-
     def _admit(self) -> None:
         """Gives those that wait a slot and pages, in their order."""
         while self._waiting:
@@ -283,18 +280,22 @@ class Engine:
         here = [live for live in self._live if live.slot % turns == self._turn]
         self._turn = (self._turn + 1) % turns
         rows: list[list[Live]] = [[] for _ in self._slots]
-        chunks: list[list[PromptChunk]] = [[] for _ in self._slots]
+        unread: list[list[PromptChunk]] = [[] for _ in self._slots]
         for live in here:
             if live.is_read:
                 rows[live.part].append(live)
-            elif len(chunks[live.part]) < self.limits.most_prompts:
-                count = min(len(live.prompt) - live.read, self.limits.chunks[-1])
-                chunks[live.part].append(PromptChunk(live, count))
-        counts = [chunk.count for part in chunks for chunk in part]
-        if not (any(rows) or counts):
+            else:
+                unread[live.part].append(PromptChunk(live, live.left))
+        if not (any(rows) or any(unread)):
             return None
-        prompts = max(map(len, chunks))
-        needed = max(map(len, rows)), prompts, max(counts, default=0)
+        left = [[chunk.count for chunk in part] for part in unread]
+        most, longest = self.limits.reading(left, is_beside=any(rows))
+        chunks = [
+            [PromptChunk(live, min(count, longest)) for live, count in part[:most]]
+            for part in unread
+        ]
+        counts = [chunk.count for part in chunks for chunk in part]
+        needed = max(map(len, rows)), max(map(len, chunks)), max(counts, default=0)
         return _Asked(rows, chunks, self.limits.size(*needed))
 
     def _run(self, asked: _Asked | None) -> list[StepResult]:

@@ -19,7 +19,7 @@ from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.step import StepResult
 
-RUN, FLUSH, END = "run", "flush", "end"
+WARM_UP, RUN, FLUSH, END = "warm up", "run", "flush", "end"
 
 
 class Leader:
@@ -32,6 +32,10 @@ class Leader:
     def __init__(self, programs: Programs, send: Callable[[Any], None]):
         self.parts, self.turns = programs.parts, programs.turns
         self._programs, self._send = programs, send
+
+    def warm_up(self, size: StepSize) -> None:
+        self._send([WARM_UP, *size])
+        self._programs.warm_up(size)
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
         self._send([RUN, *encode(self.parts, rows, chunks)])
@@ -57,7 +61,9 @@ def follow(programs: Programs, limits: Limits, receive: Callable[[], Any]) -> No
         call, *arguments = receive()
         if call == END:
             return
-        if call == RUN:
+        if call == WARM_UP:
+            programs.warm_up(StepSize(*arguments))
+        elif call == RUN:
             programs.run(*decode(limits, programs.parts, *arguments))
         else:
             programs.flush()

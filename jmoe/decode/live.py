@@ -48,8 +48,13 @@ class Live:
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
+    def left(self) -> int:
+        """How many of the prompt's tokens are to be read."""
+        return len(self.prompt) - self.read
+
+    @property
     def is_read(self) -> bool:
-        return self.read == len(self.prompt)
+        return not self.left
 
     @property
     def position(self) -> int:

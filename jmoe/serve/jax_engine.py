@@ -26,7 +26,8 @@ from jmoe.config import (
     TrainConfig,
     to_dict,
 )
-from jmoe.config.controller import DROP, SERVING, ControllerConfig
+from jmoe.config.controller import DROP, FP8, SERVING, ControllerConfig
+from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers
 from jmoe.decode import limits as decode_limits
@@ -115,7 +116,8 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
 
     def observe(stats: StepStats) -> None:
         load_LP = pilot.device_load(stats.count_LE)
-        meter.step(**stats._asdict(), device_LP=load_LP)
+        told = {"device_LP": load_LP, "in_fp8": pilot.is_in_fp8}
+        meter.step(**stats._asdict(), **told)
         pilot(stats)
 
     engine = make_engine(trained, cfg, observe)
@@ -253,7 +255,32 @@ def check(model: ModelConfig, cfg: ServeConfig) -> None:
             f"engine.draft_tokens={asked.draft_tokens} needs a model with MTP modules; "
             "this one has mtp_depth=0."
         )
+    _check_controller(model, asked)
     decode_limits.check(model, Limits(max_length=asked.max_length or 2))
+
+
+def _check_controller(model: ModelConfig, asked: EngineConfig) -> None:
+    """Refuses actions that this engine could never take."""
+    cfg = controller_of(asked)
+    for action, limit in ((DROP, "device_rows"), (FP8, "step_seconds")):
+        if action not in cfg.actions:
+            continue
+        told = f"engine.controller.actions has {action!r}, which"
+        if not asked.expert_parallel:
+            raise ValueError(
+                f"{told} needs engine.expert_parallel=True: it is for experts on "
+                "several devices."
+            )
+        if getattr(cfg, limit) is None:
+            raise ValueError(
+                f"{told} needs engine.controller.{limit}: without a limit there is "
+                "nothing to do about it."
+            )
+    if FP8 in cfg.actions and model.moe.exchange.dispatch_dtype == FLOAT8:
+        raise ValueError(
+            "engine.controller.actions has 'fp8', but this model's tokens travel in "
+            f"dispatch_dtype={FLOAT8!r} always."
+        )
 
 
 def mesh_of(cfg: EngineConfig) -> MeshConfig:
@@ -280,10 +307,9 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
-    longest_chunk = min(max_length, Limits.chunks[-1])
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
-        chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
+        **decode_limits.reading_on(jax.default_backend(), max_length),
         max_length=max_length,
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
@@ -349,11 +375,15 @@ def _divided(
     layout = make_layout(Transformer(model), mesh)
     variables = trained.variables
     divided = jax.tree.map(_spread, variables, shardings(layout, variables))
-    placed = limit = None
+    more: dict[str, Any] = {}
     if cfg.expert > 1 and count == 1:
-        placed = begin_with(model, cfg.expert, engine.spare_experts or 0)
-        limit = NO_LIMIT if DROP in controller_of(engine).actions else None
-    return divided, make_programs(run, mesh, form, placed=placed, limit=limit)
+        actions = controller_of(engine).actions
+        more["placed"] = begin_with(model, cfg.expert, engine.spare_experts or 0)
+        more["limit"] = NO_LIMIT if DROP in actions else None
+        if FP8 in actions:
+            usual = model.moe.exchange.dispatch_dtype
+            more["dispatch_dtypes"] = usual, FLOAT8
+    return divided, make_programs(run, mesh, form, **more)
 
 
 def _spread(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:

@@ -1,4 +1,4 @@
-"""An engine on a small pipeline, whose experts have copies and may move."""
+"""Engines whose experts may move, on a small pipeline, or whose tokens' form may."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from jmoe.balance import placement
-from jmoe.config import ModelConfig, override
+from jmoe.config import ExchangeConfig, ModelConfig, override
+from jmoe.config.model import ACTIVATIONS, FLOAT8, WIRE_DTYPES
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
 from jmoe.decode.on_mesh import make_programs
@@ -47,6 +48,29 @@ def engine(cfg: ModelConfig) -> tuple[Engine, Any, Watcher]:
     programs = make_programs(run, layout.mesh, placed=begin, limit=NO_LIMIT)
     made = Engine(model, divided, LIMITS, programs=programs, observe=watcher)
     return made, variables, watcher
+
+
+def switching_engine(cfg: ModelConfig) -> tuple[Engine, Engine, Watcher]:
+    """One whose tokens may travel in FP8, but don't, and who watches it.
+
+    Between them is one whose tokens always do.
+    """
+    found = _switching_engine(cfg)
+    found[0].programs.set_dispatch_dtype(ACTIVATIONS)
+    return found
+
+
+@functools.cache
+def _switching_engine(cfg: ModelConfig) -> tuple[Engine, Engine, Watcher]:
+    variables, watcher = random_variables(cfg), Watcher()
+    run, layout, divided = placed("expert=2", [], variables)
+    always = ExchangeConfig(dispatch_dtype=FLOAT8)
+    switching, fp8 = (
+        make_programs(run, layout.mesh, **told)
+        for told in ({"dispatch_dtypes": WIRE_DTYPES}, {"exchange": always})
+    )
+    first = Engine(cfg, divided, LIMITS, programs=switching, observe=watcher)
+    return first, Engine(cfg, divided, LIMITS, programs=fp8), watcher
 
 
 def any_placement(model: ModelConfig, seed: int) -> placement.Placement:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jmoe.decode.followers import END, Leader, decode, encode, follow
+from jmoe.decode.limits import StepSize
 from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.requests import Completion, Sampling
 from tests.decode.test_step import LIMITS
@@ -17,6 +18,9 @@ class Recorded:
 
     def __init__(self):
         self.asked = []
+
+    def warm_up(self, size):
+        self.asked.append(size)
 
     def run(self, rows, chunks):
         self.asked.append((rows, chunks))
@@ -53,6 +57,8 @@ def test_a_steps_arrays_come_as_they_were_sent():
 def test_followers_make_the_leaders_calls_in_its_order_until_it_ends():
     sent, own, others = [], Recorded(), Recorded()
     leader = Leader(own, sent.append)
+    size = StepSize(3, 2, 16)
+    leader.warm_up(size)
     calls = [step(1), step(2), "flush", step(3)]
     for call in calls:
         if call == "flush":
@@ -61,8 +67,8 @@ def test_followers_make_the_leaders_calls_in_its_order_until_it_ends():
             assert leader.run(*call) == ["found"]
     sent += [[END], "is not looked at"]
     follow(others, LIMITS, iter(sent).__next__)
-    assert len(others.asked) == len(calls)
-    for asked, called in zip(others.asked, calls, strict=True):
+    assert others.asked[0] == own.asked[0] == size
+    for asked, called in zip(others.asked[1:], calls, strict=True):
         assert asked == called if "flush" in (asked, called) else same(asked, called)
 
 

@@ -9,8 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jmoe.config import ExchangeConfig, MeshConfig, RouterConfig
+from jmoe.ops import fp8
 from jmoe.parallel import balanced as subject
-from jmoe.parallel import collectives, exchange, reductions
+from jmoe.parallel import collectives, exchange, loans, reductions
 from jmoe.parallel.mesh import make_mesh
 from tests.parallel import exchanging
 from tests.parallel.exchanging import (
@@ -42,7 +43,7 @@ CHOICES = {
 
 
 @functools.cache
-def measured(cfg, tensor=1):
+def measured(cfg, tensor=1, recipe=None):
     """Rows of each group, of each device's, and what was measured; all of it jitted."""
     shape = MeshConfig(expert=PEERS, tensor=tensor)
     mesh = make_mesh(shape, jax.devices()[: shape.num_devices])
@@ -58,7 +59,8 @@ def measured(cfg, tensor=1):
             return experts(x_RD, groups)
 
         tokens = x_ND, expert_NK, gate_NK
-        got = exchange.exchange(*tokens, counting, weights, cfg, ROUTER)
+        given = *tokens, counting, weights, cfg, ROUTER
+        got = exchange.exchange(*given, recipe=recipe)
         metrics = reductions.over_devices(got.metrics, ("expert", "tensor"))
         return rows[0], reductions.values(metrics)
 
@@ -107,6 +109,28 @@ def test_what_is_measured_says_how_uneven_devices_were_and_are():
     np.testing.assert_array_equal(metrics["lent_PP"], lent_PP)
     up_EDF, down_EFD = weights
     assert metrics["bytes_lent"] == 3 * (up_EDF[0].nbytes + down_EFD[0].nbytes)
+
+
+def test_rows_for_which_there_is_no_slot_are_told():
+    """Of 240 in all, 60 are even; whoever has one slot gets 60, 60 and 40 at most."""
+    cfg = ExchangeConfig(backend="balanced", slots=1, lend_above=0.0)
+    expert_NK = np.full((TOKENS, 4), 16, np.int32)
+    for choice, rows in enumerate([100, 60, 40, 40]):
+        expert_NK[:rows, choice] = 4 + choice
+    _, x_ND, gate_NK, *weights = arrays()
+    _, metrics = measured(cfg)(x_ND, expert_NK, gate_NK, *weights)
+    assert metrics["rows_left_over"] == 20
+
+
+def test_where_products_are_in_fp8_experts_are_lent_so():
+    cfg, recipe = ExchangeConfig(backend="balanced", slots=1), fp8.RECIPES["fp8"]
+    _, x_ND, gate_NK, *weights = arrays()
+    expert_NK = CHOICES["one device"].astype(np.int32)
+    run = measured.__wrapped__(cfg, recipe=recipe)
+    _, metrics = run(x_ND, expert_NK, gate_NK, *weights)
+    in_fp8 = loans.bytes_of_expert(weights, loans.in_fp8(recipe))
+    assert metrics["bytes_lent"] == metrics["experts_lent"] * in_fp8
+    assert in_fp8 < sum(w[0].nbytes for w in weights)
 
 
 @pytest.mark.parametrize("mesh", ["expert=4", "data=2,expert=4,tensor=2"])
@@ -170,11 +194,14 @@ def test_slots_are_four_or_as_many_as_a_device_has_experts():
     assert subject.num_slots(cfg, many, 4) == 4
 
 
-def test_rows_that_int32_cannot_count_are_refused():
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_rows_that_int32_cannot_count_are_refused(tensor):
+    """Those of a tensor group's devices together."""
     cfg = ExchangeConfig(backend="balanced")
     shapes = [(2**31 // 4, 8), (2**31 // 4, 4), (2**31 // 4, 4)]
     x, expert, gate = (jax.ShapeDtypeStruct(s, np.float32) for s in shapes)
     expert = jax.ShapeDtypeStruct(expert.shape, np.int32)
     weights = [jax.ShapeDtypeStruct(s, np.float32) for s in [(16, 8, 4), (16, 4, 8)]]
     with pytest.raises(ValueError, match="lending counts them in int32"):
-        jax.eval_shape(measured.__wrapped__(cfg), x, expert, gate, *weights)
+        run = measured.__wrapped__(cfg, tensor)
+        jax.eval_shape(run, x, expert, gate, *weights)

@@ -71,6 +71,18 @@ def test_greedy_answers_are_those_of_generate_for_every_form_of_prompt(client):
     assert (answer["object"], answer["model"]) == ("text_completion", NAME)
 
 
+def test_choices_are_in_their_order_whichever_ends_first(client):
+    prompts = [tokenizer().prompt(text) for text in (TEXT, "b")]
+    want = [expected(ids, 9) for ids in prompts]
+    ends = next(token for token in want[1] if token not in want[0])
+    asked = {"max_tokens": 9, "return_token_ids": True, "ignore_eos": True}
+    asked |= {"stop_token_ids": [ends]}
+    choices = client.complete(prompts, **asked)["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    found = [choice["token_ids"] for choice in choices]
+    assert found == [want[0], want[1][: want[1].index(ends)]]
+
+
 def test_many_at_once_are_each_answered_as_if_alone(client):
     prompts = [prompt(length) for length in range(3, 3 + QUEUE)]
 

@@ -72,6 +72,35 @@ def test_what_our_engine_does_not_have_is_refused_before_anything_is_loaded(
         jax_engine.check(MODEL, cfg)
 
 
+SPREAD = {"engine.tensor_parallel": 2, "engine.expert_parallel": True}
+
+
+@pytest.mark.parametrize(
+    ("actions", "changed", "said"),
+    [
+        ({"step_seconds": 1}, {"engine.expert_parallel": False}, "'fp8', which needs"),
+        ({}, {}, "'fp8', which needs engine.controller.step_seconds"),
+        ({"actions": ("drop",)}, {}, "'drop', which needs engine.controller.device_ro"),
+    ],
+)
+def test_actions_that_could_never_be_taken_are_refused(actions, changed, said):
+    controller = {"actions": ("fp8",)} | actions
+    settings = SPREAD | changed | {"engine.controller": controller}
+    cfg = override(ServeConfig(), [f"{name}={x}" for name, x in settings.items()])
+    with pytest.raises(ValueError, match=said):
+        jax_engine.check(MODEL, cfg)
+
+
+def test_a_model_whose_tokens_always_travel_in_fp8_has_nothing_to_switch():
+    controller = {"actions": ("fp8",), "step_seconds": 1}
+    settings = SPREAD | {"engine.controller": controller}
+    cfg = override(ServeConfig(), [f"{name}={x}" for name, x in settings.items()])
+    jax_engine.check(MODEL, cfg)
+    model = override(MODEL, ["moe.exchange.dispatch_dtype=float8_e4m3fn"])
+    with pytest.raises(ValueError, match="'fp8', but this model's tokens travel in"):
+        jax_engine.check(model, cfg)
+
+
 def test_placement_and_drafts_without_a_module_are_refused():
     placed = override(
         ServeConfig(),
@@ -147,7 +176,7 @@ def test_what_holds_no_model_or_no_tokenizer_is_told(exported, tmp_path):
     for path in exported.iterdir():
         if not path.name.startswith("tokenizer"):
             (tmp_path / path.name).write_bytes(path.read_bytes())
-    with pytest.raises(FileNotFoundError, match="tokenizer.json"):
+    with pytest.raises(FileNotFoundError, match="tokenizer='.*json': no such file"):
         jax_engine.load(tmp_path, ServeConfig().engine, None)
 
 
