@@ -142,6 +142,16 @@ class Trainer(NamedTuple):
         return taken
 
 
+def evaluate(run, variables) -> steps.Evaluation:
+    """What the run's mesh finds of one microbatch, on the host."""
+    trainer = Trainer.of(run, variables)
+    state = trainer.state
+    step = steps.make_eval_step(Transformer(run.model), run, trainer.layout)
+    rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
+    placed = layouts.put_batch(trainer.layout, rows)
+    return jax.device_get(jax.jit(step)(state.params, state.router_state, placed))
+
+
 def put(layout, state) -> TrainState:
     return jax.device_put(state, layouts.shardings(layout, state))
 
