@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import jax
 import pytest
 
+from jmoe.checkpoint.unread import Unread
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
 from jmoe.decode.limits import Limits
@@ -168,6 +170,14 @@ def test_an_exported_model_is_read_with_its_tokenizer(exported):
     assert trained.tokenizer.files.keys() == tokenizer().files.keys()
     with pytest.raises(ValueError, match="step=5 is for runs"):
         jax_engine.load(exported, cfg.engine, 5)
+
+
+def test_weights_are_read_at_once_for_one_device_and_later_for_a_mesh(exported):
+    one, mesh = ServeConfig(), override(ServeConfig(), ["engine.tensor_parallel=2"])
+    read = jax_engine.load(exported, one.engine, None).variables
+    assert isinstance(read["params"]["embedding"], jax.Array)
+    unread = jax_engine.load(exported, mesh.engine, None).variables
+    assert isinstance(unread, Unread)
 
 
 def test_what_holds_no_model_or_no_tokenizer_is_told(exported, tmp_path):
