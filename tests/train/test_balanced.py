@@ -25,10 +25,10 @@ PLACES = {
     # The schedules that are tried elsewhere without experts' devices.
     "pipe=2,data=2,expert=4": ("pipeline.schedule=gpipe",),
     "pipe=4,expert=2,tensor=2": ("pipeline.schedule=zb_h1",),
-    # What a backward pass computes again, in chunks, layer by layer.
+    # Where a backward pass fetches what was lent once more, in two chunks.
     "data=2,expert=8": (
         *("model.remat=block", "model.moe.remat=activations"),
-        *("model.moe.exchange.chunks=2", "model.layer_loop=unroll"),
+        "model.moe.exchange.chunks=2",
     ),
 }
 BY_DEFAULT = "data=2,expert=2,tensor=4,zero_stage=3", "pipe=4,expert=4"
