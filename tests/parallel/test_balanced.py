@@ -128,7 +128,7 @@ def test_where_products_are_in_fp8_experts_are_lent_so():
     expert_NK = CHOICES["one device"].astype(np.int32)
     run = measured.__wrapped__(cfg, recipe=recipe)
     _, metrics = run(x_ND, expert_NK, gate_NK, *weights)
-    in_fp8 = loans.bytes_of_expert(weights, loans.in_fp8(recipe))
+    in_fp8 = loans.bytes_of_expert(weights, loans.in_fp8(recipe, x_ND.dtype))
     assert metrics["bytes_lent"] == metrics["experts_lent"] * in_fp8
     assert in_fp8 < sum(w[0].nbytes for w in weights)
 
