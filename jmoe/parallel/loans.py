@@ -2,12 +2,13 @@
 
 Who borrows what is known everywhere (`jmoe.balance.lending`), and differs with every
 microbatch. On GPUs an expert goes straight to its borrower, by a ragged all-to-all for
-each slot. CPUs lack it: there a dense one has a place for each slot of each peer, most
-of them empty. Gradients come back the same way, and are added at home, in the order of
-devices and slots.
+each slot. CPUs lack it: there each device sends one expert to all, if it lends any, and
+so on as long as there is one that lends more. Where nothing is lent, nothing is sent.
+Gradients come back, on CPUs in an all-to-all for each of these rounds, and are added at
+home, in the order of devices and slots.
 
-Shapes: E / P own expert of this device, P device of the `expert` axis, S slot, W what
-an expert's weights have, X = P * S loan, Q loan of a round.
+Shapes: E / P own expert of this device (M), P device of the `expert` axis, S slot,
+X = P * S loan, Q loan of a round.
 """
 
 import functools
@@ -38,14 +39,15 @@ def in_dtype(dtype: Any) -> Form:
     return Form(lambda w: w.astype(dtype), lambda w, of: w.astype(of))
 
 
-def in_fp8(recipe: fp8.Recipe) -> Form:
-    """Returns weights quantized as products will have them; a second time, for them.
+def in_fp8(recipe: fp8.Recipe, dtype: Any) -> Form:
+    """Returns weights quantized as products of `dtype` will have them.
 
-    What was quantized once stays as it is when it is quantized again.
+    These quantize a second time, which leaves the numbers that e4m3 stands for as they
+    are: to the bit in bfloat16, but for scales' last bit in float32.
     """
 
     def pack(w):
-        matrices = w.reshape(*w.shape[:2], -1)
+        matrices = w.astype(dtype).reshape(*w.shape[:2], -1)
         return recipe.quantize(matrices, recipe.weights)
 
     return Form(pack, fp8.dequantize)
@@ -103,26 +105,66 @@ def _local_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
     return jnp.where(is_mine_PS, borrowed_PS - me * own, own)
 
 
+class _Rounds(NamedTuple):
+    """Lent experts in rounds, in each of which a home sends one of its own.
+
+    nth_PS: int32, the round in which a borrowed expert travels; -1 for none. mine_M:
+    int32, that of each expert here, or -1. count: how many the busiest home has.
+    """
+
+    nth_PS: jax.Array
+    mine_M: jax.Array
+    count: jax.Array
+
+
+def _rounds(borrowed_PS: jax.Array, own: int) -> _Rounds:
+    peers, me = len(borrowed_PS), collectives.axis_index(AXIS)
+    expert_PM = jnp.arange(peers * own, dtype=jnp.int32).reshape(peers, own)
+    is_lent_PM = (expert_PM[..., None] == borrowed_PS.reshape(-1)).any(-1)
+    earlier_PM = jnp.cumsum(is_lent_PM, axis=1, dtype=jnp.int32) - 1
+    nth_PM = jnp.where(is_lent_PM, earlier_PM, -1)
+    nth_PS = nth_PM.reshape(-1).at[borrowed_PS].get(mode="fill", fill_value=-1)
+    return _Rounds(nth_PS, nth_PM[me], nth_PM.max() + 1)
+
+
 def _lend_padded(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
-    me = collectives.axis_index(AXIS)
-    home_PS = _home_PS(borrowed_PS, len(own))
-    local_PS = _local_PS(borrowed_PS, len(own))
-    sent = own.at[local_PS].get(mode="fill", fill_value=0)
-    came = collectives.all_to_all(sent, AXIS, 0, 0)
-    slot_S = jnp.arange(borrowed_PS.shape[1])
-    return came.at[home_PS[me], slot_S].get(mode="fill", fill_value=0)
+    me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(own))
+    home_S = _home_PS(borrowed_PS, len(own))[me]
+
+    def bring(nth, lent):
+        sent = own[(rounds.mine_M == nth).argmax()]
+        came = collectives.all_gather(sent[None], AXIS, 0)
+        at_S = jnp.where(rounds.nth_PS[me] == nth, jnp.arange(len(lent)), len(lent))
+        return lent.at[at_S].set(came[home_S], mode="drop")
+
+    lent = jnp.zeros((borrowed_PS.shape[1], *own.shape[1:]), own.dtype)
+    return lax.fori_loop(0, rounds.count, bring, lent)
 
 
 def _give_back_padded(
     d_own: jax.Array, d_lent: jax.Array, borrowed_PS: jax.Array
 ) -> jax.Array:
-    me, slots = collectives.axis_index(AXIS), borrowed_PS.shape[1]
+    me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(d_own))
     home_PS = _home_PS(borrowed_PS, len(d_own))
-    sent = jnp.zeros((len(borrowed_PS), *d_lent.shape), d_lent.dtype)
-    sent = sent.at[home_PS[me], jnp.arange(slots)].set(d_lent, mode="drop")
-    came = collectives.all_to_all(sent, AXIS, 0, 0)
-    local_PS = _local_PS(borrowed_PS, len(d_own))
-    return _add(d_own, local_PS.reshape(-1), came.reshape(-1, *d_lent.shape[1:]))
+    peers = len(home_PS)
+
+    def add_round(nth, d_own):
+        is_now_PS = rounds.nth_PS == nth
+        at_S = jnp.where(is_now_PS[me], home_PS[me], peers)
+        sent = jnp.zeros((peers, *d_lent.shape[1:]), d_lent.dtype)
+        came = collectives.all_to_all(
+            sent.at[at_S].set(d_lent, mode="drop"), AXIS, 0, 0
+        )
+        is_from_P = (is_now_PS & (home_PS == me)).any(1)
+        (from_P,) = jnp.nonzero(is_from_P, size=peers)
+        at = (rounds.mine_M == nth).argmax()
+
+        def add(i, d_own):
+            return d_own.at[at].add(came[from_P[i]])
+
+        return lax.fori_loop(0, is_from_P.sum(), add, d_own)
+
+    return lax.fori_loop(0, rounds.count, add_round, d_own)
 
 
 def _add(d_own: jax.Array, local_X: jax.Array, d_lent_X: jax.Array) -> jax.Array:
