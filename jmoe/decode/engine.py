@@ -6,10 +6,9 @@
 
 A request waits until a slot and enough pages for its longest completion are free. Then
 its prompt is read in chunks, each in a step that also decodes all other requests: so a
-long prompt delays no one by more than its chunk, and what a step reads beside others is
-bounded (`Limits.beside`). Several prompts are read side by side, the oldest first, as
-one pass over the experts' weights serves them all. All programs are compiled when the
-engine is made, and none later.
+long prompt delays no one by more than its chunk. Several prompts are read side by side,
+the oldest first, as one pass over the experts' weights serves them all. All programs
+are compiled when the engine is made, and none later.
 
 The loop here decides who takes part in a step; what a step computes is a pure function
 (`jmoe.decode.step`).
@@ -285,22 +284,18 @@ class Engine:
         here = [live for live in self._live if live.slot % turns == self._turn]
         self._turn = (self._turn + 1) % turns
         rows: list[list[Live]] = [[] for _ in self._slots]
-        unread: list[list[PromptChunk]] = [[] for _ in self._slots]
+        chunks: list[list[PromptChunk]] = [[] for _ in self._slots]
         for live in here:
             if live.is_read:
                 rows[live.part].append(live)
-            else:
-                unread[live.part].append(PromptChunk(live, live.left))
-        if not (any(rows) or any(unread)):
-            return None
-        left = [[chunk.count for chunk in part] for part in unread]
-        most, longest = self.limits.reading(left, is_beside=any(rows))
-        chunks = [
-            [PromptChunk(live, min(count, longest)) for live, count in part[:most]]
-            for part in unread
-        ]
+            elif len(chunks[live.part]) < self.limits.most_prompts:
+                count = min(len(live.prompt) - live.read, self.limits.chunks[-1])
+                chunks[live.part].append(PromptChunk(live, count))
         counts = [chunk.count for part in chunks for chunk in part]
-        needed = max(map(len, rows)), max(map(len, chunks)), max(counts, default=0)
+        if not (any(rows) or counts):
+            return None
+        prompts = max(map(len, chunks))
+        needed = max(map(len, rows)), prompts, max(counts, default=0)
         return _Asked(rows, chunks, self.limits.size(*needed))
 
     def _run(self, asked: _Asked | None) -> list[StepResult]:

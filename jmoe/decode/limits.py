@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jmoe.config import ModelConfig, checks
 from jmoe.config.model import ROUTERS
@@ -34,10 +33,9 @@ class Limits:
     prompts: how many prompts are read at once, likewise, but no more than there may be
       sequences. Steps that read more than the first of these are compiled for the last
       of `rows` alone: beside so many tokens, rows that aren't there cost little.
-    chunks: how many tokens of each of these prompts are read at once, likewise.
-    beside: how many places for tokens of prompts a step has at most where sequences are
-      decoded too, which wait for it; but the smallest size is always one that may be.
-      None: as many as there are in the last of `prompts` x the last of `chunks`.
+    chunks: how many tokens of each of these prompts are read at once, likewise. So
+      others wait in a step for the last of `prompts` x the last of `chunks` tokens, at
+      most.
     max_length: positions of a sequence, its prompt and its new tokens.
     page_size: positions of a page. num_pages: of the cache; None: enough for as many
       sequences as there may be, at their longest.
@@ -49,7 +47,6 @@ class Limits:
     rows: tuple[int, ...] = (1, 8, 32)
     prompts: tuple[int, ...] = (1, 4)
     chunks: tuple[int, ...] = (64, 256)
-    beside: int | None = None
     max_length: int = 4096
     page_size: int = 64
     num_pages: int | None = None
@@ -67,8 +64,6 @@ class Limits:
                 raise ValueError(
                     f"{name}={sizes} must be numbers above 0 in ascending order."
                 )
-        if self.beside is not None:
-            checks.at_least(self, beside=1)
         if self.num_pages is not None and self.num_pages < self.pages_of_one:
             raise ValueError(
                 f"num_pages={self.num_pages} must be at least {self.pages_of_one}, so "
@@ -101,32 +96,10 @@ class Limits:
             _smallest(self.chunks, chunk),
         )
 
-    def reading(
-        self, left: Sequence[Sequence[int]], is_beside: bool
-    ) -> tuple[int, int]:
-        """Returns how many prompts a step reads, and how many tokens of each at most.
-
-        Of what is compiled, and allowed, that by which most tokens are read; of several
-        such, the one with the fewest places. 0 and 0 if no prompt is there.
-
-        Args:
-          left: of each part, how many tokens its prompts still have, the oldest's
-            first.
-          is_beside: whether the step decodes sequences too.
-        """
-        if not any(left):
-            return 0, 0
-        sizes = list(itertools.product(self._at_once, self.chunks))
-        if is_beside and self.beside is not None:
-            few = [size for size in sizes if math.prod(size) <= self.beside]
-            sizes = few or sizes[:1]
-
-        def read(size: tuple[int, int]) -> tuple[int, int]:
-            prompts, chunk = size
-            counts = (min(count, chunk) for part in left for count in part[:prompts])
-            return sum(counts), -prompts * chunk
-
-        return max(sizes, key=read)
+    @property
+    def most_prompts(self) -> int:
+        """How many prompts are read at once, at most."""
+        return self._at_once[-1]
 
     @property
     def _at_once(self) -> tuple[int, ...]:
@@ -144,24 +117,6 @@ class Limits:
         if self.num_pages is None:
             return self.slots * self.pages_of_one
         return self.num_pages
-
-
-def reading_on(platform: str, max_length: int) -> dict[str, Any]:
-    """Returns fields of `Limits`: how a server reads prompts.
-
-    On a CPU each place for a prompt's token takes its time. Of the sizes tried there,
-    these keep the gaps between others' tokens short, and lose no throughput.
-
-    Args:
-      platform: JAX's name of it.
-      max_length: positions of a sequence; a chunk isn't longer.
-    """
-    found: dict[str, Any] = {"chunks": Limits.chunks}
-    if platform == "cpu":
-        found = {"prompts": (1, 2), "chunks": (64, 128, 256), "beside": 128}
-    longest = min(max_length, found["chunks"][-1])
-    shorter = (size for size in found["chunks"] if size < longest)
-    return found | {"chunks": (*shorter, longest)}
 
 
 def check(cfg: ModelConfig, limits: Limits) -> None:

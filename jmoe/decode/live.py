@@ -48,13 +48,8 @@ class Live:
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
-    def left(self) -> int:
-        """How many of the prompt's tokens are to be read."""
-        return len(self.prompt) - self.read
-
-    @property
     def is_read(self) -> bool:
-        return not self.left
+        return self.read == len(self.prompt)
 
     @property
     def position(self) -> int:

@@ -276,9 +276,7 @@ class Answering:
 
     def _events(self, choices: Iterable[Any]) -> bytes:
         before, after = self._around
-        return b"".join(
-            event(before + choice.to_json() + after) for choice in choices
-        )
+        return b"".join(event(before + choice.to_json() + after) for choice in choices)
 
     def _around_choice(self) -> tuple[bytes, bytes]:
         """Returns what is before and behind the one choice of each of its chunks."""

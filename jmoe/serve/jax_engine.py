@@ -25,7 +25,6 @@ from jmoe.config.controller import DROP, FP8
 from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers, mesh_weights
-from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.on_mesh import make_programs
@@ -230,9 +229,10 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
+    longest_chunk = min(max_length, Limits.chunks[-1])
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
-        **decode_limits.reading_on(jax.default_backend(), max_length),
+        chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
         max_length=max_length,
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),

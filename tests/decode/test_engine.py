@@ -11,7 +11,6 @@ from scipy import stats
 
 from jmoe.decode.engine import Engine, QueueFull
 from jmoe.decode.requests import Sampling
-from jmoe.decode.stats import StepStats
 from tests.decode import oracle
 from tests.decode.test_step import DRAFTING, LIMITS, always_alike, prompt
 
@@ -335,23 +334,6 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
     assert compilations == []
     jax.jit(lambda x: x + 1)(np.zeros(7919))
     assert len(compilations) == 1  # it would have been noticed
-
-
-def test_who_is_decoded_waits_for_so_many_of_others_prompts_and_answers_stay(
-    cfg, variables
-):
-    bound = dataclasses.replace(MIXED, beside=MIXED.chunks[0])
-    asked = requests(40, 3, 17, 3, 33, 5)
-    reads, answers = {}, {}
-    for limits in (MIXED, bound):
-        told: list[StepStats] = []
-        engine = Engine(cfg, variables, limits, observe=told.append)
-        answers[limits] = oracle.complete(engine, asked)
-        reads[limits] = [step.prompt_tokens for step in told if step.rows]
-        assert told[0].prompt_tokens > MIXED.chunks[0]  # nobody waits for these
-    assert max(reads[bound]) <= MIXED.chunks[0] < max(reads[MIXED])
-    for i in range(len(asked)):
-        assert answers[bound][i].tokens == answers[MIXED][i].tokens
 
 
 @pytest.mark.parametrize(
