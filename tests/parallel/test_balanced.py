@@ -112,7 +112,7 @@ def test_what_is_measured_says_how_uneven_devices_were_and_are():
 
 
 def test_rows_for_which_there_is_no_slot_are_told():
-    """Of 240 in all, 60 are even; whoever has one slot gets 60, 60 and 40 at most."""
+    """60 of 240 are even; whoever has one slot gets 60, 60 and 40 at most."""
     cfg = ExchangeConfig(backend="balanced", slots=1, lend_above=0.0)
     expert_NK = np.full((TOKENS, 4), 16, np.int32)
     for choice, rows in enumerate([100, 60, 40, 40]):
