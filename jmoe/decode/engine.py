@@ -102,6 +102,7 @@ class Engine:
         text: Text | None = None,
         programs: MakePrograms = OneDevice,
         observe: Observe = ignore,
+        compiled: Callable[[StepSize, float], None] = lambda size, seconds: None,
     ):
         """Prepares the weights and compiles.
 
@@ -110,6 +111,8 @@ class Engine:
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
           observe: is told what each step did, behind it.
+          compiled: is told of each size of steps once it is compiled, with the seconds
+            that this took.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
@@ -131,7 +134,9 @@ class Engine:
         self._cancelled: list[Live] = []
         self._observe, self._since = observe, 0.0
         for size in limits.sizes:
+            began = time.perf_counter()
             self.programs.warm_up(size)
+            compiled(size, time.perf_counter() - began)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """Returns the number of a request, which will begin once there is room.

@@ -1,8 +1,4 @@
-"""Our own engine as a server's: a run's directory or an exported one, made ready.
-
-What an engine is asked for is the record that vLLM's is made of too; what has no
-meaning for ours is refused.
-"""
+"""Our own engine as a server's: a run's directory or an exported one, made ready."""
 
 import dataclasses
 import functools
@@ -20,19 +16,18 @@ from jmoe.checkpoint import workdir as workdirs
 from jmoe.checkpoint.retention import Which
 from jmoe.config import (
     DataConfig,
-    MeshConfig,
     ModelConfig,
     RunConfig,
     TrainConfig,
     to_dict,
 )
-from jmoe.config.controller import DROP, FP8, SERVING, ControllerConfig
+from jmoe.config.controller import DROP, FP8
 from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers, mesh_weights
 from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.on_mesh import make_programs
 from jmoe.decode.pilot import MOVED, Pilot
 from jmoe.decode.placing import begin_with
@@ -43,20 +38,19 @@ from jmoe.export.trained import load_exported, look_at_exported
 from jmoe.monitor.decisions import Decision
 from jmoe.monitor.serving import ServingMeter
 from jmoe.nn.model import Transformer
-from jmoe.nn.quantized import check_form
 from jmoe.parallel import processes
 from jmoe.parallel.mesh import make_mesh
 from jmoe.parallel.shedding import NO_LIMIT
 from jmoe.serve import cache_room
 from jmoe.serve.answering import Served
 from jmoe.serve.chat import ChatTemplate, find_template
+from jmoe.serve.jax_config import controller_of, deadline, mesh_of
 from jmoe.serve.worker import Worker
 from jmoe.train.layout import make_layout
 from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
 QUEUE = 256
-DEADLINE_SECONDS = 600.0
 STEPS = "steps"  # what process 0 tells the others of its engine
 
 
@@ -132,23 +126,8 @@ def serve(trained: Trained, cfg: ServeConfig) -> Served:
         template=template,
         max_length=engine.limits.max_length,
         new_tokens=cfg.limits.new_tokens,
-        deadline_seconds=_deadline(cfg.engine),
+        deadline_seconds=deadline(cfg.engine),
     )
-
-
-def controller_of(cfg: EngineConfig) -> ControllerConfig:
-    """Returns what may be done about load.
-
-    By default requests that would wait for their whole deadline aren't admitted.
-    """
-    if cfg.controller is not None:
-        return cfg.controller
-    return dataclasses.replace(SERVING, wait_seconds=_deadline(cfg))
-
-
-def _deadline(cfg: EngineConfig) -> float:
-    asked = cfg.deadline_seconds
-    return DEADLINE_SECONDS if asked is None else asked
 
 
 def _tell(meter: ServingMeter, action: Action) -> None:
@@ -175,9 +154,20 @@ def make_engine(
     variables, programs, limits = _prepare(trained, cfg)
     if processes.count() > 1:
         programs = followers.led(programs, processes.sender(STEPS))
+    print(f"Compiling {len(limits.sizes)} sizes of steps.", flush=True)
     return Engine(
-        model, variables, limits, text=text, programs=programs, observe=observe
+        *(model, variables, limits),
+        text=text,
+        programs=programs,
+        observe=observe,
+        compiled=_tell_compiled,
     )
+
+
+def _tell_compiled(size: StepSize, seconds: float) -> None:
+    """Tells whoever waits for the start; programs that were kept take less."""
+    read = f", {size.prompts} x {size.chunk} tokens read" if size.prompts else ""
+    print(f"  {size.rows} decoded{read}: {seconds:.1f} s", flush=True)
 
 
 def follow(trained: Trained, cfg: ServeConfig) -> None:
@@ -224,83 +214,6 @@ def _prepare(
 def _is_alone(cfg: EngineConfig) -> bool:
     """Returns whether an engine has one device."""
     return mesh_of(cfg).num_devices == 1 and processes.count() == 1
-
-
-def check(model: ModelConfig, cfg: ServeConfig) -> None:
-    """Refuses what our engine doesn't have, before anything is loaded.
-
-    Raises:
-      ValueError: names the field.
-    """
-    asked = cfg.engine
-    check_form(asked.weights or "native")
-    if asked.placement is not None:
-        raise ValueError(
-            "engine.placement is for engine='vllm'; jmoe's own has engine.controller."
-        )
-    if asked.spare_experts and not asked.expert_parallel:
-        raise ValueError(
-            f"engine.spare_experts={asked.spare_experts} needs "
-            "engine.expert_parallel=True: copies are for experts on several devices."
-        )
-    experts, devices = model.moe.router.num_experts, mesh_of(asked).expert
-    spare = asked.spare_experts or 0
-    if (experts + spare) % devices:
-        raise ValueError(
-            f"engine.spare_experts={spare} and the model's {experts} experts must "
-            f"divide over the {devices} devices that share them."
-        )
-    if asked.compiled is not None:
-        raise ValueError(
-            f"engine.compiled={asked.compiled} is for engine='vllm': jmoe's own "
-            "engine is compiled always."
-        )
-    if asked.expert_parallel and asked.tensor_parallel == 1:
-        raise ValueError(
-            "engine.expert_parallel=True needs engine.tensor_parallel above 1: experts "
-            "are spread over the devices that share a layer."
-        )
-    if asked.draft_tokens and not model.mtp_depth:
-        raise ValueError(
-            f"engine.draft_tokens={asked.draft_tokens} needs a model with MTP modules; "
-            "this one has mtp_depth=0."
-        )
-    _check_controller(model, asked)
-    decode_limits.check(model, Limits(max_length=asked.max_length or 2))
-
-
-def _check_controller(model: ModelConfig, asked: EngineConfig) -> None:
-    """Refuses actions that this engine could never take."""
-    cfg = controller_of(asked)
-    for action, limit in ((DROP, "device_rows"), (FP8, "step_seconds")):
-        if action not in cfg.actions:
-            continue
-        told = f"engine.controller.actions has {action!r}, which"
-        if not asked.expert_parallel:
-            raise ValueError(
-                f"{told} needs engine.expert_parallel=True: it is for experts on "
-                "several devices."
-            )
-        if getattr(cfg, limit) is None:
-            raise ValueError(
-                f"{told} needs engine.controller.{limit}: without a limit there is "
-                "nothing to do about it."
-            )
-    if FP8 in cfg.actions and model.moe.exchange.dispatch_dtype == FLOAT8:
-        raise ValueError(
-            "engine.controller.actions has 'fp8', but this model's tokens travel in "
-            f"dispatch_dtype={FLOAT8!r} always."
-        )
-
-
-def mesh_of(cfg: EngineConfig) -> MeshConfig:
-    """Returns the mesh of an engine.
-
-    The devices that share a layer have a part of each of its matrices. With experts
-    spread over them they have whole experts, and sequences of their own.
-    """
-    shared = "expert" if cfg.expert_parallel else "tensor"
-    return MeshConfig(pipe=cfg.pipeline_parallel, **{shared: cfg.tensor_parallel})
 
 
 def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Limits:
