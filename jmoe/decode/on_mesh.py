@@ -198,7 +198,7 @@ class OnMesh:
 
     @property
     def dispatch_dtypes(self) -> tuple[str, ...]:
-        """Those in which tokens may travel to experts, the usual one first."""
+        """In which of them tokens may travel to experts; the usual one is first."""
         return tuple(self._by_dtype)
 
     def set_dispatch_dtype(self, dtype: str) -> None:

@@ -26,6 +26,7 @@ from jmoe.config.controller import DROP, FP8
 from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers
+from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.on_mesh import make_programs
