@@ -20,24 +20,18 @@ axis, S slot for a borrowed expert, E expert, R row that arrives here.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jmoe.balance import dropping, lending
+from jmoe.balance import lending
 from jmoe.config import ExchangeConfig, RouterConfig
 from jmoe.ops import fp8, rows
 from jmoe.parallel import collectives, loans, parts, reductions, travel
 from jmoe.parallel.travel import AXIS, Experts, Group
-
-ROOM, DEVIATIONS = 1.2, 4
-"""What buffers hold where no `capacity_factor` is set: times the expected visits.
-
-And so many standard deviations of a count of rare events, which few tokens need.
-"""
 
 
 class _Layout(NamedTuple):
@@ -117,45 +111,32 @@ def exchange(
         groups_per_token=1,
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
-    form = loans.in_dtype(x_ND.dtype) if recipe is None else loans.in_fp8(recipe)
+    form = loans.in_dtype(x_ND.dtype)
+    if recipe is not None:
+        form = loans.in_fp8(recipe, x_ND.dtype)
     # Each device of a tensor group lends its part of an expert.
     size = jnp.float32(group * loans.bytes_of_expert(weights, form))
     metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
-    of_chunk = len(x_ND) // cfg.chunks, cfg, router
+    tokens = len(x_ND) // cfg.chunks
+    share = math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
     layout = _Layout(
         experts,
         travel.WIRES[cfg.dispatch_dtype],
         form,
-        _share(*of_chunk),
-        _capacity(*of_chunk),
+        share,
+        parts.capacity(cfg.capacity_factor, tokens, router, share),
         stations.num_experts,
         own,
         slots,
         remat,
     )
     done = []
-    tokens = (jnp.split(part, cfg.chunks) for part in (x_ND, station_NK, gate_NK))
-    for x, station, gate in zip(*tokens, strict=True):
+    chunks = (jnp.split(part, cfg.chunks) for part in (x_ND, station_NK, gate_NK))
+    for x, station, gate in zip(*chunks, strict=True):
         trips = travel.plan(travel.count, station, gate, stations, "position")
         chunk = _Chunk(station, trips, plan.borrowed_PS)
         done.append(_exchange_chunk(layout, x, gate, weights, chunk))
     return jnp.concatenate(done), metrics
-
-
-def _share(tokens: int, cfg: ExchangeConfig, router: RouterConfig) -> int:
-    """Returns how many rows a device has at most where slots suffice."""
-    return math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
-
-
-def _capacity(tokens: int, cfg: ExchangeConfig, router: RouterConfig) -> int:
-    """Returns how many visits a buffer holds: no more than a device's even share."""
-    of_router = tokens, router, collectives.axis_size(AXIS)
-    if cfg.capacity_factor is not None:
-        return dropping.receive_capacity(cfg.capacity_factor, *of_router)
-    expected = dropping.receive_capacity(1.0, *of_router)
-    room = math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected))
-    most = dropping.receive_capacity(None, *of_router)
-    return min(room, most, _share(tokens, cfg, router))
 
 
 def _plan(
@@ -208,7 +189,7 @@ def _exchange_chunk(
     tokens, held = lax.stop_gradient(((x_ND, gate_NK), (weights, lent)))
 
     def add(nth, y_ND):
-        path, arrived = _bring(layout, nth, *tokens, chunk)
+        path, arrived = _bring(layout, nth, *_only_in(nth, tokens), chunk)
         y_RD = _compute(layout, arrived, *held)
         return y_ND + path.carry_back(y_RD).astype(jnp.float32)
 
@@ -284,27 +265,36 @@ def _later_parts_forward(layout, num_parts, x_ND, gate_NK, weights, chunk):
 
 def _later_parts_backward(layout, given, gradients):
     num_parts, x_ND, gate_NK, weights, chunk = given
-    *d_tokens, d_weights, dy_ND = gradients
+    d_x_ND, d_gate_NK, d_weights, dy_ND = gradients
+    inputs = {"x_ND": x_ND, "gate_NK": gate_NK, "weights": weights}
 
-    def add_gradients(of: Callable[..., Any], at: Any, total: Any) -> Any:
+    def add_gradients(total: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns these inputs' gradients with those of the later parts."""
+
         def add(nth, total):
-            _, pull = jax.vjp(lambda *at: of(nth, *at)[0], *at)
-            return jax.tree.map(jnp.add, total, pull(dy_ND))
+            given, where, d_y = _only_in(nth, (inputs, chunk, dy_ND))
+
+            def part(at):
+                return _exchange_part(layout, nth, **(given | at), chunk=where)[0]
+
+            _, pull = jax.vjp(part, {name: given[name] for name in total})
+            return jax.tree.map(jnp.add, total, *pull(d_y))
 
         return lax.fori_loop(1, num_parts, add, total)
 
     # Two loops, as a pipeline puts off the gradients of weights.
-    d_x_ND, d_gate_NK = add_gradients(
-        lambda nth, x, gate: _exchange_part(layout, nth, x, gate, weights, chunk),
-        (x_ND, gate_NK),
-        tuple(d_tokens),
-    )
-    (d_weights,) = add_gradients(
-        lambda nth, w: _exchange_part(layout, nth, x_ND, gate_NK, w, chunk),
-        (weights,),
-        (d_weights,),
-    )
-    return None, d_x_ND, d_gate_NK, d_weights, None
+    d_tokens = add_gradients({"x_ND": d_x_ND, "gate_NK": d_gate_NK})
+    (d_weights,) = add_gradients({"weights": d_weights}).values()
+    return None, d_tokens["x_ND"], d_tokens["gate_NK"], d_weights, None
+
+
+def _only_in(nth: jax.Array, values: Any) -> Any:
+    """Returns the values, of which nothing is computed but within this round of a loop.
+
+    XLA computes before a loop what is the same in all its rounds, be there none at all:
+    weights would be lent, and tokens travel, in vain.
+    """
+    return lax.optimization_barrier((nth, values))[1]
 
 
 _with_gradients_of_later_parts.defvjp(_later_parts_forward, _later_parts_backward)

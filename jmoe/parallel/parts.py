@@ -9,11 +9,43 @@ that visit it. What is computed then has R rows on either.
 Shapes as in `jmoe.parallel.travel`.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from jmoe.balance import dropping
+from jmoe.config import RouterConfig
 from jmoe.parallel import collectives, ragged, slots, travel
 from jmoe.parallel.travel import AXIS
+
+ROOM, DEVIATIONS = 1.2, 4
+"""What buffers hold where no `capacity_factor` is set: times the expected visits.
+
+And so many standard deviations of a count of rare events, which few tokens need.
+"""
+
+
+def capacity(
+    factor: float | None, tokens: int, router: RouterConfig, share: int
+) -> int:
+    """Returns R, no more than a device's even share, `share` rows, without a factor.
+
+    On CPUs it is that: whatever is chosen, all arrives in one part if slots suffice,
+    and beside all tokens, which are there, it is little.
+
+    Args:
+      factor: R as a multiple of the expected visits; or None.
+      tokens: of each device.
+    """
+    of_router = tokens, router, collectives.axis_size(AXIS)
+    if factor is not None:
+        return dropping.receive_capacity(factor, *of_router)
+    most = min(dropping.receive_capacity(None, *of_router), share)
+    if collectives.platform() == "cpu":
+        return most
+    expected = dropping.receive_capacity(1.0, *of_router)
+    return min(math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected)), most)
 
 
 def count(trips: travel.Trips, rows: int) -> jax.Array:

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jmoe.config import ExchangeConfig, MeshConfig, RouterConfig
-from jmoe.ops import fp8
+from jmoe.ops import fp8, grouped
 from jmoe.parallel import balanced as subject
 from jmoe.parallel import collectives, exchange, loans, reductions
 from jmoe.parallel.mesh import make_mesh
@@ -112,7 +112,7 @@ def test_what_is_measured_says_how_uneven_devices_were_and_are():
 
 
 def test_rows_for_which_there_is_no_slot_are_told():
-    """Of 240 in all, 60 are even; whoever has one slot gets 60, 60 and 40 at most."""
+    """60 of 240 are even; those with one slot get 60, 60 and 40 at most."""
     cfg = ExchangeConfig(backend="balanced", slots=1, lend_above=0.0)
     expert_NK = np.full((TOKENS, 4), 16, np.int32)
     for choice, rows in enumerate([100, 60, 40, 40]):
@@ -179,6 +179,51 @@ def test_borrowed_weights_are_fetched_again_where_they_are_not_kept(remat):
     got = jax.jit(mapped)(expert_NK, dy_ND, x_ND, gate_NK, *weights)
     compare(got, oracle(expert_NK, dy_ND, x_ND, gate_NK, *weights))
     assert ((3, D, F) in kept) == (not remat)
+
+
+RECIPE, ONE_CHOICE = fp8.RECIPES["fp8"], RouterConfig(num_experts=8, top_k=1)
+
+
+def experts_in_fp8(x_RD, groups):
+    """A layer's, where there is no tensor group."""
+    mlp = functools.partial(grouped.BACKENDS["blocks"], recipe=RECIPE)
+    return sum(mlp(x_RD, g.expert_RK, g.gate_RK, *g.weights) for g in groups)
+
+
+def through_experts_in_fp8(backend, *arrays):
+    """Results, and how many experts each device counts as lent."""
+    cfg = ExchangeConfig(backend=backend, lend_above=0.0)
+    mesh = make_mesh(MeshConfig(expert=PEERS), jax.devices()[:PEERS])
+
+    def on_device(x_ND, expert_NK, gate_NK, *weights):
+        given = x_ND, expert_NK, gate_NK, experts_in_fp8, weights, cfg, ONE_CHOICE
+        found = exchange.exchange(*given, recipe=RECIPE)
+        return found.y_ND, jnp.array([found.metrics.get("experts_lent", 0)])
+
+    mapped = jax.shard_map(
+        on_device, mesh=mesh, in_specs=TOKEN_SPEC, out_specs=TOKEN_SPEC, check_vma=False
+    )
+    return (np.asarray(x, np.float32) for x in jax.jit(mapped)(*arrays))
+
+
+def test_in_fp8_a_borrower_computes_what_an_experts_home_computes():
+    """By the same e4m3 and scales, of float32 weights in products of bfloat16.
+
+    A token has one choice, so that nothing is summed over devices; in which order a
+    product sums is up to its size.
+    """
+    rng = np.random.default_rng(0)
+    experts, dim, mlp = ONE_CHOICE.num_experts, 144, 136  # more than a block
+    shapes = (64, dim), (experts, dim, 2, mlp), (experts, mlp, dim)
+    x_ND, *weights = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    expert_NK = rng.integers(2, 4, (64, 1), np.int32)  # of one device
+    given = jnp.asarray(x_ND, jnp.bfloat16), expert_NK, rng.random((64, 1), np.float32)
+    home_ND, none = through_experts_in_fp8("padded", *given, *weights)
+    lent_ND, lent = through_experts_in_fp8("balanced", *given, *weights)
+    assert none.sum() == 0 and lent.sum() >= 3
+    assert (lent_ND == home_ND).mean() > 0.99
+    bound = 1e-5 * np.abs(home_ND).max()
+    np.testing.assert_allclose(lent_ND, home_ND, rtol=2**-7, atol=bound)
 
 
 def test_more_slots_than_other_devices_have_experts_are_refused():

@@ -1,15 +1,20 @@
 """Our own engine is made ready from a run, or from an exported model."""
 
+import asyncio
 import dataclasses
+import logging
 
+import jax
 import pytest
 
+from jmoe.checkpoint.unread import Unread
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
 from jmoe.decode.limits import Limits
+from jmoe.decode.requests import Sampling
 from jmoe.export import hf
 from jmoe.serve import jax_engine
-from tests.serve.own import tokenizer, variables
+from tests.serve.own import RESTLESS, tokenizer, variables
 from tests.smallest_run import get_config
 
 MODEL = get_config().model
@@ -74,6 +79,14 @@ def test_an_exported_model_is_read_with_its_tokenizer(exported):
         jax_engine.load(exported, cfg.engine, 5)
 
 
+def test_weights_are_read_at_once_for_one_device_and_later_for_a_mesh(exported):
+    one, mesh = ServeConfig(), override(ServeConfig(), ["engine.tensor_parallel=2"])
+    read = jax_engine.load(exported, one.engine, None).variables
+    assert isinstance(read["params"]["embedding"], jax.Array)
+    unread = jax_engine.load(exported, mesh.engine, None).variables
+    assert isinstance(unread, Unread)
+
+
 def test_what_holds_no_model_or_no_tokenizer_is_told(exported, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a run nor an exported model"):
         jax_engine.read_model(tmp_path / "nothing")
@@ -97,3 +110,24 @@ def test_a_damaged_template_is_refused_before_the_engine_is_made(tmp_path, monke
     trained = jax_engine.Trained(get_config(), tokenizer(), variables(), 0)
     with pytest.raises(ValueError, match="none of Jinja's"):
         jax_engine.serve(trained, ServeConfig())
+
+
+def test_a_served_engines_decisions_are_done_logged_shown_and_counted(caplog):
+    caplog.set_level(logging.INFO, jax_engine.__name__)
+    trained = jax_engine.Trained(get_config(), tokenizer(), variables(), 0)
+    settings = ["engine.max_sequences=1", "engine.max_length=32", RESTLESS]
+    served = jax_engine.serve(trained, override(ServeConfig(name="tiny"), settings))
+    asked = [([1, 2, 3], Sampling(max_new_tokens=9))] * 8
+
+    async def ask():
+        with served.worker.submit(asked, 60) as ticket:
+            return [one async for some in ticket for one in some]
+
+    assert len(asyncio.run(ask())) == len(asked)
+    served.worker.close()
+    decision = served.meter.snapshot().decisions[0]
+    assert decision.kind == "admit" and "wait for up to" in decision.reason
+    assert decision.change.endswith("requests may wait")
+    assert f"admit: {decision.reason}; {decision.change}" in caplog.messages
+    assert b'jmoe_decisions_total{kind="admit"' in served.meter.prometheus()
+    assert served.meter.totals().steps.count_B.sum() > 70

@@ -26,7 +26,14 @@ from jmoe.serve.api import make_app
 from jmoe.serve.front import Access
 from tests.serve.client import events
 from tests.serve.counting import Counting
-from tests.serve.own import NAME, PATIENCE, make_served, tokenizer, variables
+from tests.serve.own import (
+    NAME,
+    PATIENCE,
+    RESTLESS,
+    make_served,
+    tokenizer,
+    variables,
+)
 from tests.serve.running import wait_until
 from tests.smallest_run import get_config
 
@@ -125,6 +132,7 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
     command = [
         *(sys.executable, str(SCRIPT), f"--model={directory}", "--engine=jax"),
         *("--local", f"--set=port={port}", "--set=engine.max_sequences=1"),
+        f"--set={RESTLESS}",
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
@@ -134,7 +142,7 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
         assert re.fullmatch(rb"  1 decoded: [\d.]+ s\n", said_first[1])
         assert re.fullmatch(rb"  1 decoded, 1 x 64 tokens read: .* s\n", said_first[2])
         assert said_first[3].startswith(b"Serving tiny at ")
-        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0}
+        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0, "n": 8}
         with opened(post(port, body | {"return_token_ids": True})) as response:
             answer = json.loads(response.read())
         assert len(answer["choices"][0]["token_ids"]) == 4
@@ -142,3 +150,4 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
         server.send_signal(signal.SIGTERM)
         _, said = server.communicate(timeout=PATIENCE)
     assert server.returncode == 0, said
+    assert b"admit: requests wait for up to" in said
