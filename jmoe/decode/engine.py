@@ -26,12 +26,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, StepSize, check
-from jmoe.decode.live import (
-    Live,
-    PromptChunk,
-    make_chunks,
-    make_rows,
-)
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Completion, Sampling, check_prompt
@@ -110,8 +105,7 @@ class Engine:
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
           observe: is told what each step did, behind it.
-          compiled: is told of each size of steps once it is compiled, with the seconds
-            that this took.
+          compiled: is told of each size that is compiled, and in how many seconds.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
