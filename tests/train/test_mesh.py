@@ -28,6 +28,7 @@ from tests.train.training import (
 
 STEPS, A, B = 8, 2, 16
 ONE = ""
+LENDING = "model.moe.exchange.backend=balanced", "model.moe.exchange.lend_above=0.0"
 
 # Of these, a mesh of all three axes has both.
 PAIRS = {"data=4,expert=4", "data=4,tensor=4"}
@@ -144,9 +145,18 @@ def evaluation(run, variables):
     return evaluate(run, variables)
 
 
-@pytest.mark.parametrize("mesh", ["data=16", "data=2,expert=4,tensor=2"])
-def test_an_evaluation_is_the_same_on_a_mesh(run, variables, evaluation, mesh):
-    want, got = evaluation, evaluate(on(run, mesh), variables)
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("data=16", ()),
+        ("data=2,expert=4,tensor=2", ()),
+        ("data=2,expert=4,tensor=2", LENDING),
+    ],
+)
+def test_an_evaluation_is_the_same_on_a_mesh(
+    run, variables, evaluation, mesh, settings
+):
+    want, got = evaluation, evaluate(on(run, mesh, *settings), variables)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert got.tokens == want.tokens
     np.testing.assert_array_equal(got.load_LE, want.load_LE)
