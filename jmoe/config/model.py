@@ -23,7 +23,7 @@ EXPERT_BACKENDS = ("auto", "blocks", "ragged")
 EXPERT_REMATS = ("none", "activations")
 EXCHANGES = ("padded", "ragged", "gather", "balanced")
 DROP_ORDERS = ("score", "position")
-WIRE_DTYPES = ("activations", "float8_e4m3fn")
+ACTIVATIONS, FLOAT8 = WIRE_DTYPES = "activations", "float8_e4m3fn"
 UPDATE_RULES = ("sign", "sign_centered", "proportional", "quantile")
 MARGIN_RULES = ("quantile",)  # they need more than counts
 AUXILIARY_LOSSES = ("none", "switch", "sequence", "global_batch")

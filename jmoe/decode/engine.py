@@ -26,13 +26,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, StepSize, check
-from jmoe.decode.live import (
-    Live,
-    PromptChunk,
-    make_chunks,
-    make_nobody,
-    make_rows,
-)
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Completion, Sampling, check_prompt
@@ -47,6 +41,8 @@ class Programs(Protocol):
 
     parts: int
     turns: int
+
+    def warm_up(self, size: StepSize) -> None: ...
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]: ...
 
@@ -100,6 +96,7 @@ class Engine:
         text: Text | None = None,
         programs: MakePrograms = OneDevice,
         observe: Observe = ignore,
+        compiled: Callable[[StepSize, float], None] = lambda size, seconds: None,
     ):
         """Prepares the weights and compiles.
 
@@ -108,6 +105,7 @@ class Engine:
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
           observe: is told what each step did, behind it.
+          compiled: is told of each size that is compiled, and in how many seconds.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
@@ -128,7 +126,10 @@ class Engine:
         self._turn = 0
         self._cancelled: list[Live] = []
         self._observe, self._since = observe, 0.0
-        self._warm_up()
+        for size in limits.sizes:
+            began = time.perf_counter()
+            self.programs.warm_up(size)
+            compiled(size, time.perf_counter() - began)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """Returns the number of a request, which will begin once there is room.
@@ -250,12 +251,6 @@ class Engine:
             )
         if sampling.stop_texts and self._text is None:
             raise ValueError("stop_texts need an engine that knows the tokenizer.")
-
-    def _warm_up(self) -> None:
-        """Compiles each size, by steps in which nobody takes part."""
-        for size in self.limits.sizes:
-            self.programs.run(*make_nobody(self.limits, self.programs.parts, size))
-            self.programs.flush()
 
     def _admit(self) -> None:
         """Gives those that wait a slot and pages, in their order."""

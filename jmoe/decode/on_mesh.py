@@ -17,27 +17,25 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jmoe.balance.placement import Placement
 from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
-from jmoe.decode import layers, mesh_weights
+from jmoe.decode import layers, mesh_weights, packing
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
 from jmoe.decode.layers import Counts
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
-from jmoe.decode.placing import Placing, RowMoves, make_mover
+from jmoe.decode.placing import Move, Placing, RowMoves, make_mover
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
@@ -72,6 +70,7 @@ def make_programs(
     exchange: ExchangeConfig | None = None,
     placed: Placement | None = None,
     limit: int | None = None,
+    dispatch_dtypes: tuple[str, ...] = (),
 ) -> MakePrograms:
     """Returns what makes an engine's programs for a run's mesh.
 
@@ -85,6 +84,10 @@ def make_programs(
         they are where the run's state has them, for good.
       limit: of the choices that a device computes in a layer of a step, which may then
         be changed (`OnMesh.set_limit`); None: there is none, for good.
+      dispatch_dtypes: among which that of tokens on their way to experts may be changed
+        (`OnMesh.set_dispatch_dtype`), the first of them to begin with. Each has steps
+        of its own, so that all sizes are compiled as often. Empty: the exchange's is
+        there for good.
 
     Raises:
       ValueError: there is no such form, or the placement isn't for this model and mesh.
@@ -93,7 +96,8 @@ def make_programs(
 
     def make(cfg: ModelConfig, variables: Any, limits: Limits) -> "OnMesh":
         assert cfg == run.model, "the run's own model"
-        return OnMesh(run, mesh, form, variables, limits, exchange, placed, limit)
+        placing = placed, limit, dispatch_dtypes
+        return OnMesh(run, mesh, form, variables, limits, exchange, *placing)
 
     return make
 
@@ -102,6 +106,7 @@ class OnMesh:
     """Programs for all sizes, as `jmoe.decode.programs.OneDevice` has them.
 
     placing: where experts are; None: where the run's state has them, for good.
+    dispatch_dtype: in which tokens travel to experts.
     """
 
     def __init__(
@@ -114,10 +119,17 @@ class OnMesh:
         exchange: ExchangeConfig | None = None,
         placed: Placement | None = None,
         limit: int | None = None,
+        dispatch_dtypes: tuple[str, ...] = (),
     ):
         self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
         self._limits = limits
-        self._programs = compile_for(run, mesh, form, limits, exchange)
+        exchange = exchange or _with_room_for_all(run)
+        self._by_dtype: dict[str, MeshPrograms] = {}
+        for dtype in dispatch_dtypes or (exchange.dispatch_dtype,):
+            way = dataclasses.replace(exchange, dispatch_dtype=dtype)
+            self._by_dtype[dtype] = compile_for(run, mesh, form, limits, way)
+        # They differ in steps alone.
+        self.dispatch_dtype, self._programs = next(iter(self._by_dtype.items()))
         layout, rows = self._programs.layout, self._programs.rows
         self.placing: Placing | None = None
         if placed is not None:
@@ -135,6 +147,15 @@ class OnMesh:
         self._underway: Underway | None = None
         # Whether anybody took part in each of the last steps, the oldest first.
         self._calls: collections.deque[bool] = collections.deque()
+
+    def warm_up(self, size: StepSize) -> None:
+        """Compiles steps of a size, by some in which nobody takes part."""
+        used = self.dispatch_dtype
+        for dtype in self._by_dtype:
+            self.dispatch_dtype = dtype
+            self.run(*make_nobody(self._limits, self.parts, size))
+            self.flush()
+        self.dispatch_dtype = used
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
         """Returns what the steps that are done found, the same on all processes.
@@ -173,24 +194,58 @@ class OnMesh:
         set_limit = functools.partial(mesh_weights.with_limit, layout, rows)
         self._weights = set_limit(self._weights, limit)
 
+    @property
+    def dispatch_dtypes(self) -> tuple[str, ...]:
+        """What tokens may travel to experts in, the usual dtype first."""
+        return tuple(self._by_dtype)
+
+    def set_dispatch_dtype(self, dtype: str) -> None:
+        """Lets tokens travel to experts in another dtype, from the next step on.
+
+        Raises:
+          ValueError: there are no steps for it.
+        """
+        if dtype not in self._by_dtype:
+            raise ValueError(
+                f"dispatch_dtype={dtype!r} is not one of "
+                f"{', '.join(map(repr, self._by_dtype))}, for which there are programs."
+            )
+        self.dispatch_dtype = dtype
+
     def advance(self, steps: int) -> float:
         """Takes so many steps to where experts are going; returns their seconds.
 
-        Between two steps of decoding; all processes call it alike.
+        Between two steps of decoding.
 
         Raises:
           ValueError: experts are where they are for good.
         """
-        if self.placing is None:
-            raise ValueError("experts can't move: the programs were made without.")
-        began = time.perf_counter()
-        self._weights = self.placing.advance(self._weights, steps)
+        return self.move(self._movable.take(steps))
+
+    def move(self, moves: Sequence[Move]) -> float:
+        """Makes steps of an experts' way, and returns their seconds.
+
+        All processes of the mesh make the same ones, between the same two steps of
+        decoding; one of them has set out on the way.
+
+        Raises:
+          ValueError: experts are where they are for good.
+        """
+        placing, began = self._movable, time.perf_counter()
+        self._weights = placing.make(self._weights, moves)
         jax.block_until_ready(self._weights.layers)
         return time.perf_counter() - began
 
+    @property
+    def _movable(self) -> Placing:
+        if self.placing is None:
+            raise ValueError("experts can't move: the programs were made without.")
+        return self.placing
+
     def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
         operands = self._weights, self.state, self._underway, self._put(given)
-        self.state, self._underway, found = self._programs.step(*operands)
+        step = self._by_dtype[self.dispatch_dtype].step
+        self.state, self._underway, found = step(*operands)
         self._calls.append(is_anybody)
         if len(self._calls) < self.turns:
             return []
@@ -232,9 +287,7 @@ def compile_for(
     exchange: ExchangeConfig | None = None,
 ) -> MeshPrograms:
     """Returns the programs of a run's model on this mesh; see `make_programs`."""
-    if exchange is None:
-        kept = run.model.moe.exchange.dispatch_dtype
-        exchange = ExchangeConfig(dispatch_dtype=kept)
+    exchange = exchange or _with_room_for_all(run)
     moe = dataclasses.replace(run.model.moe, exchange=exchange)
     cfg = dataclasses.replace(run.model, moe=moe)
     layout = make_layout(Transformer(cfg), mesh)
@@ -279,6 +332,11 @@ def compile_for(
         return lying(layout, taken, (weights, state, underway, given))
 
     return MeshPrograms(layout, rows, starts, begins, steps, move, abstract)
+
+
+def _with_room_for_all(run: RunConfig) -> ExchangeConfig:
+    """Returns what drops nobody's tokens; they travel as the run has them travel."""
+    return ExchangeConfig(dispatch_dtype=run.model.moe.exchange.dispatch_dtype)
 
 
 def _own_layers(rows: tuple[LayerRow, ...], weights: Weights) -> list[Layer]:
@@ -327,25 +385,6 @@ def _finish(cfg, limits, weights, state, x_SD, counts, given):
     told = x_SD, counts, *given
     state, found = finish(cfg, limits.top_logprobs, weights, state, *told)
     drawn = found._replace(count_LE=None, dropped_L=None)  # joined, not summed
-    packed_N = collectives.psum(jnp.where(is_last, _packed(drawn), 0), PIPE)
+    packed_N = collectives.psum(jnp.where(is_last, packing.packed(drawn), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, drawn)._replace(**counts._asdict())
-
-
-def _packed(found: StepResult) -> jax.Array:
-    """Returns all numbers as int32 [N], so that they travel at once."""
-    leaves = jax.tree.leaves(found)
-    bits = [lax.bitcast_convert_type(jnp.asarray(x), jnp.int32) for x in leaves]
-    return jnp.concatenate([x.reshape(-1) for x in bits])
-
-
-def _unpacked(packed_PN: jax.Array, shapes: StepResult) -> StepResult:
-    """Returns the inverse of `_packed` for each part, joined along the first one."""
-    leaves, tree = jax.tree.flatten(shapes)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    found = []
-    for leaf, bits_PN in zip(leaves, jnp.split(packed_PN, ends, axis=1), strict=True):
-        x = lax.bitcast_convert_type(bits_PN, leaf.dtype)
-        shape = len(packed_PN) * leaf.shape[0], *leaf.shape[1:]
-        found.append(x.reshape(shape))
-    return jax.tree.unflatten(tree, found)
+    return state, packing.unpacked(packed_PN, drawn)._replace(**counts._asdict())

@@ -7,29 +7,51 @@
 Load is measured over a window of steps (`jmoe.balance.controller`). Where experts get
 other places, each step of decoding is followed by one of their way: so a step is later
 by what it takes to move one expert to each device, at most, and nothing waits for all.
-That is for an engine whose mesh is one process's: on several, experts stay.
+To let tokens travel in FP8, the engine has a second set of programs, which is compiled
+when it starts; the next step runs one of them. On several processes the pilot is
+process 0's (`jmoe.decode.followers`).
 
 What to do is thought about in a thread of its own, as it may take longer than a step.
 """
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from jmoe.balance import controller
 from jmoe.balance.controller import Action, ControllerState, Window
 from jmoe.balance.copies import CopyStep
-from jmoe.config.controller import ADMIT, DROP, PLACE, ControllerConfig
+from jmoe.config.controller import ADMIT, DROP, FP8, PLACE, ControllerConfig
+from jmoe.config.model import FLOAT8
 from jmoe.decode.engine import Engine
-from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import Placing, begin_with, system
 from jmoe.decode.stats import StepStats
 from jmoe.parallel.shedding import NO_LIMIT
 
-ABLE = (PLACE, DROP, ADMIT)
 MOVED = "moved"  # the kind of what is told when experts have arrived: how many have
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """Programs of a mesh, whose ways can change while they run.
+
+    As `jmoe.decode.on_mesh.OnMesh` has it.
+    """
+
+    placing: Placing | None
+    may_drop: bool
+    dispatch_dtype: str
+
+    @property
+    def dispatch_dtypes(self) -> tuple[str, ...]: ...
+
+    def advance(self, steps: int) -> float: ...
+
+    def set_limit(self, limit: int) -> None: ...
+
+    def set_dispatch_dtype(self, dtype: str) -> None: ...
 
 
 class _Thought(NamedTuple):
@@ -48,9 +70,6 @@ class Pilot:
     Args:
       tell: is told what is done, and when experts have arrived.
       thinks: runs what decides and plans; None: a thread.
-
-    Raises:
-      ValueError: an action is asked for that no engine can take.
     """
 
     def __init__(
@@ -59,12 +78,6 @@ class Pilot:
         tell: Callable[[Action], None],
         thinks: concurrent.futures.Executor | None = None,
     ):
-        for action in cfg.actions:
-            if action not in ABLE:
-                raise ValueError(
-                    f"actions has {action!r}; while it runs, an engine takes only "
-                    f"{', '.join(map(repr, ABLE))}."
-                )
         self._cfg, self._tell = cfg, tell
         self._thinks = thinks or concurrent.futures.ThreadPoolExecutor(1, "pilot")
         self._thought: concurrent.futures.Future[_Thought] | None = None
@@ -78,14 +91,21 @@ class Pilot:
         """Begins to act on an engine, which tells this of its steps.
 
         Raises:
-          ValueError: choices may be dropped, but the engine's programs can't.
+          ValueError: there is an action for which its programs weren't made.
         """
         programs = engine.programs
-        can_drop = isinstance(programs, OnMesh) and programs.may_drop
-        if DROP in self._cfg.actions and not can_drop:
+        may_drop, may_go_as = False, ()
+        if isinstance(programs, Steerable):
+            may_drop, may_go_as = programs.may_drop, programs.dispatch_dtypes[1:]
+        if DROP in self._cfg.actions and not may_drop:
             raise ValueError(
                 "actions has 'drop', but the engine's programs were made without a "
                 "limit of a device's choices."
+            )
+        if FP8 in self._cfg.actions and FLOAT8 not in may_go_as:
+            raise ValueError(
+                "actions has 'fp8', but the engine's programs were made without a "
+                f"second form in which tokens travel to experts, {FLOAT8!r}."
             )
         self._engine = engine
         placing = self._placing
@@ -96,11 +116,17 @@ class Pilot:
     @property
     def _placing(self) -> Placing | None:
         programs = self._engine.programs if self._engine else None
-        return programs.placing if isinstance(programs, OnMesh) else None
+        return programs.placing if isinstance(programs, Steerable) else None
 
     def device_load(self, count_LE: np.ndarray) -> np.ndarray | None:
         """Returns the choices that each device computes; None: experts are in order."""
         return None if self._placing is None else self._placing.device_load(count_LE)
+
+    @property
+    def is_in_fp8(self) -> bool:
+        """Whether tokens travel to experts in FP8."""
+        programs = self._engine.programs if self._engine else None
+        return isinstance(programs, Steerable) and programs.dispatch_dtype == FLOAT8
 
     def __call__(self, stats: StepStats) -> None:
         """Takes what a step did, and does what follows from it."""
@@ -110,7 +136,7 @@ class Pilot:
         self._steps.append(stats)
         self._waits.append(self._engine.longest_wait)
         if placing is not None and placing.steps_left:
-            assert isinstance(self._engine.programs, OnMesh)
+            assert isinstance(self._engine.programs, Steerable)
             self.stalls.append(self._engine.programs.advance(1))
             if not placing.steps_left:
                 self._tell(self._arrived())
@@ -141,9 +167,13 @@ class Pilot:
             queue = self._engine.limits.queue
             self._engine.most_waiting = queue if most is None else min(most, queue)
         if action.kind == DROP:
-            assert isinstance(self._engine.programs, OnMesh), "see `take`"
+            assert isinstance(self._engine.programs, Steerable), "see `take`"
             limit = NO_LIMIT if action.value is None else action.value
             self._engine.programs.set_limit(limit)
+        if action.kind == FP8:
+            assert isinstance(self._engine.programs, Steerable), "see `take`"
+            usual, *_ = self._engine.programs.dispatch_dtypes
+            self._engine.programs.set_dispatch_dtype(FLOAT8 if action.value else usual)
         if action.kind == PLACE:
             assert self._placing is not None, "as there is a way"
             self.stalls = []

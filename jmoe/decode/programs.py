@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, StepSize
+from jmoe.decode.live import make_nobody
 from jmoe.decode.step import State, StepResult, step
 from jmoe.decode.weights import prepare
 from jmoe.nn import block, mtp
@@ -38,6 +39,10 @@ class OneDevice:
         state = make_state(cfg, limits, cfg.num_layers, self.turns)
         (device,) = weights.embedding.devices()
         self._weights, self.state = jax.device_put((weights, state), device)
+
+    def warm_up(self, size: StepSize) -> None:
+        """Compiles steps of a size, by one in which nobody takes part."""
+        self.run(*make_nobody(self._limits, self.parts, size))
 
     def run(self, rows: DecodeRows, chunks: PrefillChunks) -> list[StepResult]:
         """Runs a step, and returns what the steps that are done found, in their order.

@@ -76,6 +76,7 @@ class ServingMeter:
         device_LP: np.ndarray | None = None,
         dropped_L: np.ndarray | None = None,
         lent: int = 0,
+        in_fp8: bool = False,
     ) -> None:
         """Takes what one step of the engine did (`jmoe.decode.stats.StepStats`).
 
@@ -84,6 +85,7 @@ class ServingMeter:
             lie on the devices in their order, equally many on each.
           dropped_L: choices that no device computed.
           lent: experts that were computed elsewhere than where they lie.
+          in_fp8: whether tokens travelled to experts in FP8.
         """
         with self._lock:
             now, totals = self._clock(), self._totals
@@ -104,6 +106,8 @@ class ServingMeter:
                 totals.dropped_L += dropped_L
             totals.rows += rows
             totals.experts_lent += lent
+            totals.fp8_steps += in_fp8
+            totals.in_fp8 = in_fp8
             totals.pages_used, totals.pages = pages_used, pages
             totals.steps.add(seconds)
             totals.last_step = now

@@ -103,3 +103,6 @@ def _experts(totals: Totals, shown: Snapshot) -> Iterator[core.Metric]:
     yield counter(
         "jmoe_experts_lent", "Experts lent to other devices.", totals.experts_lent
     )
+    yield counter(
+        "jmoe_fp8_steps", "Steps whose tokens travelled in FP8.", totals.fp8_steps
+    )

@@ -128,6 +128,10 @@ def _figures_of_experts(totals: Totals) -> Iterator[Figure]:
         yield Figure("experts moved", totals.experts_moved, "", "since the start")
     if totals.experts_lent:
         yield Figure("experts lent", totals.experts_lent, "", "since the start")
+    if totals.fp8_steps:
+        share = totals.fp8_steps / int(totals.steps.count_B.sum())
+        now = "tokens travel so now" if totals.in_fp8 else "not now"
+        yield Figure("steps in FP8", share, "%", now)
 
 
 def _refused(totals: Totals) -> str:

@@ -28,6 +28,8 @@ class Totals:
     accepted: int = 0
     experts_moved: int = 0
     experts_lent: int = 0
+    fp8_steps: int = 0  # whose tokens travelled to experts in FP8
+    in_fp8: bool = False  # whether those of the last step did
     running: int = 0
     waiting: int = 0
     pages_used: int = 0

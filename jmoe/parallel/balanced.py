@@ -111,7 +111,9 @@ def exchange(
         groups_per_token=1,
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
-    form = loans.in_dtype(x_ND.dtype) if recipe is None else loans.in_fp8(recipe)
+    form = loans.in_dtype(x_ND.dtype)
+    if recipe is not None:
+        form = loans.in_fp8(recipe, x_ND.dtype)
     # Each device of a tensor group lends its part of an expert.
     size = jnp.float32(group * loans.bytes_of_expert(weights, form))
     metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}

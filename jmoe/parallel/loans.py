@@ -41,14 +41,15 @@ def in_dtype(dtype: Any) -> Form:
     return Form(lambda w: w.astype(dtype), lambda w, of: w.astype(of))
 
 
-def in_fp8(recipe: fp8.Recipe) -> Form:
-    """Returns weights quantized as products will have them; a second time, for them.
+def in_fp8(recipe: fp8.Recipe, dtype: Any) -> Form:
+    """Returns weights quantized as products of `dtype` will have them.
 
-    What was quantized once stays as it is when it is quantized again.
+    These quantize a second time, which leaves the numbers that e4m3 stands for as they
+    are: to the bit in bfloat16, but for scales' last bit in float32.
     """
 
     def pack(w):
-        matrices = w.reshape(*w.shape[:2], -1)
+        matrices = w.astype(dtype).reshape(*w.shape[:2], -1)
         return recipe.quantize(matrices, recipe.weights)
 
     return Form(pack, fp8.dequantize)

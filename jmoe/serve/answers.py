@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 Headers = tuple[tuple[str, str], ...]
+_ERROR_TYPES = {429: "rate_limit_error", 503: "service_unavailable_error"}
 
 
 @dataclasses.dataclass(eq=False)  # as exceptions are hashed
@@ -22,13 +23,22 @@ class Refused(Exception):
 
 def start_and_body(refused: Refused) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the ASGI messages that answer so: one line, as JSON."""
-    kind = "invalid_request_error" if refused.status < 500 else "unavailable"
-    error = {"message": refused.message, "type": kind, "param": refused.field}
+    error = {
+        "message": refused.message,
+        "type": _error_type(refused.status),
+        "param": refused.field,
+    }
     body = json.dumps({"error": error | {"code": refused.status}}).encode()
     own = (("content-type", "application/json"), ("content-length", str(len(body))))
     headers = [(k.encode(), v.encode()) for k, v in (*own, *refused.headers)]
     start = {"type": "http.response.start", "status": refused.status}
     return start | {"headers": headers}, {"type": "http.response.body", "body": body}
+
+
+def _error_type(status: int) -> str:
+    """Returns what OpenAI's guide to error codes has for a status, or for its kind."""
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return _ERROR_TYPES.get(status, kind)
 
 
 async def answer(refused: Refused, send: Any) -> None:

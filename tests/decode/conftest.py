@@ -34,3 +34,17 @@ def cfg() -> ModelConfig:
 @pytest.fixture(scope="session")
 def variables(cfg):
     return random_variables(cfg)
+
+
+@pytest.fixture
+def compilations():
+    """Names of what is compiled from here on."""
+    found = []
+
+    def note(event, _, **told):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(told.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)

@@ -1,4 +1,4 @@
-"""An engine on a small pipeline, whose experts have copies and may move."""
+"""Engines whose experts may move, on a small pipeline, or whose tokens' form may."""
 
 import functools
 from collections.abc import Callable
@@ -8,6 +8,7 @@ import numpy as np
 
 from jmoe.balance import placement
 from jmoe.config import ModelConfig, override
+from jmoe.config.model import ACTIVATIONS, FLOAT8, WIRE_DTYPES
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
 from jmoe.decode.on_mesh import make_programs
@@ -47,6 +48,31 @@ def engine(cfg: ModelConfig) -> tuple[Engine, Any, Watcher]:
     programs = make_programs(run, layout.mesh, placed=begin, limit=NO_LIMIT)
     made = Engine(model, divided, LIMITS, programs=programs, observe=watcher)
     return made, variables, watcher
+
+
+def switching_engine(cfg: ModelConfig) -> tuple[Engine, Watcher]:
+    """One whose tokens may travel in FP8, but don't; and who watches it."""
+    found = _switching_engine(cfg)
+    found[0].programs.set_dispatch_dtype(ACTIVATIONS)
+    return found
+
+
+@functools.cache
+def _switching_engine(cfg: ModelConfig) -> tuple[Engine, Watcher]:
+    variables, watcher = random_variables(cfg), Watcher()
+    run, layout, divided = placed("expert=2", [], variables)
+    programs = make_programs(run, layout.mesh, dispatch_dtypes=WIRE_DTYPES)
+    made = Engine(cfg, divided, LIMITS, programs=programs, observe=watcher)
+    return made, watcher
+
+
+@functools.cache
+def fp8_engine(cfg: ModelConfig) -> Engine:
+    """One like it whose tokens always do, with programs of its own."""
+    model = override(cfg, [f"moe.exchange.dispatch_dtype={FLOAT8}"])
+    run, layout, divided = placed("expert=2", [], random_variables(cfg), model)
+    programs = make_programs(run, layout.mesh)
+    return Engine(model, divided, LIMITS, programs=programs)
 
 
 def any_placement(model: ModelConfig, seed: int) -> placement.Placement:

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,15 @@ from jmoe.config.controller import ControllerConfig
 from jmoe.decode.engine import Engine
 from jmoe.decode.pilot import Pilot
 from jmoe.decode.requests import Sampling
-from tests.decode.placed import DEVICES, SPARE, completed, engine
+from jmoe.decode.stats import ignore
+from tests.decode.placed import (
+    DEVICES,
+    SPARE,
+    completed,
+    engine,
+    fp8_engine,
+    switching_engine,
+)
 from tests.decode.test_step import LIMITS
 
 RESTLESS = ControllerConfig(
@@ -74,22 +83,52 @@ def test_a_pilot_lets_fewer_requests_wait_while_they_wait_for_too_long(cfg, vari
     pilot.take(one)
     for _ in range(20):
         one.submit([1, 2, 3], Sampling(max_new_tokens=9))
-    while one.most_waiting == limits.queue:
+    for _ in range(STEPS):  # 20 requests take more
         one.step()
-    assert told[0].kind == "admit" and 1 <= one.most_waiting < 20
-    while one.most_waiting < limits.queue:
+        if one.most_waiting < limits.queue:
+            break
+    assert told and told[0].kind == "admit" and 1 <= one.most_waiting < 20
+    for _ in range(10 * STEPS):
         one.step()
+        if one.most_waiting == limits.queue:
+            break
         if one.is_idle:
             one.submit([1], Sampling(max_new_tokens=4))
-    assert told[-1].value is None
+    assert told[-1].value is None and one.most_waiting == limits.queue
 
 
-def test_a_pilot_refuses_what_no_engine_does():
-    with pytest.raises(ValueError, match="actions has 'fp8'; .*only 'place', 'drop'"):
-        Pilot(ControllerConfig(actions=("place", "fp8")), print)
+STEPS = 40
+SLOW = ControllerConfig(actions=("fp8",), step_seconds=1.0, window_steps=4, cool_down=1)
 
 
-def test_a_pilot_refuses_to_drop_what_an_engine_cannot(cfg, variables):
+def test_a_pilot_lets_tokens_travel_in_fp8_while_steps_take_too_long(cfg, compilations):
+    switching, watcher = switching_engine(cfg)
+    wanted = {False: completed(switching), True: completed(fp8_engine(cfg))}
+    told: list = []
+    pilot = Pilot(SLOW, told.append, AtOnce())
+    pilot.take(switching)
+    compilations.clear()
+    found = []
+    for seconds in (0.5, 2.0, 0.8, 0.5):  # of each step
+        watcher.observe = lambda stats, s=seconds: pilot(stats._replace(seconds=s))
+        completed(switching)
+        watcher.observe = ignore
+        found.append(pilot.is_in_fp8)
+        assert completed(switching) == wanted[found[-1]]
+    assert found == [False, True, True, False] and not compilations
+    assert [(action.kind, action.change) for action in told] == [
+        ("fp8", "tokens travel in FP8"),
+        ("fp8", "tokens travel as they are"),
+    ]
+    reasons = "|".join(action.reason for action in told)
+    measured = "steps take up to .* s, .* of the limit"
+    assert re.fullmatch(rf"{measured}, above 0.90\|{measured}, below 0.70", reasons)
+
+
+def test_a_pilot_refuses_what_an_engine_was_not_made_for(cfg, variables):
     pilot = Pilot(ControllerConfig(actions=("drop",), device_rows=9), print)
     with pytest.raises(ValueError, match="actions has 'drop', .* without a limit"):
         pilot.take(Engine(cfg, variables, LIMITS, observe=pilot))
+    pilot = Pilot(SLOW, print)
+    with pytest.raises(ValueError, match="actions has 'fp8', .* without a second form"):
+        pilot.take(fp8_engine(cfg))

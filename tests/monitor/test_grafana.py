@@ -13,7 +13,13 @@ from tests.monitor.test_training import log
 from tests.monitor.test_training import make_meter as make_training_meter
 from tests.monitor.watched import make_meter, step
 
-OF_PROMETHEUS = {"instance", "le"}  # labels that are there without us
+INSTANCE = 'instance=~"$instance"'
+WINDOW = "[$__rate_interval]"
+SELECTOR = re.compile(r"(jmoe_\w+)\{([^}]*)\}(\[\$__rate_interval\])?")
+GROUPED = re.compile(r"\b(?:sum|avg|max|min|quantile) by \(([\w, ]+)\) \(")
+FUNCTIONS = {"rate", "increase", "histogram_quantile", "quantile"}
+AGGREGATIONS = {"sum", "avg", "max", "by"}
+COUNTED = ("_total", "_count", "_bucket")
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +54,74 @@ def expressions(dashboard):
     return [target["expr"] for part in targets for target in part]
 
 
-def test_every_metric_and_label_that_is_asked_for_exists(dashboard):
+def argument(expression: str, start: int) -> str:
+    """Returns what is between a parenthesis that ends before `start`, and its other."""
+    depth = 1
+    for at in range(start, len(expression)):
+        depth += {"(": 1, ")": -1}.get(expression[at], 0)
+        if not depth:
+            return expression[start:at]
+    raise AssertionError(f"not closed: {expression}")
+
+
+def test_every_metric_that_is_asked_for_exists_as_a_counter_or_not(dashboard):
     known = labels_by_name()
     for expression in expressions(dashboard):
-        names = re.findall(r"\bjmoe_\w+", expression)
-        assert names and set(names) <= known.keys(), expression
-        grouped = re.findall(r"by \((\w+)\)", expression)
-        labels = set.union(OF_PROMETHEUS, *(known[name] for name in names))
-        assert set(grouped) <= labels, expression
+        selected = SELECTOR.findall(expression)
+        names = [name for name, *_ in selected]
+        assert names and names == re.findall(r"\bjmoe_\w+", expression), expression
+        assert set(names) <= known.keys(), expression
+        assert {matchers for _, matchers, _ in selected} == {INSTANCE}, expression
+        for name, _, window in selected:  # counters are worth a look as rates only
+            assert bool(window) == name.endswith(COUNTED), expression
+        rates = re.findall(r"\b(?:rate|increase)\(jmoe_\w+", expression)
+        assert len(rates) == expression.count(WINDOW), expression
+        called = set(re.findall(r"(\w+) ?\(", SELECTOR.sub("", expression)))
+        assert called <= FUNCTIONS | AGGREGATIONS, expression
     chosen = json.dumps(dashboard["templating"])
     assert set(re.findall(r"\bjmoe_\w+", chosen)) <= known.keys()
+
+
+def test_every_label_that_is_asked_for_is_one_of_its_metrics(dashboard):
+    known = labels_by_name()
+    targets = (x for panel in dashboard["panels"] for x in panel.get("targets", []))
+    for target in targets:
+        expression, kept = target["expr"], set()
+        for found in GROUPED.finditer(expression):
+            labels = set(re.split(", ?", found[1]))
+            kept |= labels
+            for name, *_ in SELECTOR.findall(argument(expression, found.end())):
+                assert labels <= known[name], expression
+        assert expression.count("by (") == len(GROUPED.findall(expression))
+        named = set(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+        assert named <= kept, expression
+        is_histogram = "histogram_quantile" in expression
+        assert is_histogram == ("le" in kept) == ("_bucket{" in expression)
+
+
+def test_the_dashboard_is_as_grafana_documents_its_own(dashboard):
+    """By "Dashboard JSON model" in Grafana's documentation, and kinds/dashboard."""
+    assert isinstance(dashboard["schemaVersion"], int) and "id" not in dashboard
+    assert 8 <= len(dashboard["uid"]) <= 40 and dashboard["editable"] is True
+    assert dashboard["timezone"] in ("browser", "utc")
+    assert re.fullmatch(r"\d+[smhd]", dashboard["refresh"])
+    assert dashboard["time"].keys() == {"from", "to"}
+    source, chosen = dashboard["templating"]["list"]
+    assert (source["type"], source["query"]) == ("datasource", "prometheus")
+    assert source["name"] == "datasource" and chosen["name"] == "instance"
+    assert chosen["type"] == "query" and chosen["refresh"] in (1, 2)
+    assert chosen["datasource"] == {"type": "prometheus", "uid": "${datasource}"}
+    values = re.compile(r"label_values\((.+), ([a-zA-Z_]\w*)\)")
+    assert values.fullmatch(chosen["query"]["query"])[2] == "instance"
+    numbers = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(numbers)) == len(numbers)
+    for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            assert panel["panels"] == [] and panel["collapsed"] is False
+            continue
+        assert panel["type"] == "timeseries" and panel["fieldConfig"]["defaults"]
+        letters = [target["refId"] for target in panel["targets"]]
+        assert letters and len(set(letters)) == len(letters)
 
 
 def test_nearly_all_metrics_are_on_the_dashboard(dashboard):

@@ -136,14 +136,18 @@ def test_what_few_servers_have_is_shown_once_there_is_some():
     step(meter)
     names = {shown.name for shown in meter.snapshot().figures}
     few = {"drafts accepted", "choices dropped", "experts moved", "experts lent"}
-    assert not names & few
-    step(meter, drafted=4, accepted=3, dropped_L=np.array([1, 3]), lent=2)
+    assert not names & {*few, "steps in FP8"}
+    dropped_L = np.array([1, 3])
+    step(meter, drafted=4, accepted=3, dropped_L=dropped_L, lent=2, in_fp8=True)
     meter.moved(5)
     snapshot = meter.snapshot()
     assert figure(snapshot, "drafts accepted")[0] == 0.75
     assert figure(snapshot, "choices dropped")[0] == 4 / 32
     assert figure(snapshot, "experts moved")[0] == 5
     assert figure(snapshot, "experts lent")[0] == 2
+    assert figure(snapshot, "steps in FP8") == (1 / 2, "tokens travel so now")
+    step(meter)
+    assert figure(meter.snapshot(), "steps in FP8") == (1 / 3, "not now")
 
 
 def test_decisions_are_shown():

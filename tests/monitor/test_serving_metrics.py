@@ -54,7 +54,7 @@ def test_counters_never_fall():
     meter = make_meter()
     before = samples(meter)
     for _ in range(3):
-        step(meter, dropped_L=np.array([1, 0]), lent=1)
+        step(meter, dropped_L=np.array([1, 0]), lent=1, in_fp8=True)
         now = samples(meter)
         counters = [key for key in before if key[0].endswith(("_total", "_count"))]
         assert counters and all(now[key] >= before[key] for key in counters)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +18,21 @@ PATIENCE = 60  # seconds; a test that needs them has failed
 
 @contextlib.contextmanager
 def running(app: Any, **options: Any) -> Iterator[uvicorn.Server]:
-    """Serves `app` on a free port; refused clients are soon done with."""
+    """Serves `app` on a free port; refused clients are soon done with.
+
+    Its socket is bound first, and names no protocol, as that of our own server.
+    """
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
     config = uvicorn.Config(
         app,
-        port=0,
         log_config=None,  # another one would close what pytest captures
         log_level="critical",
         timeout_keep_alive=PATIENCE,
         **options,
     )
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=asyncio.run, args=[server.serve()])
+    thread = threading.Thread(target=asyncio.run, args=[server.serve([bound])])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(front, "LINGER_SECONDS", 0.1)
         thread.start()

@@ -116,6 +116,14 @@ def test_pipelined_requests_are_answered_and_half_of_one_is_not_waited_for(conne
     assert (received.count(b" 200 "), received.count(b" 408 ")) == (2, 1)
 
 
+def test_small_pieces_leave_without_waiting_for_the_clients_receipts(server, connect):
+    connect()
+    wait_until(lambda: server.server_state.connections)
+    (protocol,) = server.server_state.connections
+    kept = protocol.transport.get_extra_info("socket")
+    assert kept.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 @pytest.mark.parametrize(
     "sent",
     [

@@ -175,6 +175,16 @@ def test_a_run_goes_on_as_if_its_experts_had_never_moved(uneven, runs, tmp_path)
     assert_alike(run, workdir, runs["with"])
 
 
+@pytest.mark.long
+def test_a_run_that_lends_from_its_middle_on_has_the_same_curve(uneven, runs, tmp_path):
+    run = uneven(BALANCED, "model.moe.exchange.lend_above=0.0")
+    workdir = shutil.copytree(runs["stopped"], tmp_path / "run")
+    assert loop.train(run, workdir) == 0
+    assert_alike(run, workdir, runs["without"])
+    logged = run_files.read_run(workdir).rows
+    assert sum(row.get("experts_lent_L", [0])[0] for row in logged) > 0
+
+
 def test_drops_that_would_depend_on_homes_are_refused(run):
     every, factor = "train.reassign_every=9", "model.moe.exchange.capacity_factor=1.1"
     subject.check(on(run, "expert=4", factor))
