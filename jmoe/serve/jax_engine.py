@@ -54,6 +54,8 @@ from jmoe.train.layout import make_layout, shardings
 from jmoe.train.trained import Trained, load_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
+# A CPU computes what a step has room for at no less cost than what is there.
+READING = {"cpu": {"prompts": (1, 2, 4, 8), "prompt_tokens": 512}}
 QUEUE = 256
 DEADLINE_SECONDS = 600.0
 CPU_CACHE_GIB = 1.0
@@ -312,6 +314,7 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
         rows=(*(size for size in ROWS if size < slots), slots),
         chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
         max_length=max_length,
+        **READING.get(jax.default_backend(), {}),
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
         queue=places + queue,
