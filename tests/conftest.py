@@ -17,6 +17,9 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 _LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
 jax.config.update(_LEAST_SECONDS, 0.5)
 
+_TESTS = pathlib.Path(__file__).parent
+_LONG = ("train", "decode", "scripts", "serve", "parallel")  # their files take longest
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
@@ -55,6 +58,16 @@ def sharing_programs(compile_once):
         yield
 
 
+def pytest_collection_modifyitems(items):
+    """Long files first: else a worker has one at the end, and the others wait."""
+
+    def place(item):
+        folder = item.path.relative_to(_TESTS).parts[0]
+        return _LONG.index(folder) if folder in _LONG else len(_LONG)
+
+    items.sort(key=place)
+
+
 def pytest_collection_finish():
     """Few collections of garbage: to trace a program makes millions of objects.
 
@@ -77,15 +90,19 @@ def pytest_configure(config):
     if marked not in ("gpu", "hopper"):
         flags += _to_compile_fast()
     os.environ["XLA_FLAGS"] = " ".join(flags).strip()
+    if hasattr(config.option, "loadscopereorder"):  # else xdist sorts files otherwise
+        config.option.loadscopereorder = False
 
 
 def _to_compile_fast() -> list[str]:
     """Compiling is most of what tests on CPUs take; so it takes a quarter of the time.
 
-    Without LLVM's optimizations, and with XLA's older way to emit what it has fused,
-    which JAX 0.11 no longer has.
+    Without LLVM's optimizations, in one piece (each of several is a copy of the program
+    at first), and with XLA's older way to emit what it has fused, which JAX 0.11 no
+    longer has.
     """
     flags = ["--xla_backend_optimization_level=0"]
+    flags.append("--xla_cpu_parallel_codegen_split_count=1")
     if jax.__version_info__ < (0, 11):
         flags.append("--xla_cpu_use_fusion_emitters=false")
     return flags

@@ -5,9 +5,9 @@
 One lends experts, so that all devices compute as many rows. Of the others, one drops
 what is more than 1.05 times the expected, and one has room for whatever comes. Compiled
 are an MoE layer of DeepSeek-V3's shape, forward and backward, and V2-Lite's training
-step. Read off the programs are the memory that they need besides weights and results,
-and whether products hide the way of lent weights and of their gradients. A plan of
-loans is compiled besides, and its kernels are counted.
+step, which lends in FP8 too. Read off the programs are the memory that they need
+besides weights and results, and whether products hide the way of lent weights and of
+their gradients. A plan of loans is compiled besides, and its kernels are counted.
 
 What travels depends on the data: that of loans is given for full slots, that of tokens
 for experts that are all chosen alike.
@@ -30,6 +30,7 @@ GIB, MB = 2**30, 10**6
 ITEM_BYTES = 2  # of tokens in bfloat16
 MOST_OF_CAPACITY, MOST_OF_DROPLESS = 1.1, 0.5
 SUFFIX = "_balanced"
+E4M3 = "f8e4m3fn["
 
 # What travels of experts, its definition, and how many products should hide it.
 LOANS: Mapping[str, tuple[str, int | None]] = {
@@ -62,6 +63,7 @@ def make_report(found: Mapping[str, Summary], costs: Mapping[str, PlanCost]) -> 
     for name, program in found.items():
         if name.endswith(SUFFIX):
             figures += [*_bytes(name, program), *_loans(name, program)]
+            figures += _in_fp8(name, found)
         if name in costs:
             figures += _planning(name, costs[name])
     return Report(
@@ -108,10 +110,9 @@ def _bytes(name: str, program: Summary) -> Iterator[Figure]:
     """Yields what a device borrows and what it sends of tokens, in one layer."""
     asked = program.run
     peers, cfg = asked.mesh.expert, asked.model
-    loans = of_loans(program, "lent")
     yield Figure(
         name=f"{name}: bytes of loans",
-        value=sum(c.operand_bytes // _experts(c) for c in loans) / MB,
+        value=_lent_bytes(program) / MB,
         unit="MB",
         definition="of as many experts as a device can borrow, as they travel in a "
         "layer's forward pass",
@@ -125,6 +126,37 @@ def _bytes(name: str, program: Summary) -> Iterator[Figure]:
         definition="to other devices, if all experts are alike, in a layer's forward "
         "pass; as many come back",
     )
+
+
+def _lent_bytes(program: Summary) -> int:
+    """Returns bytes of as many experts as a device can borrow, in one layer."""
+    return sum(c.operand_bytes // _experts(c) for c in of_loans(program, "lent"))
+
+
+def _in_fp8(name: str, found: Mapping[str, Summary]) -> Iterator[Figure]:
+    """Yields what FP8 leaves of the loans' bytes in bfloat16, and how much it is."""
+    program = found[name]
+    native = found.get(name.replace("_fp8", ""))
+    if program.run.precision == "native":
+        return
+    loans = of_loans(program, "lent")
+    narrow = [c for c in loans if c.shapes[0].startswith(E4M3)]
+    yield Figure(
+        name=f"{name}: loans in e4m3",
+        value=sum(c.operand_bytes for c in narrow)
+        / sum(c.operand_bytes for c in loans),
+        unit="",
+        definition="of the bytes of loans; what else there is are scales of blocks",
+        at_least=0.999,
+    )
+    if native is not None:
+        yield Figure(
+            name=f"{name}: bytes of loans / bfloat16's",
+            value=_lent_bytes(program) / _lent_bytes(native),
+            unit="x",
+            definition="of the same program in bfloat16",
+            at_most=0.501,
+        )
 
 
 def _planning(name: str, cost: PlanCost) -> Iterator[Figure]:

@@ -2,7 +2,7 @@
 
 `Store.restore` brings whole arrays to devices; this is for what must not have a whole
 model in memory. An array is stored in chunks (`jmoe.checkpoint.store` says how large),
-and a part costs the chunks that it touches.
+and a part costs the chunks that it touches; those read last are kept for the next part.
 """
 
 import pathlib
@@ -13,6 +13,8 @@ import numpy as np
 import tensorstore
 
 from jmoe.checkpoint import manifest, paths
+
+_KEPT_BYTES = 128 << 20  # of chunks
 
 
 class Pieces:
@@ -30,6 +32,8 @@ class Pieces:
         self.shapes = {name: shape for name, (_, shape) in parsed.items()}
         self.dtypes = {name: np.dtype(dtype) for name, (dtype, _) in parsed.items()}
         self._opened: dict[str, Any] = {}
+        kept = {"cache_pool": {"total_bytes_limit": _KEPT_BYTES}}
+        self._context = tensorstore.Context(kept)
 
     @property
     def files(self) -> Mapping[str, list[int]]:
@@ -39,7 +43,8 @@ class Pieces:
     def read(self, name: str, index: tuple[int | slice, ...]) -> np.ndarray:
         """Returns `array[index]` of leading dimensions."""
         if name not in self._opened:
-            self._opened[name] = tensorstore.open(self._spec(name)).result()
+            opened = tensorstore.open(self._spec(name), context=self._context)
+            self._opened[name] = opened.result()
         return self._opened[name][index].read().result()
 
     def check_sums(self) -> None:

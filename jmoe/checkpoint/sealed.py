@@ -60,6 +60,24 @@ def to_save(arrays: Mapping[str, jax.Array]) -> Save:
     return Save(arrays, {name: _chunked(array) for name, array in arrays.items()})
 
 
+def to_restore(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> Restore:
+    """Returns what has Orbax read these arrays, each to where its sharding says.
+
+    By default to this process's first device. Others may be stored, and none of these
+    must be missing.
+    """
+    targets = {name: _placed(array) for name, array in arrays.items()}
+    restore_args = ocp.checkpoint_utils.construct_restore_args(targets)
+    return Restore(targets, restore_args=restore_args, partial_restore=True)
+
+
+def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    if array.sharding is not None:
+        return array
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)
+
+
 def _chunked(array: jax.Array) -> ocp.SaveArgs:
     """Stores a large array so that a layer, and an expert of it, can be read alone.
 

@@ -201,20 +201,25 @@ class Store:
           DamagedCheckpointError: the checkpoint of `step` is not what was written.
           ValueError: the stored arrays have other names, shapes or dtypes.
         """
-        self.wait()
-        step = self._number(step)
+        found, position = self.find(abstract_state, step, ignore)
         wanted = manifest.flatten(abstract_state)
-        found, position = self._choose(step, manifest.describe(wanted), ignore)
-        targets = {name: _placed(array) for name, array in wanted.items()}
-        arguments = sealed.Restore(
-            targets,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
-            partial_restore=True,  # that nothing else is missing has been checked
+        arrays = self._writer.restore(
+            paths.Literal(self._path(found)), args=sealed.to_restore(wanted)
         )
-        arrays = self._writer.restore(paths.Literal(self._path(found)), args=arguments)
         self._current = found
         treedef = jax.tree.structure(abstract_state)
         return treedef.unflatten(arrays[name] for name in wanted), position, found
+
+    def find(
+        self, abstract_state: PyTree, step: Which, ignore: Collection[str]
+    ) -> tuple[int, dict[str, Any]]:
+        """Returns the step of the checkpoint that `restore` reads, and the position.
+
+        Sums are compared, and errors raised, as it does.
+        """
+        self.wait()
+        wanted = manifest.describe(manifest.flatten(abstract_state))
+        return self._choose(self._number(step), wanted, ignore)
 
     def locate(self, step: Which = None) -> pathlib.Path:
         """Returns the directory of the newest whole checkpoint, `step`'s or the best.
@@ -391,10 +396,3 @@ class Store:
         whole = read_losses(map(self._path, self._steps()))  # others aren't ours
         for step in self._kept.surplus(whole):
             self._remover.remove(self._path(step))
-
-
-def _placed(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    if array.sharding is not None:
-        return array
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=default)

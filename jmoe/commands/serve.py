@@ -21,6 +21,7 @@ finish what is in flight; a second one doesn't wait.
 
 import asyncio
 import dataclasses
+import logging
 import os
 import pathlib
 
@@ -29,8 +30,9 @@ from absl import app, flags
 from jmoe.checkpoint.retention import parse_which
 from jmoe.config import ModelConfig, override
 from jmoe.config.serve import ServeConfig
+from jmoe.monitor import binding
 from jmoe.parallel import processes
-from jmoe.serve import keys, lifecycle, vllm_app, vllm_engine
+from jmoe.serve import keys, vllm_app, vllm_engine
 from jmoe.serve.deployed import Deployed
 from jmoe.serve.front import Access
 from jmoe.train import runtime
@@ -95,13 +97,14 @@ def serve_own(directory: pathlib.Path) -> int:
     """Serves by jmoe's engine, in this process or in replicas."""
     runtime.keep_freed_memory()
     try:
-        from jmoe.serve import api, jax_app, jax_engine, local
+        from jmoe.serve import api, jax_app, jax_config, jax_engine, local
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; `pip install -e '.[serve-jax]'` has it.") from error
+    logging.getLogger(jax_engine.__name__).setLevel(logging.INFO)  # what is decided
     step = parse_which(_STEP.value)
     model = jax_engine.read_model(directory)
     cfg = read_config(directory.absolute().name, model)
-    jax_engine.check(model, cfg)
+    jax_config.check(model, cfg)
     access = keys.read_access(cfg, os.environ)
     place = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     if not _LOCAL.value:
@@ -112,7 +115,7 @@ def serve_own(directory: pathlib.Path) -> int:
         if processes.index() > 0:
             jax_app.follow(directory, cfg, step)
             return 0
-        with lifecycle.bind(cfg) as bound:
+        with binding.bind(cfg.host, cfg.port) as bound:
             served = jax_app.make_served(directory, cfg, step)
             try:
                 app_ = api.make_app(served)

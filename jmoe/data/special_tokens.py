@@ -9,7 +9,7 @@ alone says nothing of it; then the first known name in its vocabulary has to do.
 import itertools
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import tokenizers
@@ -65,6 +65,15 @@ def read_sidecars(directory: pathlib.Path) -> dict[str, bytes]:
     }
 
 
+def describe_tokens(names: Iterable[str]) -> bool:
+    """Returns whether files of these names, beside a tokenizer.json, tell its tokens.
+
+    A chat template doesn't: it says how messages are written, and may be put beside a
+    tokenizer.json that lay alone.
+    """
+    return any("chat_template" not in name for name in names)
+
+
 def guessed(backend: tokenizers.Tokenizer) -> int | None:
     """Returns the end of a text in a vocabulary that comes with no word about it."""
     ids = (backend.token_to_id(name) for name in END_OF_TEXT)
@@ -96,7 +105,7 @@ def find(
     if eos is None:
         return None
     opening: tuple[int, ...] = (eos,)
-    if sidecars:
+    if describe_tokens(sidecars):
         bos = config.get("bos_token") or names.get("bos_token")
         if config.get("add_bos_token") and bos:
             opening = (_id(backend, bos, "bos_token"),)

@@ -26,12 +26,7 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, StepSize, check
-from jmoe.decode.live import (
-    Live,
-    PromptChunk,
-    make_chunks,
-    make_rows,
-)
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.reading import take_chunks
@@ -102,6 +97,7 @@ class Engine:
         text: Text | None = None,
         programs: MakePrograms = OneDevice,
         observe: Observe = ignore,
+        compiled: Callable[[StepSize, float], None] = lambda size, seconds: None,
     ):
         """Prepares the weights and compiles.
 
@@ -110,6 +106,7 @@ class Engine:
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
           observe: is told what each step did, behind it.
+          compiled: is told of each size that is compiled, and in how many seconds.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
@@ -131,7 +128,9 @@ class Engine:
         self._cancelled: list[Live] = []
         self._observe, self._since = observe, 0.0
         for size in limits.sizes:
+            began = time.perf_counter()
             self.programs.warm_up(size)
+            compiled(size, time.perf_counter() - began)
 
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY) -> int:
         """Returns the number of a request, which will begin once there is room.

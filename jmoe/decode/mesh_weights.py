@@ -13,7 +13,10 @@ Shapes: X rank of the pipeline, L MoE layer, E expert, C copy of one, R place.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +24,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.balance.placement import Placement
+from jmoe.checkpoint.unread import Unread
 from jmoe.config import ModelConfig
 from jmoe.config.model import FeedForwardConfig
+from jmoe.decode.mesh_pieces import THREADS, Disk, WeightPiece
 from jmoe.decode.weights import (
     MTP,
     PARAMS,
@@ -112,15 +117,70 @@ def cut(cfg: ModelConfig, ranks: int, length: int) -> tuple[LayerRow, ...]:
     return tuple(rows)
 
 
-class _Piece(NamedTuple):
-    """Some of the parameters: what they are, and their specs as they are computed with.
+class RowHomes(NamedTuple):
+    """Says where a row's experts are: which is in a place, and each one's places."""
 
-    has_ranks: whether each rank of the pipeline has its own, by the first dimension.
+    expert_XR: np.ndarray
+    home_XEC: np.ndarray
+
+
+class _Origin(Protocol):
+    """What weights are made of.
+
+    layers, ends: return the trees of which `join`, where XLA compiles it, makes one of
+    a piece: that of a layer or of one of each rank, and of what is no layer's.
     """
 
-    records: Any
-    specs: Any
-    has_ranks: bool
+    def layers(
+        self,
+        piece: WeightPiece,
+        own: Sequence[LayerPlace | None],
+        homes: RowHomes | None,
+    ) -> tuple[Any, ...]: ...
+
+    def ends(self, piece: WeightPiece) -> tuple[Any, ...]: ...
+
+    def join(
+        self, piece: WeightPiece, trees: tuple[Any, ...], homes: RowHomes | None
+    ) -> Any: ...
+
+
+class _Held(NamedTuple):
+    """Variables as a run's state has them, which move between devices."""
+
+    cfg: ModelConfig
+    variables: Any
+
+    def layers(self, piece, own, homes):
+        found = [where and layer_of(self.variables, where) for where in own]
+        some = next(filter(None, found))
+        # Of what a rank doesn't have, it has zeros.
+        return tuple(tree or jax.tree.map(jnp.zeros_like, some) for tree in found)
+
+    def ends(self, piece):
+        params = {name: self.variables[PARAMS][name] for name in ends(self.cfg)}
+        return ({PARAMS: params, ROUTER_STATE: {}},)
+
+    def join(self, piece, trees, homes):
+        if not piece.has_ranks:
+            return trees[0]
+        joined = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+        return joined if homes is None else _in_places(piece.records, joined, homes)
+
+
+class _OnDisk(NamedTuple):
+    """Variables that are read to where they are computed with."""
+
+    disk: Disk
+
+    def layers(self, piece, own, homes):
+        return (self.disk.layers(piece, own, homes and homes.expert_XR),)
+
+    def ends(self, piece):
+        return ({PARAMS: self.disk.params(piece), ROUTER_STATE: {}},)
+
+    def join(self, piece, trees, homes):
+        return trees[0] if homes is None else with_state(trees[0], home=homes.home_XEC)
 
 
 def place(
@@ -134,31 +194,51 @@ def place(
     """Returns the weights as they lie on the mesh.
 
     It handles a layer of each rank at a time. XLA may hold an array of these whole on
-    each device, while it moves between layouts.
+    each device, while it moves between layouts. Variables that are unread are not
+    moved: each process reads what its devices compute with.
 
     Args:
       form: one of `jmoe.nn.quantized.FORMS`.
-      variables: as a run's state has them.
+      variables: as a run's state has them, or `Unread`.
       placed: where experts are; None: in order, and nothing else is known of them.
+
+    Raises:
+      ValueError: what was read isn't whole, or isn't finite.
     """
-    make = functools.partial(_place, cfg, layout, form)
+    given = cfg, layout, rows, form, placed
+    if not isinstance(variables, Unread):
+        return _place(*given, _Held(cfg, variables))
+    with variables.open() as leaves, ThreadPoolExecutor(THREADS) as pool:
+        return _place(*given, _OnDisk(Disk(layout.mesh, leaves, pool)))
+
+
+def _place(
+    cfg: ModelConfig,
+    layout: Layout,
+    rows: tuple[LayerRow, ...],
+    form: str,
+    placed: Placement | None,
+    origin: _Origin,
+) -> Weights:
+    maker = functools.partial(_maker, cfg, layout, form, origin)
+    makers: dict[FeedForwardConfig, Callable[..., Any]] = {}  # rows of a kind are alike
     layers = []
     for row in rows:
-        own = [where and layer_of(variables, where) for where in row.places]
-        some = next(filter(None, own))
-        # Of what a rank doesn't have, it has zeros.
-        filled = [tree or jax.tree.map(jnp.zeros_like, some) for tree in own]
+        piece, kind = _of_row(layout, row), row.feed_forward
         homes = None
-        if placed is not None and row.feed_forward.kind == "moe":
+        if placed is not None and kind.kind == "moe":
             numbers = list(row.moe_layers(cfg))
             expert_LR, home_LEC, _ = placed
-            homes = expert_LR[numbers], home_LEC[numbers]
-        layers.append(make(_of_row(layout, row), *filled, homes=homes))
+            homes = RowHomes(expert_LR[numbers], home_LEC[numbers])
+        if kind not in makers:
+            makers[kind] = maker(piece)
+        layers.append(makers[kind](origin.layers(piece, row.places, homes), homes))
     mtp = None
     if cfg.mtp_depth:
-        mtp = make(_of_mtp(layout), layer_of(variables, MTP))
-    params = {name: variables[PARAMS][name] for name in ends(cfg)}
-    found = make(_of_ends(cfg, layout), {PARAMS: params, ROUTER_STATE: {}})
+        piece = _of_mtp(layout)
+        mtp = maker(piece)(origin.layers(piece, (MTP,), None), None)
+    piece = _of_ends(cfg, layout)
+    found = maker(piece)(origin.ends(piece), None)
     return assemble(found[PARAMS], tuple(layers), mtp)
 
 
@@ -182,12 +262,24 @@ def with_limit(
 
 
 def abstract(
-    cfg: ModelConfig, layout: Layout, rows: tuple[LayerRow, ...], form: str
+    cfg: ModelConfig,
+    layout: Layout,
+    rows: tuple[LayerRow, ...],
+    form: str,
+    placed: Placement | None = None,
 ) -> Weights:
     """Returns the arrays that `place` returns, as shapes that know where they lie."""
-    make = functools.partial(place, cfg, layout, rows, form)
+    make = functools.partial(place, cfg, layout, rows, form, placed=placed)
     shapes = jax.eval_shape(make, abstract_variables(cfg))
     return lying(layout, specs(cfg, layout, rows, form), shapes)
+
+
+def device_bytes(weights: Any) -> int:
+    """Returns what arrays take of one device, each of which knows where it lies."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(weights)
+    )
 
 
 def specs(
@@ -210,21 +302,21 @@ def experts_specs(
     return Experts(weights, found[ROUTER_STATE])
 
 
-def _of_row(layout: Layout, row: LayerRow) -> _Piece:
+def _of_row(layout: Layout, row: LayerRow) -> WeightPiece:
     name, index = next(filter(None, row.places))
     records, placements = layout.records[name], layout.placements[name]
     if index is not None:
         records = jax.tree.map(_unstacked, records)
         placements = jax.tree.map(lambda x: x.of_layer(), placements)
     specs = jax.tree.map(lambda x: PartitionSpec(PIPE, *x.whole), placements)
-    return _Piece(records, specs, True)
+    return WeightPiece(records, specs, True, PartitionSpec(PIPE))
 
 
-def _of_mtp(layout: Layout) -> _Piece:
+def _of_mtp(layout: Layout) -> WeightPiece:
     return _whole(layout.records[MTP.name], layout.placements[MTP.name])
 
 
-def _of_ends(cfg: ModelConfig, layout: Layout) -> _Piece:
+def _of_ends(cfg: ModelConfig, layout: Layout) -> WeightPiece:
     records, placements = (
         {name: tree[name] for name in ends(cfg)}
         for tree in (layout.records, layout.placements)
@@ -232,27 +324,20 @@ def _of_ends(cfg: ModelConfig, layout: Layout) -> _Piece:
     return _whole(records, placements)
 
 
-def _whole(records: Any, placements: Any) -> _Piece:
-    return _Piece(records, jax.tree.map(lambda x: x.whole, placements), False)
+def _whole(records: Any, placements: Any) -> WeightPiece:
+    return WeightPiece(
+        records, jax.tree.map(lambda x: x.whole, placements), False, WHOLE
+    )
 
 
 def _unstacked(record: Parameter) -> Parameter:
     return dataclasses.replace(record, dims=record.dims[1:])
 
 
-def _place(
-    cfg: ModelConfig,
-    layout: Layout,
-    form: str,
-    piece: _Piece,
-    *trees: Any,
-    homes: tuple[np.ndarray, np.ndarray] | None = None,
-) -> Any:
-    """Returns a piece's collections on the mesh, of one tree, or one of each rank.
-
-    Args:
-      homes: the expert in each place [X, R], and each expert's places [X, E, C].
-    """
+def _maker(
+    cfg: ModelConfig, layout: Layout, form: str, origin: _Origin, piece: WeightPiece
+) -> Callable[[tuple[Any, ...], RowHomes | None], Any]:
+    """Returns what makes a piece's collections on the mesh of an origin's trees."""
 
     def convert(record: Parameter, w: jax.Array) -> Any:
         if form != "native" and record.formats:
@@ -270,35 +355,30 @@ def _place(
     after = _converted_specs(piece, form)
     converted = on_mesh(of_device, layout, (piece.specs,), after[PARAMS])
 
-    def make(*trees: Any) -> Any:
-        join = (lambda *x: jnp.stack(x)) if piece.has_ranks else (lambda x: x)
-        joined = jax.tree.map(join, *trees)
-        if homes is not None:
-            joined = _in_places(piece.records, joined, *homes)
+    def make(trees: tuple[Any, ...], homes: RowHomes | None) -> Any:
+        joined = origin.join(piece, trees, homes)
         return {**joined, PARAMS: converted(joined[PARAMS])}
 
     state = NamedSharding(layout.mesh, after[ROUTER_STATE])
     lie = jax.tree.map(lambda spec: NamedSharding(layout.mesh, spec), after[PARAMS])
-    return jax.jit(make, out_shardings={PARAMS: lie, ROUTER_STATE: state})(*trees)
+    return jax.jit(make, out_shardings={PARAMS: lie, ROUTER_STATE: state})
 
 
-def _in_places(
-    records: Any, layer: Any, expert_XR: np.ndarray, home_XEC: np.ndarray
-) -> Any:
+def _in_places(records: Any, layer: Any, homes: RowHomes) -> Any:
     """Returns a row whose experts are in these places."""
 
     def placed(record: Parameter, w: jax.Array) -> jax.Array:
         if not record.of_experts:
             return w
-        return jax.vmap(lambda w, expert_R: w[expert_R])(w, expert_XR)
+        return jax.vmap(lambda w, expert_R: w[expert_R])(w, homes.expert_XR)
 
     params = jax.tree.map(placed, records, layer[PARAMS])
     weights = params[FEED_FORWARDS["moe"].name][EXPERTS]
-    experts = Experts(weights, jnp.asarray(home_XEC))
+    experts = Experts(weights, homes.home_XEC)
     return with_experts({**layer, PARAMS: params}, experts)
 
 
-def _converted_specs(piece: _Piece, form: str) -> Any:
+def _converted_specs(piece: WeightPiece, form: str) -> Any:
     """Returns the specs of a piece's collections; its router state is whole."""
 
     def convert(record: Parameter, spec: PartitionSpec) -> PartitionSpec:
@@ -310,5 +390,4 @@ def _converted_specs(piece: _Piece, form: str) -> Any:
         return PartitionSpec(*spec[:first], outputs[0] if outputs else None)
 
     params = jax.tree.map(convert, piece.records, piece.specs)
-    state = PartitionSpec(PIPE) if piece.has_ranks else WHOLE
-    return {PARAMS: params, ROUTER_STATE: state}
+    return {PARAMS: params, ROUTER_STATE: piece.state}

@@ -17,27 +17,25 @@ import collections
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jmoe.balance.placement import Placement
 from jmoe.config import ExchangeConfig, ModelConfig, RunConfig
 from jmoe.config.mesh import MESH_AXES
 from jmoe.decode import batch as batches
-from jmoe.decode import layers, mesh_weights
+from jmoe.decode import layers, mesh_weights, packing
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.engine import MakePrograms
 from jmoe.decode.layers import Counts
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.live import make_nobody
 from jmoe.decode.mesh_weights import PIPE, LayerRow
-from jmoe.decode.placing import Placing, RowMoves, make_mover
+from jmoe.decode.placing import Move, Placing, RowMoves, make_mover
 from jmoe.decode.programs import make_state
 from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
@@ -198,7 +196,7 @@ class OnMesh:
 
     @property
     def dispatch_dtypes(self) -> tuple[str, ...]:
-        """Those in which tokens may travel to experts, the usual one first."""
+        """What tokens may travel to experts in, the usual dtype first."""
         return tuple(self._by_dtype)
 
     def set_dispatch_dtype(self, dtype: str) -> None:
@@ -217,17 +215,32 @@ class OnMesh:
     def advance(self, steps: int) -> float:
         """Takes so many steps to where experts are going; returns their seconds.
 
-        Between two steps of decoding; all processes call it alike.
+        Between two steps of decoding.
 
         Raises:
           ValueError: experts are where they are for good.
         """
-        if self.placing is None:
-            raise ValueError("experts can't move: the programs were made without.")
-        began = time.perf_counter()
-        self._weights = self.placing.advance(self._weights, steps)
+        return self.move(self._movable.take(steps))
+
+    def move(self, moves: Sequence[Move]) -> float:
+        """Makes steps of an experts' way, and returns their seconds.
+
+        All processes of the mesh make the same ones, between the same two steps of
+        decoding; one of them has set out on the way.
+
+        Raises:
+          ValueError: experts are where they are for good.
+        """
+        placing, began = self._movable, time.perf_counter()
+        self._weights = placing.make(self._weights, moves)
         jax.block_until_ready(self._weights.layers)
         return time.perf_counter() - began
+
+    @property
+    def _movable(self) -> Placing:
+        if self.placing is None:
+            raise ValueError("experts can't move: the programs were made without.")
+        return self.placing
 
     def _call(self, given: Given, is_anybody: bool) -> list[StepResult]:
         operands = self._weights, self.state, self._underway, self._put(given)
@@ -372,25 +385,6 @@ def _finish(cfg, limits, weights, state, x_SD, counts, given):
     told = x_SD, counts, *given
     state, found = finish(cfg, limits.top_logprobs, weights, state, *told)
     drawn = found._replace(count_LE=None, dropped_L=None)  # joined, not summed
-    packed_N = collectives.psum(jnp.where(is_last, _packed(drawn), 0), PIPE)
+    packed_N = collectives.psum(jnp.where(is_last, packing.packed(drawn), 0), PIPE)
     packed_PN = collectives.all_gather(packed_N[None], BATCH_AXES, 0)
-    return state, _unpacked(packed_PN, drawn)._replace(**counts._asdict())
-
-
-def _packed(found: StepResult) -> jax.Array:
-    """Returns all numbers as int32 [N], so that they travel at once."""
-    leaves = jax.tree.leaves(found)
-    bits = [lax.bitcast_convert_type(jnp.asarray(x), jnp.int32) for x in leaves]
-    return jnp.concatenate([x.reshape(-1) for x in bits])
-
-
-def _unpacked(packed_PN: jax.Array, shapes: StepResult) -> StepResult:
-    """Returns the inverse of `_packed` for each part, joined along the first one."""
-    leaves, tree = jax.tree.flatten(shapes)
-    ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-    found = []
-    for leaf, bits_PN in zip(leaves, jnp.split(packed_PN, ends, axis=1), strict=True):
-        x = lax.bitcast_convert_type(bits_PN, leaf.dtype)
-        shape = len(packed_PN) * leaf.shape[0], *leaf.shape[1:]
-        found.append(x.reshape(shape))
-    return jax.tree.unflatten(tree, found)
+    return state, packing.unpacked(packed_PN, drawn)._replace(**counts._asdict())

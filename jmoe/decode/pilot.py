@@ -7,16 +7,16 @@
 Load is measured over a window of steps (`jmoe.balance.controller`). Where experts get
 other places, each step of decoding is followed by one of their way: so a step is later
 by what it takes to move one expert to each device, at most, and nothing waits for all.
-That is for an engine whose mesh is one process's: on several, experts stay. To let
-tokens travel in FP8, the engine has a second set of programs, which is compiled when it
-starts; the next step runs one of them.
+To let tokens travel in FP8, the engine has a second set of programs, which is compiled
+when it starts; the next step runs one of them. On several processes the pilot is
+process 0's (`jmoe.decode.followers`).
 
 What to do is thought about in a thread of its own, as it may take longer than a step.
 """
 
 import concurrent.futures
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -26,12 +26,32 @@ from jmoe.balance.copies import CopyStep
 from jmoe.config.controller import ADMIT, DROP, FP8, PLACE, ControllerConfig
 from jmoe.config.model import FLOAT8
 from jmoe.decode.engine import Engine
-from jmoe.decode.on_mesh import OnMesh
 from jmoe.decode.placing import Placing, begin_with, system
 from jmoe.decode.stats import StepStats
 from jmoe.parallel.shedding import NO_LIMIT
 
 MOVED = "moved"  # the kind of what is told when experts have arrived: how many have
+
+
+@runtime_checkable
+class Steerable(Protocol):
+    """Programs of a mesh, whose ways can change while they run.
+
+    As `jmoe.decode.on_mesh.OnMesh` has it.
+    """
+
+    placing: Placing | None
+    may_drop: bool
+    dispatch_dtype: str
+
+    @property
+    def dispatch_dtypes(self) -> tuple[str, ...]: ...
+
+    def advance(self, steps: int) -> float: ...
+
+    def set_limit(self, limit: int) -> None: ...
+
+    def set_dispatch_dtype(self, dtype: str) -> None: ...
 
 
 class _Thought(NamedTuple):
@@ -75,7 +95,7 @@ class Pilot:
         """
         programs = engine.programs
         may_drop, may_go_as = False, ()
-        if isinstance(programs, OnMesh):
+        if isinstance(programs, Steerable):
             may_drop, may_go_as = programs.may_drop, programs.dispatch_dtypes[1:]
         if DROP in self._cfg.actions and not may_drop:
             raise ValueError(
@@ -96,7 +116,7 @@ class Pilot:
     @property
     def _placing(self) -> Placing | None:
         programs = self._engine.programs if self._engine else None
-        return programs.placing if isinstance(programs, OnMesh) else None
+        return programs.placing if isinstance(programs, Steerable) else None
 
     def device_load(self, count_LE: np.ndarray) -> np.ndarray | None:
         """Returns the choices that each device computes; None: experts are in order."""
@@ -106,7 +126,7 @@ class Pilot:
     def is_in_fp8(self) -> bool:
         """Whether tokens travel to experts in FP8."""
         programs = self._engine.programs if self._engine else None
-        return isinstance(programs, OnMesh) and programs.dispatch_dtype == FLOAT8
+        return isinstance(programs, Steerable) and programs.dispatch_dtype == FLOAT8
 
     def __call__(self, stats: StepStats) -> None:
         """Takes what a step did, and does what follows from it."""
@@ -116,7 +136,7 @@ class Pilot:
         self._steps.append(stats)
         self._waits.append(self._engine.longest_wait)
         if placing is not None and placing.steps_left:
-            assert isinstance(self._engine.programs, OnMesh)
+            assert isinstance(self._engine.programs, Steerable)
             self.stalls.append(self._engine.programs.advance(1))
             if not placing.steps_left:
                 self._tell(self._arrived())
@@ -147,11 +167,11 @@ class Pilot:
             queue = self._engine.limits.queue
             self._engine.most_waiting = queue if most is None else min(most, queue)
         if action.kind == DROP:
-            assert isinstance(self._engine.programs, OnMesh), "see `take`"
+            assert isinstance(self._engine.programs, Steerable), "see `take`"
             limit = NO_LIMIT if action.value is None else action.value
             self._engine.programs.set_limit(limit)
         if action.kind == FP8:
-            assert isinstance(self._engine.programs, OnMesh), "see `take`"
+            assert isinstance(self._engine.programs, Steerable), "see `take`"
             usual, *_ = self._engine.programs.dispatch_dtypes
             self._engine.programs.set_dispatch_dtype(FLOAT8 if action.value else usual)
         if action.kind == PLACE:

@@ -10,7 +10,7 @@ Shapes: L MoE layer, E expert, C copy of one, R place, P device, X rank of a pip
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +38,13 @@ class RowMoves(NamedTuple):
     source_XP: Any
     target_XP: Any
     home_XEC: Any
+
+
+class Move(NamedTuple):
+    """A step of the experts' way, in a row of layers; None: nothing, in a rank's."""
+
+    row: int
+    steps: tuple[CopyStep | None, ...]
 
 
 def system(cfg: ModelConfig, devices: int) -> System:
@@ -107,8 +114,7 @@ class Placing:
         self._expert_LR = found.physical_to_logical.copy()
         self._placement: Placement | None = None
         self._layers = [row.moe_layers(cfg) for row in rows]
-        self._left: collections.deque[tuple[int, list[CopyStep | None]]]
-        self._left = collections.deque()
+        self._left: collections.deque[Move] = collections.deque()
 
     @property
     def devices(self) -> int:
@@ -151,32 +157,37 @@ class Placing:
         for number, layers in enumerate(self._layers):
             own = [ways[layer] if layer >= 0 else [] for layer in layers]
             for nth in range(max(map(len, own))):
-                steps = [way[nth] if nth < len(way) else None for way in own]
-                self._left.append((number, steps))
+                steps = (way[nth] if nth < len(way) else None for way in own)
+                self._left.append(Move(number, tuple(steps)))
         places = self._expert_LR.shape[1]
         return sum(int((step.target_P < places).sum()) for way in ways for step in way)
 
-    def advance(self, weights: Weights, steps: int) -> Weights:
-        """Returns the weights so many steps further, or at the end."""
-        for _ in range(min(steps, len(self._left))):
-            number, now = self._left.popleft()
-            self._placement = None
-            for layer, step in zip(self._layers[number], now, strict=True):
+    def take(self, steps: int) -> list[Move]:
+        """Returns the next steps of the way, of which so many are now to be made."""
+        return [self._left.popleft() for _ in range(min(steps, len(self._left)))]
+
+    def make(self, weights: Weights, moves: Iterable[Move]) -> Weights:
+        """Returns the weights behind these steps, of this way or one like it.
+
+        What moves experts elsewhere makes the same ones here.
+        """
+        self._placement = None
+        for move in moves:
+            for layer, step in zip(self._layers[move.row], move.steps, strict=True):
                 if step is not None:
                     self._expert_LR[layer] = step.expert_R
-            weights = self._move(weights, number, now)
+            weights = self._move(weights, move)
         return weights
 
     def stay(self, weights: Weights) -> Weights:
         """Returns the weights as they are, moved by what is compiled for it here."""
         for number, layers in enumerate(self._layers):
             if max(layers) >= 0:
-                weights = self._move(weights, number, [None] * len(layers))
+                weights = self._move(weights, Move(number, (None,) * len(layers)))
         return weights
 
-    def _move(
-        self, weights: Weights, number: int, steps: Sequence[CopyStep | None]
-    ) -> Weights:
+    def _move(self, weights: Weights, move: Move) -> Weights:
+        number, steps = move
         places = self._expert_LR.shape[1]
         nothing_P = np.full(self._system.devices, places, np.int32)
         # What a rank without a layer has is as good as any.

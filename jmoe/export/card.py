@@ -14,7 +14,11 @@ from typing import Any
 from jmoe import families
 from jmoe.config import ModelConfig
 from jmoe.data.formatting import count
-from jmoe.data.special_tokens import GENERATION, TOKENIZER_CONFIG
+from jmoe.data.special_tokens import (
+    GENERATION,
+    TOKENIZER_CONFIG,
+    describe_tokens,
+)
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import names
 from jmoe.export.numerics import BLOCK
@@ -72,10 +76,11 @@ def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
     """Returns the files beside the weights that a tokenizer gives, by name.
 
     One that came with a model keeps its files byte for byte, and gets no others: how a
-    chat is written and how to sample are the model's. One that came alone is described
-    in tokenizer_config.json and generation_config.json.
+    chat is written and how to sample are the model's. One that came alone, or with a
+    chat template, is described in tokenizer_config.json and generation_config.json.
     """
-    if len(tokenizer.files) > 1:
+    beside = {name: x for name, x in tokenizer.files.items() if name != TOKENIZER}
+    if describe_tokens(beside):
         return dict(tokenizer.files)
     opening = tokenizer.decode([tokenizer.eos_id])
     described = json.loads(tokenizer.files[TOKENIZER])
@@ -94,6 +99,7 @@ def tokenizer_files(tokenizer: Tokenizer, max_positions: int) -> dict[str, Any]:
         TOKENIZER: described | {"truncation": None, "padding": None},
         TOKENIZER_CONFIG: config,
         GENERATION: token_ids(tokenizer) | SAMPLING,
+        **beside,
     }
 
 

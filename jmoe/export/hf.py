@@ -5,6 +5,7 @@ safetensors files and, with several, their index.
 """
 
 import concurrent.futures
+import contextlib
 import functools
 import itertools
 import pathlib
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jmoe.checkpoint import manifest
+from jmoe.checkpoint import manifest, unread
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import export_run, sources, work, write
@@ -79,20 +80,33 @@ def load(
       FileNotFoundError, ValueError: `path` isn't a whole checkpoint that jmoe reads, or
         its weights aren't finite.
     """
-    with Reader(pathlib.Path(path), fp8=fp8, dtype=dtype) as reader:
-        if jax.process_index() == 0:
-            reader.check_copies()
+    with opened(path, dtype=dtype, fp8=fp8) as reader:
         placed = _placed(reader, shardings)
         with concurrent.futures.ThreadPoolExecutor(work.THREADS) as pool:
             arrays = {
-                name: jax.make_array_from_callback(
+                name: unread.put(
                     leaf.shape,
+                    leaf.dtype,
                     placed[name],
-                    functools.partial(_read, reader, pool, name),  # type: ignore[arg-type]
+                    functools.partial(_read, reader, pool, name),
                 )
                 for name, leaf in reader.leaves.items()
             }
     return reader.cfg, _nested(arrays)
+
+
+@contextlib.contextmanager
+def opened(
+    path: str | pathlib.Path, *, dtype: str | None = None, fp8: str = "dequantize"
+) -> Iterator[Reader]:
+    """Gives what reads the directory, whose copies of weights process 0 has compared.
+
+    Args, and what is raised, are those of `load`.
+    """
+    with Reader(pathlib.Path(path), fp8=fp8, dtype=dtype) as reader:
+        if jax.process_index() == 0:
+            reader.check_copies()
+        yield reader
 
 
 def _placed(reader: Reader, shardings: Any) -> dict[str, jax.sharding.Sharding]:
@@ -113,15 +127,10 @@ def _placed(reader: Reader, shardings: Any) -> dict[str, jax.sharding.Sharding]:
 
 
 def _read(
-    reader: Reader,
-    pool: concurrent.futures.Executor,
-    path: str,
-    index: tuple[slice, ...],
+    reader: Reader, pool: concurrent.futures.Executor, path: str, whole: Slices
 ) -> np.ndarray:
     """Returns a device's part of a leaf, layers and experts read side by side."""
     leaf = reader.leaves[path]
-    bounds = [part.indices(n) for part, n in zip(index, leaf.shape, strict=True)]
-    whole = tuple(slice(start, stop) for start, stop, _ in bounds)
     out = np.empty([part.stop - part.start for part in whole], leaf.dtype)
 
     def fill(lead: Slices) -> None:

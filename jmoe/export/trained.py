@@ -1,8 +1,11 @@
 """The model of a Hugging Face directory, as if it were that of a run."""
 
+import contextlib
 import pathlib
+from collections.abc import Iterator
 
 from jmoe import families
+from jmoe.checkpoint.unread import Leaves, Unread
 from jmoe.export import hf, safetensors
 from jmoe.export.import_run import make_run, read_tokenizer
 from jmoe.train.trained import Trained
@@ -22,7 +25,25 @@ def load_exported(directory: pathlib.Path, *, dtype: str | None = None) -> Train
       ValueError: a file is damaged, of a family that jmoe doesn't know, or has weights
         that aren't finite.
     """
+    looked_at = look_at_exported(directory)  # before the weights, which take long
+    _, variables = hf.load(directory, dtype=dtype)
+    return looked_at._replace(variables=variables)
+
+
+def look_at_exported(directory: pathlib.Path, *, dtype: str | None = None) -> Trained:
+    """Returns what `load_exported` does, but for weights that are yet to be read.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_exported`; of weights who reads them is
+        told.
+    """
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Leaves]:
+        with hf.opened(directory, dtype=dtype) as reader:
+            yield Leaves(reader.leaves, reader.fill)
+
     cfg = families.from_hf(safetensors.read_config(directory))
-    tokenizer = read_tokenizer(directory, cfg)  # before the weights, which take long
-    cfg, variables = hf.load(directory, dtype=dtype)
-    return Trained(make_run(cfg, directory.absolute()), tokenizer, variables, 0)
+    tokenizer = read_tokenizer(directory, cfg)
+    run = make_run(cfg, directory.absolute())
+    return Trained(run, tokenizer, Unread(opened), 0)

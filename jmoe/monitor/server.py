@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from jmoe.config import MonitorConfig
+from jmoe.monitor import binding
 from jmoe.monitor.snapshot import Snapshot
 
 _END_SECONDS = 3.0
@@ -80,29 +81,12 @@ def opened(cfg: MonitorConfig, watched: Watched) -> Iterator[str]:
 
 
 def _listen(cfg: MonitorConfig) -> socket.socket:
-    try:
-        found = socket.getaddrinfo(cfg.host, cfg.port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise ValueError(
-            f"monitor.host={cfg.host!r} is no address: {error.strerror}."
-        ) from error
-    family, _, _, _, address = found[0]
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        # A port is free again at once when its server has gone, and not before.
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
-            stall = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALL_SECONDS * 1000
-            listening.setsockopt(*stall)
-        listening.bind(address)
-        listening.listen(_CONNECTIONS)
-    except OSError as error:
-        listening.close()
-        raise ValueError(
-            f"monitor.port={cfg.port} can't be had on monitor.host={cfg.host!r}: "
-            f"{error.strerror}. Another port, or none, is a matter of "
-            "--set monitor.port=..."
-        ) from error
+    assert cfg.port is not None, "see `opened`"
+    listening = binding.bind(cfg.host, cfg.port, "monitor.")
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # on Linux; connections inherit it
+        stall = socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _STALL_SECONDS * 1000
+        listening.setsockopt(*stall)
+    listening.listen(_CONNECTIONS)
     return listening
 
 

@@ -4,7 +4,7 @@ Whatever the router chose, `jmoe.balance.lending` decides which device computes 
 choice: the expert's home, or one that borrows the expert for this microbatch. So a
 device has E / P experts of its own and S that it borrows, and all devices together have
 P * (E / P + S) *stations*, at which choices are computed. To those, rows travel as they
-do to experts elsewhere (`jmoe.parallel.travel`), and weights travel to the borrowers
+do to experts elsewhere (`jmoe.parallel.parts`), and weights travel to the borrowers
 (`jmoe.parallel.loans`). The router, its gates and its bias don't notice.
 
 Nothing is dropped, and no buffer is for the worst case: it holds what is expected and a
@@ -20,7 +20,7 @@ axis, S slot for a borrowed expert, E expert, R row that arrives here.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,14 +30,8 @@ from jax import lax
 from jmoe.balance import lending
 from jmoe.config import ExchangeConfig, RouterConfig
 from jmoe.ops import fp8, rows
-from jmoe.parallel import collectives, loans, reductions, travel
+from jmoe.parallel import collectives, loans, parts, reductions, travel
 from jmoe.parallel.travel import AXIS, Experts, Group
-
-ROOM, DEVIATIONS = 1.2, 4
-"""What buffers hold where no `capacity_factor` is set: times the expected visits.
-
-And so many standard deviations of a count of rare events, which few tokens need.
-"""
 
 
 class _Layout(NamedTuple):
@@ -48,7 +42,6 @@ class _Layout(NamedTuple):
     """
 
     experts: Experts
-    transport: travel.Transport
     wire: travel.Wire
     form: loans.Form
     share: int
@@ -118,49 +111,32 @@ def exchange(
         groups_per_token=1,
     )
     plan, station_NK, metrics = _plan(expert_NK, cfg, router, slots)
-    transport = travel.of_platform()
-    form = loans.in_dtype(x_ND.dtype) if recipe is None else loans.in_fp8(recipe)
+    form = loans.in_dtype(x_ND.dtype)
+    if recipe is not None:
+        form = loans.in_fp8(recipe, x_ND.dtype)
     # Each device of a tensor group lends its part of an expert.
     size = jnp.float32(group * loans.bytes_of_expert(weights, form))
     metrics = {**metrics, "bytes_lent": metrics["experts_lent"] * size}
-    of_chunk = len(x_ND) // cfg.chunks, cfg, router
+    tokens = len(x_ND) // cfg.chunks
+    share = math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
     layout = _Layout(
         experts,
-        transport,
         travel.WIRES[cfg.dispatch_dtype],
         form,
-        _share(*of_chunk),
-        _capacity(transport, *of_chunk),
+        share,
+        parts.capacity(cfg.capacity_factor, tokens, router, share),
         stations.num_experts,
         own,
         slots,
         remat,
     )
     done = []
-    tokens = (jnp.split(part, cfg.chunks) for part in (x_ND, station_NK, gate_NK))
-    for x, station, gate in zip(*tokens, strict=True):
-        trips = travel.plan(transport, station, gate, stations, "position")
+    chunks = (jnp.split(part, cfg.chunks) for part in (x_ND, station_NK, gate_NK))
+    for x, station, gate in zip(*chunks, strict=True):
+        trips = travel.plan(travel.count, station, gate, stations, "position")
         chunk = _Chunk(station, trips, plan.borrowed_PS)
         done.append(_exchange_chunk(layout, x, gate, weights, chunk))
     return jnp.concatenate(done), metrics
-
-
-def _share(tokens: int, cfg: ExchangeConfig, router: RouterConfig) -> int:
-    """Returns how many rows a device has at most where slots suffice."""
-    return math.ceil(tokens * router.top_k * (1 + cfg.lend_above))
-
-
-def _capacity(
-    transport: travel.Transport, tokens: int, cfg: ExchangeConfig, router: RouterConfig
-) -> int:
-    """Returns how many visits a buffer holds: no more than a device's even share."""
-    of_router = tokens, router, collectives.axis_size(AXIS)
-    if cfg.capacity_factor is not None:
-        return transport.capacity(cfg.capacity_factor, *of_router)
-    expected = transport.capacity(1.0, *of_router)
-    room = math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected))
-    most = transport.capacity(None, *of_router)
-    return min(room, most, _share(tokens, cfg, router))
 
 
 def _plan(
@@ -204,22 +180,20 @@ def _exchange_chunk(
     layout: _Layout, x_ND: jax.Array, gate_NK: jax.Array, weights: Any, chunk: _Chunk
 ) -> jax.Array:
     # What a tensor group computes, it computes together, so often as one needs to.
-    parts = collectives.pmax(
-        layout.transport.parts(chunk.trips, layout.capacity), "tensor"
-    )
+    num_parts = collectives.pmax(parts.count(chunk.trips, layout.capacity), "tensor")
     given: Any = _with_gradients_of_later_parts(
-        layout, parts, x_ND, gate_NK, weights, chunk
+        layout, num_parts, x_ND, gate_NK, weights, chunk
     )
     x_ND, gate_NK, weights, nothing_ND = given
     y_ND, lent = _exchange_part(layout, 0, x_ND, gate_NK, weights, chunk)
     tokens, held = lax.stop_gradient(((x_ND, gate_NK), (weights, lent)))
 
     def add(nth, y_ND):
-        path, arrived = _bring(layout, nth, *tokens, chunk)
+        path, arrived = _bring(layout, nth, *_only_in(nth, tokens), chunk)
         y_RD = _compute(layout, arrived, *held)
         return y_ND + path.carry_back(y_RD).astype(jnp.float32)
 
-    later_ND = lax.fori_loop(1, parts, add, jnp.zeros(x_ND.shape, jnp.float32))
+    later_ND = lax.fori_loop(1, num_parts, add, jnp.zeros(x_ND.shape, jnp.float32))
     later_ND = lax.stop_gradient(later_ND).astype(y_ND.dtype)
     return y_ND + nothing_ND + later_ND
 
@@ -253,7 +227,7 @@ def _bring(
     gate_NK: jax.Array,
     chunk: _Chunk,
 ) -> tuple[travel.Path, travel.Arrived]:
-    path = layout.transport.path(chunk.trips, layout.capacity, nth)
+    path = parts.path(chunk.trips, layout.capacity, nth)
     tokens = x_ND, chunk.station_NK, gate_NK
     return path, travel.bring(path, layout.wire, *tokens, layout.stations)
 
@@ -273,45 +247,54 @@ def _compute(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _with_gradients_of_later_parts(layout, parts, x_ND, gate_NK, weights, chunk):
+def _with_gradients_of_later_parts(layout, num_parts, x_ND, gate_NK, weights, chunk):
     """Returns its arguments, and zeros to add to the results of the first part.
 
     What comes back through these is the results' gradient, from which those of the
     later parts are computed, and added to the arguments' others. So there is one array
     for the weights' gradient, and it isn't touched if there are no later parts.
     """
-    del parts, chunk
+    del num_parts, chunk
     return x_ND, gate_NK, weights, jnp.zeros_like(x_ND)
 
 
-def _later_parts_forward(layout, parts, x_ND, gate_NK, weights, chunk):
-    given = parts, x_ND, gate_NK, weights, chunk
+def _later_parts_forward(layout, num_parts, x_ND, gate_NK, weights, chunk):
+    given = num_parts, x_ND, gate_NK, weights, chunk
     return _with_gradients_of_later_parts(layout, *given), given
 
 
 def _later_parts_backward(layout, given, gradients):
-    parts, x_ND, gate_NK, weights, chunk = given
-    *d_tokens, d_weights, dy_ND = gradients
+    num_parts, x_ND, gate_NK, weights, chunk = given
+    d_x_ND, d_gate_NK, d_weights, dy_ND = gradients
+    inputs = {"x_ND": x_ND, "gate_NK": gate_NK, "weights": weights}
 
-    def add_gradients(of: Callable[..., Any], at: Any, total: Any) -> Any:
+    def add_gradients(total: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns these inputs' gradients with those of the later parts."""
+
         def add(nth, total):
-            _, pull = jax.vjp(lambda *at: of(nth, *at)[0], *at)
-            return jax.tree.map(jnp.add, total, pull(dy_ND))
+            given, where, d_y = _only_in(nth, (inputs, chunk, dy_ND))
 
-        return lax.fori_loop(1, parts, add, total)
+            def part(at):
+                return _exchange_part(layout, nth, **(given | at), chunk=where)[0]
+
+            _, pull = jax.vjp(part, {name: given[name] for name in total})
+            return jax.tree.map(jnp.add, total, *pull(d_y))
+
+        return lax.fori_loop(1, num_parts, add, total)
 
     # Two loops, as a pipeline puts off the gradients of weights.
-    d_x_ND, d_gate_NK = add_gradients(
-        lambda nth, x, gate: _exchange_part(layout, nth, x, gate, weights, chunk),
-        (x_ND, gate_NK),
-        tuple(d_tokens),
-    )
-    (d_weights,) = add_gradients(
-        lambda nth, w: _exchange_part(layout, nth, x_ND, gate_NK, w, chunk),
-        (weights,),
-        (d_weights,),
-    )
-    return None, d_x_ND, d_gate_NK, d_weights, None
+    d_tokens = add_gradients({"x_ND": d_x_ND, "gate_NK": d_gate_NK})
+    (d_weights,) = add_gradients({"weights": d_weights}).values()
+    return None, d_tokens["x_ND"], d_tokens["gate_NK"], d_weights, None
+
+
+def _only_in(nth: jax.Array, values: Any) -> Any:
+    """Returns the values, of which nothing is computed but within this round of a loop.
+
+    XLA computes before a loop what is the same in all its rounds, be there none at all:
+    weights would be lent, and tokens travel, in vain.
+    """
+    return lax.optimization_barrier((nth, values))[1]
 
 
 _with_gradients_of_later_parts.defvjp(_later_parts_forward, _later_parts_backward)

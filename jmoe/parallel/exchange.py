@@ -107,7 +107,7 @@ def _exchange_chunk(
     """Returns results, and how many choices were dropped."""
     peers, transport = collectives.axis_size(AXIS), travel.TRANSPORTS[cfg.backend]
     order = "position" if cfg.capacity_factor is None else cfg.drop_order
-    trips = travel.plan(transport, expert_NK, gate_NK, router, order)
+    trips = travel.plan(transport.plan, expert_NK, gate_NK, router, order)
     path = transport.path(
         trips, transport.capacity(cfg.capacity_factor, len(x_ND), router, peers)
     )

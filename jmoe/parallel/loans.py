@@ -2,12 +2,13 @@
 
 Who borrows what is known everywhere (`jmoe.balance.lending`), and differs with every
 microbatch. On GPUs an expert goes straight to its borrower, by a ragged all-to-all for
-each slot. CPUs lack it: there a dense one has a place for each slot of each peer, most
-of them empty. Gradients come back the same way, and are added at home, in the order of
-devices and slots.
+each slot. CPUs lack it: there each device sends two experts that it lends to all, and
+so on as long as there is one that lends more. Where nothing is lent, nothing is sent.
+Gradients come back, on CPUs in an all-to-all for each of these rounds, and are added at
+home, in the order of devices and slots.
 
-Shapes: E / P own expert of this device, P device of the `expert` axis, S slot, W what
-an expert's weights have, X = P * S loan, Q loan of a round.
+Shapes: M own expert of this device, P device of the `expert` axis, S slot, X whatever
+there are many of, Q loan of a round on GPUs.
 """
 
 import functools
@@ -21,6 +22,8 @@ from jax import lax
 from jmoe.ops import fp8
 from jmoe.parallel import collectives, ragged
 from jmoe.parallel.travel import AXIS
+
+A_ROUND = 2  # experts of each device that CPUs send at a time
 
 
 class Form(NamedTuple):
@@ -38,14 +41,15 @@ def in_dtype(dtype: Any) -> Form:
     return Form(lambda w: w.astype(dtype), lambda w, of: w.astype(of))
 
 
-def in_fp8(recipe: fp8.Recipe) -> Form:
-    """Returns weights quantized as products will have them; a second time, for them.
+def in_fp8(recipe: fp8.Recipe, dtype: Any) -> Form:
+    """Returns weights quantized as products of `dtype` will have them.
 
-    What was quantized once stays as it is when it is quantized again.
+    These quantize a second time, which leaves the numbers that e4m3 stands for as they
+    are: to the bit in bfloat16, but for scales' last bit in float32.
     """
 
     def pack(w):
-        matrices = w.reshape(*w.shape[:2], -1)
+        matrices = w.astype(dtype).reshape(*w.shape[:2], -1)
         return recipe.quantize(matrices, recipe.weights)
 
     return Form(pack, fp8.dequantize)
@@ -103,26 +107,83 @@ def _local_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
     return jnp.where(is_mine_PS, borrowed_PS - me * own, own)
 
 
+class _Rounds(NamedTuple):
+    """Lent experts in rounds, in each of which a home sends a few of its own.
+
+    rank_PS: int32, a borrowed expert's place among those that its home lends; -1 for
+    none. local_M: int32, the experts that are lent here, in this order; then any.
+    size: of a round. count: of rounds.
+    """
+
+    rank_PS: jax.Array
+    local_M: jax.Array
+    size: int
+    count: jax.Array
+
+    def places(self, home_PS: jax.Array, nth: jax.Array) -> jax.Array:
+        """Returns where loans travel in this round, [P, S], of all homes' places.
+
+        Beyond them if they don't.
+        """
+        place_PS = self.rank_PS - nth * self.size
+        is_now_PS = (self.rank_PS >= 0) & (place_PS >= 0) & (place_PS < self.size)
+        beyond = len(home_PS) * self.size
+        return jnp.where(is_now_PS, home_PS * self.size + place_PS, beyond)
+
+    def mine(self, nth: jax.Array) -> jax.Array:
+        """Returns which experts leave from here in this round."""
+        return self.local_M[nth * self.size + jnp.arange(self.size)]
+
+
+def _rounds(borrowed_PS: jax.Array, own: int) -> _Rounds:
+    peers, me = len(borrowed_PS), collectives.axis_index(AXIS)
+    expert_PM = jnp.arange(peers * own, dtype=jnp.int32).reshape(peers, own)
+    is_lent_PM = (expert_PM[..., None] == borrowed_PS.reshape(-1)).any(-1)
+    rank_PM = jnp.cumsum(is_lent_PM, axis=1, dtype=jnp.int32) - 1
+    rank_X = jnp.where(is_lent_PM, rank_PM, -1).reshape(-1)
+    rank_PS = rank_X.at[borrowed_PS].get(mode="fill", fill_value=-1)
+    size = min(A_ROUND, own)
+    (local_M,) = jnp.nonzero(is_lent_PM[me], size=own + size, fill_value=0)
+    return _Rounds(rank_PS, local_M, size, -(-(rank_PS.max() + 1) // size))
+
+
 def _lend_padded(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
-    me = collectives.axis_index(AXIS)
+    me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(own))
     home_PS = _home_PS(borrowed_PS, len(own))
-    local_PS = _local_PS(borrowed_PS, len(own))
-    sent = own.at[local_PS].get(mode="fill", fill_value=0)
-    came = collectives.all_to_all(sent, AXIS, 0, 0)
-    slot_S = jnp.arange(borrowed_PS.shape[1])
-    return came.at[home_PS[me], slot_S].get(mode="fill", fill_value=0)
+
+    def bring(nth, lent):
+        came = collectives.all_gather(own[rounds.mine(nth)], AXIS, 0)
+        place_S = rounds.places(home_PS, nth)[me]
+        at_S = jnp.where(place_S < len(came), jnp.arange(len(lent)), len(lent))
+        return lent.at[at_S].set(came[place_S], mode="drop")
+
+    lent = jnp.zeros((borrowed_PS.shape[1], *own.shape[1:]), own.dtype)
+    return lax.fori_loop(0, rounds.count, bring, lent)
 
 
 def _give_back_padded(
     d_own: jax.Array, d_lent: jax.Array, borrowed_PS: jax.Array
 ) -> jax.Array:
-    me, slots = collectives.axis_index(AXIS), borrowed_PS.shape[1]
+    me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(d_own))
     home_PS = _home_PS(borrowed_PS, len(d_own))
-    sent = jnp.zeros((len(borrowed_PS), *d_lent.shape), d_lent.dtype)
-    sent = sent.at[home_PS[me], jnp.arange(slots)].set(d_lent, mode="drop")
-    came = collectives.all_to_all(sent, AXIS, 0, 0)
-    local_PS = _local_PS(borrowed_PS, len(d_own))
-    return _add(d_own, local_PS.reshape(-1), came.reshape(-1, *d_lent.shape[1:]))
+    places = len(home_PS) * rounds.size
+
+    def add_round(nth, d_own):
+        place_PS, local_M = rounds.places(home_PS, nth), rounds.mine(nth)
+        sent = jnp.zeros((places, *d_lent.shape[1:]), d_lent.dtype)
+        sent = sent.at[place_PS[me]].set(d_lent, mode="drop")
+        came = collectives.all_to_all(sent, AXIS, 0, 0)
+        place_M = me * rounds.size + jnp.arange(rounds.size)
+        is_here_PM = (place_PS[:, :, None] == place_M).any(1)
+        (loan_X,) = jnp.nonzero(is_here_PM.reshape(-1), size=places)
+
+        def add(i, d_own):
+            loan = loan_X[i]
+            return d_own.at[local_M[loan % rounds.size]].add(came[loan])
+
+        return lax.fori_loop(0, is_here_PM.sum(), add, d_own)
+
+    return lax.fori_loop(0, rounds.count, add_round, d_own)
 
 
 def _add(d_own: jax.Array, local_X: jax.Array, d_lent_X: jax.Array) -> jax.Array:

@@ -50,9 +50,9 @@ def assign(
     return Slots(token_R, slot_NV)
 
 
-def place(x_NX: jax.Array, slots: Slots) -> jax.Array:
+def place(x_NX: jax.Array, token_R: jax.Array) -> jax.Array:
     """Returns the rows of the slots' tokens, [R, X]; zeros where a slot is empty."""
-    return x_NX.at[slots.token_R].get(mode="fill", fill_value=0)
+    return x_NX.at[token_R].get(mode="fill", fill_value=0)
 
 
 def collect(y_RX: jax.Array, slots: Slots) -> jax.Array:

@@ -10,8 +10,8 @@ Transports differ in how rows move:
 - `ragged`: as many rows as there are. Only GPUs have this all-to-all.
 - `gather`: every token to every device; to measure the others by.
 
-Visits that are more than buffers hold are in later *parts*, which may be moved too, or
-dropped.
+Visits that are more than buffers hold are dropped, or moved in later *parts*
+(`parallel.parts`).
 
 All of them move rows by a pair of functions that are each other's transposes: `there`
 carries tokens forward and the gradients of results backward, `back` the reverse. Tokens
@@ -144,30 +144,26 @@ class Transport(NamedTuple):
     capacity(factor, tokens, router, peers) -> int: visits that fit into buffers: those
       that a device pays to one peer, or that it receives, of `tokens` of each.
     plan(visits, rank_NV) -> trips
-    path(trips, capacity) -> Path: of the first part, in which a peer that receives more
-      than it can hold divides its room between those that send.
-    path(trips, capacity, nth) -> Path: of that part of all visits.
-    parts(trips, capacity) -> int32: how many parts this device and its peers have.
+    path(trips, capacity) -> Path: a peer that receives more than it can hold divides
+      its room between those that send.
     where: in which direction capacity can be too small, "sending" or "receiving".
     """
 
     capacity: Callable[[float | None, int, RouterConfig, int], int]
     plan: Callable[[dropping.Visits, jax.Array], Trips]
     path: Callable[..., Path]
-    parts: Callable[[Trips, int], jax.Array]
     where: str
 
 
-def _padded_path(trips: Trips, capacity: int, nth: jax.Array | int = 0) -> Path:
+def _padded_path(trips: Trips, capacity: int) -> Path:
     """Moves C slots to each peer, of which those without a visit travel empty."""
-    peers = collectives.axis_size(AXIS)
-    rank_NV = trips.rank_NV - nth * capacity
-    is_kept_NV = slots.keep(trips.visits, rank_NV, jnp.full(peers, capacity))
+    peers, (visits, rank_NV, _) = collectives.axis_size(AXIS), trips
+    is_kept_NV = slots.keep(visits, rank_NV, jnp.full(peers, capacity))
     first_P = jnp.arange(peers) * capacity
-    route = slots.assign(trips.visits, rank_NV, is_kept_NV, first_P, peers * capacity)
+    route = slots.assign(visits, rank_NV, is_kept_NV, first_P, peers * capacity)
 
     def there(x_NX, route):
-        x_PCX = slots.place(x_NX, route).reshape(peers, capacity, -1)
+        x_PCX = slots.place(x_NX, route.token_R).reshape(peers, capacity, -1)
         return collectives.all_to_all(x_PCX, AXIS, 0, 0).reshape(peers * capacity, -1)
 
     def back(y_RX, route):
@@ -177,17 +173,10 @@ def _padded_path(trips: Trips, capacity: int, nth: jax.Array | int = 0) -> Path:
     return Path(there, back, route, is_kept_NV)
 
 
-def _padded_parts(trips: Trips, capacity: int) -> jax.Array:
-    count_P = dropping.count_visits(trips.visits, collectives.axis_size(AXIS))
-    return collectives.pmax(-(-count_P.max() // capacity), AXIS)
+PADDED = Transport(dropping.send_capacity, Trips, _padded_path, where="sending")
 
 
-PADDED = Transport(
-    dropping.send_capacity, Trips, _padded_path, _padded_parts, where="sending"
-)
-
-
-def _count(visits: dropping.Visits, rank_NV: jax.Array) -> Trips:
+def count(visits: dropping.Visits, rank_NV: jax.Array) -> Trips:
     count_P = dropping.count_visits(visits, collectives.axis_size(AXIS))
     return Trips(visits, rank_NV, collectives.all_gather(count_P[None], AXIS, 0))
 
@@ -198,15 +187,15 @@ def _ragged_path(
     rows: int,
     nth: jax.Array | int | None = None,
 ) -> Path:
-    """Moves as many rows as there are visits, of which a peer may not take all."""
+    """Moves as many rows as there are visits, of which a peer may not take all.
+
+    Or that part of all of them, if there is an `nth`.
+    """
     me = collectives.axis_index(AXIS)
     if nth is None:
-        size_PP, skipped_PP = ragged.shared(trips.count_PP, rows), 0
-        rank_NV = trips.rank_NV
+        size_PP, rank_NV = ragged.shared(trips.count_PP, rows), trips.rank_NV
     else:
-        size_PP, skipped_PP = ragged.window(trips.count_PP, rows, nth)
-        skipped_P = jnp.append(skipped_PP[me], 0)
-        rank_NV = trips.rank_NV - skipped_P[trips.visits.peer_NV]
+        size_PP, rank_NV = window(trips, rows, nth)
     layout = ragged.plan(size_PP, me)
     is_kept_NV = slots.keep(trips.visits, rank_NV, layout.there.send_P)
     send_rows = trips.visits.peer_NV.size
@@ -225,7 +214,7 @@ def _ragged_path(
 
     def there(x_NX, route):
         held, layout = route
-        return send(slots.place(x_NX, held), layout.there, rows)
+        return send(slots.place(x_NX, held.token_R), layout.there, rows)
 
     def back(y_RX, route):
         held, layout = route
@@ -234,20 +223,23 @@ def _ragged_path(
     return Path(there, back, (held, layout), is_kept_NV)
 
 
-def _ragged_parts(trips: Trips, rows: int) -> jax.Array:
-    return -(-trips.count_PP.sum(0).max() // rows)
+def window(
+    trips: Trips, rows: int, nth: jax.Array | int
+) -> tuple[jax.Array, jax.Array]:
+    """Returns how many visits are in that part, [P, P], and ranks of this device's."""
+    size_PP, skipped_PP = ragged.window(trips.count_PP, rows, nth)
+    skipped_P = jnp.append(skipped_PP[collectives.axis_index(AXIS)], 0)
+    return size_PP, trips.rank_NV - skipped_P[trips.visits.peer_NV]
 
 
 def ragged_rows(all_to_all: Callable[..., jax.Array]) -> Transport:
     path = functools.partial(_ragged_path, all_to_all)
-    return Transport(
-        dropping.receive_capacity, _count, path, _ragged_parts, where="receiving"
-    )
+    return Transport(dropping.receive_capacity, count, path, where="receiving")
 
 
-def _gather_path(trips: Trips, capacity: int, nth: jax.Array | int = 0) -> Path:
+def _gather_path(trips: Trips, capacity: int) -> Path:
     """Moves all tokens to all devices, whose capacity is always enough."""
-    del capacity, nth
+    del capacity
 
     def there(x_NX, route):
         return collectives.all_gather(x_NX, AXIS, 0)
@@ -262,7 +254,6 @@ GATHER = Transport(
     lambda factor, tokens, router, peers: tokens,
     Trips,
     _gather_path,
-    lambda trips, capacity: jnp.int32(1),
     where="sending",
 )
 
@@ -273,13 +264,8 @@ TRANSPORTS: dict[str, Transport] = {
 }
 
 
-def of_platform() -> Transport:
-    """Returns what moves no more rows than there are, where there is such a thing."""
-    return TRANSPORTS["padded" if collectives.platform() == "cpu" else "ragged"]
-
-
 def plan(
-    transport: Transport,
+    trips_of: Callable[[dropping.Visits, jax.Array], Trips],
     expert_NK: jax.Array,
     gate_NK: jax.Array,
     router: RouterConfig,
@@ -288,12 +274,13 @@ def plan(
     """Returns the trips that tokens need for their choices.
 
     Args:
+      trips_of: a transport's `plan`.
       expert_NK: int32 in [0, E]; E is nobody.
       order: of `dropping.DROP_ORDERS`; the last of them go last.
     """
     peers = collectives.axis_size(AXIS)
     visits = dropping.find_visits(expert_NK, gate_NK, router, peers)
-    return transport.plan(visits, dropping.DROP_ORDERS[order](visits, peers))
+    return trips_of(visits, dropping.DROP_ORDERS[order](visits, peers))
 
 
 class Arrived(NamedTuple):

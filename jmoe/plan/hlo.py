@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 # Custom calls that are matrix products: the libraries' and this project's kernels.
 _GEMM_CALLS = ("__cublas$", "__cudnn$", "mosaic_gpu", "__triton")
+# By their names, kernels of this project's that aren't: those of `fp8_quantize`.
+_QUANTIZING = ("/fp8_rows/", "/fp8_columns/")
 
 # What moves nothing, and so is no kernel.
 _FREE = ("bitcast", "constant", "get-tuple-element", "parameter", "tuple")
@@ -135,7 +137,9 @@ def _is_gemm(instruction: HloInstruction) -> bool:
     if instruction.opcode != "custom-call":
         return instruction.opcode == "dot"
     target = _TARGET.search(instruction.attributes)
-    return target is not None and target[1].startswith(_GEMM_CALLS)
+    if target is None or any(name in instruction.op_name for name in _QUANTIZING):
+        return False
+    return target[1].startswith(_GEMM_CALLS)
 
 
 def parse(text: str) -> HloModule:

@@ -195,10 +195,20 @@ LAYERS: Mapping[str, Callable[[], RunConfig]] = {
     **dict(_compared("v3", "v3_layer", 16, *COMPARED)),
     **dict(_compared("v3", "v3_layer", 64, *COMPARED)),
 }
+
+
+def lending_in_fp8(name: str) -> RunConfig:
+    """Returns V2-Lite on 8 devices, which lend its experts in FP8."""
+    run = compared("v2_lite", 8, "balanced", name)
+    return dataclasses.replace(run, precision="fp8")
+
+
+IN_FP8 = "v2_lite_8_fp8_balanced"
 # and of these the step.
-LENDING_STEPS: Mapping[str, Callable[[], RunConfig]] = dict(
-    _compared("v2_lite", "v2_lite", 8, "balanced", "capacity")
-)
+LENDING_STEPS: Mapping[str, Callable[[], RunConfig]] = {
+    **dict(_compared("v2_lite", "v2_lite", 8, "balanced", "capacity")),
+    IN_FP8: functools.partial(lending_in_fp8, IN_FP8),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -211,6 +211,7 @@ class Answering:
         kind, self._object, self._chunk = self.form.names
         self._id = f"{kind}-{random.getrandbits(96):024x}"
         self._created = int(time.time())
+        self._around = self._around_choice()
 
     @property
     def seconds(self) -> float:
@@ -274,13 +275,16 @@ class Answering:
         return Grown(increment.number, text, increment, increment.finish_reason)
 
     def _events(self, choices: Iterable[Any]) -> bytes:
-        found = []
-        for choice in choices:
-            answer = self._answer(self._chunk, [choice])
-            if self.asked.tells_usage:
-                answer.usage = None
-            found.append(event(answer.to_json()))
-        return b"".join(found)
+        before, after = self._around
+        return b"".join(event(before + choice.to_json() + after) for choice in choices)
+
+    def _around_choice(self) -> tuple[bytes, bytes]:
+        """Returns what is before and behind the one choice of each of its chunks."""
+        answer = self._answer(self._chunk, [])
+        if self.asked.tells_usage:
+            answer.usage = None
+        before, opening, after = answer.to_json().partition(b'"choices":[')
+        return before + opening, after
 
     def _answer(self, kind: str, choices: list[Any]) -> Completions:
         return Completions(

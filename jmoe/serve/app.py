@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from jmoe.config.serve import ServeConfig
+from jmoe.monitor import binding
 from jmoe.serve import lifecycle, proxy, replicas
 from jmoe.serve.deployed import Deployed, RunningEngine
 from jmoe.serve.front import Access
@@ -78,7 +79,7 @@ def serve_until_stopped(cfg: ServeConfig, deployed: Deployed, access: Access) ->
       ValueError: the port is taken, Ray serves already, or it has too few devices.
       RuntimeError: the engine didn't start.
     """
-    lifecycle.bind(cfg).close()
+    binding.bind(cfg.host, cfg.port).close()
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(include_dashboard=False, logging_level="error")
     try:

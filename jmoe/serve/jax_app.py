@@ -75,6 +75,7 @@ def follow(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> None:
 
 def load(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> Trained:
     """Returns a model that is read, in a process that is set up to serve it."""
+    runtime.step_after_step()
     runtime.start_jax()
     trained = jax_engine.load(directory, cfg.engine, step)
     runtime.keep_compiled(cache.directory(trained.run.data) / runtime.COMPILED)

@@ -1,9 +1,8 @@
-"""How a server begins and ends: its port, the signals that stop it, and draining."""
+"""How a server ends: the signals that stop it, and draining."""
 
 import asyncio
 import contextlib
 import signal
-import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,25 +54,6 @@ def url(cfg: ServeConfig) -> str:
     scheme = "http" if cfg.tls_certificate is None else "https"
     host = f"[{cfg.host}]" if ":" in cfg.host else cfg.host
     return f"{scheme}://{host}:{cfg.port}"
-
-
-def bind(cfg: ServeConfig) -> socket.socket:
-    """Returns a socket on the server's address, which doesn't listen yet.
-
-    Raises:
-      ValueError: the address is taken, or isn't this machine's.
-    """
-    family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    bound = socket.socket(family)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((cfg.host, cfg.port))
-    except OSError as error:
-        bound.close()
-        raise ValueError(
-            f"host={cfg.host!r}, port={cfg.port}: {error.strerror}."
-        ) from error
-    return bound
 
 
 class Stopped(BaseException):

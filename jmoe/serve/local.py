@@ -55,7 +55,7 @@ async def serve_until_stopped(
     """Serves an ASGI app; once it is to stop, what is in flight is finished.
 
     Args:
-      bound: as `lifecycle.bind` returns it.
+      bound: as `binding.bind` returns it.
     """
     gate = Gate(app)
     server = make_server(gate, cfg, access)

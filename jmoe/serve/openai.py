@@ -13,7 +13,7 @@ import json
 import random
 import reprlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
@@ -78,6 +78,7 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None  # bytes that hide lengths
 
 
 class AskedTokens(_Strict):
@@ -99,7 +100,10 @@ class AskedTokens(_Strict):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     deadline_seconds: float | None = Field(None, gt=0)
-    user: Text | None = None  # who asks, for OpenAI's own records
+    # Who asks, and what is asked again, for OpenAI's own records and caches.
+    user: Text | None = None
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
 
     @pydantic.field_validator("stop", mode="before")
     @classmethod

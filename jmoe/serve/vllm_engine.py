@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from jmoe import families
 from jmoe.config import MLAConfig, ModelConfig
 from jmoe.config.serve import EngineConfig, ServeConfig
+from jmoe.serve import engine_checks
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 LATENT_SIZES = (512, 64)  # kv_latent_dim and rope_dim of vLLM's MLA kernels
@@ -204,6 +205,7 @@ def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:
     for field in ours:
         if (value := getattr(cfg, field)) is not None:
             raise ValueError(f"{field}={value!r} is for --engine=jax.")
+    engine_checks.check(model, cfg)
     heads, tensor = model.attention.num_heads, cfg.tensor_parallel
     if heads % tensor:
         raise ValueError(
@@ -214,31 +216,16 @@ def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:
             f"pipeline_parallel={cfg.pipeline_parallel} must be at most the model's "
             f"num_layers={model.num_layers}."
         )
-    if cfg.expert_parallel and tensor == 1:
-        raise ValueError(
-            "expert_parallel=True needs tensor_parallel above 1: experts are spread "
-            "over the devices that share a layer."
-        )
     spare = cfg.placement.redundant_experts if cfg.placement else 0
     if cfg.expert_parallel and (model.moe.router.num_experts + spare) % tensor:
         raise ValueError(
             f"num_experts={model.moe.router.num_experts} and redundant_experts={spare} "
             f"together must divide by tensor_parallel={tensor}."
         )
-    if cfg.draft_tokens and not model.mtp_depth:
-        raise ValueError(
-            f"draft_tokens={cfg.draft_tokens} needs a model with MTP modules; this one "
-            "has mtp_depth=0."
-        )
     if model.mtp_depth and cfg.draft_tokens % model.mtp_depth:
         raise ValueError(
             f"draft_tokens={cfg.draft_tokens} must be a multiple of the model's "
             f"mtp_depth={model.mtp_depth}."
-        )
-    if cfg.max_length is not None and cfg.max_length > model.max_positions:
-        raise ValueError(
-            f"max_length={cfg.max_length} must be at most the model's "
-            f"max_positions={model.max_positions}."
         )
     value_dim, qk_dim = model.attention.value_dim, model.attention.qk_dim
     if value_dim > qk_dim and not has_latent_kernels(model):

@@ -116,6 +116,9 @@ def sum_microbatches(function: Callable[[Microbatch], Any], parts: Microbatch) -
     if parts.batch.tokens_BT.shape[0] == 1:
         return function(first)
 
+    # Traced once, for its shapes and for the loop; the program is the same without.
+    function = jax.jit(function, inline=True)
+
     def add(total, part):
         return reductions.merge(total, function(part)), None
 

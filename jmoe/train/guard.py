@@ -14,7 +14,7 @@ processes, and a run that goes on, decide alike.
 import collections
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -179,11 +179,16 @@ def require_finite(arrays: Any, where: Any) -> None:
     finite = jax.device_get(jax.jit(_are_finite)(floats))
     broken = [name for name, is_finite in finite.items() if not is_finite]
     if broken:
-        more = f" and {len(broken) - _NAMED} more" if len(broken) > _NAMED else ""
-        raise ValueError(
-            f"{where} has NaN or infinite numbers in {', '.join(broken[:_NAMED])}"
-            f"{more}; an older checkpoint may have none."
-        )
+        raise ValueError(not_finite(where, broken))
+
+
+def not_finite(where: Any, names: Sequence[str]) -> str:
+    """Returns what is said of a checkpoint of which these arrays aren't finite."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return (
+        f"{where} has NaN or infinite numbers in {', '.join(names[:_NAMED])}{more}; an "
+        "older checkpoint may have none."
+    )
 
 
 def _are_finite(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

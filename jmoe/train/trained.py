@@ -1,19 +1,24 @@
 """The model of a run, read from its directory without what only training needs."""
 
+import contextlib
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
+from jmoe.checkpoint import manifest
 from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.pieces import Pieces
 from jmoe.checkpoint.retention import Which
 from jmoe.checkpoint.store import Store
+from jmoe.checkpoint.unread import Leaves, Slices, Unread
 from jmoe.config import RunConfig, override
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.nn.model import abstract_variables
 from jmoe.nn.quantized import quantize_weights
-from jmoe.train.guard import require_finite
+from jmoe.train.guard import not_finite, require_finite
 
 TOKENIZER = "tokenizer.json"
 CHECKPOINTS = "checkpoints"
@@ -22,11 +27,14 @@ _OF_WEIGHTS = ("model", "data.tokenizer")
 
 
 class Trained(NamedTuple):
-    """`variables` has the collections `params` and `router_state`, as of `step`."""
+    """`variables` has the collections `params` and `router_state`, as of `step`.
+
+    Or they are yet to be read.
+    """
 
     run: RunConfig
     tokenizer: Tokenizer
-    variables: dict[str, Any]
+    variables: Any
     step: int
 
 
@@ -40,18 +48,52 @@ def load_trained(workdir: pathlib.Path, *, step: Which = None) -> Trained:
       ValueError: a file of the run is damaged, or of another version of jmoe, or the
         weights aren't finite.
     """
-    if not (workdir / workdirs.CONFIG).is_file():
-        raise FileNotFoundError(
-            f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
-        )
-    run = workdirs.read_run(workdir)
-    tokenizer = Tokenizer.from_file(workdir / TOKENIZER)
+    run, tokenizer = _read_run(workdir)
     with Store(workdir / CHECKPOINTS) as store:
         variables, _, found = store.restore(
             abstract_variables(run.model), step, ignore=_ONLY_FOR_TRAINING
         )
         require_finite(variables, store.locate(found))
     return Trained(run, tokenizer, variables, found)
+
+
+def look_at_trained(workdir: pathlib.Path, *, step: Which = None) -> Trained:
+    """Returns what `load_trained` does, but for weights that are yet to be read.
+
+    All processes call it; each has compared its share of the sums.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_trained`, but for weights that aren't
+        finite, which who reads them is told.
+    """
+    run, tokenizer = _read_run(workdir)
+    shapes = abstract_variables(run.model)
+    with Store(workdir / CHECKPOINTS) as store:
+        found, _ = store.find(shapes, step, _ONLY_FOR_TRAINING)
+        directory = store.locate(found)
+    leaves = manifest.flatten(shapes)
+
+    @contextlib.contextmanager
+    def opened() -> Iterator[Leaves]:
+        pieces = Pieces(directory)
+
+        def fill(out: np.ndarray, path: str, index: Slices) -> None:
+            out[:] = pieces.read(path, index)
+            if not np.isfinite(out).all():
+                raise ValueError(not_finite(directory, [path]))
+
+        yield Leaves(leaves, fill)
+
+    return Trained(run, tokenizer, Unread(opened), found)
+
+
+def _read_run(workdir: pathlib.Path) -> tuple[RunConfig, Tokenizer]:
+    if not (workdir / workdirs.CONFIG).is_file():
+        raise FileNotFoundError(
+            f"workdir={str(workdir)!r} holds no run: it has no {workdirs.CONFIG}."
+        )
+    run = workdirs.read_run(workdir)
+    return run, Tokenizer.from_file(workdir / TOKENIZER)
 
 
 def check_start(workdir: pathlib.Path, run: RunConfig) -> None:

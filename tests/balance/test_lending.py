@@ -114,6 +114,16 @@ def test_only_those_above_the_threshold_lend_and_nobody_gets_above_it(
         assert (got.borrowed_PS == experts).all()
 
 
+@pytest.mark.parametrize(
+    ("threshold", "rows"), [(0.0, [100] * 4), (0.1, [110, 105]), (0.2, [120, 105])]
+)
+def test_nobody_lends_to_be_less_above_the_threshold(threshold, rows):
+    load_PE = np.zeros((4, 8), np.int32)
+    load_PE[1, ::2] = 120, 105, 90, 85  # the mean is 100
+    rows_P = planned(load_PE, 2, threshold, None).rows_EP.sum(0)
+    assert rows_P.tolist()[: len(rows)] == rows and rows_P.sum() == 400
+
+
 @each_way
 @property_of_plans
 @given(data=st.data())

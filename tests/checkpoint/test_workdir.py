@@ -51,6 +51,7 @@ def test_the_same_run_goes_on_and_its_record_is_left_alone(run_dir):
         "optimizer.weight_decay=0.0",
         "model.family='kimi_k2'",
         "model.remat='block'",
+        "model.moe.exchange.backend='balanced'",
         "model.attention.block_size=64",
         "data.cache_dir='/elsewhere'",
         "data.on_corrupt='skip'",

@@ -81,6 +81,18 @@ def test_a_tokenizer_that_lies_alone_opens_with_what_separates_documents(tmp_pat
     assert (got.opening, got.separator) == ((3,), (3,))
 
 
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "additional_chat_templates/tools.jinja"]
+)
+def test_a_chat_template_that_is_put_beside_it_changes_no_prompt(tmp_path, name):
+    path = write(tmp_path, {}, OPENS)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("{{ messages[0].content }}")
+    got = Tokenizer.from_file(path)
+    assert name in got.files
+    assert (got.opening, got.separator) == ((3,), (3,))
+
+
 def test_documents_are_stored_with_what_ends_and_what_opens_a_text(
     tmp_path, data_config
 ):

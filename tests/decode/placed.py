@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jmoe.balance import placement
-from jmoe.config import ExchangeConfig, ModelConfig, override
+from jmoe.config import ModelConfig, override
 from jmoe.config.model import ACTIVATIONS, FLOAT8, WIRE_DTYPES
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
@@ -50,27 +50,29 @@ def engine(cfg: ModelConfig) -> tuple[Engine, Any, Watcher]:
     return made, variables, watcher
 
 
-def switching_engine(cfg: ModelConfig) -> tuple[Engine, Engine, Watcher]:
-    """One whose tokens may travel in FP8, but don't, and who watches it.
-
-    Between them is one whose tokens always do.
-    """
+def switching_engine(cfg: ModelConfig) -> tuple[Engine, Watcher]:
+    """One whose tokens may travel in FP8, but don't; and who watches it."""
     found = _switching_engine(cfg)
     found[0].programs.set_dispatch_dtype(ACTIVATIONS)
     return found
 
 
 @functools.cache
-def _switching_engine(cfg: ModelConfig) -> tuple[Engine, Engine, Watcher]:
+def _switching_engine(cfg: ModelConfig) -> tuple[Engine, Watcher]:
     variables, watcher = random_variables(cfg), Watcher()
     run, layout, divided = placed("expert=2", [], variables)
-    always = ExchangeConfig(dispatch_dtype=FLOAT8)
-    switching, fp8 = (
-        make_programs(run, layout.mesh, **told)
-        for told in ({"dispatch_dtypes": WIRE_DTYPES}, {"exchange": always})
-    )
-    first = Engine(cfg, divided, LIMITS, programs=switching, observe=watcher)
-    return first, Engine(cfg, divided, LIMITS, programs=fp8), watcher
+    programs = make_programs(run, layout.mesh, dispatch_dtypes=WIRE_DTYPES)
+    made = Engine(cfg, divided, LIMITS, programs=programs, observe=watcher)
+    return made, watcher
+
+
+@functools.cache
+def fp8_engine(cfg: ModelConfig) -> Engine:
+    """One like it whose tokens always do, with programs of its own."""
+    model = override(cfg, [f"moe.exchange.dispatch_dtype={FLOAT8}"])
+    run, layout, divided = placed("expert=2", [], random_variables(cfg), model)
+    programs = make_programs(run, layout.mesh)
+    return Engine(model, divided, LIMITS, programs=programs)
 
 
 def any_placement(model: ModelConfig, seed: int) -> placement.Placement:

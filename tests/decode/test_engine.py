@@ -312,7 +312,10 @@ MIXED = dataclasses.replace(LIMITS, rows=(1, 4), prompts=(1, 3))
 
 
 def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilations):
-    engine = Engine(cfg, variables, MIXED)
+    told: list = []
+    engine = Engine(cfg, variables, MIXED, compiled=lambda *one: told.append(one))
+    assert [size for size, _ in told] == list(MIXED.sizes)
+    assert all(seconds > 0 for _, seconds in told)
     run, sizes = engine.programs.run, set()
 
     def noted(rows, chunks):

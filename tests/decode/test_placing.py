@@ -10,7 +10,7 @@ from jmoe.config import ExchangeConfig, override
 from jmoe.config.model import ACTIVATIONS, FLOAT8
 from jmoe.decode.engine import Engine
 from jmoe.decode.on_mesh import make_programs
-from jmoe.decode.placing import begin_with
+from jmoe.decode.placing import Placing, begin_with
 from jmoe.parallel.shedding import NO_LIMIT
 from tests.decode.placed import (
     DEVICES,
@@ -19,6 +19,7 @@ from tests.decode.placed import (
     any_placement,
     completed,
     engine,
+    fp8_engine,
     placed,
     switching_engine,
 )
@@ -65,6 +66,8 @@ def test_on_a_pipeline_a_placement_for_another_model_is_refused_and_nothing_move
         placing.plan(other)
     with pytest.raises(ValueError, match="8 experts in 8 places is no other one"):
         placing.plan(begin_with(model, DEVICES))
+    with pytest.raises(ValueError, match="3 MoE layers of 8 experts.*has 2 of 8"):
+        Placing(model, placing._layout, [], placing._move_row, other)
     assert placing.steps_left == 0
     np.testing.assert_array_equal(placing.placement.physical_to_logical, before)
 
@@ -90,11 +93,11 @@ def test_on_a_pipeline_a_limit_drops_choices_and_none_when_it_is_gone(cfg):
 def test_tokens_travel_in_fp8_between_two_steps_and_nothing_is_compiled(
     cfg, compilations
 ):
-    switching, in_fp8, _ = switching_engine(cfg)
-    usual, fp8 = completed(switching), completed(in_fp8)
-    assert usual != fp8
-    programs = switching.programs
+    switching, _ = switching_engine(cfg)
+    usual, programs = completed(switching), switching.programs
     compilations.clear()
+    programs.set_dispatch_dtype(FLOAT8)
+    fp8 = completed(switching)
     for dtype, want in ((FLOAT8, fp8), (ACTIVATIONS, usual)) * 2:
         programs.set_dispatch_dtype(dtype)
         assert completed(switching) == want
@@ -102,12 +105,12 @@ def test_tokens_travel_in_fp8_between_two_steps_and_nothing_is_compiled(
     mixed = completed(switching, lambda: programs.set_dispatch_dtype(next(turns)))
     assert list(map(len, mixed)) == list(map(len, usual))
     assert not compilations
+    assert usual != fp8 == completed(fp8_engine(cfg))
 
 
 def test_tokens_travel_only_in_forms_that_were_compiled(cfg):
-    _, in_fp8, _ = switching_engine(cfg)
     with pytest.raises(ValueError, match="'activations' is not one of 'float8_e4m3fn'"):
-        in_fp8.programs.set_dispatch_dtype(ACTIVATIONS)
+        fp8_engine(cfg).programs.set_dispatch_dtype(ACTIVATIONS)
 
 
 LENDING = ExchangeConfig(backend="balanced", lend_above=0.0)

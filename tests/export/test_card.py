@@ -5,7 +5,8 @@ import pathlib
 import pytest
 
 from jmoe.config import ModelConfig
-from jmoe.export.card import model_card
+from jmoe.data.tokenizer import Tokenizer, train_bpe
+from jmoe.export.card import model_card, tokenizer_files
 from jmoe.monitor.run_files import Run
 
 
@@ -41,3 +42,17 @@ def test_the_card_names_the_class_and_a_rule_where_there_are_biases_to_move(
     card = of_preset(preset, [])
     assert f"A `{architecture}ForCausalLM`: " in card
     assert ("loss-free load balancing (rule `sign`)" in card) == has_biases
+
+
+def test_a_chat_template_beside_a_runs_tokenizer_is_exported_with_what_is_told_of_it():
+    trained = train_bpe([], vocab_size=257)
+    alone = Tokenizer(trained, eos_id=0)
+    template = {"chat_template.jinja": b"{{ messages[0].content }}"}
+    files = {**alone.files, **template}
+    beside = Tokenizer(trained, eos_id=0, files=files)
+    want = {**tokenizer_files(alone, 64), **template}
+    assert tokenizer_files(beside, 64) == want
+    assert want["tokenizer_config.json"]["bos_token"] == "<|endoftext|>"
+    published = {**files, "tokenizer_config.json": b"{}"}
+    came = Tokenizer(trained, eos_id=0, files=published)
+    assert tokenizer_files(came, 64) == published

@@ -1,6 +1,7 @@
 """Kinds of routers: each against a plain loop, on one device and on meshes."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -141,6 +142,7 @@ def test_a_replay_takes_what_it_is_told_and_refuses_other_shapes():
             choose("replayed", scored(tokens=TOKENS._replace(choice_BTK=choice_BTK)))
 
 
+@functools.cache
 def moe(kind, **changes):
     cfg = MoEConfig(router=config(kind, **changes), expert_mlp_dim=F)
     layer = MoE(cfg, 0.5)
@@ -190,14 +192,9 @@ def _open(tree):
 GROUPS = {"hash": {"num_groups": 4}, "replayed": {"num_groups": 4}}
 
 
-@pytest.mark.parametrize(
-    ("kind", "mesh"),
-    [
-        *itertools.product(["noisy", "expert_choice", "hash", "replayed"], MESHES),
-        ("balanced", MESHES[0]),
-    ],
-)
-def test_on_a_mesh_choices_outputs_and_gradients_are_one_devices(kind, mesh):
+@functools.cache
+def on_one_device(kind):
+    """A layer's gradients with what else is compared: the function, and its results."""
     layer, variables, x_BTD = moe(kind, **GROUPS.get(kind, {}))
     params, state = _open(variables["params"]), _open(variables["router_state"])
 
@@ -207,7 +204,20 @@ def test_on_a_mesh_choices_outputs_and_gradients_are_one_devices(kind, mesh):
         return (y_BSD**2).sum(), (y_BSD, measured.load.load_E)
 
     grad = jax.grad(loss, has_aux=True)
-    d_want, (want, load_E) = jax.jit(grad)(params, x_BTD, TOKENS)
+    return grad, jax.jit(grad)(params, x_BTD, TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh"),
+    [
+        *itertools.product(["noisy", "expert_choice", "hash", "replayed"], MESHES),
+        ("balanced", MESHES[0]),
+    ],
+)
+def test_on_a_mesh_choices_outputs_and_gradients_are_one_devices(kind, mesh):
+    _, variables, x_BTD = moe(kind, **GROUPS.get(kind, {}))
+    params = _open(variables["params"])
+    grad, (d_want, (want, load_E)) = on_one_device(kind)
     on = make_mesh(MeshConfig.parse(mesh))
     batch, rows = jax.P(("data", "expert")), jax.P(("data", "expert"), "tensor")
     specs = jax.tree.map(lambda _: batch, TOKENS)

@@ -93,7 +93,7 @@ def test_weights_lent_in_fp8_are_as_products_would_have_them_anyway(name, transp
     recipe = fp8.RECIPES[name]
     w, *gradients = arrays((256, 2, 64), jnp.bfloat16)
     borrowed_PS = BORROWED["some"].astype(np.int32)
-    run = on_mesh(subject.in_fp8(recipe))
+    run = on_mesh(subject.in_fp8(recipe, w.dtype))
     own, lent, _ = run(w, borrowed_PS, *gradients)
     np.testing.assert_array_equal(own, w)
     quantize = functools.partial(_quantized, recipe)
@@ -114,7 +114,10 @@ def _quantized(recipe, w):
     [
         (subject.in_dtype(jnp.bfloat16), 2 * (256 * 384 + 192 * 256)),
         # A byte each, and float32 scales of squares of 128.
-        (subject.in_fp8(fp8.RECIPES["fp8"]), 256 * 384 + 4 * 6 + 192 * 256 + 4 * 4),
+        (
+            subject.in_fp8(fp8.RECIPES["fp8"], jnp.bfloat16),
+            256 * 384 + 4 * 6 + 192 * 256 + 4 * 4,
+        ),
     ],
 )
 def test_the_size_of_an_expert_is_that_of_what_travels(form, size):
@@ -130,5 +133,24 @@ def test_float32_weights_are_lent_as_products_in_bfloat16_have_them(transport):
     own, lent, d_w = run(w, borrowed_PS, d_own, d_lent)
     np.testing.assert_array_equal(own, w)
     np.testing.assert_array_equal(lent[0], w[3].astype(jnp.bfloat16))
+    assert lent.dtype == d_w.dtype == w.dtype
+    np.testing.assert_array_equal(d_w[3], d_own[3] + d_lent[0])
+
+
+def test_float32_weights_are_lent_in_fp8_as_products_of_bfloat16_quantize_them(
+    transport,
+):
+    """Rounded to bfloat16 first, some numbers have another e4m3 next to them."""
+    recipe = fp8.RECIPES["fp8"]
+    w, d_own, d_lent = arrays((256, 2, 64))
+    borrowed_PS = BORROWED["some"].astype(np.int32)
+    own, lent, d_w = on_mesh(subject.in_fp8(recipe, jnp.bfloat16))(
+        w, borrowed_PS, d_own, d_lent
+    )
+    np.testing.assert_array_equal(own, w)
+    got, want = (_quantized(recipe, x.astype(jnp.bfloat16)) for x in (lent, w))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a[0], b[3])
+    assert (_quantized(recipe, w)[0] != want[0]).mean() > 0.01
     assert lent.dtype == d_w.dtype == w.dtype
     np.testing.assert_array_equal(d_w[3], d_own[3] + d_lent[0])

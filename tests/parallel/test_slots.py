@@ -62,7 +62,7 @@ def test_placing_and_collecting_are_each_others_transposes(
     rng = np.random.default_rng(seed)
     x_NX = rng.integers(-9, 9, (N, 2)).astype(np.float32)
     y_RX = rng.integers(-9, 9, (PEERS * capacity, 2)).astype(np.float32)
-    placed_RX = slots.place(jnp.asarray(x_NX), held)
+    placed_RX = slots.place(jnp.asarray(x_NX), held.token_R)
     collected_NX = slots.collect(jnp.asarray(y_RX), held)
     assert (placed_RX * y_RX).sum() == (x_NX * collected_NX).sum()
     assert not placed_RX[held.token_R == N].any()

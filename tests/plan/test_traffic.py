@@ -101,6 +101,7 @@ HloModule step, is_scheduled=true
   %two = (f32[8,4], f32[16,4]) all-gather-start(%x), replica_groups={{0,2},{1,3}}
   %one-done = f32[8,4]{1,0} all-to-all-done(%one)
   %library = f32[8,4]{1,0} custom-call(%x), custom_call_target="__cublas$lt$matmul"
+  %quantized = f32[8,4]{1,0} custom-call(%x), custom_call_target="mosaic_gpu_v2", QUANT
   %sorted = f32[8,4]{1,0} custom-call(%x), custom_call_target="__cub$DeviceRadixSort"
   %two-done = f32[16,4]{1,0} all-gather-done(%two)
   %after = f32[8,4]{1,0} dot(%x, %x), lhs_contracting_dims={1}
@@ -115,7 +116,7 @@ ENTRY %main (x: f32[8,4]) -> f32[8,4] {
   %done = f32[4,4]{1,0} async-done(%start)
   ROOT %y = f32[8,4]{1,0} get-tuple-element(%loop), index=1
 }
-""".replace(
+""".replace("QUANT", 'metadata={op_name="jit(f)/fp8_rows/mosaic_gpu"}').replace(
     "METADATA",
     'metadata={op_name="jit(f)/transpose(jvp())/while"}, '
     'backend_config={"known_trip_count":{"n":"5"}}',

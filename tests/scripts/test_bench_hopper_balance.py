@@ -87,3 +87,30 @@ def test_loans_are_what_has_experts_and_is_not_rare():
     assert found["v3_layer_8_balanced: bytes of loans"].value == pytest.approx(2e-3)
     assert found["v3_layer_8_balanced: products meanwhile, lent"].met
     assert not found["v3_layer_8_balanced: products meanwhile, given back"].met
+
+
+def test_loans_in_fp8_are_held_against_those_in_bfloat16():
+    in_fp8, scales = (
+        dataclasses.replace(SENT, shapes=(shape,), operand_bytes=size)
+        for shape, size in {
+            "f8e4m3fn[8,2048,2816]{2,1,0}": 8 * 1000,
+            "f32[8,16,22]{2,1,0}": 8 * 2,
+        }.items()
+    )
+    native = dataclasses.replace(
+        SENT, shapes=("bf16[8,2048,2,1408]{3,2,1,0}",), operand_bytes=8 * 2000
+    )
+    name = programs.IN_FP8
+
+    def found(*lent):
+        return figures(
+            program("v2_lite_8_balanced", 1, native), program(name, 1, *lent)
+        )
+
+    share, ratio = f"{name}: loans in e4m3", f"{name}: bytes of loans / bfloat16's"
+    narrow = found(in_fp8, scales)
+    assert narrow[ratio].value == pytest.approx(1002 / 2000)
+    assert narrow[share].value == pytest.approx(1000 / 1002)
+    assert found(native)[share].value == 0
+    assert not found(native)[ratio].met and not found(native)[share].met
+    assert "v2_lite_8_balanced: loans in e4m3" not in narrow

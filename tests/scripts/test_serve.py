@@ -58,10 +58,14 @@ def test_a_mistake_with_our_own_engine_is_one_line_too(
     assert complaint in outcome.mistake()
 
 
-def test_a_port_in_use_is_told_before_weights_are_read(script, directory):
+def test_a_port_in_use_is_told_before_weights_are_read(script, directory, tmp_path):
+    """There are none; who read them would say so."""
+    (tmp_path / "config.json").write_bytes((directory / "config.json").read_bytes())
+    (tmp_path / "model.safetensors").touch()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        setting = f"--set=port={taken.getsockname()[1]}"
-        own = ["--engine=jax", "--local", f"--model={directory}"]
-        assert "Address already in use" in script("serve", *own, setting).mistake()
+        port = taken.getsockname()[1]
+        own = ["--engine=jax", "--local", f"--model={tmp_path}"]
+        told = script("serve", *own, f"--set=port={port}").mistake()
+        assert f"host='127.0.0.1', port={port}: Address already in use." in told

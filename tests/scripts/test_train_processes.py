@@ -19,6 +19,7 @@ from tests.several_processes import Copy, Ended
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "train.py"
 STEPS = 8
+MOVED = "experts_moved_L"
 MESH = ["--set=mesh.data=2", "--set=mesh.expert=2"]
 
 pytestmark = pytest.mark.usefixtures("sharing_programs")
@@ -136,6 +137,25 @@ def test_two_processes_go_on_where_one_stopped(start_two, arguments, alone, tmp_
     assert f"Goes on from the checkpoint of step {STEPS - 1}" in done[0].out
     assert len((workdir / "samples.jsonl").read_text().splitlines()) == 3
     assert_same_run(workdir, alone)
+
+
+@pytest.mark.long
+def test_experts_that_change_processes_leave_the_run_as_it_is(
+    start_two, arguments, tmp_path
+):
+    moving = ["--set=train.reassign_every=2", "--set=train.reassign_above=0.0"]
+    for name, settings in {"moving": moving, "in_order": []}.items():
+        settings = [
+            *("--set=mesh.expert=4", f"--workdir={tmp_path / name}", *settings),
+            *("--set=model.moe.router.num_groups=1", "--set=train.checkpoint_every=4"),
+            "--set=model.moe.router.groups_per_token=1",
+        ]
+        done = ended(start_two([*arguments, *settings]))
+        assert [(process.code, process.err) for process in done] == [(0, "")] * 2
+    assert_same_run(tmp_path / "moving", tmp_path / "in_order")
+    rows = run_files.read_rows(tmp_path / "moving" / "metrics.jsonl")
+    moved = {row["step"]: row[MOVED] for row in rows if MOVED in row}
+    assert list(moved) == [2, 4, 6] and np.sum(list(moved.values())) > 0
 
 
 def test_two_processes_go_back_together_and_end_with_the_same_error(

@@ -25,6 +25,10 @@ from tests.smallest_run import get_config
 NAME = "tiny"
 QUEUE = 8  # requests that may be there
 PATIENCE = 120  # seconds
+RESTLESS = (  # whoever waits at all waits for too long
+    "engine.controller={'actions': ('admit',), 'wait_seconds': 1e-6, "
+    "'window_steps': 2, 'cool_down': 1}"
+)
 TEMPLATE = (
     "{% for message in messages %}{{ message.role + ':' + message.content + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ eos_token }}{% endif %}"

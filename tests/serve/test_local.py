@@ -5,6 +5,7 @@ import functools
 import http.client
 import json
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -19,12 +20,20 @@ import pytest
 
 from jmoe.config.serve import LimitsConfig, ServeConfig
 from jmoe.export import hf
-from jmoe.serve import lifecycle, local
+from jmoe.monitor import binding
+from jmoe.serve import local
 from jmoe.serve.api import make_app
 from jmoe.serve.front import Access
 from tests.serve.client import events
 from tests.serve.counting import Counting
-from tests.serve.own import NAME, PATIENCE, make_served, tokenizer, variables
+from tests.serve.own import (
+    NAME,
+    PATIENCE,
+    RESTLESS,
+    make_served,
+    tokenizer,
+    variables,
+)
 from tests.serve.running import wait_until
 from tests.smallest_run import get_config
 
@@ -51,7 +60,7 @@ def serve(engine: Counting, seconds: float, meanwhile: Callable) -> None:
         stop, loop = local.Stop(), asyncio.get_running_loop()
         stop_it = functools.partial(loop.call_soon_threadsafe, stop)
         asking = asyncio.create_task(asyncio.to_thread(meanwhile, cfg.port, stop_it))
-        with lifecycle.bind(cfg) as bound:
+        with binding.bind(cfg.host, cfg.port) as bound:
             app, access = make_app(served), Access(LimitsConfig())
             await local.serve_until_stopped(app, cfg, access, bound, stop)
         await asking
@@ -114,15 +123,6 @@ def test_what_takes_too_long_is_cut_off_and_a_second_stop_does_not_wait(
     wait_until(lambda: not engine.asked)
 
 
-def test_a_port_in_use_is_refused_before_anything_is_loaded():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port={port}: Address already in use"):
-            lifecycle.bind(ServeConfig(port=port))
-
-
 def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
     directory = tmp_path / NAME
     hf.save(directory, get_config().model, variables())
@@ -132,12 +132,17 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
     command = [
         *(sys.executable, str(SCRIPT), f"--model={directory}", "--engine=jax"),
         *("--local", f"--set=port={port}", "--set=engine.max_sequences=1"),
+        f"--set={RESTLESS}",
     ]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
         assert server.stdout is not None
-        assert server.stdout.readline().startswith(b"Serving tiny at ")
-        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0}
+        said_first = [server.stdout.readline() for _ in range(4)]
+        assert said_first[0] == b"Compiling 2 sizes of steps.\n"
+        assert re.fullmatch(rb"  1 decoded: [\d.]+ s\n", said_first[1])
+        assert re.fullmatch(rb"  1 decoded, 1 x 64 tokens read: .* s\n", said_first[2])
+        assert said_first[3].startswith(b"Serving tiny at ")
+        body = {"prompt": [7, 3], "max_tokens": 4, "temperature": 0, "n": 8}
         with opened(post(port, body | {"return_token_ids": True})) as response:
             answer = json.loads(response.read())
         assert len(answer["choices"][0]["token_ids"]) == 4
@@ -145,3 +150,4 @@ def test_the_script_serves_an_exported_model_until_sigterm(tmp_path):
         server.send_signal(signal.SIGTERM)
         _, said = server.communicate(timeout=PATIENCE)
     assert server.returncode == 0, said
+    assert b"admit: requests wait for up to" in said

@@ -164,6 +164,19 @@ def test_what_isnt_served_is_refused_by_name_unless_it_asks_for_nothing(
         assert refused.field == field and "isn't served" in refused.message
 
 
+def test_what_openais_servers_alone_make_use_of_changes_nothing():
+    hints = {"user": "u", "safety_identifier": "s", "prompt_cache_key": "k"}
+    told = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    for ask in (completion, chat):
+        asked = ask(seed=1, **hints, **told)
+        assert asked.sampling(9, ()) == ask(seed=1).sampling(9, ())
+        assert not asked.tells_usage
+        told["stream_options"]["include_obfuscation"] = True
+        refused = refusal(ask, **told)
+        assert refused.field == "stream_options.include_obfuscation"
+        told["stream_options"]["include_obfuscation"] = False
+
+
 def test_a_field_that_nobody_knows_is_refused_by_name():
     assert refusal(completion, temprature=0).field == "temprature"
     assert refusal(completion, messages=[]).field == "messages"

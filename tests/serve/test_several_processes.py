@@ -1,6 +1,8 @@
 """Our engine on two processes: process 0 serves, and both compute. Takes a minute."""
 
 import contextlib
+import json
+import re
 import signal
 import socket
 import subprocess
@@ -13,7 +15,7 @@ from jmoe.config import override
 from jmoe.decode.engine import Engine
 from jmoe.decode.limits import Limits
 from jmoe.decode.requests import Sampling
-from jmoe.export import hf
+from jmoe.export import hf, safetensors
 from jmoe.parallel import processes
 from jmoe.train import runtime
 from tests import several_processes
@@ -23,16 +25,58 @@ from tests.serve.own import tokenizer
 from tests.smallest_run import get_config
 
 pytestmark = pytest.mark.long
+# Of one group, so that an expert may be on any device.
+MODEL = (
+    "max_positions=128",
+    *("moe.router.num_groups=1", "moe.router.groups_per_token=1"),
+)
 MESH = ("engine.tensor_parallel=2", "engine.pipeline_parallel=2")
+# Experts on the devices of both, which go elsewhere whenever they may.
+RESTLESS = {
+    "actions": ("place", "drop", "admit"),
+    "device_rows": 10**6,  # so that nothing is dropped
+    "window_steps": 8,
+    "cool_down": 1,
+    "uneven_above": 0.02,
+    "uneven_below": 0.01,
+    "horizon_steps": 10**9,
+}
+EXPERTS = (
+    *("engine.tensor_parallel=4", "engine.pipeline_parallel=1"),
+    *("engine.expert_parallel=True", "engine.spare_experts=4"),
+    f"engine.controller={RESTLESS}",
+)
 # Few sizes of steps, as each is a program to compile.
 SIZES = ("engine.max_sequences=4", "engine.max_length=128", "engine.cache_gib=0.01")
 PROMPTS = [[1, 2, 3], [7] * 20, [5, 9, 70], [0, 34, 132, 62, 255]]
 NEW = 24
+# The program, which says at its end how many bytes of which tensor it has read.
+COUNTING = """
+import collections, json
+from jmoe.commands import serve
+from jmoe.export.read import Reader
+
+part, read = Reader._part, []
+
+def counting(self, name, *index):
+    x = part(self, name, *index)
+    read.append((name, x.nbytes))
+    return x
+
+Reader._part = counting
+try:
+    serve.start()
+finally:
+    sizes = collections.Counter()
+    for name, size in read:
+        sizes[name] += size
+    print(json.dumps(sizes))
+"""
 
 
 @pytest.fixture(scope="module")
 def model():
-    cfg = override(get_config().model, ["max_positions=128"])
+    cfg = override(get_config().model, MODEL)
     return cfg, random_variables(cfg)
 
 
@@ -47,9 +91,8 @@ def directory(model, tmp_path_factory):
 @contextlib.contextmanager
 def started(directory, *settings: str) -> Iterator[list[subprocess.Popen]]:
     """Both processes."""
-    script = several_processes.ROOT / "scripts" / "serve.py"
     command = [
-        *(script, f"--model={directory}", "--engine=jax", "--local"),
+        *("-c", COUNTING, f"--model={directory}", "--engine=jax", "--local"),
         *(f"--set={setting}" for setting in (*MESH, *SIZES, *settings)),
         *(f"--coordinator={several_processes.free_address()}", "--num_processes=2"),
     ]
@@ -65,12 +108,15 @@ def started(directory, *settings: str) -> Iterator[list[subprocess.Popen]]:
 
 
 @contextlib.contextmanager
-def serving(directory, log) -> Iterator[tuple[Server, list[subprocess.Popen]]]:
+def serving(
+    directory, log, *settings: str
+) -> Iterator[tuple[Server, list[subprocess.Popen]]]:
     """Process 0's server, once it is well, and both processes."""
     log.touch()
     address = several_processes.free_address()
     port = address.rpartition(":")[2]
-    with started(directory, f"port={port}", "name=squares") as running:
+    settings = (f"port={port}", "name=squares", *settings)
+    with started(directory, *settings) as running:
         server = Server(running[0], f"http://{address}", log)
         server.wait_for(lambda: is_well(server.url))
         yield server, running
@@ -78,25 +124,41 @@ def serving(directory, log) -> Iterator[tuple[Server, list[subprocess.Popen]]]:
 
 @pytest.fixture(scope="module")
 def two(directory, tmp_path_factory):
-    with serving(directory, tmp_path_factory.mktemp("log") / "log") as two:
+    log = tmp_path_factory.mktemp("log") / "log"
+    with serving(directory, log, *EXPERTS) as two:
         yield two
 
 
-def test_answers_are_those_of_one_process(two, model):
-    server, _ = two
+@pytest.fixture(scope="module")
+def alone(model) -> list[list[int]]:
+    """The tokens that one device finds."""
     limits = Limits(rows=(1,), prompts=(1,), chunks=(64,), max_length=128)
-    engine = Engine(*model, limits)
-    for prompt in PROMPTS:
-        (alone,) = engine.complete([(prompt, Sampling(max_new_tokens=NEW))])
-        assert server.complete(prompt, NEW) == alone.tokens
-    at_once = server.ask("/v1/completions", greedy(PROMPTS, NEW)).json["choices"]
-    assert [choice["token_ids"] for choice in at_once] == [
-        server.complete(prompt, NEW) for prompt in PROMPTS
-    ]
+    engine, sampling = Engine(*model, limits), Sampling(max_new_tokens=NEW)
+    done = sorted(
+        engine.complete((prompt, sampling) for prompt in PROMPTS),
+        key=lambda completion: completion.number,
+    )
+    return [completion.tokens for completion in done]
 
 
-def test_a_process_that_dies_ends_the_server_which_says_so(directory, tmp_path):
+def test_answers_are_those_of_one_process_wherever_experts_are(two, alone):
+    server, _ = two
+    assert [server.complete(prompt, NEW) for prompt in PROMPTS] == alone
+
+    def have_moved() -> bool:
+        at_once = server.ask("/v1/completions", greedy(PROMPTS, NEW)).json["choices"]
+        assert [choice["token_ids"] for choice in at_once] == alone
+        page = server.ask("/metrics").text
+        moved = re.findall(r"^jmoe_experts_moved_total\S* (\S+)$", page, re.M)
+        return float(*moved) > 0
+
+    server.wait_for(have_moved)
+    assert have_moved()  # and answers are the same behind it
+
+
+def test_a_process_that_dies_ends_the_server_which_says_so(directory, alone, tmp_path):
     with serving(directory, tmp_path / "log") as (server, running):
+        assert [server.complete(prompt, NEW) for prompt in PROMPTS] == alone
         running[1].kill()
         zero, _ = several_processes.ended(running, timeout_s=60)
         assert zero.code == processes.MISSING
@@ -104,8 +166,10 @@ def test_a_process_that_dies_ends_the_server_which_says_so(directory, tmp_path):
         assert not is_well(server.url)
 
 
-def test_sigterm_that_all_get_is_heeded_by_process_0_for_all(two):
-    """As from a launcher. It ends the servers of the tests above."""
+def test_sigterm_is_heeded_by_process_0_and_each_has_read_its_own_experts(
+    two, directory
+):
+    """A launcher sends it to all. It ends the server of the first test."""
     server, running = two
     stream = server.open("/v1/completions", greedy(PROMPTS[0], 120, stream=True))
     for process in running[::-1]:
@@ -116,6 +180,16 @@ def test_sigterm_that_all_get_is_heeded_by_process_0_for_all(two):
     zero, one = several_processes.ended(running)
     assert (zero.code, one.code) == (0, 0), (zero, one)
     assert "Stopped." in zero.out
+    stored = {
+        name: found.nbytes
+        for name, found in safetensors.read_headers(directory).items()
+        if ".experts." in name
+    }
+    for process in (zero, one):
+        read = json.loads(process.out.splitlines()[-1])
+        own = sum(read.get(name, 0) for name in stored)
+        # In 6 of 12 places of a layer with 8 experts; of the MTP module's 8, 4.
+        assert own == sum(stored.values()) * (6 + 4) / (8 + 8)
 
 
 def test_fewer_devices_than_the_processes_have_are_refused(directory):

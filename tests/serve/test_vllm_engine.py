@@ -183,7 +183,7 @@ def test_block_fp8_needs_amx_on_a_cpu():
     [
         ([], ["engine.tensor_parallel=3"], "must divide the model's num_heads=4."),
         ([], ["engine.pipeline_parallel=5"], "at most the model's num_layers=4."),
-        ([], ["engine.expert_parallel=True"], "needs tensor_parallel above 1"),
+        ([], ["engine.expert_parallel=True"], "needs engine.tensor_parallel above"),
         (
             [],
             [

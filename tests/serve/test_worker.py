@@ -168,6 +168,17 @@ def test_a_client_that_takes_nothing_holds_bounded_memory_and_no_place(
     asyncio.run(main())
 
 
+def test_tokens_that_come_behind_a_refusal_are_let_go_of():
+    async def main():
+        ticket = workers.Ticket(lambda _: None, 1, 60, is_streamed=True)
+        ticket.refuse(workers.LATE)
+        ticket.put([workers.Increment(0, [1], [0.0], [], None)])
+        with ticket:
+            assert not ticket._got
+
+    asyncio.run(main())
+
+
 def test_a_failed_engine_refuses_those_that_are_there_and_all_that_come(
     engine, worker, caplog
 ):

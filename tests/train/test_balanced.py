@@ -1,7 +1,8 @@
 """Training with lent experts is training without, on every mesh and schedule.
 
 By default for a few steps, on a mesh and in a pipeline; all: `pytest -m long`. As any
-state is that of one device, a run may go on with another backend.
+state is that of one device, a run may go on with another backend. A step has several
+microbatches.
 """
 
 import functools
@@ -9,6 +10,7 @@ import functools
 import pytest
 
 from jmoe.config import override
+from jmoe.config.mesh import SCHEDULES
 from tests.train.training import MESHES, PIPELINES, Trainer, on, random_variables
 
 FEW, STEPS = 4, 20
@@ -20,6 +22,14 @@ PLACES = {
         for schedule, mesh in PIPELINES.items()
         if "expert" in mesh
     },
+    # The schedules that are tried elsewhere without experts' devices.
+    "pipe=2,data=2,expert=4": ("pipeline.schedule=gpipe",),
+    "pipe=4,expert=2,tensor=2": ("pipeline.schedule=zb_h1",),
+    # What a backward pass computes again, in chunks, layer by layer.
+    "data=2,expert=8": (
+        *("model.remat=block", "model.moe.remat=activations"),
+        *("model.moe.exchange.chunks=2", "model.layer_loop=unroll"),
+    ),
 }
 BY_DEFAULT = "data=2,expert=2,tensor=4,zero_stage=3", "pipe=4,expert=4"
 
@@ -71,3 +81,8 @@ def test_lent_experts_train_as_one_device_does_with_the_same_bits_in_counts_and_
     for step in taken:
         lent = step.metrics["experts_lent_L"].sum()
         assert lent > 0 and lent == step.metrics["lent_PP"].sum()
+
+
+def test_every_schedule_is_tried():
+    tried = {setting for settings in PLACES.values() for setting in settings}
+    assert {f"pipeline.schedule={schedule}" for schedule in SCHEDULES} <= tried

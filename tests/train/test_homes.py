@@ -25,16 +25,17 @@ from tests.train.whole_runs import last_state
 
 STEPS = 2
 BALANCED = "model.moe.exchange.backend=balanced"
+FOUR = "pipeline.microbatches=4", "train.batch_size=64", "train.microbatch_size=32"
 PLACES = {
     "data=4,expert=2,tensor=2,zero_stage=3": (),
     "data=4,expert=4": ("model.layer_loop=unroll", "optimizer.name=muon"),
     "expert=8,tensor=2": (BALANCED,),
-    "data=2,pipe=2,expert=4": ("pipeline.schedule=1f1b", "model.num_layers=4"),
-    "data=4,pipe=2,expert=2": (
-        *("pipeline.schedule=dualpipe_v", "pipeline.microbatches=4"),
-        *("model.num_layers=4", "train.batch_size=64", "train.microbatch_size=32"),
-        BALANCED,
-    ),
+    "pipe=2,data=2,expert=4": ("pipeline.schedule=1f1b",),
+    "pipe=2,data=4,expert=2": ("pipeline.schedule=gpipe", BALANCED),
+    "pipe=2,expert=4,tensor=2": ("pipeline.schedule=interleaved_1f1b",),
+    "pipe=2,data=2,expert=2,tensor=2": ("pipeline.schedule=zb_h1",),
+    "pipe=2,expert=8": ("pipeline.schedule=dualpipe", *FOUR),
+    "pipe=2,expert=2,data=4": ("pipeline.schedule=dualpipe_v", *FOUR, BALANCED),
 }
 BY_DEFAULT = next(iter(PLACES))
 
@@ -93,7 +94,8 @@ def other_homes(run, seed) -> np.ndarray:
 def test_experts_with_ever_other_homes_train_the_same_with_one_compiled_step(
     run, place, compilations
 ):
-    changed = on(run, place, *PLACES[place])
+    layers = ["model.num_layers=4"] if "pipe" in place else []
+    changed = on(run, place, *layers, *PLACES[place])
     trainer = Trainer.of(changed, random_variables(changed))
     homes, plain = homes_of(trainer), homes_of(trainer).begin(trainer.state)
     state = put(trainer.layout, jax.device_get(trainer.state))
@@ -171,6 +173,16 @@ def test_a_run_goes_on_as_if_its_experts_had_never_moved(uneven, runs, tmp_path)
     workdir = shutil.copytree(runs["stopped"], tmp_path / "run")
     assert loop.train(run, workdir) == 0
     assert_alike(run, workdir, runs["with"])
+
+
+@pytest.mark.long
+def test_a_run_that_lends_from_its_middle_on_has_the_same_curve(uneven, runs, tmp_path):
+    run = uneven(BALANCED, "model.moe.exchange.lend_above=0.0")
+    workdir = shutil.copytree(runs["stopped"], tmp_path / "run")
+    assert loop.train(run, workdir) == 0
+    assert_alike(run, workdir, runs["without"])
+    logged = run_files.read_run(workdir).rows
+    assert sum(row.get("experts_lent_L", [0])[0] for row in logged) > 0
 
 
 def test_drops_that_would_depend_on_homes_are_refused(run):

@@ -160,6 +160,7 @@ def test_a_capacity_factor_that_can_drop_nothing_is_said_so(
     [
         ("mesh=expert=2", "borrows up to 4 experts a layer and microbatch"),
         ("model.moe.exchange.slots=1", "has nothing to lend: with expert=1"),
+        ("train.reassign_every=9", "every=9 has nothing to re-assign: with expert=1"),
     ],
 )
 def test_what_devices_can_lend_is_said(setting, said, tmp_path, capsys):

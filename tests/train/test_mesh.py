@@ -13,7 +13,6 @@ from jmoe.config import RunConfig, override
 from jmoe.nn.model import Transformer, make_variables
 from jmoe.plan import traffic
 from jmoe.train import layout as layouts
-from jmoe.train import step as steps
 from jmoe.train.optimizer import make_optimizer
 from tests.train.training import (
     GROUPED_QUERIES,
@@ -21,12 +20,15 @@ from tests.train.training import (
     Trainer,
     assert_same,
     batch,
+    evaluate,
     on,
+    on_host,
     random_variables,
 )
 
 STEPS, A, B = 8, 2, 16
 ONE = ""
+LENDING = "model.moe.exchange.backend=balanced", "model.moe.exchange.lend_above=0.0"
 
 # Of these, a mesh of all three axes has both.
 PAIRS = {"data=4,expert=4", "data=4,tensor=4"}
@@ -137,18 +139,24 @@ def test_other_models_train_on_a_mesh_as_on_one_device(run, settings):
     assert_same(got.steps[0], want.steps[0])
 
 
-@pytest.mark.parametrize("mesh", ["data=16", "data=2,expert=4,tensor=2"])
-def test_an_evaluation_is_the_same_on_a_mesh(run, variables, mesh):
-    found = []
-    for changed in (run, on(run, mesh)):
-        trainer = Trainer.of(changed, variables)
-        model = Transformer(run.model)
-        evaluate = jax.jit(steps.make_eval_step(model, changed, trainer.layout))
-        rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
-        placed = layouts.put_batch(trainer.layout, rows)
-        state = trainer.state
-        found.append(evaluate(state.params, state.router_state, placed))
-    want, got = jax.device_get(found)
+@pytest.fixture(scope="module")
+def evaluation(run, variables):
+    """One on one device."""
+    return evaluate(run, variables)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "settings"),
+    [
+        ("data=16", ()),
+        ("data=2,expert=4,tensor=2", ()),
+        ("data=2,expert=4,tensor=2", LENDING),
+    ],
+)
+def test_an_evaluation_is_the_same_on_a_mesh(
+    run, variables, evaluation, mesh, settings
+):
+    want, got = evaluation, evaluate(on(run, mesh, *settings), variables)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert got.tokens == want.tokens
     np.testing.assert_array_equal(got.load_LE, want.load_LE)
@@ -196,7 +204,8 @@ def test_zero_divides_weights_and_moments_by_the_data_axis(run, variables, data)
         mesh = layouts.make_mesh(on(run, spec).mesh, jax.devices()[: 2 * data])
         layout = layouts.make_layout(Transformer(run.model), mesh)
         params = variables["params"]
-        opt_state = make_optimizer(run.optimizer, 10, layout).init(params)
+        optimizer = make_optimizer(run.optimizer, 10, layout)
+        opt_state = on_host(jax.jit(optimizer.init), params)
         where = layouts.shardings(layout, (params, opt_state))
         return bytes_on_a_device(jax.device_put((params, opt_state), where))
 

@@ -16,7 +16,13 @@ from jmoe.nn.model import Transformer, make_variables
 from jmoe.plan import hlo, traffic
 from jmoe.train import layout as layouts
 from jmoe.train.muon import SCALES, scale_by_muon
-from tests.train.training import GROUPED_QUERIES, Trainer, on, random_variables
+from tests.train.training import (
+    GROUPED_QUERIES,
+    Trainer,
+    on,
+    on_host,
+    random_variables,
+)
 
 MESHES = [
     "data=4",
@@ -78,11 +84,8 @@ def updates_of(run: RunConfig, mesh: str = "", scale: str = "rms"):
     """Returns the last of three steps' updates."""
     layout = layout_of(run, mesh)
     muon = scale_by_muon(layout, SCALES[scale])
-    state, step, updates = (
-        put(layout, muon.init(draw(run, 0))),
-        jax.jit(muon.update),
-        None,
-    )
+    state = put(layout, on_host(jax.jit(muon.init), draw(run, 0)))
+    step, updates = jax.jit(muon.update), None
     for seed in (1, 2, 3):
         updates, state = step(put(layout, draw(run, seed)), state)
     return jax.device_get(updates)
@@ -127,7 +130,7 @@ def compiled(run: RunConfig, mesh: str, chosen=lambda path: True) -> str:
     layout = layout_of(run, mesh)
     muon = scale_by_muon(layout, SCALES["rms"])
     gradients = put(layout, draw(run, 0, chosen))
-    state = put(layout, muon.init(gradients))
+    state = put(layout, on_host(jax.jit(muon.init), gradients))
     return jax.jit(muon.update).lower(gradients, state).compile().as_text()
 
 

@@ -21,13 +21,13 @@ from jmoe.parallel.mesh import BATCH_AXES
 from jmoe.parallel.schedule import SCHEDULES
 from jmoe.train import layout as layouts
 from jmoe.train import microbatch, pipelined, stages
-from jmoe.train import step as steps
 from tests.train.training import (
     GROUPED_QUERIES,
     PIPELINES,
     Trainer,
     assert_same,
     batch,
+    evaluate,
     on,
     random_variables,
 )
@@ -161,18 +161,17 @@ def test_a_pass_that_counts_for_the_global_batchs_loss_makes_no_logits(run):
     assert fewer < more and logits == same > 0
 
 
+@pytest.fixture(scope="module")
+def evaluation(run, variables):
+    """One on one device."""
+    return evaluate(run, variables)
+
+
 @pytest.mark.parametrize("mesh", ["pipe=2,data=8", "pipe=4,expert=2,tensor=2"])
-def test_an_evaluation_in_a_pipeline_is_that_of_one_device(run, variables, mesh):
-    found = []
-    for changed in (run, on(run, mesh)):
-        trainer = Trainer.of(changed, variables)
-        model = Transformer(run.model)
-        evaluate = jax.jit(steps.make_eval_step(model, changed, trainer.layout))
-        rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
-        placed = layouts.put_batch(trainer.layout, rows)
-        state = trainer.state
-        found.append(evaluate(state.params, state.router_state, placed))
-    want, got = jax.device_get(found)
+def test_an_evaluation_in_a_pipeline_is_that_of_one_device(
+    run, variables, evaluation, mesh
+):
+    want, got = evaluation, evaluate(on(run, mesh), variables)
     np.testing.assert_allclose(got.loss, want.loss, rtol=1e-5)
     assert got.tokens == want.tokens
     np.testing.assert_array_equal(got.load_LE, want.load_LE)

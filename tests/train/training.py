@@ -71,8 +71,8 @@ class Training(NamedTuple):
 @functools.lru_cache(maxsize=16)
 def compiled_once(
     run: RunConfig,
-) -> tuple[layouts.Layout, optax.GradientTransformation, steps.TrainStep]:
-    """A run's layout, optimizer and step, which all tests of that run share.
+) -> tuple[layouts.Layout, optax.TransformInitFn, steps.TrainStep]:
+    """A run's layout, its optimizer's start and its step, which all its tests share.
 
     To trace and compile a step takes seconds, and to take it a fraction of one.
     """
@@ -81,7 +81,15 @@ def compiled_once(
     optimizer = make_optimizer(run.optimizer, run.horizon, layout)
     optimizer = optax.chain(KEEP, optimizer)
     step = jax.jit(steps.make_train_step(model, optimizer, run, layout))
-    return layout, optimizer, step
+    return layout, functools.partial(on_host, jax.jit(optimizer.init)), step
+
+
+def on_host(init: optax.TransformInitFn, params: optax.Params) -> optax.OptState:
+    """What an optimizer begins with, as NumPy arrays.
+
+    As others it would be put on a mesh by a small program for each of its shapes.
+    """
+    return jax.device_get(init(params))
 
 
 class Trainer(NamedTuple):
@@ -94,9 +102,9 @@ class Trainer(NamedTuple):
 
     @classmethod
     def of(cls, run, variables):
-        layout, optimizer, step = compiled_once(run)
+        layout, init, step = compiled_once(run)
         params = variables["params"]
-        opt_state = optimizer.init(params)
+        opt_state = init(params)
         state = TrainState(jnp.int32(0), params, variables["router_state"], opt_state)
         return cls(run, layout, step, put(layout, state))
 
@@ -132,6 +140,16 @@ class Trainer(NamedTuple):
             taken.append(got)
         assert ties <= len(taken) // 4
         return taken
+
+
+def evaluate(run, variables) -> steps.Evaluation:
+    """What the run's mesh finds of one microbatch, on the host."""
+    trainer = Trainer.of(run, variables)
+    state = trainer.state
+    step = steps.make_eval_step(Transformer(run.model), run, trainer.layout)
+    rows = jax.tree.map(lambda x: x[0], batch(run, seed=0))
+    placed = layouts.put_batch(trainer.layout, rows)
+    return jax.device_get(jax.jit(step)(state.params, state.router_state, placed))
 
 
 def put(layout, state) -> TrainState:
