@@ -6,9 +6,9 @@
 
 A request waits until a slot and enough pages for its longest completion are free. Then
 its prompt is read in chunks, each in a step that also decodes all other requests: so a
-long prompt delays no one by more than its chunk. Several prompts are read side by side,
-the oldest first, as one pass over the experts' weights serves them all. All programs
-are compiled when the engine is made, and none later.
+long prompt delays no one by more than its chunks. Several are read side by side, the
+oldest prompt's first (`jmoe.decode.reading`). All programs are compiled when the engine
+is made, and none later.
 
 The loop here decides who takes part in a step; what a step computes is a pure function
 (`jmoe.decode.step`).
@@ -29,6 +29,7 @@ from jmoe.decode.limits import Limits, StepSize, check
 from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
+from jmoe.decode.reading import take_chunks
 from jmoe.decode.requests import Completion, Sampling, check_prompt
 from jmoe.decode.sampling import Sampled
 from jmoe.decode.stats import Observe, StepStats, ignore
@@ -278,18 +279,13 @@ class Engine:
         here = [live for live in self._live if live.slot % turns == self._turn]
         self._turn = (self._turn + 1) % turns
         rows: list[list[Live]] = [[] for _ in self._slots]
-        chunks: list[list[PromptChunk]] = [[] for _ in self._slots]
+        unread: list[list[Live]] = [[] for _ in self._slots]
         for live in here:
-            if live.is_read:
-                rows[live.part].append(live)
-            elif len(chunks[live.part]) < self.limits.most_prompts:
-                count = min(len(live.prompt) - live.read, self.limits.chunks[-1])
-                chunks[live.part].append(PromptChunk(live, count))
-        counts = [chunk.count for part in chunks for chunk in part]
-        if not (any(rows) or counts):
+            (rows if live.is_read else unread)[live.part].append(live)
+        if not here:
             return None
-        prompts = max(map(len, chunks))
-        needed = max(map(len, rows)), prompts, max(counts, default=0)
+        chunks, chunk = take_chunks(self.limits, unread)
+        needed = max(map(len, rows)), max(map(len, chunks)), chunk
         return _Asked(rows, chunks, self.limits.size(*needed))
 
     def _run(self, asked: _Asked | None) -> list[StepResult]:
@@ -310,9 +306,10 @@ class Engine:
                 drawn = Sampled(*(x[i, :new] for x in found.rows))
                 yield self._grow(live, drawn, found.draft_BK[i])
         for part, chunks in enumerate(asked.chunks):
-            for i, (live, count) in enumerate(chunks, start=part * asked.size.prompts):
-                live.read += count
-                if live.is_read:
+            for i, chunk in enumerate(chunks, start=part * asked.size.prompts):
+                live = chunk.live
+                live.read = chunk.end
+                if chunk.is_last:
                     drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
                     yield self._grow(live, drawn, found.draft_AK[i])
 

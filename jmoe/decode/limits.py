@@ -30,12 +30,13 @@ class Limits:
     rows: how many sequences are decoded at once, in ascending order; each is compiled,
       and of each step the smallest that suffices is taken. The last is how many there
       may be at a time.
-    prompts: how many prompts are read at once, likewise, but no more than there may be
-      sequences. Steps that read more than the first of these are compiled for the last
-      of `rows` alone: beside so many tokens, rows that aren't there cost little.
-    chunks: how many tokens of each of these prompts are read at once, likewise. So
-      others wait in a step for the last of `prompts` x the last of `chunks` tokens, at
-      most.
+    prompts: how many parts of prompts are read at once, likewise, but no more than
+      there may be sequences. They are of one prompt or of several. Steps that read more
+      than the first of these are compiled for the last of `rows` alone: beside so many
+      tokens, rows that aren't there cost little.
+    chunks: how many tokens each of these parts has, likewise.
+    prompt_tokens: how many tokens of prompts others wait for in a step, at most: larger
+      products of `prompts` and `chunks` aren't compiled. None: all are.
     max_length: positions of a sequence, its prompt and its new tokens.
     page_size: positions of a page. num_pages: of the cache; None: enough for as many
       sequences as there may be, at their longest.
@@ -47,6 +48,7 @@ class Limits:
     rows: tuple[int, ...] = (1, 8, 32)
     prompts: tuple[int, ...] = (1, 4)
     chunks: tuple[int, ...] = (64, 256)
+    prompt_tokens: int | None = None
     max_length: int = 4096
     page_size: int = 64
     num_pages: int | None = None
@@ -64,6 +66,13 @@ class Limits:
                 raise ValueError(
                     f"{name}={sizes} must be numbers above 0 in ascending order."
                 )
+        least = self._at_once[0] * self.chunks[-1]
+        if self.prompt_tokens is not None and self.prompt_tokens < least:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} must be at least {least}, so that "
+                f"prompts={self.prompts[0]} part of chunks={self.chunks[-1]} tokens "
+                "can be read."
+            )
         if self.num_pages is not None and self.num_pages < self.pages_of_one:
             raise ValueError(
                 f"num_pages={self.num_pages} must be at least {self.pages_of_one}, so "
@@ -78,10 +87,12 @@ class Limits:
     @property
     def sizes(self) -> tuple[StepSize, ...]:
         """All sizes of steps."""
-        fewest, *more = self._at_once
-        each = itertools.product(self.rows, (fewest,), self.chunks)
-        many = itertools.product(self.rows[-1:], more, self.chunks)
-        found = itertools.starmap(StepSize, itertools.chain(each, many))
+        fewest = self._at_once[0]
+        found = [
+            StepSize(rows, prompts, chunk)
+            for prompts, chunk in self.readings
+            for rows in (self.rows if prompts == fewest else self.rows[-1:])
+        ]
         return *map(StepSize, self.rows), *found
 
     def size(self, rows: int, prompts: int, chunk: int) -> StepSize:
@@ -97,13 +108,15 @@ class Limits:
         )
 
     @property
-    def most_prompts(self) -> int:
-        """How many prompts are read at once, at most."""
-        return self._at_once[-1]
+    def readings(self) -> tuple[tuple[int, int], ...]:
+        """How many parts of prompts a step may read, and of how many tokens each."""
+        most = self.prompt_tokens or self._at_once[-1] * self.chunks[-1]
+        each = itertools.product(self._at_once, self.chunks)
+        return tuple(pair for pair in each if pair[0] * pair[1] <= most)
 
     @property
     def _at_once(self) -> tuple[int, ...]:
-        """Numbers of prompts that are read at once."""
+        """Numbers of parts of prompts that are read at once."""
         return tuple(sorted({min(number, self.slots) for number in self.prompts}))
 
     @property

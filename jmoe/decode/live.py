@@ -58,14 +58,19 @@ class Live:
 
 
 class PromptChunk(NamedTuple):
-    """The next `count` tokens of a request's prompt."""
+    """A part of a request's prompt: `count` tokens from `start` on."""
 
     live: Live
+    start: int
     count: int
 
     @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
     def is_last(self) -> bool:
-        return self.live.read + self.count == len(self.live.prompt)
+        return self.end == len(self.live.prompt)
 
 
 _DRAWS = Draws(
@@ -118,10 +123,10 @@ def make_chunks(
     )
     for part, read in enumerate(parts):
         for i, chunk in enumerate(read, start=part * size.prompts):
-            live, end = chunk.live, chunk.live.read + chunk.count
+            live, end = chunk.live, chunk.end
             chunks.slot_A[i] = live.slot
-            chunks.token_AC[i, : chunk.count] = live.prompt[live.read : end]
-            chunks.start_A[i] = live.read
+            chunks.token_AC[i, : chunk.count] = live.prompt[chunk.start : end]
+            chunks.start_A[i] = chunk.start
             chunks.count_A[i] = chunk.count
             chunks.next_A[i] = -1 if chunk.is_last else live.prompt[end]
             chunks.end_A[i] = live.length

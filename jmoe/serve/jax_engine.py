@@ -49,6 +49,8 @@ from jmoe.train.layout import make_layout
 from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
+# A CPU computes what a step has room for at no less cost than what is there.
+READING = {"cpu": {"prompts": (1, 2, 4, 8), "prompt_tokens": 512}}
 QUEUE = 256
 STEPS = "steps"  # what process 0 tells the others of its engine
 
@@ -234,6 +236,7 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
         rows=(*(size for size in ROWS if size < slots), slots),
         chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
         max_length=max_length,
+        **READING.get(jax.default_backend(), {}),
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
         queue=places + queue,

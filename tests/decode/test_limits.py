@@ -16,6 +16,10 @@ REFUSED = [
     ({"prompts": (0,)}, "prompts=(0,) must be numbers above 0 in ascending order."),
     ({"chunks": ()}, "chunks=() must be numbers above 0 in ascending order."),
     ({"chunks": (64, 16)}, "chunks=(64, 16) must be numbers above 0 in ascending "),
+    (
+        {"prompts": (2, 4), "chunks": (4, 16), "prompt_tokens": 31},
+        "prompt_tokens=31 must be at least 32, so that prompts=2 part of chunks=16 tok",
+    ),
     ({"max_length": 1}, "max_length=1 must be at least 2."),
     ({"page_size": 0}, "page_size=0 must be at least 1."),
     (
@@ -63,6 +67,16 @@ def test_many_prompts_are_read_beside_all_rows_alone_and_no_more_than_these():
     assert len(sizes) == len(set(sizes)) == 2 + 2 * 2 + 2 * 2
     assert {size.prompts for size in sizes if size.rows == 1} == {0, 1}
     assert {size.prompts for size in sizes if size.rows == 8} == {0, 1, 3, 8}
+
+
+def test_no_size_reads_more_tokens_than_others_may_wait_for():
+    limits = Limits(rows=(8,), prompts=(1, 2, 4, 8), chunks=(64, 256))
+    few = dataclasses.replace(limits, prompt_tokens=512)
+    assert set(few.readings) == {
+        (prompts, chunk) for prompts, chunk in limits.readings if prompts * chunk <= 512
+    }
+    assert len(few.readings) == 6 and len(limits.readings) == 8
+    assert {(size.prompts, size.chunk) for size in few.sizes} == {(0, 0), *few.readings}
 
 
 @pytest.mark.parametrize(
