@@ -4,13 +4,12 @@ The tiny model trains on its own text, so that routings are as uneven as they ar
 first, while its bias still learns. It has no MTP module, which would only make another
 such layer. Without loans, buffers have room for every token, and nothing is dropped
 either. Both take turns, and see the same batches: those of the preset, with 128 tokens
-for each device, of which 29 go to each of the others, for 200 steps in 5 rounds; and
-such with 1,024, for a tenth as many, as each takes several times as long.
+for each device, for 200 steps in 5 rounds; and such with 1,024, for a tenth as many, as
+each takes several times as long.
 
 All devices share the same cores: one that waits for the busiest costs nothing here. So
-what this compares is the work, of which empty slots are a part, and the loans' own:
-on CPUs each device sends each other one as many experts as it could borrow, whatever
-the number of tokens.
+what this compares is the work, of which empty slots are a part, the loans' own, and
+that of collectives, at which sixteen threads meet on few cores.
 """
 
 import dataclasses
@@ -35,6 +34,7 @@ from experiments.benchmarks.workers import (
     warm_up,
 )
 from jmoe.config import MeshConfig, RunConfig, override, presets
+from jmoe.data.packing import Batch
 from jmoe.nn.model import Transformer
 from jmoe.train.inputs import next_batch, open_inputs
 from jmoe.train.layout import born, make_layout, put_batch, run_mesh
@@ -47,6 +47,7 @@ DEVICES = 16
 # Steps of a turn, by the sequences of 128 tokens that a device has.
 STEPS_A_TURN = {1: 40, 8: 4}
 SIDES = ("balanced", "padded")
+TEMPORARIES = "temporary_bytes"
 # By how much the last steps' losses may differ; they start alike, but sums are in
 # another order.
 MOST_APART = 0.02
@@ -117,7 +118,7 @@ def run_with(exchange: str, sequences: int) -> RunConfig:
 
 
 def training(run: RunConfig) -> Tasks:
-    """`step` trains on, and returns what it measures."""
+    """`step` trains on, and returns what it measures, and bytes of temporaries."""
     step_after_step()  # as scripts/train.py does
     model = Transformer(run.model)
     layout = make_layout(model, run_mesh(run.mesh))
@@ -127,14 +128,18 @@ def training(run: RunConfig) -> Tasks:
     loader = open_inputs(run, layout.mesh, None).loader
     microbatches = run.train.batch_size // run.train.microbatch_size
 
+    def read() -> Batch:
+        return put_batch(layout, next_batch(loader, microbatches))
+
+    compiled = advance.lower(state, read()).compile()
+    memory = {TEMPORARIES: compiled.memory_analysis().temp_size_in_bytes}
+
     def step() -> dict[str, float]:
         nonlocal state
-        batch = put_batch(layout, next_batch(loader, microbatches))
-        state, metrics = advance(state, batch)
+        state, metrics = compiled(state, read())
         jax.block_until_ready(state)
-        return {
-            name: float(metrics[name]) for name in metrics if not metrics[name].ndim
-        }
+        scalars = (name for name in metrics if not metrics[name].ndim)
+        return {name: float(metrics[name]) for name in scalars} | memory
 
     warm_up(step)
     return {"step": step}
@@ -161,6 +166,12 @@ def figures(sequences: int, turns: Mapping[str, Sequence[Turn]]) -> Iterator[Fig
         at_most=1.0,
     )
     for name in SIDES:
+        yield Figure(
+            name=f"temporaries of a step, {name}, {of_size}",
+            value=turns[name][-1].result[TEMPORARIES] / 2**20,
+            unit="MiB",
+            definition="of each device, by XLA's analysis of the compiled step",
+        )
         yield Figure(
             name=f"peak memory of training, {name}, {of_size}",
             value=turns[name][-1].peak_bytes / 2**30,

@@ -65,7 +65,10 @@ class StepTokens(NamedTuple):
 
 
 class Heads(NamedTuple):
-    """Each sequence's last token that stays: its index in T, and what rows know."""
+    """Each sequence's last token that stays: its index in T, and what rows know.
+
+    One whose prompt goes on isn't there: its position is below 0.
+    """
 
     index_R: jax.Array
     slot_R: jax.Array
@@ -111,7 +114,9 @@ def heads(rows: DecodeRows, chunks: PrefillChunks, new_B: jax.Array) -> Heads:
     width = rows.token_BQ.shape[1]
     own_B = width * jnp.arange(len(new_B)) + new_B - 1
     position_B = jnp.where(rows.position_B >= 0, rows.position_B + new_B - 1, -1)
-    position_A = jnp.where(chunks.count_A > 0, chunks.start_A + chunks.count_A - 1, -1)
+    # What follows of a prompt may be in this step, and cached: no draft goes there.
+    is_end_A = (chunks.count_A > 0) & (chunks.next_A < 0)
+    position_A = jnp.where(is_end_A, chunks.start_A + chunks.count_A - 1, -1)
     return Heads(
         index_R=jnp.concatenate([own_B, _last_of(rows, chunks)]),
         slot_R=jnp.concatenate([rows.slot_B, chunks.slot_A]),

@@ -6,10 +6,9 @@
 
 A request waits until a slot and enough pages for its longest completion are free. Then
 its prompt is read in chunks, each in a step that also decodes all other requests: so a
-long prompt delays no one by more than its chunk, and what a step reads beside others is
-bounded (`Limits.beside`). Several prompts are read side by side, the oldest first, as
-one pass over the experts' weights serves them all. All programs are compiled when the
-engine is made, and none later.
+long prompt delays no one by more than its chunks. Several are read side by side, the
+oldest prompt's first (`jmoe.decode.reading`). All programs are compiled when the engine
+is made, and none later.
 
 The loop here decides who takes part in a step; what a step computes is a pure function
 (`jmoe.decode.step`).
@@ -27,14 +26,10 @@ import numpy as np
 from jmoe.config import ModelConfig
 from jmoe.decode.batch import DecodeRows, PrefillChunks
 from jmoe.decode.limits import Limits, StepSize, check
-from jmoe.decode.live import (
-    Live,
-    PromptChunk,
-    make_chunks,
-    make_rows,
-)
+from jmoe.decode.live import Live, PromptChunk, make_chunks, make_rows
 from jmoe.decode.pages import Pages
 from jmoe.decode.programs import OneDevice
+from jmoe.decode.reading import take_chunks
 from jmoe.decode.requests import Completion, Sampling, check_prompt
 from jmoe.decode.sampling import Sampled
 from jmoe.decode.stats import Observe, StepStats, ignore
@@ -111,8 +106,7 @@ class Engine:
           text: of tokens; requests with `stop_texts` need it.
           programs: makes what runs steps.
           observe: is told what each step did, behind it.
-          compiled: is told of each size of steps once it is compiled, with the seconds
-            that this took.
+          compiled: is told of each size that is compiled, and in how many seconds.
 
         Raises:
           ValueError: the model doesn't have what the limits ask for, or its routers
@@ -285,22 +279,13 @@ class Engine:
         here = [live for live in self._live if live.slot % turns == self._turn]
         self._turn = (self._turn + 1) % turns
         rows: list[list[Live]] = [[] for _ in self._slots]
-        unread: list[list[PromptChunk]] = [[] for _ in self._slots]
+        unread: list[list[Live]] = [[] for _ in self._slots]
         for live in here:
-            if live.is_read:
-                rows[live.part].append(live)
-            else:
-                unread[live.part].append(PromptChunk(live, live.left))
-        if not (any(rows) or any(unread)):
+            (rows if live.is_read else unread)[live.part].append(live)
+        if not here:
             return None
-        left = [[chunk.count for chunk in part] for part in unread]
-        most, longest = self.limits.reading(left, is_beside=any(rows))
-        chunks = [
-            [PromptChunk(live, min(count, longest)) for live, count in part[:most]]
-            for part in unread
-        ]
-        counts = [chunk.count for part in chunks for chunk in part]
-        needed = max(map(len, rows)), max(map(len, chunks)), max(counts, default=0)
+        chunks, chunk = take_chunks(self.limits, unread)
+        needed = max(map(len, rows)), max(map(len, chunks)), chunk
         return _Asked(rows, chunks, self.limits.size(*needed))
 
     def _run(self, asked: _Asked | None) -> list[StepResult]:
@@ -321,9 +306,10 @@ class Engine:
                 drawn = Sampled(*(x[i, :new] for x in found.rows))
                 yield self._grow(live, drawn, found.draft_BK[i])
         for part, chunks in enumerate(asked.chunks):
-            for i, (live, count) in enumerate(chunks, start=part * asked.size.prompts):
-                live.read += count
-                if live.is_read:
+            for i, chunk in enumerate(chunks, start=part * asked.size.prompts):
+                live = chunk.live
+                live.read = chunk.end
+                if chunk.is_last:
                     drawn = Sampled(*(x[i : i + 1] for x in found.chunks))
                     yield self._grow(live, drawn, found.draft_AK[i])
 

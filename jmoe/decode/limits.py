@@ -2,9 +2,8 @@
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jmoe.config import ModelConfig, checks
 from jmoe.config.model import ROUTERS
@@ -31,13 +30,13 @@ class Limits:
     rows: how many sequences are decoded at once, in ascending order; each is compiled,
       and of each step the smallest that suffices is taken. The last is how many there
       may be at a time.
-    prompts: how many prompts are read at once, likewise, but no more than there may be
-      sequences. Steps that read more than the first of these are compiled for the last
-      of `rows` alone: beside so many tokens, rows that aren't there cost little.
-    chunks: how many tokens of each of these prompts are read at once, likewise.
-    beside: how many places for tokens of prompts a step has at most where sequences are
-      decoded too, which wait for it; but the smallest size is always one that may be.
-      None: as many as there are in the last of `prompts` x the last of `chunks`.
+    prompts: how many parts of prompts are read at once, likewise, but no more than
+      there may be sequences. They are of one prompt or of several. Steps that read more
+      than the first of these are compiled for the last of `rows` alone: beside so many
+      tokens, rows that aren't there cost little.
+    chunks: how many tokens each of these parts has, likewise.
+    prompt_tokens: how many tokens of prompts others wait for in a step, at most: larger
+      products of `prompts` and `chunks` aren't compiled. None: all are.
     max_length: positions of a sequence, its prompt and its new tokens.
     page_size: positions of a page. num_pages: of the cache; None: enough for as many
       sequences as there may be, at their longest.
@@ -49,7 +48,7 @@ class Limits:
     rows: tuple[int, ...] = (1, 8, 32)
     prompts: tuple[int, ...] = (1, 4)
     chunks: tuple[int, ...] = (64, 256)
-    beside: int | None = None
+    prompt_tokens: int | None = None
     max_length: int = 4096
     page_size: int = 64
     num_pages: int | None = None
@@ -67,8 +66,13 @@ class Limits:
                 raise ValueError(
                     f"{name}={sizes} must be numbers above 0 in ascending order."
                 )
-        if self.beside is not None:
-            checks.at_least(self, beside=1)
+        least = self._at_once[0] * self.chunks[-1]
+        if self.prompt_tokens is not None and self.prompt_tokens < least:
+            raise ValueError(
+                f"prompt_tokens={self.prompt_tokens} must be at least {least}, so that "
+                f"prompts={self.prompts[0]} part of chunks={self.chunks[-1]} tokens "
+                "can be read."
+            )
         if self.num_pages is not None and self.num_pages < self.pages_of_one:
             raise ValueError(
                 f"num_pages={self.num_pages} must be at least {self.pages_of_one}, so "
@@ -83,10 +87,12 @@ class Limits:
     @property
     def sizes(self) -> tuple[StepSize, ...]:
         """All sizes of steps."""
-        fewest, *more = self._at_once
-        each = itertools.product(self.rows, (fewest,), self.chunks)
-        many = itertools.product(self.rows[-1:], more, self.chunks)
-        found = itertools.starmap(StepSize, itertools.chain(each, many))
+        fewest = self._at_once[0]
+        found = [
+            StepSize(rows, prompts, chunk)
+            for prompts, chunk in self.readings
+            for rows in (self.rows if prompts == fewest else self.rows[-1:])
+        ]
         return *map(StepSize, self.rows), *found
 
     def size(self, rows: int, prompts: int, chunk: int) -> StepSize:
@@ -101,36 +107,16 @@ class Limits:
             _smallest(self.chunks, chunk),
         )
 
-    def reading(
-        self, left: Sequence[Sequence[int]], is_beside: bool
-    ) -> tuple[int, int]:
-        """Returns how many prompts a step reads, and how many tokens of each at most.
-
-        Of what is compiled, and allowed, that by which most tokens are read; of several
-        such, the one with the fewest places. 0 and 0 if no prompt is there.
-
-        Args:
-          left: of each part, how many tokens its prompts still have, the oldest's
-            first.
-          is_beside: whether the step decodes sequences too.
-        """
-        if not any(left):
-            return 0, 0
-        sizes = list(itertools.product(self._at_once, self.chunks))
-        if is_beside and self.beside is not None:
-            few = [size for size in sizes if math.prod(size) <= self.beside]
-            sizes = few or sizes[:1]
-
-        def read(size: tuple[int, int]) -> tuple[int, int]:
-            prompts, chunk = size
-            counts = (min(count, chunk) for part in left for count in part[:prompts])
-            return sum(counts), -prompts * chunk
-
-        return max(sizes, key=read)
+    @property
+    def readings(self) -> tuple[tuple[int, int], ...]:
+        """How many parts of prompts a step may read, and of how many tokens each."""
+        most = self.prompt_tokens or self._at_once[-1] * self.chunks[-1]
+        each = itertools.product(self._at_once, self.chunks)
+        return tuple(pair for pair in each if pair[0] * pair[1] <= most)
 
     @property
     def _at_once(self) -> tuple[int, ...]:
-        """Numbers of prompts that are read at once."""
+        """Numbers of parts of prompts that are read at once."""
         return tuple(sorted({min(number, self.slots) for number in self.prompts}))
 
     @property
@@ -144,24 +130,6 @@ class Limits:
         if self.num_pages is None:
             return self.slots * self.pages_of_one
         return self.num_pages
-
-
-def reading_on(platform: str, max_length: int) -> dict[str, Any]:
-    """Returns fields of `Limits`: how a server reads prompts.
-
-    On a CPU each place for a prompt's token takes its time. Of the sizes tried there,
-    these keep the gaps between others' tokens short, and lose no throughput.
-
-    Args:
-      platform: JAX's name of it.
-      max_length: positions of a sequence; a chunk isn't longer.
-    """
-    found: dict[str, Any] = {"chunks": Limits.chunks}
-    if platform == "cpu":
-        found = {"prompts": (1, 2), "chunks": (64, 128, 256), "beside": 128}
-    longest = min(max_length, found["chunks"][-1])
-    shorter = (size for size in found["chunks"] if size < longest)
-    return found | {"chunks": (*shorter, longest)}
 
 
 def check(cfg: ModelConfig, limits: Limits) -> None:

@@ -48,13 +48,8 @@ class Live:
         return len(self.prompt) + self.sampling.max_new_tokens
 
     @property
-    def left(self) -> int:
-        """How many of the prompt's tokens are to be read."""
-        return len(self.prompt) - self.read
-
-    @property
     def is_read(self) -> bool:
-        return not self.left
+        return self.read == len(self.prompt)
 
     @property
     def position(self) -> int:
@@ -63,14 +58,19 @@ class Live:
 
 
 class PromptChunk(NamedTuple):
-    """The next `count` tokens of a request's prompt."""
+    """A part of a request's prompt: `count` tokens from `start` on."""
 
     live: Live
+    start: int
     count: int
 
     @property
+    def end(self) -> int:
+        return self.start + self.count
+
+    @property
     def is_last(self) -> bool:
-        return self.live.read + self.count == len(self.live.prompt)
+        return self.end == len(self.live.prompt)
 
 
 _DRAWS = Draws(
@@ -123,10 +123,10 @@ def make_chunks(
     )
     for part, read in enumerate(parts):
         for i, chunk in enumerate(read, start=part * size.prompts):
-            live, end = chunk.live, chunk.live.read + chunk.count
+            live, end = chunk.live, chunk.end
             chunks.slot_A[i] = live.slot
-            chunks.token_AC[i, : chunk.count] = live.prompt[live.read : end]
-            chunks.start_A[i] = live.read
+            chunks.token_AC[i, : chunk.count] = live.prompt[chunk.start : end]
+            chunks.start_A[i] = chunk.start
             chunks.count_A[i] = chunk.count
             chunks.next_A[i] = -1 if chunk.is_last else live.prompt[end]
             chunks.end_A[i] = live.length

@@ -196,7 +196,7 @@ class OnMesh:
 
     @property
     def dispatch_dtypes(self) -> tuple[str, ...]:
-        """Those in which tokens may travel to experts, the usual one first."""
+        """What tokens may travel to experts in, the usual dtype first."""
         return tuple(self._by_dtype)
 
     def set_dispatch_dtype(self, dtype: str) -> None:

@@ -14,9 +14,8 @@ from jmoe.parallel.vocabulary import AXIS
 
 def read(seen_XV: jax.Array, chunks: PrefillChunks) -> jax.Array:
     """Returns what slots have seen, of new sequences only what is read now."""
-    is_old_A1 = (chunks.start_A > 0)[:, None]
-    seen_AV = seen_XV.at[chunks.slot_A].get(mode="clip") & is_old_A1
-    seen_XV = seen_XV.at[chunks.slot_A].set(seen_AV, mode="drop")
+    new_A = jnp.where(chunks.start_A > 0, len(seen_XV), chunks.slot_A)
+    seen_XV = seen_XV.at[new_A].set(False, mode="drop")
     is_there_AC = jnp.arange(chunks.token_AC.shape[1]) < chunks.count_A[:, None]
     return note(seen_XV, chunks.slot_A, chunks.token_AC, is_there_AC)
 

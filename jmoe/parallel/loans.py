@@ -2,13 +2,13 @@
 
 Who borrows what is known everywhere (`jmoe.balance.lending`), and differs with every
 microbatch. On GPUs an expert goes straight to its borrower, by a ragged all-to-all for
-each slot. CPUs lack it: there each device sends one expert to all, if it lends any, and
+each slot. CPUs lack it: there each device sends two experts that it lends to all, and
 so on as long as there is one that lends more. Where nothing is lent, nothing is sent.
 Gradients come back, on CPUs in an all-to-all for each of these rounds, and are added at
 home, in the order of devices and slots.
 
-Shapes: E / P own expert of this device (M), P device of the `expert` axis, S slot,
-X = P * S loan, Q loan of a round.
+Shapes: M own expert of this device, P device of the `expert` axis, S slot, X whatever
+there are many of, Q loan of a round on GPUs.
 """
 
 import functools
@@ -22,6 +22,8 @@ from jax import lax
 from jmoe.ops import fp8
 from jmoe.parallel import collectives, ragged
 from jmoe.parallel.travel import AXIS
+
+A_ROUND = 2  # experts of each device that CPUs send at a time
 
 
 class Form(NamedTuple):
@@ -106,36 +108,54 @@ def _local_PS(borrowed_PS: jax.Array, own: int) -> jax.Array:
 
 
 class _Rounds(NamedTuple):
-    """Lent experts in rounds, in each of which a home sends one of its own.
+    """Lent experts in rounds, in each of which a home sends a few of its own.
 
-    nth_PS: int32, the round in which a borrowed expert travels; -1 for none. mine_M:
-    int32, that of each expert here, or -1. count: how many the busiest home has.
+    rank_PS: int32, a borrowed expert's place among those that its home lends; -1 for
+    none. local_M: int32, the experts that are lent here, in this order; then any.
+    size: of a round. count: of rounds.
     """
 
-    nth_PS: jax.Array
-    mine_M: jax.Array
+    rank_PS: jax.Array
+    local_M: jax.Array
+    size: int
     count: jax.Array
+
+    def places(self, home_PS: jax.Array, nth: jax.Array) -> jax.Array:
+        """Returns where loans travel in this round, [P, S], of all homes' places.
+
+        Beyond them if they don't.
+        """
+        place_PS = self.rank_PS - nth * self.size
+        is_now_PS = (self.rank_PS >= 0) & (place_PS >= 0) & (place_PS < self.size)
+        beyond = len(home_PS) * self.size
+        return jnp.where(is_now_PS, home_PS * self.size + place_PS, beyond)
+
+    def mine(self, nth: jax.Array) -> jax.Array:
+        """Returns which experts leave from here in this round."""
+        return self.local_M[nth * self.size + jnp.arange(self.size)]
 
 
 def _rounds(borrowed_PS: jax.Array, own: int) -> _Rounds:
     peers, me = len(borrowed_PS), collectives.axis_index(AXIS)
     expert_PM = jnp.arange(peers * own, dtype=jnp.int32).reshape(peers, own)
     is_lent_PM = (expert_PM[..., None] == borrowed_PS.reshape(-1)).any(-1)
-    earlier_PM = jnp.cumsum(is_lent_PM, axis=1, dtype=jnp.int32) - 1
-    nth_PM = jnp.where(is_lent_PM, earlier_PM, -1)
-    nth_PS = nth_PM.reshape(-1).at[borrowed_PS].get(mode="fill", fill_value=-1)
-    return _Rounds(nth_PS, nth_PM[me], nth_PM.max() + 1)
+    rank_PM = jnp.cumsum(is_lent_PM, axis=1, dtype=jnp.int32) - 1
+    rank_X = jnp.where(is_lent_PM, rank_PM, -1).reshape(-1)
+    rank_PS = rank_X.at[borrowed_PS].get(mode="fill", fill_value=-1)
+    size = min(A_ROUND, own)
+    (local_M,) = jnp.nonzero(is_lent_PM[me], size=own + size, fill_value=0)
+    return _Rounds(rank_PS, local_M, size, -(-(rank_PS.max() + 1) // size))
 
 
 def _lend_padded(own: jax.Array, borrowed_PS: jax.Array) -> jax.Array:
     me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(own))
-    home_S = _home_PS(borrowed_PS, len(own))[me]
+    home_PS = _home_PS(borrowed_PS, len(own))
 
     def bring(nth, lent):
-        sent = own[(rounds.mine_M == nth).argmax()]
-        came = collectives.all_gather(sent[None], AXIS, 0)
-        at_S = jnp.where(rounds.nth_PS[me] == nth, jnp.arange(len(lent)), len(lent))
-        return lent.at[at_S].set(came[home_S], mode="drop")
+        came = collectives.all_gather(own[rounds.mine(nth)], AXIS, 0)
+        place_S = rounds.places(home_PS, nth)[me]
+        at_S = jnp.where(place_S < len(came), jnp.arange(len(lent)), len(lent))
+        return lent.at[at_S].set(came[place_S], mode="drop")
 
     lent = jnp.zeros((borrowed_PS.shape[1], *own.shape[1:]), own.dtype)
     return lax.fori_loop(0, rounds.count, bring, lent)
@@ -146,23 +166,22 @@ def _give_back_padded(
 ) -> jax.Array:
     me, rounds = collectives.axis_index(AXIS), _rounds(borrowed_PS, len(d_own))
     home_PS = _home_PS(borrowed_PS, len(d_own))
-    peers = len(home_PS)
+    places = len(home_PS) * rounds.size
 
     def add_round(nth, d_own):
-        is_now_PS = rounds.nth_PS == nth
-        at_S = jnp.where(is_now_PS[me], home_PS[me], peers)
-        sent = jnp.zeros((peers, *d_lent.shape[1:]), d_lent.dtype)
-        came = collectives.all_to_all(
-            sent.at[at_S].set(d_lent, mode="drop"), AXIS, 0, 0
-        )
-        is_from_P = (is_now_PS & (home_PS == me)).any(1)
-        (from_P,) = jnp.nonzero(is_from_P, size=peers)
-        at = (rounds.mine_M == nth).argmax()
+        place_PS, local_M = rounds.places(home_PS, nth), rounds.mine(nth)
+        sent = jnp.zeros((places, *d_lent.shape[1:]), d_lent.dtype)
+        sent = sent.at[place_PS[me]].set(d_lent, mode="drop")
+        came = collectives.all_to_all(sent, AXIS, 0, 0)
+        place_M = me * rounds.size + jnp.arange(rounds.size)
+        is_here_PM = (place_PS[:, :, None] == place_M).any(1)
+        (loan_X,) = jnp.nonzero(is_here_PM.reshape(-1), size=places)
 
         def add(i, d_own):
-            return d_own.at[at].add(came[from_P[i]])
+            loan = loan_X[i]
+            return d_own.at[local_M[loan % rounds.size]].add(came[loan])
 
-        return lax.fori_loop(0, is_from_P.sum(), add, d_own)
+        return lax.fori_loop(0, is_here_PM.sum(), add, d_own)
 
     return lax.fori_loop(0, rounds.count, add_round, d_own)
 

@@ -31,9 +31,6 @@ def capacity(
 ) -> int:
     """Returns R, no more than a device's even share, `share` rows, without a factor.
 
-    On CPUs it is that: whatever is chosen, all arrives in one part if slots suffice,
-    and beside all tokens, which are there, it is little.
-
     Args:
       factor: R as a multiple of the expected visits; or None.
       tokens: of each device.
@@ -41,11 +38,9 @@ def capacity(
     of_router = tokens, router, collectives.axis_size(AXIS)
     if factor is not None:
         return dropping.receive_capacity(factor, *of_router)
-    most = min(dropping.receive_capacity(None, *of_router), share)
-    if collectives.platform() == "cpu":
-        return most
     expected = dropping.receive_capacity(1.0, *of_router)
-    return min(math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected)), most)
+    room = math.ceil(ROOM * expected + DEVIATIONS * math.sqrt(expected))
+    return min(room, dropping.receive_capacity(None, *of_router), share)
 
 
 def count(trips: travel.Trips, rows: int) -> jax.Array:

@@ -25,7 +25,6 @@ from jmoe.config.controller import DROP, FP8
 from jmoe.config.model import FLOAT8
 from jmoe.config.serve import EngineConfig, ServeConfig
 from jmoe.decode import followers, mesh_weights
-from jmoe.decode import limits as decode_limits
 from jmoe.decode.engine import Engine, MakePrograms
 from jmoe.decode.limits import Limits, StepSize
 from jmoe.decode.on_mesh import make_programs
@@ -50,6 +49,8 @@ from jmoe.train.layout import make_layout
 from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
+# A CPU computes what a step has room for at no less cost than what is there.
+READING = {"cpu": {"prompts": (1, 2, 4, 8), "prompt_tokens": 512}}
 QUEUE = 256
 STEPS = "steps"  # what process 0 tells the others of its engine
 
@@ -230,10 +231,12 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
+    longest_chunk = min(max_length, Limits.chunks[-1])
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
-        **decode_limits.reading_on(jax.default_backend(), max_length),
+        chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
         max_length=max_length,
+        **READING.get(jax.default_backend(), {}),
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
         queue=places + queue,

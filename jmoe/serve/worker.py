@@ -39,7 +39,7 @@ MOST_HELD = 1024  # tokens of a choice that a client hasn't taken
 RECENT = 256  # requests whose ends tell how fast the engine is
 MOST_RETRY_SECONDS = 60
 HANGING_SECONDS = 120.0  # of one step
-NEWS_SECONDS = 0.005  # that a token may wait, unless it is a ticket's first or last
+NEWS_SECONDS = 0.007  # that a token may wait, unless it is a ticket's first or last
 
 FAILED = Refused(503, "The engine has failed; the server's log says why.")
 STOPPED = Refused(503, "The server is shutting down.", headers=(("retry-after", "5"),))

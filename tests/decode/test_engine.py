@@ -11,7 +11,6 @@ from scipy import stats
 
 from jmoe.decode.engine import Engine, QueueFull
 from jmoe.decode.requests import Sampling
-from jmoe.decode.stats import StepStats
 from tests.decode import oracle
 from tests.decode.test_step import DRAFTING, LIMITS, always_alike, prompt
 
@@ -78,7 +77,9 @@ def test_a_request_ends_with_the_token_that_completes_a_stop_text(engine):
     assert_empty(engine)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5], ids=["waits", "is read", "too", "new"])
+@pytest.mark.parametrize(
+    "steps", [0, 1, 2, 5], ids=["waits", "is read", "new", "later"]
+)
 def test_a_request_is_cancelled_at_any_time_and_others_are_unharmed(
     cfg, variables, engine, steps
 ):
@@ -93,7 +94,7 @@ def test_a_request_is_cancelled_at_any_time_and_others_are_unharmed(
     while not engine.is_idle:
         found |= {done.number: done for done, _ in oracle.step(engine)}
     assert found[cancelled].finish_reason == "cancelled"
-    assert (len(found[cancelled].tokens) > 0) == (steps == 5)
+    assert (len(found[cancelled].tokens) > 0) == (steps > 1)
     oracle.assert_recomputed(
         cfg, variables, others, [found[number] for number in numbers]
     )
@@ -243,15 +244,18 @@ def test_long_prompts_stall_no_one(engine):
     finish(engine)
 
 
-def test_prompts_are_read_side_by_side_as_many_as_may_be_and_the_oldest_first(engine):
+def test_prompts_are_read_side_by_side_as_many_as_may_be_and_the_oldest_first(
+    cfg, variables
+):
+    engine = Engine(cfg, variables, dataclasses.replace(LIMITS, chunks=(16,)))
     for request in requests(20, 33, 4, 17, new=4):
         engine.submit(*request)
     read, began = [], []
     while len(began) < 4:
         began += [done.number for done, _ in engine.step() if len(done.tokens) == 1]
         read.append([live.read for live in engine._live])
-    assert read == [[16, 16, 4, 0], [20, 32, 4, 16], [20, 33, 4, 17]]
-    assert began == [2, 0, 1, 3]
+    assert read == [[20, 16, 0, 0], [20, 33, 4, 0], [20, 33, 4, 17]]
+    assert began == [0, 1, 2, 3]
     finish(engine)
     assert_empty(engine)
 
@@ -320,7 +324,7 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
 
     engine.programs.run = noted
     compilations.clear()
-    for request in requests(5, 20, 1, new=9):
+    for request in requests(5, 16, 1, 16, new=9):
         engine.submit(*request)
         engine.step()
     engine.cancel(1)
@@ -335,23 +339,6 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
     assert compilations == []
     jax.jit(lambda x: x + 1)(np.zeros(7919))
     assert len(compilations) == 1  # it would have been noticed
-
-
-def test_who_is_decoded_waits_for_so_many_of_others_prompts_and_answers_stay(
-    cfg, variables
-):
-    bound = dataclasses.replace(MIXED, beside=MIXED.chunks[0])
-    asked = requests(40, 3, 17, 3, 33, 5)
-    reads, answers = {}, {}
-    for limits in (MIXED, bound):
-        told: list[StepStats] = []
-        engine = Engine(cfg, variables, limits, observe=told.append)
-        answers[limits] = oracle.complete(engine, asked)
-        reads[limits] = [step.prompt_tokens for step in told if step.rows]
-        assert told[0].prompt_tokens > MIXED.chunks[0]  # nobody waits for these
-    assert max(reads[bound]) <= MIXED.chunks[0] < max(reads[MIXED])
-    for i in range(len(asked)):
-        assert answers[bound][i].tokens == answers[MIXED][i].tokens
 
 
 @pytest.mark.parametrize(

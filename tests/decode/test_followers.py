@@ -50,7 +50,7 @@ def step(position: int):
     live.completion.tokens = [1] * position
     read = Live(prompt, sampling, Completion(1), 0.0, slot=0, pages=[1])
     rows = make_rows(LIMITS, [[live], []], size.rows)
-    return rows, make_chunks(LIMITS, [[], [PromptChunk(read, 3)]], size)
+    return rows, make_chunks(LIMITS, [[], [PromptChunk(read, 0, 3)]], size)
 
 
 def same(left, right) -> bool:

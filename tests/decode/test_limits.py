@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from jmoe.config import records
-from jmoe.decode.limits import Limits, check, reading_on
+from jmoe.decode.limits import Limits, check
 
 REFUSED = [
     ({"rows": ()}, "rows=() must be numbers above 0 in ascending order."),
@@ -14,9 +14,12 @@ REFUSED = [
     ({"rows": (8, 4)}, "rows=(8, 4) must be numbers above 0 in ascending order."),
     ({"rows": (4, 4)}, "rows=(4, 4) must be numbers above 0 in ascending order."),
     ({"prompts": (0,)}, "prompts=(0,) must be numbers above 0 in ascending order."),
-    ({"beside": 0}, "beside=0 must be at least 1."),
     ({"chunks": ()}, "chunks=() must be numbers above 0 in ascending order."),
     ({"chunks": (64, 16)}, "chunks=(64, 16) must be numbers above 0 in ascending "),
+    (
+        {"prompts": (2, 4), "chunks": (4, 16), "prompt_tokens": 31},
+        "prompt_tokens=31 must be at least 32, so that prompts=2 part of chunks=16 tok",
+    ),
     ({"max_length": 1}, "max_length=1 must be at least 2."),
     ({"page_size": 0}, "page_size=0 must be at least 1."),
     (
@@ -59,44 +62,21 @@ def test_each_step_has_the_smallest_size_that_has_room():
         )
 
 
-READS = Limits(prompts=(1, 2, 4), chunks=(4, 8), beside=8)
-
-
-@pytest.mark.parametrize(
-    ("left", "alone", "beside"),
-    [
-        ([[3]], (1, 4), (1, 4)),
-        ([[5]], (1, 8), (1, 8)),
-        ([[20]], (1, 8), (1, 8)),
-        ([[5, 4]], (2, 8), (2, 4)),  # 8 of 9 tokens, not 5
-        ([[8, 1]], (2, 8), (1, 8)),
-        ([[4, 4, 4]], (4, 4), (2, 4)),
-        ([[9] * 9], (4, 8), (1, 8)),
-        ([[8], [4, 4]], (2, 8), (1, 8)),
-        ([[4], [4, 4]], (2, 4), (2, 4)),
-        ([[], []], (0, 0), (0, 0)),
-    ],
-)
-def test_most_tokens_are_read_in_the_fewest_places(left, alone, beside):
-    assert READS.reading(left, is_beside=False) == alone
-    assert READS.reading(left, is_beside=True) == beside
-    unbound = dataclasses.replace(READS, beside=None)
-    assert unbound.reading(left, is_beside=True) == alone
-    least = dataclasses.replace(READS, beside=1)
-    assert least.reading(left, is_beside=True) == ((1, 4) if any(left) else (0, 0))
-
-
-def test_no_chunk_is_longer_than_a_sequence_on_any_platform():
-    for platform, length in itertools.product(("cpu", "gpu"), (2, 64, 100, 4096)):
-        limits = Limits(**reading_on(platform, length), max_length=length)
-        assert limits.chunks[-1] == min(length, 256)
-
-
 def test_many_prompts_are_read_beside_all_rows_alone_and_no_more_than_these():
     sizes = Limits(rows=(1, 8), prompts=(1, 3, 16, 32), chunks=(64, 256)).sizes
     assert len(sizes) == len(set(sizes)) == 2 + 2 * 2 + 2 * 2
     assert {size.prompts for size in sizes if size.rows == 1} == {0, 1}
     assert {size.prompts for size in sizes if size.rows == 8} == {0, 1, 3, 8}
+
+
+def test_no_size_reads_more_tokens_than_others_may_wait_for():
+    limits = Limits(rows=(8,), prompts=(1, 2, 4, 8), chunks=(64, 256))
+    few = dataclasses.replace(limits, prompt_tokens=512)
+    assert set(few.readings) == {
+        (prompts, chunk) for prompts, chunk in limits.readings if prompts * chunk <= 512
+    }
+    assert len(few.readings) == 6 and len(limits.readings) == 8
+    assert {(size.prompts, size.chunk) for size in few.sizes} == {(0, 0), *few.readings}
 
 
 @pytest.mark.parametrize(

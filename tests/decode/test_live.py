@@ -46,8 +46,9 @@ def test_a_row_has_the_last_token_and_the_drafts_at_their_position():
 
 
 def test_a_chunk_has_the_prompts_next_tokens_and_the_one_behind_them():
-    first, last = live(read=0), live(read=4, slot=0)
-    parts = [[PromptChunk(first, 4)], [], [PromptChunk(last, 2), PromptChunk(first, 3)]]
+    first, last = live(read=0), live(read=0, slot=0)
+    two = [PromptChunk(last, 4, 2), PromptChunk(first, 0, 3)]
+    parts = [[PromptChunk(first, 0, 4)], [], two]
     chunks = make_chunks(LIMITS, parts, StepSize(1, prompts=2, chunk=4))
     assert chunks.token_AC[0].tolist() == [1, 2, 3, 4]
     assert chunks.token_AC[4, :2].tolist() == [5, 6]
@@ -74,7 +75,7 @@ def test_arrays_have_the_same_dtypes_whoever_takes_part():
         (make_rows(LIMITS, [[]], 1), make_rows(LIMITS, [[live()]], 1)),
         (
             make_chunks(LIMITS, [[]], one),
-            make_chunks(LIMITS, [[PromptChunk(live(read=0), 4)]], one),
+            make_chunks(LIMITS, [[PromptChunk(live(read=0), 0, 4)]], one),
         ),
     ]
     for nobody, somebody in pairs:

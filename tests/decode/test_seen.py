@@ -18,8 +18,8 @@ SIZE = StepSize(SLOTS, prompts=2, chunk=4)
 
 
 def chunk(slot: int, prompt: list[int], start: int, count: int) -> PromptChunk:
-    live = Live(prompt, Sampling(), Completion(0), 0.0, slot=slot, read=start)
-    return PromptChunk(live, count)
+    live = Live(prompt, Sampling(), Completion(0), 0.0, slot=slot)
+    return PromptChunk(live, start, count)
 
 
 def read(seen_XV, *chunks: PromptChunk):
@@ -46,6 +46,13 @@ def test_sequences_that_are_read_together_see_each_its_own_tokens():
     assert occurred(seen_XV) == [{1}, every, {3, 4, 5}]
     seen_XV = read(seen_XV, chunk(2, [3, 4, 5, 6], 3, 1), chunk(1, [9, 8], 0, 2))
     assert occurred(seen_XV) == [{1}, {8, 9}, {3, 4, 5, 6}]
+
+
+def test_parts_of_one_prompt_that_are_read_together_are_all_seen():
+    seen_XV = jnp.ones((SLOTS, VOCAB), bool)
+    seen_XV = read(seen_XV, chunk(1, [3, 4, 5, 6], 0, 3), chunk(1, [3, 4, 5, 6], 3, 1))
+    every = set(range(VOCAB))
+    assert occurred(seen_XV) == [every, {3, 4, 5, 6}, every]
 
 
 def test_a_chunk_of_nobody_changes_nothing():

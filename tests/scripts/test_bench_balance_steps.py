@@ -10,7 +10,8 @@ from jmoe.config import override
 
 
 def turns(loss: float, *seconds: list[float]) -> list[Turn]:
-    return [Turn(times, {"loss": loss}, 2**30, 0) for times in seconds]
+    result = {"loss": loss, balance_steps.TEMPORARIES: 3 * 2**20}
+    return [Turn(times, result, 2**30, 0) for times in seconds]
 
 
 def test_both_sides_train_the_same_but_for_the_exchange():
@@ -38,6 +39,8 @@ def test_steps_are_held_against_those_of_the_same_round():
     assert (ratio.value, ratio.met) == (pytest.approx(1.5), False)
     memory = found["peak memory of training, padded, 1,024 tokens a device"]
     assert memory.value == 1.0
+    memory = found["temporaries of a step, balanced, 1,024 tokens a device"]
+    assert memory.value == 3.0
     assert balance_steps.apart(measured) == ()
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import concurrent.futures
-import gc
 import json
 import socket
 import urllib.error
@@ -70,18 +69,6 @@ def test_greedy_answers_are_those_of_generate_for_every_form_of_prompt(client):
         "total_tokens": len(ids[1]) + 9,
     }
     assert (answer["object"], answer["model"]) == ("text_completion", NAME)
-
-
-def test_choices_are_in_their_order_whichever_ends_first(client):
-    prompts = [tokenizer().prompt(text) for text in (TEXT, "b")]
-    want = [expected(ids, 9) for ids in prompts]
-    ends = next(token for token in want[1] if token not in want[0])
-    asked = {"max_tokens": 9, "return_token_ids": True, "ignore_eos": True}
-    asked |= {"stop_token_ids": [ends]}
-    choices = client.complete(prompts, **asked)["choices"]
-    assert [choice["index"] for choice in choices] == [0, 1]
-    found = [choice["token_ids"] for choice in choices]
-    assert found == [want[0], want[1][: want[1].index(ends)]]
 
 
 def test_many_at_once_are_each_answered_as_if_alone(client):
@@ -210,9 +197,8 @@ def test_how_long_an_answer_is_by_default(client):
     asked = {"return_token_ids": True, "ignore_eos": True}
     (text,) = client.complete(TEXT, **asked)["choices"]
     assert len(text["token_ids"]) == 16
-    chat = client.chat("hi", **asked)
-    new = chat["usage"]["completion_tokens"]
-    assert new == LIMITS.max_length - chat["usage"]["prompt_tokens"]
+    usage = client.chat("hi", **asked)["usage"]
+    assert usage["total_tokens"] == LIMITS.max_length
     (longest,) = client.complete(prompt(60), **asked)["choices"]
     assert len(longest["token_ids"]) == 4
 
@@ -279,15 +265,6 @@ def test_bad_requests_are_refused_as_openai_words_it_and_harm_nobody(
     assert error["type"] == "invalid_request_error" and error["param"] == field
     assert error["message"] and "\n" not in error["message"]
     assert client.served.worker.is_well
-
-
-def test_a_chat_needs_a_template_and_completions_none():
-    served = make_served(Counting(), template=None)
-    with serving(served) as client:
-        chat = {"model": NAME, "messages": [{"role": "user", "content": "a"}]}
-        refused = client.ask(CHATS, chat)
-        assert refused.status == 400 and "no chat template" in refused.text
-        assert client.complete("a", max_tokens=2)["choices"]
 
 
 def test_a_full_server_says_when_to_come_again_and_then_answers():
@@ -379,28 +356,6 @@ def test_a_client_that_reads_nothing_loses_its_place_and_little_memory_is_held()
     asyncio.run(ask())
     assert len(sent) == 2
     served.worker.close()
-
-
-def test_requests_leave_nothing_behind_whatever_becomes_of_them(monkeypatch):
-    asked = {"model": NAME, "prompt": "a", "max_tokens": 3}
-    kinds = ({}, {"stream": True}, {"n": 2}, {"n": 99}, {"x": 1}, {"model": "gpt"})
-    times = 30
-
-    def ask_all(client):
-        """As many objects as there are once all are answered."""
-        for _ in range(times):
-            for fields in (*kinds, {"deadline_seconds": 1e-9}):
-                client.ask(TEXTS, asked | fields)
-            client.ask("/metrics")
-        wait_until(lambda: not client.served.worker._count)
-        gc.collect()
-        return len(gc.get_objects())
-
-    with serving(make_served(Counting())) as client:
-        monkeypatch.setattr(client.served.meter, "_clock", lambda: 0.0)
-        before = ask_all(client)
-        grown = ask_all(client) - before
-    assert grown < times  # not even one for each seventh request
 
 
 def test_a_failed_engine_is_told_of_by_health_and_by_every_answer(caplog):
