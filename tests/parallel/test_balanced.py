@@ -187,7 +187,8 @@ RECIPE, ONE_CHOICE = fp8.RECIPES["fp8"], RouterConfig(num_experts=8, top_k=1)
 def experts_in_fp8(x_RD, groups):
     """A layer's, where there is no tensor group."""
     mlp = functools.partial(grouped.BACKENDS["blocks"], recipe=RECIPE)
-    return sum(mlp(x_RD, g.expert_RK, g.gate_RK, *g.weights) for g in groups)
+    parts = (mlp(x_RD, g.expert_RK, g.gate_RK, *g.weights) for g in groups)
+    return functools.reduce(jnp.add, parts)
 
 
 def through_experts_in_fp8(backend, *arrays):
