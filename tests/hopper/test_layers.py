@@ -77,7 +77,7 @@ def test_in_fp8_weights_are_lent_as_e4m3_with_their_scales_and_gradients_as_they
 
 @pytest.mark.parametrize("what", ["lent", "given back"])
 def test_in_fp8_too_a_product_hides_the_way_of_lent_experts_and_gradients(in_fp8, what):
-    """Of each matrix, in one of the slots at least."""
+    """A product is in the way of each matrix, in one of the slots at least."""
     for shape in {c.shapes for c in of_loans(in_fp8, what)}:
         spans = [c.gemms or 0 for c in of_loans(in_fp8, what) if c.shapes == shape]
         assert max(spans) >= 1, shape

@@ -1,7 +1,6 @@
 """What is particular to the balanced exchange; `test_exchange` compares all of them."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -251,16 +250,3 @@ def test_rows_that_int32_cannot_count_are_refused(tensor):
     with pytest.raises(ValueError, match="lending counts them in int32"):
         run = measured.__wrapped__(cfg, tensor)
         jax.eval_shape(run, x, expert, gate, *weights)
-
-
-def test_what_further_parts_need_is_not_fetched_before_it_is_known_that_there_are_any():
-    """XLA moves what is the same in all rounds of a loop in front of it."""
-    cfg = ExchangeConfig(backend="balanced", capacity_factor=1.0)
-    run = on_mesh(MESHES["expert=4"], cfg, LIMITED)
-    text = run.lower(random_choices(LIMITED), *arrays()).compile().as_text()
-    collective = re.compile(r" (all-gather|all-to-all|reduce-scatter)\(.*op_name=.*")
-    (entry,) = re.findall(r"^ENTRY .*?^}", text, re.M | re.S)
-    everywhere, first = (collective.findall(part) for part in (text, entry))
-    assert len(everywhere) > len(first) > 0
-    outside = [line for line in entry.splitlines() if collective.search(line)]
-    assert not [line for line in outside if "while/body" in line]
