@@ -33,7 +33,7 @@ def taken(*parts: list[Live]) -> tuple[list[list[tuple[int, int, int]]], int]:
         (64, 1, 64),
         (65, 2, 64),
         (200, 1, 256),
-        (257, 2, 256),
+        (257, 4, 64),  # and 1 more, which is less than room for 8
         (5000, 2, 256),
     ],
 )
