@@ -68,4 +68,4 @@ def test_a_port_in_use_is_told_before_weights_are_read(script, directory, tmp_pa
         port = taken.getsockname()[1]
         own = ["--engine=jax", "--local", f"--model={tmp_path}"]
         told = script("serve", *own, f"--set=port={port}").mistake()
-        assert f"host='127.0.0.1', port={port}: Address already in use." in told
+        assert f"port={port} can't be had on host='127.0.0.1': Address already" in told
