@@ -132,7 +132,9 @@ def training(run: RunConfig) -> Tasks:
         return put_batch(layout, next_batch(loader, microbatches))
 
     compiled = advance.lower(state, read()).compile()
-    memory = {TEMPORARIES: compiled.memory_analysis().temp_size_in_bytes}
+    stats = compiled.memory_analysis()
+    assert stats is not None, "XLA tells it of CPUs"
+    memory = {TEMPORARIES: stats.temp_size_in_bytes}
 
     def step() -> dict[str, float]:
         nonlocal state

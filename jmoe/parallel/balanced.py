@@ -189,7 +189,8 @@ def _exchange_chunk(
     tokens, held = lax.stop_gradient(((x_ND, gate_NK), (weights, lent)))
 
     def add(nth, y_ND):
-        path, arrived = _bring(layout, nth, *_only_in(nth, tokens), chunk)
+        x_ND, gate_NK = _only_in(nth, tokens)
+        path, arrived = _bring(layout, nth, x_ND, gate_NK, chunk)
         y_RD = _compute(layout, arrived, *held)
         return y_ND + path.carry_back(y_RD).astype(jnp.float32)
 
