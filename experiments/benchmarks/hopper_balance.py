@@ -136,7 +136,6 @@ def _lent_bytes(program: Summary) -> int:
 def _in_fp8(name: str, found: Mapping[str, Summary]) -> Iterator[Figure]:
     """Yields what FP8 leaves of the loans' bytes in bfloat16, and how much it is."""
     program = found[name]
-    native = found.get(name.replace("_fp8", ""))
     if program.run.precision == "native":
         return
     loans = of_loans(program, "lent")
@@ -149,6 +148,7 @@ def _in_fp8(name: str, found: Mapping[str, Summary]) -> Iterator[Figure]:
         definition="of the bytes of loans; what else there is are scales of blocks",
         at_least=0.999,
     )
+    native = found.get(name.replace("_fp8", ""))
     if native is not None:
         yield Figure(
             name=f"{name}: bytes of loans / bfloat16's",

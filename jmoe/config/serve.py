@@ -6,6 +6,7 @@ from jmoe.config import checks
 from jmoe.config.controller import ControllerConfig
 from jmoe.config.model import DTYPES
 
+CPU_CACHE_GIB = 1.0  # of either engine
 OPEN_ROUTES = ("/health", "/metrics", "/monitor")  # what may be asked without a key
 
 

@@ -39,9 +39,12 @@ class Leader:
     def __init__(self, programs: OnMesh, send: Callable[[Any], None]):
         self.parts, self.turns = programs.parts, programs.turns
         self.placing, self.may_drop = programs.placing, programs.may_drop
-        self.dispatch_dtype = programs.dispatch_dtype
         self.dispatch_dtypes = programs.dispatch_dtypes
         self._programs, self._send = programs, send
+
+    @property
+    def dispatch_dtype(self) -> str:
+        return self._programs.dispatch_dtype
 
     def warm_up(self, size: StepSize) -> None:
         self._send([WARM_UP, *size])
@@ -73,7 +76,6 @@ class Leader:
         assert dtype in self.dispatch_dtypes, "as they were made with it"
         self._send([DTYPE, dtype])
         self._programs.set_dispatch_dtype(dtype)
-        self.dispatch_dtype = dtype
 
 
 def led(

@@ -123,7 +123,7 @@ class OnMesh:
     ):
         self.parts, self.turns = run.mesh.batch_parts, run.mesh.pipe
         self._limits = limits
-        exchange = exchange or _with_room_for_all(run)
+        exchange = exchange or with_room_for_all(run)
         self._by_dtype: dict[str, MeshPrograms] = {}
         for dtype in dispatch_dtypes or (exchange.dispatch_dtype,):
             way = dataclasses.replace(exchange, dispatch_dtype=dtype)
@@ -284,10 +284,9 @@ def compile_for(
     mesh: Mesh,
     form: str,
     limits: Limits,
-    exchange: ExchangeConfig | None = None,
+    exchange: ExchangeConfig,
 ) -> MeshPrograms:
     """Returns the programs of a run's model on this mesh; see `make_programs`."""
-    exchange = exchange or _with_room_for_all(run)
     moe = dataclasses.replace(run.model.moe, exchange=exchange)
     cfg = dataclasses.replace(run.model, moe=moe)
     layout = make_layout(Transformer(cfg), mesh)
@@ -334,7 +333,7 @@ def compile_for(
     return MeshPrograms(layout, rows, starts, begins, steps, move, abstract)
 
 
-def _with_room_for_all(run: RunConfig) -> ExchangeConfig:
+def with_room_for_all(run: RunConfig) -> ExchangeConfig:
     """Returns what drops nobody's tokens; they travel as the run has them travel."""
     return ExchangeConfig(dispatch_dtype=run.model.moe.exchange.dispatch_dtype)
 

@@ -42,7 +42,9 @@ class Steerable(Protocol):
 
     placing: Placing | None
     may_drop: bool
-    dispatch_dtype: str
+
+    @property
+    def dispatch_dtype(self) -> str: ...
 
     @property
     def dispatch_dtypes(self) -> tuple[str, ...]: ...

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from jmoe.checkpoint import manifest, unread
+from jmoe.checkpoint.unread import Slices
 from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import export_run, sources, work, write
-from jmoe.export.read import Leaf, Reader, Slices
+from jmoe.export.read import Leaf, Reader
 
 
 def save(

@@ -19,6 +19,7 @@ import numpy as np
 
 from jmoe.checkpoint import adopt
 from jmoe.checkpoint import workdir as workdirs
+from jmoe.checkpoint.unread import Slices
 from jmoe.config import (
     DataConfig,
     ModelConfig,
@@ -32,7 +33,7 @@ from jmoe.data.special_tokens import GENERATION
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.export import layout, names, work
 from jmoe.export.files import Buffers, Directory
-from jmoe.export.read import Leaf, Reader, Slices
+from jmoe.export.read import Leaf, Reader
 from jmoe.export.work import Budget
 from jmoe.export.write import Advance
 from jmoe.train.trained import CHECKPOINTS, TOKENIZER

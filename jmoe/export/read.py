@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from jmoe import families
+from jmoe.checkpoint.unread import Slices
 from jmoe.export import names, numerics, safetensors, sources
 from jmoe.export.files import Buffers, Files
 from jmoe.export.layout import SCALE
@@ -30,7 +31,6 @@ IGNORED = ".rotary_emb.inv_freq"
 
 _COMPARED = 16 << 20  # bytes at a time
 
-Slices = tuple[slice, ...]
 Places = list[tuple[int | None, int | None]]
 
 

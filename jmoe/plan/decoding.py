@@ -111,7 +111,8 @@ def compile_step(decoding: Decoding, devices: Sequence[Any]) -> aot.Program:
     start = aot.now()
     run, limits = decoding.run, decoding.limits
     mesh = make_mesh(run.mesh, devices)
-    programs = on_mesh.compile_for(run, mesh, decoding.form, limits)
+    exchange = on_mesh.with_room_for_all(run)
+    programs = on_mesh.compile_for(run, mesh, decoding.form, limits, exchange)
     parts = run.mesh.batch_parts
     given = make_nobody(limits, parts, decoding.size)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), given)

@@ -189,14 +189,6 @@ def _compared(
         yield name, functools.partial(compared, preset, devices, kind, name)
 
 
-# Of these, one layer is compiled,
-LAYERS: Mapping[str, Callable[[], RunConfig]] = {
-    **dict(_compared("v3", "v3_layer", 8, "balanced", "capacity")),
-    **dict(_compared("v3", "v3_layer", 16, *COMPARED)),
-    **dict(_compared("v3", "v3_layer", 64, *COMPARED)),
-}
-
-
 def lending_in_fp8(name: str) -> RunConfig:
     """Returns V2-Lite on 8 devices, which lend its experts in FP8."""
     run = compared("v2_lite", 8, "balanced", name)
@@ -204,6 +196,13 @@ def lending_in_fp8(name: str) -> RunConfig:
 
 
 IN_FP8 = "v2_lite_8_fp8_balanced"
+
+# Of these, one layer is compiled,
+LAYERS: Mapping[str, Callable[[], RunConfig]] = {
+    **dict(_compared("v3", "v3_layer", 8, "balanced", "capacity")),
+    **dict(_compared("v3", "v3_layer", 16, *COMPARED)),
+    **dict(_compared("v3", "v3_layer", 64, *COMPARED)),
+}
 # and of these the step.
 LENDING_STEPS: Mapping[str, Callable[[], RunConfig]] = {
     **dict(_compared("v2_lite", "v2_lite", 8, "balanced", "capacity")),

@@ -5,6 +5,7 @@ tokens, and what choices look like, whole and in the chunks of a stream.
 """
 
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Iterable, Sequence
@@ -211,7 +212,6 @@ class Answering:
         kind, self._object, self._chunk = self.form.names
         self._id = f"{kind}-{random.getrandbits(96):024x}"
         self._created = int(time.time())
-        self._around = self._around_choice()
 
     @property
     def seconds(self) -> float:
@@ -275,11 +275,12 @@ class Answering:
         return Grown(increment.number, text, increment, increment.finish_reason)
 
     def _events(self, choices: Iterable[Any]) -> bytes:
-        before, after = self._around
+        before, after = self._around_choice
         return b"".join(event(before + choice.to_json() + after) for choice in choices)
 
+    @functools.cached_property
     def _around_choice(self) -> tuple[bytes, bytes]:
-        """Returns what is before and behind the one choice of each of its chunks."""
+        """What is before and behind the one choice of each of its chunks."""
         answer = self._answer(self._chunk, [])
         if self.asked.tells_usage:
             answer.usage = None

@@ -5,11 +5,10 @@ import dataclasses
 import jax
 
 from jmoe.config import MeshConfig, ModelConfig
-from jmoe.config.serve import EngineConfig
+from jmoe.config.serve import CPU_CACHE_GIB, EngineConfig
 from jmoe.decode.limits import Limits
 from jmoe.decode.programs import make_state
 
-CPU_GIB = 1.0
 SHARE_OF_FREE = 0.8  # of a device's memory that the weights leave
 
 
@@ -32,6 +31,6 @@ def cache_bytes(cfg: EngineConfig, to_come: int) -> float:
         return cfg.cache_gib * 2**30
     stats = jax.local_devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:  # a CPU
-        return CPU_GIB * 2**30
+        return CPU_CACHE_GIB * 2**30
     free = stats["bytes_limit"] - stats["bytes_in_use"] - to_come
     return SHARE_OF_FREE * free

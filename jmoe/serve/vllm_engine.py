@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 
 from jmoe import families
 from jmoe.config import MLAConfig, ModelConfig
-from jmoe.config.serve import EngineConfig, ServeConfig
+from jmoe.config.serve import CPU_CACHE_GIB, EngineConfig, ServeConfig
 from jmoe.serve import engine_checks
 
 CONFIG, TOKENIZER = "config.json", "tokenizer.json"
 LATENT_SIZES = (512, 64)  # kv_latent_dim and rope_dim of vLLM's MLA kernels
 CPU_HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # of vLLM's CPU attention
 CPU_HIDDEN_MULTIPLE = 32  # of its CPU expert kernel
-CPU_CACHE_GIB = 1.0
 
 # The model is a directory: nothing is to be fetched, and nothing is to be reported.
 ENVIRONMENT = {

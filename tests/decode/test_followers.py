@@ -100,6 +100,7 @@ def test_all_that_process_0_does_is_sent_before_it_is_done():
 
         def set_dispatch_dtype(self, dtype):
             order.append(dtype)
+            self.dispatch_dtype = dtype
 
     leader = Leader(Ordered(), lambda value: order.append(value[0]))
     leader.run(*step(1))
