@@ -41,7 +41,7 @@ from jmoe.decode.step import StepResult, finish
 from jmoe.decode.weights import Layer, Weights
 from jmoe.nn.model import Transformer
 from jmoe.nn.quantized import check_form
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, compiler
 from jmoe.parallel.mesh import BATCH_AXES, TOKEN_AXES
 from jmoe.train.layout import WHOLE, Layout, lying, make_layout, on_mesh, put_whole
 
@@ -320,7 +320,9 @@ def compile_for(
     starts = jax.jit(on_mesh(start, layout, (), OWN))
     begins = jax.jit(on_mesh(begin, layout, (SEQUENCES,), flight))
     steps = jax.jit(
-        on_mesh(step, layout, taken, (OWN, flight, WHOLE)), donate_argnums=(1, 2)
+        on_mesh(step, layout, taken, (OWN, flight, WHOLE)),
+        donate_argnums=(1, 2),
+        compiler_options=compiler.decoder_options(mesh.devices.flat[0].platform),
     )
 
     move = make_mover(layout, mesh_weights.experts_specs(cfg, layout, rows, form))

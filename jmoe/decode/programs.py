@@ -3,6 +3,7 @@
 Shapes: P page, K position in a page, X slot, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,10 +16,19 @@ from jmoe.decode.live import make_nobody
 from jmoe.decode.step import State, StepResult, step
 from jmoe.decode.weights import prepare
 from jmoe.nn import block, mtp
-from jmoe.parallel import collectives
+from jmoe.parallel import collectives, compiler
 from jmoe.parallel.vocabulary import AXIS
 
-_step = jax.jit(step, static_argnums=(0, 1), donate_argnums=(3,))
+
+@functools.cache
+def compiled_step(platform: str) -> Any:
+    """Returns the step for a device of this platform."""
+    return jax.jit(
+        step,
+        static_argnums=(0, 1),
+        donate_argnums=(3,),
+        compiler_options=compiler.decoder_options(platform),
+    )
 
 
 class OneDevice:
@@ -38,6 +48,7 @@ class OneDevice:
         weights = jax.device_put(prepare(cfg, variables))
         state = make_state(cfg, limits, cfg.num_layers, self.turns)
         (device,) = weights.embedding.devices()
+        self._step = compiled_step(device.platform)
         self._weights, self.state = jax.device_put((weights, state), device)
 
     def warm_up(self, size: StepSize) -> None:
@@ -50,7 +61,7 @@ class OneDevice:
         As NumPy arrays.
         """
         operands = self._weights, self.state, rows, chunks
-        self.state, found = _step(self._cfg, self._limits.top_logprobs, *operands)
+        self.state, found = self._step(self._cfg, self._limits.top_logprobs, *operands)
         return [jax.device_get(found)]
 
     def flush(self) -> list[StepResult]:

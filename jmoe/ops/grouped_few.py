@@ -2,39 +2,37 @@
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), I input and O
-output dimension of a product, S slice of I, P part of a slice, J input of a part, B =
-E * S slices of all matrices, R = S * N slices of all rows. The contract is that of
+output dimension of a product, S slice of I, J input of a slice. The contract is that of
 `jmoe.ops.grouped`, without gradients.
 
-A decoder's step has a row or a few of each expert that it visits, and takes as long as
-the weights of these take to be read. To multiply by a slice of an array, XLA for CPUs
-copies the slice first, on one core, and multiplies on one core. A sum of products,
-written as one expression, it computes in a loop that reads the array itself, on all
-cores:
+A decoder's step has a few rows of each expert that it visits, and takes as long as the
+weights of these take to be read. To multiply by a slice of an array, XLA for CPUs
+copies the slice first, on one core. A sum of products, written as one expression, it
+computes in a loop that reads the array itself, on all cores:
 
-    y[n, p, o] = x[n, p, 0] w[e_n, p, 0, o] + ... + x[n, p, J - 1] w[e_n, p, J - 1, o]
+    y[n, o] += x[n, 0] w[e_n, 0, o] + ... + x[n, J - 1] w[e_n, J - 1, o]
 
-which leaves one number of J, to be summed over p. Rows are sorted by expert, and go
-through one slice of their experts' matrices after another: those of one expert follow
-each other, and find a slice of it in the core's cache, for which a matrix is too large.
+A loop takes one slice of J inputs after another, and adds to y in place. Rows are
+sorted by expert: those of one expert follow each other, and find the slice of its
+matrix in the core's nearest cache, for which a matrix is too large.
 """
 
 import functools
-import itertools
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jmoe.ops import stored
 from jmoe.ops.row_tasks import take
 from jmoe.ops.rows import sort_rows
 from jmoe.ops.swiglu import swiglu
 
-MAX_ROWS = 192  # of more, blocks of an expert's rows are faster
-MAX_TERMS = 16  # J: as many streams as a core reads well
-SLICE_PARTS = 4  # P, at least
-MIN_PARTS = 16  # S * P: XLA merges the sum over fewer with that over J, and is slow
+MAX_ROWS = 1536  # of more, blocks of an expert's rows are faster
+ROWS = 192  # R, about: of fewer, turns of the loop take longer than what is in them
+MAX_TERMS = 16  # J: streams that a core reads at a time
+CHAINS = 4  # of these, sums that don't wait for each other
 
 
 def suits(num_rows: int, gate_up_ED2F: stored.Weight, down_EFD: stored.Weight) -> bool:
@@ -42,7 +40,7 @@ def suits(num_rows: int, gate_up_ED2F: stored.Weight, down_EFD: stored.Weight) -
     weights = gate_up_ED2F, down_EFD
     if num_rows > MAX_ROWS or any(isinstance(w, stored.FewerBits) for w in weights):
         return False
-    return all(_num_terms(w.shape[1]) > 1 for w in weights)
+    return all(_divisor(w.shape[1], MAX_TERMS) > 1 for w in weights)
 
 
 def routed_mlp_few(
@@ -64,43 +62,45 @@ def routed_mlp_few(
     )
     gate_up_EDX = gate_up_ED2F.reshape(num_experts, hidden, -1)
     h_NX = _dot(take(x_TD, rows.token_N), gate_up_EDX, expert_N)
-    y_ND = _dot(swiglu(h_NX), down_EFD, expert_N)
+    y_ND = _dot(swiglu(h_NX.astype(x_TD.dtype)), down_EFD, expert_N)
     y_ND = jnp.where(is_own_N1, gate_N1 * y_ND, 0)
     y_TD = jnp.zeros(x_TD.shape, jnp.float32)
     y_TD = y_TD.at[rows.token_N].add(y_ND, mode="promise_in_bounds")
     return y_TD.astype(x_TD.dtype)
 
 
-def _num_terms(inputs: int) -> int:
-    """Returns J, the most that leaves enough parts; 1: none does."""
-    terms = range(2, min(MAX_TERMS, inputs // MIN_PARTS) + 1)
-    return max((j for j in terms if inputs % j == 0), default=1)
-
-
-def _num_slices(parts: int) -> int:
-    """Returns S, the most that leaves enough parts of a slice."""
-    most = max(parts // SLICE_PARTS, 1)
-    return max(s for s in range(1, most + 1) if parts % s == 0)
+def _divisor(number: int, most: int) -> int:
+    """Returns the largest divisor that is no more than `most`, which is 1 or more."""
+    return max(x for x in range(1, most + 1) if number % x == 0)
 
 
 def _dot(x_NI: jax.Array, w_EIO: jax.Array, expert_N: jax.Array) -> jax.Array:
-    """Returns each row's product with its expert's matrix, [N, O] in x's dtype."""
-    num_experts, inputs, outputs = w_EIO.shape
-    rows, terms = len(x_NI), _num_terms(inputs)
-    slices = _num_slices(inputs // terms)
-    w_BPJO = w_EIO.reshape(num_experts * slices, -1, terms, outputs)
-    x_RPJ = x_NI.reshape(rows, slices, -1).swapaxes(0, 1)
-    x_RPJ = x_RPJ.reshape(slices * rows, -1, terms)
-    slice_R = (expert_N * slices + jnp.arange(slices)[:, None]).reshape(-1)
+    """Returns each row's product with its expert's matrix, [N, O] in float32."""
+    (num_rows, inputs), outputs = x_NI.shape, w_EIO.shape[2]
+    terms = _divisor(inputs, MAX_TERMS)
+    slices = inputs // terms
+    # In fewer turns than two there is no loop, and XLA merges the sum over parts with
+    # that over terms.
+    parts = _divisor(slices, max(1, min(ROWS // num_rows, slices // 2)))
+    turns, size = slices // parts, inputs // parts
+    w_BO = w_EIO.reshape(-1, outputs)
+    x_SRJ = x_NI.reshape(num_rows, parts, turns, terms).transpose(2, 1, 0, 3)
+    x_SRJ = x_SRJ.reshape(turns, -1, terms)
+    first_R = (expert_N * inputs + size * jnp.arange(parts)[:, None]).reshape(-1)
 
-    def term(j: int) -> jax.Array:
-        w_RPO = w_BPJO.at[slice_R, :, j].get(mode="promise_in_bounds")
-        return x_RPJ[:, :, j, None].astype(jnp.float32) * w_RPO.astype(jnp.float32)
+    def add(s: jax.Array, y_RO: jax.Array) -> jax.Array:
+        def chain(j: int) -> jax.Array:
+            return _sum(map(term, range(j, terms, CHAINS)))
 
-    y_RPO = _sum(map(term, range(terms)))
-    y_SNPO = y_RPO.reshape(slices, rows, -1, outputs)
-    parts = itertools.product(range(slices), range(y_SNPO.shape[2]))
-    return _sum(y_SNPO[s, :, p] for s, p in parts).astype(x_NI.dtype)
+        def term(j: int) -> jax.Array:
+            w_RO = take(w_BO, first_R + (s * terms + j))
+            return x_SRJ[s, :, j, None].astype(jnp.float32) * w_RO.astype(jnp.float32)
+
+        return y_RO + _sum(map(chain, range(min(CHAINS, terms))))
+
+    y_RO = jnp.zeros((len(first_R), outputs), jnp.float32)
+    y_RO = lax.fori_loop(0, turns, add, y_RO)
+    return _sum(y_RO.reshape(parts, num_rows, outputs))
 
 
 def _sum(terms: Iterable[jax.Array]) -> jax.Array:

@@ -15,6 +15,16 @@ GPU_OPTIONS: dict[str, Any] = {
 }
 
 
+# On CPUs a decoder's products are sums (`jmoe.ops.grouped_few`), in vectors as wide as
+# cores have them; by default XLA takes half of AVX-512's.
+CPU_DECODER_OPTIONS: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
+
+
 def options(platform: str) -> dict[str, Any]:
-    """Returns `compiler_options` of `jax.jit` for devices of this platform."""
+    """Returns `compiler_options` of `jax.jit` for training on this platform's devices."""
     return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
+
+
+def decoder_options(platform: str) -> dict[str, Any]:
+    """Returns `compiler_options` of `jax.jit` for a decoder's steps."""
+    return dict(CPU_DECODER_OPTIONS) if platform == "cpu" else {}

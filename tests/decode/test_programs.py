@@ -16,9 +16,10 @@ def test_a_size_is_compiled_once_for_weights_of_a_host_and_of_a_checkpoint(
 ):
     placed = jax.device_put(variables, jax.devices()[0])  # as a checkpoint's are
     given = make_nobody(LIMITS, 1, StepSize(1))
-    programs._step.clear_cache()
+    step = programs.compiled_step(jax.default_backend())
+    step.clear_cache()
     for weights in (variables, jax.tree.map(np.asarray, variables), placed):
         made = OneDevice(cfg, weights, LIMITS)
         for _ in range(2):
             made.run(*given)
-    assert programs._step._cache_size() == 1
+    assert step._cache_size() == 1
