@@ -29,7 +29,7 @@ from jmoe.ops.row_tasks import take
 from jmoe.ops.rows import sort_rows
 from jmoe.ops.swiglu import swiglu
 
-MAX_ROWS = 1536  # of more, blocks of an expert's rows are faster
+MAX_ROWS = 1800  # of more, blocks of an expert's rows are faster
 ROWS = 192  # R, about: of fewer, turns of the loop take longer than what is in them
 MAX_TERMS = 16  # J: streams that a core reads at a time
 CHAINS = 4  # of these, sums that don't wait for each other

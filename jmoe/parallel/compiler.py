@@ -21,7 +21,7 @@ CPU_DECODER_OPTIONS: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
 
 
 def options(platform: str) -> dict[str, Any]:
-    """Returns `compiler_options` of `jax.jit` for training on this platform's devices."""
+    """Returns `compiler_options` of `jax.jit` for training on this platform."""
     return dict(GPU_OPTIONS) if platform in ("gpu", "cuda") else {}
 
 

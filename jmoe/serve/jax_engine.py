@@ -49,8 +49,9 @@ from jmoe.train.layout import make_layout
 from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
-# A CPU computes what a step has room for at no less cost than what is there.
-READING = {"cpu": {"prompts": (1, 2, 4, 8), "prompt_tokens": 512}}
+# A CPU's step takes longer by each token that it has room for, there or not, and no
+# less a token where they are many: so they are few, and others' tokens come sooner.
+READING = {"cpu": {"prompts": (1, 2, 4), "chunks": (64, 128), "prompt_tokens": 256}}
 QUEUE = 256
 STEPS = "steps"  # what process 0 tells the others of its engine
 
@@ -231,12 +232,13 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
-    longest_chunk = min(max_length, Limits.chunks[-1])
+    reading: dict[str, Any] = {"chunks": Limits.chunks}
+    reading |= READING.get(jax.default_backend(), {})
+    reading["chunks"] = tuple(sorted({min(x, max_length) for x in reading["chunks"]}))
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
-        chunks=(*(x for x in Limits.chunks if x < longest_chunk), longest_chunk),
         max_length=max_length,
-        **READING.get(jax.default_backend(), {}),
+        **reading,
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
         queue=places + queue,
