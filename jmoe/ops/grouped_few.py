@@ -30,7 +30,7 @@ from jmoe.ops.rows import sort_rows
 from jmoe.ops.swiglu import swiglu
 
 MAX_ROWS = 1800  # of more, blocks of an expert's rows are faster
-ROWS = 192  # R, about: of fewer, turns of the loop take longer than what is in them
+ROWS = 384  # R, at most where there are parts: the fewer, the more turns of the loop
 MAX_TERMS = 16  # J: streams that a core reads at a time
 CHAINS = 4  # of these, sums that don't wait for each other
 
