@@ -30,15 +30,22 @@ from jmoe.ops.rows import sort_rows
 from jmoe.ops.swiglu import swiglu
 
 MAX_ROWS = 1800  # of more, blocks of an expert's rows are faster
+MAX_ROWS_OF_EXPERT = 28  # on average; likewise
 ROWS = 384  # R, at most where there are parts: the fewer, the more turns of the loop
 MAX_TERMS = 16  # J: streams that a core reads at a time
 CHAINS = 4  # of these, sums that don't wait for each other
 
 
 def suits(num_rows: int, gate_up_ED2F: stored.Weight, down_EFD: stored.Weight) -> bool:
-    """Returns whether so many rows are best computed so."""
+    """Returns whether so many rows are best computed so.
+
+    Nobody's count too, as they are computed: most are, where other devices have most of
+    the experts.
+    """
     weights = gate_up_ED2F, down_EFD
-    if num_rows > MAX_ROWS or any(isinstance(w, stored.FewerBits) for w in weights):
+    if any(isinstance(w, stored.FewerBits) for w in weights):
+        return False
+    if num_rows > min(MAX_ROWS, MAX_ROWS_OF_EXPERT * down_EFD.shape[0]):
         return False
     return all(_divisor(w.shape[1], MAX_TERMS) > 1 for w in weights)
 

@@ -60,8 +60,11 @@ def test_blocks_leave_them_rows_of_whole_weights_that_nothing_is_differentiated_
         return any(x.primitive is lax.cond_p for x, _ in equations(traced))
 
     blocks, few = grouped.BACKENDS["blocks"], inputs(8)
+    most = grouped_few.MAX_ROWS_OF_EXPERT * E // 3  # tokens, of three choices
     assert not has_sizes(blocks, *few)
-    assert has_sizes(blocks, *inputs(grouped_few.MAX_ROWS))
+    assert not has_sizes(blocks, *inputs(most))
+    assert has_sizes(blocks, *inputs(most + 1))
+    assert not grouped_few.suits(grouped_few.MAX_ROWS + 1, *jnp.ones((2, 256, 8, 8)))
     assert has_sizes(blocks, *inputs(8, mlp=37))
     assert has_sizes(jax.grad(lambda x: blocks(x, *few[1:]).sum()), few[0])
     stored = [fp8.quantize(w.reshape(E, w.shape[1], -1), fp8.SQUARE) for w in few[-2:]]
