@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import pathlib
+import re
 import socket
 import subprocess
 import sys
@@ -144,16 +145,19 @@ def ended(running: Sequence[subprocess.Popen], timeout_s: float = 180) -> list[E
     return results
 
 
+_REST_OF_GLOO = re.compile(r"[\d ]*is connected to \d+ peer ranks\. ")
+
+
 def _without_gloo(out: str) -> str:
     """Its threads print at once: a message may begin in the midst of another one.
 
-    And end in a line of its own, or leave but its line end behind.
+    Of either, what comes after may be a line of its own, if only a line's end.
     """
     ours, line_ends = [], 0
     for line in out.splitlines(keepends=True):
-        if "[Gloo]" in line or "peer ranks" in line:
+        if line.startswith("[Gloo]") or _REST_OF_GLOO.match(line):
             line_ends += line.count("[Gloo]") - 1
-        elif line_ends and line == "\n":
+        elif line_ends > 0 and line == "\n":
             line_ends -= 1
         else:
             ours.append(line)

@@ -2,8 +2,9 @@
 
 Shapes: T token, K choice of a token, D hidden, E expert, F MLP dimension, X = 2 F the
 gate and up halves, N = T * K rows (a row is one choice of one token), I input and O
-output dimension of a product, S slice of I, J input of a slice. The contract is that of
-`jmoe.ops.grouped`, without gradients.
+output dimension of a product, S slice of I that a turn of the loop takes, J input of a
+slice, R rows of all parts of I, B = E * I inputs of all experts. The contract is that
+of `jmoe.ops.grouped`, without gradients.
 
 A decoder's step has a few rows of each expert that it visits, and takes as long as the
 weights of these take to be read. To multiply by a slice of an array, XLA for CPUs
@@ -14,7 +15,8 @@ computes in a loop that reads the array itself, on all cores:
 
 A loop takes one slice of J inputs after another, and adds to y in place. Rows are
 sorted by expert: those of one expert follow each other, and find the slice of its
-matrix in the core's nearest cache, for which a matrix is too large.
+matrix in the core's nearest cache, for which a matrix is too large. Where rows are few,
+a turn takes slices of several parts of I, each as rows of its own: so turns are fewer.
 """
 
 import functools
