@@ -1,7 +1,6 @@
 """Sixteen virtual CPU devices, and one compilation cache for all test runs."""
 
 import gc
-import math
 import os
 import pathlib
 import tempfile
@@ -11,26 +10,31 @@ import pytest
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax  # noqa: E402
+from jax._src import compilation_cache  # noqa: E402
 
-_CACHE = pathlib.Path(tempfile.gettempdir()) / f"jmoe_test_cache_{os.getuid()}"
+_CACHE = pathlib.Path(tempfile.gettempdir()) / f"jmoe_test_programs_{os.getuid()}"
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-_LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
-jax.config.update(_LEAST_SECONDS, 0.5)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 _TESTS = pathlib.Path(__file__).parent
 _LONG = ("train", "decode", "scripts", "serve", "parallel")  # their files take longest
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """A pipeline's programs aren't kept on disk: see `runtime.keep_compiled`."""
-    if "pipe" not in item.nodeid:
-        return (yield)
-    jax.config.update(_LEAST_SECONDS, math.inf)
-    try:
-        return (yield)
-    finally:
-        jax.config.update(_LEAST_SECONDS, 0.5)
+def _keep_those_of_one_device() -> None:
+    """Those of several aren't read back: see `runtime.keep_compiled`.
+
+    JAX has no public way to choose.
+    """
+    keep = compilation_cache.put_executable_and_time
+
+    def keep_if_alone(key, name, executable, *rest):
+        if len(executable.local_devices()) == 1:
+            keep(key, name, executable, *rest)
+
+    compilation_cache.put_executable_and_time = keep_if_alone
+
+
+_keep_those_of_one_device()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
-
 from jmoe.parallel import channel, processes, rendezvous
 from tests.faults import starts
 
@@ -59,18 +57,11 @@ def start(
 def environment(devices: int) -> dict[str, str]:
     """Variables of a process of some virtual devices and with our secret.
 
-    It finds compiled what an earlier test has compiled.
+    It finds nothing compiled: see `runtime.keep_compiled`.
     """
-    cache = {
-        name.upper(): str(jax.config.values[name])
-        for name in (
-            "jax_compilation_cache_dir",
-            "jax_persistent_cache_min_compile_time_secs",
-        )
-    }
     flags = os.environ["XLA_FLAGS"], f"--xla_force_host_platform_device_count={devices}"
     return {
-        **cache,
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join(flags),  # of two alike, the last one counts
         channel.SECRET: SECRET.decode(),

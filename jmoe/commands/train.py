@@ -66,8 +66,8 @@ def main(argv: list[str]) -> int:
         from jmoe.train.loop import train  # JAX's start-up waits for a valid record
 
         runtime.step_after_step()
-        runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
         runtime.start_jax()
+        runtime.keep_compiled(cache.directory(run.data) / runtime.COMPILED)
         signal = train(run, workdir, sample=sample)
     return 128 + signal if signal else 0
 

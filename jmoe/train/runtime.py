@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import pathlib
 import platform
@@ -195,17 +194,21 @@ def keep_compiled(directory: pathlib.Path) -> None:
     devices and the versions. A cache that the user has chosen already, as by
     JAX_COMPILATION_CACHE_DIR, stays.
 
-    Nothing is kept for several devices of a CPU. A program that XLA for CPUs reads back
-    has lost the order of collectives that don't wait for each other (JAX 0.10.2): two
-    devices may then wait for each other in different ones, until XLA ends the process.
+    For several devices of CPUs, in one process or in many, nothing is kept, nor read
+    from anywhere. A program that XLA for CPUs reads back has lost the order of
+    collectives that don't wait for each other (JAX 0.10.2): two devices may then wait
+    for each other in different ones, until XLA ends the process. Call it when JAX has
+    started, as it asks for the devices.
 
     Raises:
       OSError: the directory isn't there and can't be made.
     """
     import jax  # its start-up can wait until the script knows what to do
+    from jax.experimental.compilation_cache import compilation_cache
 
-    if _virtual_devices() > 1:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
+    if jax.default_backend() == "cpu" and jax.device_count() > 1:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # if a program was compiled before
         return
     directory.mkdir(parents=True, exist_ok=True)
     if jax.config.values["jax_compilation_cache_dir"] is None:

@@ -38,7 +38,7 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """A process of its own, that finds compiled what this one has compiled."""
+    """A process of its own and of one device, that finds compiled what this one has."""
     cache = {
         name.upper(): str(jax.config.values[name])
         for name in (
@@ -46,9 +46,10 @@ def start(*arguments: str) -> subprocess.Popen:
             "jax_persistent_cache_min_compile_time_secs",
         )
     }
+    flags = os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=1"
     return subprocess.Popen(
         [sys.executable, SCRIPT, *arguments],
-        env=os.environ | cache,
+        env=os.environ | cache | {"XLA_FLAGS": " ".join(flags)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

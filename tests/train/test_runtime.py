@@ -1,7 +1,6 @@
 """What scripts set up in their process."""
 
 import ctypes
-import math
 import os
 import platform
 import shlex
@@ -11,14 +10,18 @@ import sys
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jmoe.train import runtime
 from jmoe.train.runtime import keep_compiled, keep_freed_memory, step_after_step
 
 ASYNC = "jax_cpu_enable_async_dispatch"
 CACHE = "jax_compilation_cache_dir"
-LEAST_SECONDS = "jax_persistent_cache_min_compile_time_secs"
+ENABLED = "jax_enable_compilation_cache"
+LEAST = "jax_persistent_cache_min_compile_time_secs"
 
 # A new process allocates 64 MiB: how many bytes it then has outside of its heap.
 ALLOCATE = """
@@ -47,10 +50,16 @@ class Flag(NamedTuple):
 
 @pytest.fixture
 def set_cache():
-    """Sets JAX's cache for a test."""
-    before = jax.config.values[CACHE]
-    yield lambda directory: jax.config.update(CACHE, directory)
-    jax.config.update(CACHE, before)
+    """Sets JAX's cache for a test, in which all that is compiled is kept."""
+    before = {name: jax.config.values[name] for name in (CACHE, ENABLED, LEAST)}
+
+    def set_(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+    yield lambda directory: set_({CACHE: directory, LEAST: 0})
+    set_(before)
 
 
 def test_glibc_and_no_other_library_keeps_freed_memory():
@@ -79,7 +88,7 @@ def test_steps_on_a_cpu_follow_one_another():
 def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
     set_cache, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
     ours = tmp_path / "new" / "ours"
     set_cache(None)
     keep_compiled(ours)
@@ -89,16 +98,25 @@ def test_compiled_programs_are_kept_where_told_unless_the_user_has_chosen(
     assert jax.config.values[CACHE] == "theirs"
 
 
-def test_programs_for_several_devices_of_a_cpu_are_not_kept(
-    set_cache, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    before = jax.config.values[LEAST_SECONDS]
-    set_cache("theirs")
+def test_nothing_is_kept_for_several_devices_of_a_cpu(set_cache, tmp_path):
+    set_cache(str(tmp_path))
+    jax.jit(lambda x: x + 2)(1.0)
+    before = {*tmp_path.iterdir()}
     keep_compiled(tmp_path / "ours")
-    least = jax.config.values[LEAST_SECONDS]
-    jax.config.update(LEAST_SECONDS, before)
-    assert least == math.inf and not (tmp_path / "ours").exists()
+    assert not jax.config.values[ENABLED]  # so nothing is read either
+    jax.jit(lambda x: x + 3)(1.0)
+    assert {*tmp_path.iterdir()} == before != set()
+
+
+def test_these_tests_keep_programs_of_one_device(set_cache, tmp_path):
+    """Others', read back, would hang: see `keep_compiled`."""
+    set_cache(str(tmp_path))
+    mesh = jax.make_mesh((2,), ("x",), devices=jax.devices()[:2])
+    split = jax.device_put(np.ones(2), NamedSharding(mesh, PartitionSpec("x")))
+    jax.jit(lambda x: x + 4)(split)
+    assert not [*tmp_path.iterdir()]
+    jax.jit(lambda x: x + 4)(np.ones(2))
+    assert [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
