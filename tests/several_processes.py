@@ -77,7 +77,7 @@ class Copy(NamedTuple):
 
     def ended(self, timeout_s: float = 150) -> Ended:
         code = self.start.wait(timeout_s)
-        return Ended(code, _without_gloo(self.out.read_text()), self.err.read_text())
+        return Ended(code, without_gloo(self.out.read_text()), self.err.read_text())
 
 
 @contextlib.contextmanager
@@ -131,27 +131,28 @@ def ended(running: Sequence[subprocess.Popen], timeout_s: float = 180) -> list[E
             late = True
             process.kill()
         out, err = process.communicate()
-        results.append(Ended(process.wait(), _without_gloo(out), err))
+        results.append(Ended(process.wait(), without_gloo(out), err))
     assert not late, f"not done within {timeout_s} s: {results}"
     return results
 
 
-_REST_OF_GLOO = re.compile(r"[\d ]*is connected to \d+ peer ranks\. ")
+_OF_GLOO = re.compile(
+    r"(\[Gloo\] Rank |\d+| is connected to | peer ranks\. "
+    r"|Expected number of connected peer ranks is : )*\n"
+)
 
 
-def _without_gloo(out: str) -> str:
+def without_gloo(out: str) -> str:
     """Its threads print at once: a message may begin in the midst of another one.
 
     Of either, what comes after may be a line of its own, if only a line's end.
     """
     ours, line_ends = [], 0
     for line in out.splitlines(keepends=True):
-        if line.startswith("[Gloo]") or _REST_OF_GLOO.match(line):
-            line_ends += line.count("[Gloo]") - 1
-        elif line_ends > 0 and line == "\n":
-            line_ends -= 1
-        else:
+        if not _OF_GLOO.fullmatch(line) or not (line_ends > 0 or "rank" in line):
             ours.append(line)
+        else:
+            line_ends += line.count("[Gloo]") - 1
     return "".join(ours)
 
 

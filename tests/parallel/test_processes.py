@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from jmoe.parallel import process_group, processes
-from tests.several_processes import together
+from tests.several_processes import together, without_gloo
 
 OPEN_MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}
 SLURM = {
@@ -199,3 +199,21 @@ def test_slurm_tells_where_process_0_is(monkeypatch):
 def test_incomplete_or_impossible_places_are_refused(flags, environ, complaint):
     with pytest.raises(ValueError, match=complaint):
         processes.find_place(*flags, environ=environ)
+
+
+RANK = "[Gloo] Rank 1 is connected to 1 peer ranks. "
+RANKS = "Expected number of connected peer ranks is : 1"
+
+
+@pytest.mark.parametrize(
+    ("out", "ours"),
+    [
+        (f"\na\n{RANK}{RANKS}\n\n7\n", "\na\n\n7\n"),
+        (f"{RANK}{RANK}{RANKS}\n{RANKS}\na\n", "a\n"),
+        (f"{RANK}{RANK}{RANKS}{RANKS}\n\n\na\n", "\na\n"),
+        (f"{RANK}[Gloo] Rank {RANKS}\n1 is connected to 1 peer ranks. \na\n", "a\n"),
+        (f"{RANK}{RANK}{RANKS}{RANKS[:-1]}\n1\n1\n", "1\n"),
+    ],
+)
+def test_gloos_messages_are_no_output_of_a_process_however_mixed(out, ours):
+    assert without_gloo(out) == ours
