@@ -1,18 +1,17 @@
 """Clients of a served model: streamed completions over HTTP, many at once.
 
-They are coroutines of one event loop with sockets of their own and no library, so that
-clients cost a machine little that also serves. `together` keeps a number of requests
+They are coroutines of one event loop and read their sockets themselves, so that clients
+cost a machine little that also serves. `together` keeps a number of requests
 underway; `arriving` sends them at a rate, whatever becomes of those before.
 """
 
 import asyncio
-import contextlib
 import itertools
 import json
 import random
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from experiments.benchmarks.hostile import percentile
@@ -58,21 +57,20 @@ class Connection:
     def __init__(self, target: Target, patience: float):
         """`patience`: seconds that a request may take before it counts as hung."""
         self._target, self._patience = target, patience
-        self._reader: asyncio.StreamReader | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._wire: _Wire | None = None
 
     async def complete(self, ask: Ask) -> Answer:
         """Asks for exactly so many of the likeliest tokens, as a stream."""
-        stream, status = _Stream(), CLOSED
+        reply = _Reply()
+        stream, status = reply.stream, CLOSED
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(self._patience):
-                reader = await self._send(_body(self._target, ask))
-                status, headers = await _read_head(reader)
-                stream.is_refusal = status != 200
-                async for piece in _read_body(reader, headers):
-                    stream.add(piece)
-            if headers.get("connection") == "close":
+                wire = await self._opened()
+                wire.send(_body(self._target, ask), reply)
+                status = await reply.status
+                await reply.end
+            if reply.headers.get("connection") == "close":
                 self.close()
         except TimeoutError:
             status = HUNG
@@ -95,24 +93,42 @@ class Connection:
         )
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        self._reader = self._writer = None
+        if self._wire is not None:
+            self._wire.transport.close()
+        self._wire = None
 
-    async def _send(self, request: bytes) -> asyncio.StreamReader:
-        if self._reader is None or self._reader.at_eof():
-            self.close()
+    async def _opened(self) -> "_Wire":
+        if self._wire is None or self._wire.transport.is_closing():
             secure = None
             if self._target.tls:
                 secure = ssl.create_default_context()
                 secure.check_hostname, secure.verify_mode = False, ssl.CERT_NONE
-            self._reader, self._writer = await asyncio.open_connection(
-                self._target.host, self._target.port, ssl=secure
-            )
-        assert self._writer is not None
-        self._writer.write(request)
-        await self._writer.drain()
-        return self._reader
+            address = self._target.host, self._target.port
+            loop = asyncio.get_running_loop()
+            _, self._wire = await loop.create_connection(_Wire, *address, ssl=secure)
+        return self._wire
+
+
+class _Wire(asyncio.Protocol):
+    """An open connection, and the reply that comes by it."""
+
+    transport: asyncio.Transport
+    _reply: "_Reply | None" = None
+
+    def send(self, request: bytes, reply: "_Reply") -> None:
+        self._reply = reply
+        self.transport.write(request)
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        if self._reply is not None:
+            self._reply.add(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._reply is not None:
+            self._reply.fail(exc or EOFError("The server has closed the connection."))
 
 
 async def together(
@@ -206,25 +222,67 @@ def _body(target: Target, ask: Ask) -> bytes:
     return target.post(target.asked(prompt=ask.prompt, max_tokens=ask.new, **options))
 
 
-async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
-    """Returns the status, and the headers by their names in small letters."""
-    head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
-    first, *lines = head.rstrip("\r\n").split("\r\n")
-    pairs = (line.partition(":") for line in lines)
-    headers = {name.lower(): value.strip() for name, _, value in pairs}
-    return int(first.split(" ", 2)[1]), headers
+class _Reply:
+    """An HTTP response as it comes: its head, and its body at once or in chunks.
 
+    status, end: are set, or the error that keeps them from it.
+    """
 
-async def _read_body(
-    reader: asyncio.StreamReader, headers: dict[str, str]
-) -> AsyncIterator[bytes]:
-    if headers.get("transfer-encoding") != "chunked":
-        yield await reader.readexactly(int(headers.get("content-length", 0)))
-        return
-    while size := int((await reader.readline()).split(b";")[0], 16):
-        yield (await reader.readexactly(size + 2))[:-2]
-    with contextlib.suppress(EOFError):
-        await reader.readline()
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.status: asyncio.Future[int] = loop.create_future()
+        self.end: asyncio.Future[None] = loop.create_future()
+        self.headers: dict[str, str] = {}
+        self.stream = _Stream()
+        self._rest = b""
+
+    def add(self, data: bytes) -> None:
+        if self.end.done():
+            return
+        self._rest += data
+        try:
+            if self._has_head() and self._has_body():
+                self.end.set_result(None)
+        except ValueError as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        for future in (self.status, self.end):
+            if not future.done():
+                future.set_exception(error)
+                future.exception()  # nobody may ask for it
+
+    def _has_head(self) -> bool:
+        if not self.status.done():
+            head, end, rest = self._rest.partition(b"\r\n\r\n")
+            if not end:
+                return False
+            first, *lines = head.decode("latin-1").split("\r\n")
+            pairs = (line.partition(":") for line in lines)
+            self.headers = {name.lower(): value.strip() for name, _, value in pairs}
+            status = int(first.split(" ", 2)[1])
+            self.stream.is_refusal = status != 200
+            self.status.set_result(status)
+            self._rest = rest
+        return True
+
+    def _has_body(self) -> bool:
+        """Gives on what is there of the body; returns whether that is its end."""
+        if self.headers.get("transfer-encoding") != "chunked":
+            length = int(self.headers.get("content-length", 0))
+            is_there = len(self._rest) >= length
+            if is_there:
+                self.stream.add(self._rest[:length])
+            return is_there
+        while (first := self._rest.find(b"\r\n") + 2) > 1:
+            size = int(self._rest[: first - 2].split(b";")[0], 16)
+            if len(self._rest) < first + size + 2:
+                return False
+            self.stream.add(self._rest[first : first + size])
+            self._rest = self._rest[first + size + 2 :]
+            if not size:
+                return True
+        return False
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:

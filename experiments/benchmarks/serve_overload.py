@@ -5,7 +5,6 @@ the tokens that the engine finds by itself, or refused, by its deadline; and mem
 stay as it is.
 """
 
-import asyncio
 import itertools
 import threading
 import time
@@ -13,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
+import uvloop
 
 from experiments.benchmarks import serve_clients, serve_servers
 from experiments.benchmarks.balance_part import Part
@@ -77,14 +77,14 @@ def measure(
 ) -> tuple[dict[str, float], list[str]]:
     """Returns what became of the requests, in numbers, and those that went wrong."""
     warm = serve_clients.together(server.target, asks, MAX_SEQUENCES)
-    asyncio.run(warm)
-    able = asyncio.run(
+    uvloop.run(warm)
+    able = uvloop.run(
         serve_clients.together(server.target, [*asks, *asks], MAX_SEQUENCES)
     )
     can = summary(able)
     rate = TIMES * can["requests"] / can["seconds"]
     with _Memory(server.pids) as memory:
-        answers = asyncio.run(
+        answers = uvloop.run(
             serve_clients.arriving(
                 server.target,
                 itertools.cycle(asks),

@@ -4,13 +4,14 @@ All sides take turns: in a round each has the same requests, so many underway at
 and none of these prompts comes a second time.
 """
 
-import asyncio
 import contextlib
 import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import uvloop
 
 from experiments.benchmarks import serve_clients, serve_servers
 from experiments.benchmarks.balance_part import Part
@@ -140,7 +141,7 @@ def take_turns(
 
 
 def ask(server: Server, batch: Batch) -> list[Answer]:
-    return asyncio.run(serve_clients.together(server.target, batch.asks, batch.at_once))
+    return uvloop.run(serve_clients.together(server.target, batch.asks, batch.at_once))
 
 
 @contextlib.contextmanager

@@ -7,11 +7,12 @@ but it computes where vLLM would have it by default, in one process less.
 """
 # pyright: reportMissingImports=false
 
-import asyncio
 import os
 import pathlib
 import sys
 from typing import Any
+
+import uvloop
 
 from jmoe.config import override
 from jmoe.config.serve import ServeConfig
@@ -25,7 +26,7 @@ def main(directory: str, port: str, *settings: str) -> None:
     engine = make_engine(exported, cfg, this_host())
     os.environ.update(engine.environment)  # before vLLM is imported
     own = {"host": cfg.host, "port": int(port), "distributed_executor_backend": None}
-    asyncio.run(serve(engine.arguments | own))
+    uvloop.run(serve(engine.arguments | own))
 
 
 async def serve(arguments: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import uvloop
 
 from jmoe.config.serve import LimitsConfig, ServeConfig
 from jmoe.export import hf
@@ -65,7 +66,7 @@ def serve(engine: Counting, seconds: float, meanwhile: Callable) -> None:
             await local.serve_until_stopped(app, cfg, access, bound, stop)
         await asking
 
-    asyncio.run(main())
+    uvloop.run(main())
     served.worker.close()
 
 
