@@ -19,6 +19,7 @@ that scripts/make_serving_env.sh makes, or any that has vLLM and Ray. SIGTERM an
 finish what is in flight; a second one doesn't wait.
 """
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -118,7 +119,7 @@ def serve_own(directory: pathlib.Path) -> int:
             served = jax_app.make_served(directory, cfg, step)
             try:
                 app_ = api.make_app(served)
-                local.serve_until_signalled(app_, cfg, access, bound)
+                asyncio.run(local.serve_until_signalled(app_, cfg, access, bound))
             finally:
                 served.worker.close()
         jax_engine.release()

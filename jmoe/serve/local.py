@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import uvicorn
-import uvloop
 
 from jmoe.config import checks
 from jmoe.config.serve import ServeConfig
@@ -39,22 +38,15 @@ class Stop:
         (self.hurried if self.asked.is_set() else self.asked).set()
 
 
-def serve_until_signalled(
+async def serve_until_signalled(
     app: Any, cfg: ServeConfig, access: Access, bound: socket.socket
 ) -> None:
-    """Serves an ASGI app until SIGTERM or Ctrl-C, as `serve_until_stopped` does.
-
-    On uvloop, whose sockets take less of the cores that an engine may compute on.
-    """
-
-    async def serve() -> None:
-        stop = Stop()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop)
-        await serve_until_stopped(app, cfg, access, bound, stop)
-
-    uvloop.run(serve())
+    """Serves an ASGI app until SIGTERM or Ctrl-C, as `serve_until_stopped` does."""
+    stop = Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop)
+    await serve_until_stopped(app, cfg, access, bound, stop)
 
 
 async def serve_until_stopped(

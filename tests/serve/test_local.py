@@ -17,7 +17,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import uvloop
 
 from jmoe.config.serve import LimitsConfig, ServeConfig
 from jmoe.export import hf
@@ -66,7 +65,7 @@ def serve(engine: Counting, seconds: float, meanwhile: Callable) -> None:
             await local.serve_until_stopped(app, cfg, access, bound, stop)
         await asking
 
-    uvloop.run(main())
+    asyncio.run(main())
     served.worker.close()
 
 
