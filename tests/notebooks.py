@@ -6,6 +6,8 @@ import pathlib
 import jax
 import pytest
 
+from tests.several_processes import xla_flags
+
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
 
@@ -29,12 +31,10 @@ def execute(name: str, checkout: pathlib.Path, last_cell: str):
     client = nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
     )
-    one_device = "--xla_force_host_platform_device_count=1"  # as a reader has
     environment = {
         "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
         "XDG_CACHE_HOME": str(checkout),
-        # Of two flags alike, the last one counts.
-        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {one_device}",
+        "XLA_FLAGS": xla_flags(devices=1),  # as a reader has
     }
     client.execute(env=os.environ | environment)
     return notebook

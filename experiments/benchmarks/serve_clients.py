@@ -62,18 +62,17 @@ class Connection:
     async def complete(self, ask: Ask) -> Answer:
         """Asks for exactly so many of the likeliest tokens, as a stream."""
         reply = _Reply()
-        stream, status = reply.stream, CLOSED
+        stream = reply.stream
         begun = time.perf_counter()
         try:
             async with asyncio.timeout(self._patience):
                 wire = await self._opened()
                 wire.send(_body(self._target, ask), reply)
-                status = await reply.status
                 await reply.end
             if reply.headers.get("connection") == "close":
                 self.close()
         except TimeoutError:
-            status = HUNG
+            reply.status = HUNG
             stream.error = f"It took more than {self._patience:g} s."
             self.close()
         except (OSError, EOFError, ValueError) as error:
@@ -82,7 +81,7 @@ class Connection:
         ended, times = time.perf_counter(), stream.times
         return Answer(
             ask,
-            status,
+            reply.status,
             stream.text,
             stream.tokens,
             begun,
@@ -225,13 +224,13 @@ def _body(target: Target, ask: Ask) -> bytes:
 class _Reply:
     """An HTTP response as it comes: its head, and its body at once or in chunks.
 
-    status, end: are set, or the error that keeps them from it.
+    status: CLOSED until there is a head. end: is set once all is there, or to the error
+    that keeps it from it.
     """
 
     def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.status: asyncio.Future[int] = loop.create_future()
-        self.end: asyncio.Future[None] = loop.create_future()
+        self.status = CLOSED
+        self.end: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.headers: dict[str, str] = {}
         self.stream = _Stream()
         self._rest = b""
@@ -247,22 +246,19 @@ class _Reply:
             self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        for future in (self.status, self.end):
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # nobody may ask for it
+        if not self.end.done():
+            self.end.set_exception(error)
 
     def _has_head(self) -> bool:
-        if not self.status.done():
+        if self.status == CLOSED:
             head, end, rest = self._rest.partition(b"\r\n\r\n")
             if not end:
                 return False
             first, *lines = head.decode("latin-1").split("\r\n")
             pairs = (line.partition(":") for line in lines)
             self.headers = {name.lower(): value.strip() for name, _, value in pairs}
-            status = int(first.split(" ", 2)[1])
-            self.stream.is_refusal = status != 200
-            self.status.set_result(status)
+            self.status = int(first.split(" ", 2)[1])
+            self.stream.is_refusal = self.status != 200
             self._rest = rest
         return True
 
@@ -274,12 +270,13 @@ class _Reply:
             if is_there:
                 self.stream.add(self._rest[:length])
             return is_there
-        while (first := self._rest.find(b"\r\n") + 2) > 1:
-            size = int(self._rest[: first - 2].split(b";")[0], 16)
-            if len(self._rest) < first + size + 2:
+        while b"\r\n" in self._rest:
+            line, _, rest = self._rest.partition(b"\r\n")
+            size = int(line.split(b";")[0], 16)
+            if len(rest) < size + 2:  # with the end of its line
                 return False
-            self.stream.add(self._rest[first : first + size])
-            self._rest = self._rest[first + size + 2 :]
+            self.stream.add(rest[:size])
+            self._rest = rest[size + 2 :]
             if not size:
                 return True
         return False

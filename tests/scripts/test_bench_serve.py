@@ -3,6 +3,9 @@
 import asyncio
 import itertools
 import json
+import socket
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -105,6 +108,40 @@ def test_a_client_tells_what_it_was_sent_and_when(target):
     assert first > 0.1 and within == 0.0 and last > 0.1
     assert answer.begun < answer.first < answer.ended
     assert 0.6 <= answer.seconds < 30
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+EVENTS = [
+    *(b'data: {"choices": [{"text": "x", "token_ids": [%d]}]}\n\n' % x for x in TOKENS),
+    b"data: [DONE]\n\n",
+]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        CHUNKED + b"".join(b"%x\r\n%b\r\n" % (len(x), x) for x in [*EVENTS, b""]),
+        b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(b"".join(EVENTS))
+        + b"".join(EVENTS),
+    ],
+    ids=["chunks", "whole"],
+)
+def test_a_client_reads_what_comes_byte_by_byte(sent):
+    def serve(listening: socket.socket) -> None:
+        connection, _ = listening.accept()
+        with connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.recv(2**16)
+            for byte in sent:
+                connection.sendall(bytes([byte]))
+                time.sleep(2e-4)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        (answer,) = ask_all(Target(*listening.getsockname(), False, None, "m"), "p")
+        thread.join()
+    assert answer.is_whole and (answer.tokens, answer.text) == (TOKENS, "xxxx")
 
 
 def test_a_client_goes_on_behind_what_is_no_whole_answer(target):

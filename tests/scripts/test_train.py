@@ -23,6 +23,7 @@ from jmoe.config import override
 from jmoe.data.tokenizer import train_bpe
 from jmoe.monitor import run_files
 from jmoe.train.trained import load_trained
+from tests.several_processes import xla_flags
 from tests.smallest_run import get_config
 from tests.train.whole_runs import last_state
 
@@ -38,7 +39,7 @@ def losses(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 
 def start(*arguments: str) -> subprocess.Popen:
-    """A process of its own and of one device, that finds compiled what this one has."""
+    """A process of its own and of one device; what it compiles is kept for the next."""
     cache = {
         name.upper(): str(jax.config.values[name])
         for name in (
@@ -46,10 +47,9 @@ def start(*arguments: str) -> subprocess.Popen:
             "jax_persistent_cache_min_compile_time_secs",
         )
     }
-    flags = os.environ["XLA_FLAGS"], "--xla_force_host_platform_device_count=1"
     return subprocess.Popen(
         [sys.executable, SCRIPT, *arguments],
-        env=os.environ | cache | {"XLA_FLAGS": " ".join(flags)},
+        env=os.environ | cache | {"XLA_FLAGS": xla_flags(devices=1)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
