@@ -21,7 +21,6 @@ finish what is in flight; a second one doesn't wait.
 
 import asyncio
 import dataclasses
-import logging
 import os
 import pathlib
 
@@ -100,7 +99,6 @@ def serve_own(directory: pathlib.Path) -> int:
         from jmoe.serve import api, jax_app, jax_config, jax_engine, local
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; `pip install -e '.[serve-jax]'` has it.") from error
-    logging.getLogger(jax_engine.__name__).setLevel(logging.INFO)  # what is decided
     step = parse_which(_STEP.value)
     model = jax_engine.read_model(directory)
     cfg = read_config(directory.absolute().name, model)

@@ -1,9 +1,12 @@
 """Our engine and its HTTP application, in this process or as a replica holds them."""
 
 import importlib.util
+import logging
 import os
 import pathlib
 import signal
+
+import absl.logging
 
 from jmoe.checkpoint.retention import Which
 from jmoe.config.serve import ServeConfig
@@ -74,7 +77,13 @@ def follow(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> None:
 
 
 def load(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> Trained:
-    """Returns a model that is read, in a process that is set up to serve it."""
+    """Returns a model that is read, in a process that is set up to serve it.
+
+    From now on its log has what the engine compiles and what is decided. Ray's replicas
+    show it too, whose processes don't begin as absl's programs do.
+    """
+    absl.logging.use_absl_handler()
+    logging.getLogger(jax_engine.__name__).setLevel(logging.INFO)
     runtime.step_after_step()
     runtime.start_jax()
     trained = jax_engine.load(directory, cfg.engine, step)

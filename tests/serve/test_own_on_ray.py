@@ -1,6 +1,7 @@
 """Our engine's replicas on Ray as clients see them (`pytest -m serving`)."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,12 +19,18 @@ NEW = 60
 LONG = 800
 RUNNING = "jmoe_requests_running"
 OWN = ("--engine=jax", "--set=max_replicas=2", "--set=requests_per_replica=1")
+ROWS = 4  # as many as ask at once in these tests, but for one
+DECIDING = (  # when requests wait, not for a step, but for others to end
+    f"--set=engine.max_sequences={ROWS}",
+    "--set=engine.controller={'actions': ('admit',), 'wait_seconds': 0.05, "
+    "'window_steps': 2, 'cool_down': 1}",
+)
 
 
 @pytest.fixture(scope="module")
 def server(start, workdir):
     """A run's directory is served: no export is needed."""
-    with start(f"--model={workdir}", *OWN, "--set=name=squares") as server:
+    with start(f"--model={workdir}", *OWN, *DECIDING, "--set=name=squares") as server:
         yield server
 
 
@@ -51,6 +58,13 @@ def test_a_killed_replica_is_replaced(server, expected):
 
 def test_load_above_a_replicas_share_brings_another_and_metrics_show_both(server):
     server.ask_until(lambda: len(server.measured(RUNNING)) == 2, PROMPTS[0], LONG)
+
+
+def test_what_a_replica_decides_is_in_the_servers_log(server):
+    asked = greedy(PROMPTS[0], LONG, n=3 * ROWS)
+    assert server.ask("/v1/completions", asked).status == 200
+    decided = re.compile(r"admit: requests wait for up to .+ requests may wait")
+    server.wait_for(lambda: decided.search(server.log.read_text()))
 
 
 def test_sigterm_finishes_what_is_in_flight_and_refuses_the_rest(server):
