@@ -12,7 +12,8 @@ A process that leaves `join` by an error ends the others with that error, where 
 wait for it the next time, and within GRACE_S wherever they are. One that dies ends the
 others at once, with one line that says which it was: nothing that they may be waiting
 for, in a step or a save, will ever come. JAX would end them too, at the earliest by
-SIGABRT and a page of C++, at the latest after its own 100 s, and not by name.
+SIGABRT and a page of C++, at the latest after its own 100 s, and not by name. Without
+an error all leave together, once their devices have done all that they were given.
 """
 
 import contextlib
@@ -28,10 +29,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 from jmoe.parallel import channel, rendezvous
-from jmoe.parallel.listener import split_address
+from jmoe.parallel.launchers import Place, find_place
 from jmoe.parallel.process_group import Failure, ProcessGroup, RemoteError
 
 JOIN_TIMEOUT_S = 300.0
@@ -48,35 +49,6 @@ _LISTED_DIFFERENCES = 8
 
 _ALONE = ProcessGroup()
 _group = contextvars.ContextVar("group", default=_ALONE)
-
-
-class Launcher(NamedTuple):
-    """Environment variables by which a launcher tells a process who it is."""
-
-    name: str
-    process_id: str
-    num_processes: str | None  # None: it doesn't tell
-    required: str | None = None  # without which the others mean something else
-
-
-# The first that is there counts: MPI's processes may run inside a Slurm job. Slurm's
-# variables count, as they do for JAX, only with the list of a step's nodes. Kubernetes'
-# jobs may as well be independent programs: its variable counts only where the other
-# values are given.
-LAUNCHERS = (
-    Launcher("Open MPI", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    Launcher("MPICH", "PMI_RANK", "PMI_SIZE"),
-    Launcher("Slurm", "SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_NODELIST"),
-    Launcher("Kubernetes", "JOB_COMPLETION_INDEX", None),
-)
-
-
-class Place(NamedTuple):
-    """Says where processes meet, how many they are, and which of them this one is."""
-
-    coordinator: str
-    num_processes: int
-    process_id: int
 
 
 def index() -> int:
@@ -181,6 +153,7 @@ def join(
         stop_jax = _start_jax(place, group, timeout_s)
         try:
             yield
+            _await_devices()
             exchange("the end", None)
             stop_jax()
         except BaseException as error:
@@ -269,68 +242,6 @@ def code_fingerprint(
     }
 
 
-def find_place(
-    coordinator: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-    environ: Mapping[str, str] = os.environ,
-) -> Place | None:
-    """Completes what is given by what a launcher says; None for a lone process.
-
-    Raises:
-      ValueError: something is missing or out of range; names it.
-    """
-    coordinator = coordinator or environ.get("JAX_COORDINATOR_ADDRESS")
-    given = coordinator is not None or (num_processes, process_id) != (None, None)
-    launcher = _launcher(environ)
-    if launcher is not None and (given or launcher.num_processes is not None):
-        if process_id is None:
-            process_id = int(environ[launcher.process_id])
-        if num_processes is None and launcher.num_processes is not None:
-            num_processes = int(environ[launcher.num_processes])
-    elif not given:
-        return None
-    if num_processes == 1 and process_id in (None, 0):
-        return None
-    if coordinator is None and None not in (num_processes, process_id):
-        coordinator = _coordinator(num_processes, process_id)
-    values = Place(coordinator, num_processes, process_id)  # pyright: ignore
-    missing = [name for name, value in values._asdict().items() if value is None]
-    if missing:
-        known = ", ".join(launcher.name for launcher in LAUNCHERS)
-        raise ValueError(
-            f"Several processes need {', '.join(Place._fields)}. Not given, nor known "
-            f"from a launcher ({known}): {', '.join(missing)}."
-        )
-    if values.num_processes < 1:
-        raise ValueError(f"num_processes={num_processes} must be at least 1.")
-    if not 0 <= values.process_id < values.num_processes:
-        raise ValueError(f"process_id={process_id} must lie in [0, {num_processes}).")
-    split_address(values.coordinator)
-    return values
-
-
-def _launcher(environ: Mapping[str, str]) -> Launcher | None:
-    for launcher in LAUNCHERS:
-        _, *needed = launcher
-        if all(name is None or name in environ for name in needed):
-            return launcher
-    return None
-
-
-def _coordinator(num_processes: int | None, process_id: int | None) -> str | None:
-    """Returns process 0's address, as far as JAX knows the launcher.
-
-    JAX has no public function that tells it without connecting.
-    """
-    from jax._src.clusters import ClusterEnv
-
-    found = ClusterEnv.auto_detect_unset_distributed_params(
-        None, num_processes, process_id, [], None, None
-    )
-    return found[0]
-
-
 def _start_jax(
     place: Place, group: ProcessGroup, timeout_s: float
 ) -> Callable[[], None]:
@@ -357,6 +268,24 @@ def _start_jax(
         shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT_S,
     )
     return jax.distributed.shutdown
+
+
+def _await_devices() -> None:
+    """Returns when all that all processes' devices were given to do is done.
+
+    Whoever waits for a result may have waited for one device's part of it. Another one
+    that is still at work, and needs another process, would need one that has left: XLA
+    would wait for that for minutes. Devices do one thing after another, those of CPUs
+    collectives at least; so this waits for one more on all.
+    """
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
+    each, whole = (NamedSharding(mesh, PartitionSpec(*x)) for x in (["all"], []))
+    one_each = jnp.ones(mesh.size, device=each)
+    jax.jit(jnp.sum, out_shardings=whole)(one_each).block_until_ready()
 
 
 def _abandon_jax() -> None:

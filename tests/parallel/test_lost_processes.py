@@ -1,4 +1,7 @@
-"""When one of several processes dies or fails, the others end, and say which it was."""
+"""When one of several processes dies or fails, the others end, and say which it was.
+
+And none leaves while another one's devices still need its own.
+"""
 
 import pathlib
 import socket
@@ -8,7 +11,7 @@ import pytest
 
 from jmoe.parallel import processes
 from tests import several_processes
-from tests.parallel import lost_program
+from tests.parallel import leaving_program, lost_program
 from tests.several_processes import Copy
 
 # JAX alone takes 100 s to notice, or a lifetime.
@@ -56,3 +59,14 @@ def test_a_process_that_fails_in_mid_step_ends_the_other_with_its_reason(
     reason = "[Errno 5] Input/output error: 'data'"
     assert (one.err, one.code) == (f"error: {reason}\n", 1)
     assert zero.err == f"error: process 1: {reason}\n" and zero.code in (1, 2)
+
+
+def test_processes_leave_together_when_all_their_devices_are_done():
+    address = several_processes.free_address()
+    program = leaving_program.__file__
+    running = [several_processes.start([program, address, index]) for index in "01"]
+    zero, one = several_processes.ended(running, IN_TIME_S)
+    assert (zero.code, one.code) == (0, 0) and zero.out == one.out
+    before, after, value = zero.out.split()
+    assert (before, after) == ("False", "True")
+    assert 0 < float(value) < 0.1
