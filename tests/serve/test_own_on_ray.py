@@ -61,7 +61,7 @@ def test_load_above_a_replicas_share_brings_another_and_metrics_show_both(server
 
 
 def test_what_a_replica_decides_is_in_the_servers_log(server):
-    asked = greedy(PROMPTS[0], LONG, n=3 * ROWS)
+    asked = greedy(PROMPTS[0], NEW, n=4 * ROWS)
     assert server.ask("/v1/completions", asked).status == 200
     decided = re.compile(r"admit: requests wait for up to .+ requests may wait")
     server.wait_for(lambda: decided.search(server.log.read_text()))
