@@ -273,10 +273,10 @@ def _start_jax(
 def _await_devices() -> None:
     """Returns when all that all processes' devices were given to do is done.
 
-    Whoever waits for a result may have waited for one device's part of it. Another one
-    that is still at work, and needs another process, would need one that has left: XLA
-    would wait for that for minutes. Devices do one thing after another, those of CPUs
-    collectives at least; so this waits for one more on all.
+    Who reads a result may have waited for one device's part of it, as Orbax does. Other
+    devices may still be at work and need another process; if that has left, XLA waits
+    for minutes. Devices do one thing after another, those of CPUs collectives at least:
+    so this waits for one more of all.
     """
     import jax
     import jax.numpy as jnp

@@ -79,8 +79,8 @@ def follow(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> None:
 def load(directory: pathlib.Path, cfg: ServeConfig, step: Which) -> Trained:
     """Returns a model that is read, in a process that is set up to serve it.
 
-    From now on its log has what the engine compiles and what is decided. Ray's replicas
-    show it too, whose processes don't begin as absl's programs do.
+    From now on its log has what is decided; that of Ray's replicas too, whose processes
+    don't begin as absl's programs do.
     """
     absl.logging.use_absl_handler()
     logging.getLogger(jax_engine.__name__).setLevel(logging.INFO)
