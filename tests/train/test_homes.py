@@ -30,6 +30,7 @@ PLACES = {
     "data=4,expert=2,tensor=2,zero_stage=3": (),
     "data=4,expert=4": ("model.layer_loop=unroll", "optimizer.name=muon"),
     "expert=8,tensor=2": (BALANCED,),
+    "data=2,expert=8": ("precision=fp8",),
     "pipe=2,data=2,expert=4": ("pipeline.schedule=1f1b",),
     "pipe=2,data=4,expert=2": ("pipeline.schedule=gpipe", BALANCED),
     "pipe=2,expert=4,tensor=2": ("pipeline.schedule=interleaved_1f1b",),
