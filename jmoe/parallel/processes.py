@@ -283,8 +283,8 @@ def _await_devices() -> None:
     from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
     mesh = jax.make_mesh((jax.device_count(),), ("all",), (AxisType.Auto,))
-    each, whole = (NamedSharding(mesh, PartitionSpec(*x)) for x in (["all"], []))
-    one_each = jnp.ones(mesh.size, device=each)
+    one_each = jnp.ones(mesh.size, device=NamedSharding(mesh, PartitionSpec("all")))
+    whole = NamedSharding(mesh, PartitionSpec())
     jax.jit(jnp.sum, out_shardings=whole)(one_each).block_until_ready()
 
 
