@@ -38,6 +38,7 @@ class EngineConfig:
     compiled: bool | None = None  # on CPUs not, which starts much sooner
     # And of jmoe's own engine only:
     weights: str | None = None  # native, fp8 or int4-experts
+    prompt_tokens: int | None = None  # that a step reads of prompts, at most
     queue: int | None = None  # requests that may wait for a place; 256
     deadline_seconds: float | None = None  # that an answer may take; 600
     controller: ControllerConfig | None = None  # of load; places, and admits in time
@@ -56,8 +57,9 @@ class EngineConfig:
         for field in ("queue", "spare_experts"):
             if getattr(self, field) is not None:
                 checks.at_least(self, **{field: 0})
-        if self.max_length is not None:
-            checks.at_least(self, max_length=2)
+        for field, least in {"max_length": 2, "prompt_tokens": 1}.items():
+            if getattr(self, field) is not None:
+                checks.at_least(self, **{field: least})
         if self.placement is not None and not self.expert_parallel:
             raise ValueError("placement needs expert_parallel=True.")
 

@@ -232,13 +232,10 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
     queue = QUEUE if asked.queue is None else asked.queue
     places = slots * mesh.batch_parts * mesh.pipe
     max_length = asked.max_length or model.max_positions
-    reading: dict[str, Any] = {"chunks": Limits.chunks}
-    reading |= READING.get(jax.default_backend(), {})
-    reading["chunks"] = tuple(sorted({min(x, max_length) for x in reading["chunks"]}))
     limits = Limits(
         rows=(*(size for size in ROWS if size < slots), slots),
         max_length=max_length,
-        **reading,
+        **_reading(asked, max_length),
         drafts=asked.draft_tokens,
         top_logprobs=min(cfg.limits.logprobs, model.vocab_size),
         queue=places + queue,
@@ -253,6 +250,17 @@ def make_limits(model: ModelConfig, cfg: ServeConfig, cache_bytes: float) -> Lim
             f"tokens; one sequence may have max_length={limits.max_length}."
         )
     return dataclasses.replace(limits, num_pages=min(pages, limits.pages))
+
+
+def _reading(asked: EngineConfig, max_length: int) -> dict[str, Any]:
+    """Returns of the limits those of prompts, which are the device's or as asked."""
+    sizes: dict[str, Any] = {"chunks": Limits.chunks}
+    sizes |= READING.get(jax.default_backend(), {})
+    longest = max_length
+    if asked.prompt_tokens is not None:
+        sizes["prompt_tokens"] = asked.prompt_tokens
+        longest = min(longest, asked.prompt_tokens)
+    return sizes | {"chunks": tuple(sorted({min(x, longest) for x in sizes["chunks"]}))}
 
 
 def _on_mesh(

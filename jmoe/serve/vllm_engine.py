@@ -24,6 +24,16 @@ LATENT_SIZES = (512, 64)  # kv_latent_dim and rope_dim of vLLM's MLA kernels
 CPU_HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 256)  # of vLLM's CPU attention
 CPU_HIDDEN_MULTIPLE = 32  # of its CPU expert kernel
 
+# Fields of the engine's record that have no meaning for vLLM.
+_OF_OURS = (
+    "weights",
+    "prompt_tokens",
+    "queue",
+    "deadline_seconds",
+    "controller",
+    "spare_experts",
+)
+
 # The model is a directory: nothing is to be fetched, and nothing is to be reported.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -200,8 +210,7 @@ def _threads(serving: ServeConfig, host: Host) -> dict[str, str]:
 
 
 def _refuse_anywhere(model: ModelConfig, cfg: EngineConfig) -> None:
-    ours = "weights", "queue", "deadline_seconds", "controller", "spare_experts"
-    for field in ours:
+    for field in _OF_OURS:
         if (value := getattr(cfg, field)) is not None:
             raise ValueError(f"{field}={value!r} is for --engine=jax.")
     engine_checks.check(model, cfg)

@@ -40,6 +40,7 @@ from jmoe.config.serve import ServeConfig
         (["engine.draft_tokens=-1"], "draft_tokens=-1 must be at least 0."),
         (["engine.max_sequences=0"], "max_sequences=0 must be at least 1."),
         (["engine.max_length=1"], "max_length=1 must be at least 2."),
+        (["engine.prompt_tokens=0"], "prompt_tokens=0 must be at least 1."),
         (["engine.cache_gib=0"], "cache_gib=0.0 must be above 0."),
         (
             ["engine.dtype=float16"],

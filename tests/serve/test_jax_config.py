@@ -84,6 +84,7 @@ def test_placement_and_drafts_without_a_module_are_refused():
     "setting",
     [
         "weights=fp8",
+        "prompt_tokens=64",
         "queue=5",
         "deadline_seconds=9",
         "controller={}",

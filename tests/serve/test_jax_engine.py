@@ -37,6 +37,23 @@ def test_by_default_there_is_room_for_64_sequences_of_the_models_longest():
     assert limits("draft_tokens=1", "max_length=32").drafts == 1
 
 
+@pytest.mark.parametrize(
+    ("most", "readings"),
+    [
+        (48, [(1, 48)]),
+        (64, [(1, 64)]),
+        (100, [(1, 64), (1, 100)]),
+        (128, [(1, 64), (1, 128), (2, 64)]),
+        (1000, [(1, 64), (1, 128), (2, 64), (2, 128), (4, 64), (4, 128)]),
+    ],
+)
+def test_a_step_reads_no_more_of_prompts_than_asked(most, readings):
+    long = dataclasses.replace(MODEL, max_positions=4096)
+    found = limits(f"prompt_tokens={most}", model=long)
+    assert list(found.readings) == readings
+    assert found.chunks[-1] == min(most, 128)
+
+
 def test_places_are_shared_out_to_what_has_sequences_of_its_own():
     divided = ["tensor_parallel=4", "max_sequences=30"]
     assert limits(*divided).slots == 30
