@@ -89,9 +89,10 @@ def fitting_limits(
     chunk = next((size for size in CHUNKS if size >= longest), CHUNKS[-1])
     # Then all are read in the first steps, and none is left to be read alone.
     is_read_at_once = longest <= chunk and num_prompts <= MOST_ROWS
+    rows = min(_power_of_two(num_prompts), MOST_ROWS)
     return Limits(
-        rows=(min(_power_of_two(num_prompts), MOST_ROWS),),
-        prompts=(FIRST_PROMPTS,) if is_read_at_once else Limits.prompts,
+        rows=(rows,),
+        prompts=(min(rows, FIRST_PROMPTS),) if is_read_at_once else Limits.prompts,
         chunks=(chunk,),
         max_length=min(pages * PAGE_SIZE, cfg.max_positions),
         page_size=PAGE_SIZE,

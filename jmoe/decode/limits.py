@@ -30,10 +30,9 @@ class Limits:
     rows: how many sequences are decoded at once, in ascending order; each is compiled,
       and of each step the smallest that suffices is taken. The last is how many there
       may be at a time.
-    prompts: how many parts of prompts are read at once, likewise, but no more than
-      there may be sequences. They are of one prompt or of several. Steps that read more
-      than the first of these are compiled for the last of `rows` alone: beside so many
-      tokens, rows that aren't there cost little.
+    prompts: how many parts of prompts are read at once, likewise: of one prompt or of
+      several. Steps that read are compiled for all of `rows` but the first, if there
+      are others: beside so many tokens, a few rows that aren't there cost little.
     chunks: how many tokens each of these parts has, likewise.
     prompt_tokens: how many tokens of prompts others wait for in a step, at most: larger
       products of `prompts` and `chunks` aren't compiled. None: all are.
@@ -66,7 +65,7 @@ class Limits:
                 raise ValueError(
                     f"{name}={sizes} must be numbers above 0 in ascending order."
                 )
-        least = self._at_once[0] * self.chunks[-1]
+        least = self.prompts[0] * self.chunks[-1]
         if self.prompt_tokens is not None and self.prompt_tokens < least:
             raise ValueError(
                 f"prompt_tokens={self.prompt_tokens} must be at least {least}, so that "
@@ -87,37 +86,31 @@ class Limits:
     @property
     def sizes(self) -> tuple[StepSize, ...]:
         """All sizes of steps."""
-        fewest = self._at_once[0]
-        found = [
-            StepSize(rows, prompts, chunk)
-            for prompts, chunk in self.readings
-            for rows in (self.rows if prompts == fewest else self.rows[-1:])
-        ]
+        beside = itertools.product(self.readings, self._rows_beside)
+        found = [StepSize(rows, *reading) for reading, rows in beside]
         return *map(StepSize, self.rows), *found
 
     def size(self, rows: int, prompts: int, chunk: int) -> StepSize:
         """Returns the smallest size that has room for so many."""
         if not prompts:
             return StepSize(_smallest(self.rows, rows))
-        if prompts > self._at_once[0]:
-            rows = self.rows[-1]
         return StepSize(
-            _smallest(self.rows, rows),
-            _smallest(self._at_once, prompts),
+            _smallest(self._rows_beside, rows),
+            _smallest(self.prompts, prompts),
             _smallest(self.chunks, chunk),
         )
 
     @property
     def readings(self) -> tuple[tuple[int, int], ...]:
         """How many parts of prompts a step may read, and of how many tokens each."""
-        most = self.prompt_tokens or self._at_once[-1] * self.chunks[-1]
-        each = itertools.product(self._at_once, self.chunks)
+        most = self.prompt_tokens or self.prompts[-1] * self.chunks[-1]
+        each = itertools.product(self.prompts, self.chunks)
         return tuple(pair for pair in each if pair[0] * pair[1] <= most)
 
     @property
-    def _at_once(self) -> tuple[int, ...]:
-        """Numbers of parts of prompts that are read at once."""
-        return tuple(sorted({min(number, self.slots) for number in self.prompts}))
+    def _rows_beside(self) -> tuple[int, ...]:
+        """Numbers of rows for which steps that read prompts are compiled."""
+        return self.rows[1:] or self.rows
 
     @property
     def pages_of_one(self) -> int:

@@ -50,8 +50,9 @@ from jmoe.train.trained import Trained, load_trained, look_at_trained, quantized
 
 ROWS = (1, 8, 64, 512)  # of which steps are compiled, up to max_sequences
 # A CPU's step takes longer by each token that it has room for, there or not, and no
-# less a token where they are many: so they are few, and others' tokens come sooner.
-READING = {"cpu": {"prompts": (1, 2, 4), "chunks": (64, 128), "prompt_tokens": 256}}
+# less a token where they are many: so there is little room that may stay empty, and for
+# few tokens in all, so that others' come sooner.
+READING = {"cpu": {"prompts": (1, 2, 4, 8), "chunks": (32, 256), "prompt_tokens": 256}}
 QUEUE = 256
 STEPS = "steps"  # what process 0 tells the others of its engine
 
@@ -260,7 +261,8 @@ def _reading(asked: EngineConfig, max_length: int) -> dict[str, Any]:
     if asked.prompt_tokens is not None:
         sizes["prompt_tokens"] = asked.prompt_tokens
         longest = min(longest, asked.prompt_tokens)
-    return sizes | {"chunks": tuple(sorted({min(x, longest) for x in sizes["chunks"]}))}
+    chunks = tuple(size for size in sizes["chunks"] if size <= longest)
+    return sizes | {"chunks": chunks or (longest,)}
 
 
 def _on_mesh(

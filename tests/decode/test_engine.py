@@ -335,7 +335,7 @@ def test_a_mixed_load_compiles_nothing_after_the_start(cfg, variables, compilati
     assert len(list(engine.complete(others))) == len(others)
     for few in (requests(2), requests(2, 2)):
         assert len(list(engine.complete(few))) == len(few)
-    assert sizes == set(MIXED.sizes) and len(sizes) == 8
+    assert sizes == set(MIXED.sizes) and len(sizes) == 6
     assert compilations == []
     jax.jit(lambda x: x + 1)(np.zeros(7919))
     assert len(compilations) == 1  # it would have been noticed

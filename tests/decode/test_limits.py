@@ -62,11 +62,14 @@ def test_each_step_has_the_smallest_size_that_has_room():
         )
 
 
-def test_many_prompts_are_read_beside_all_rows_alone_and_no_more_than_these():
-    sizes = Limits(rows=(1, 8), prompts=(1, 3, 16, 32), chunks=(64, 256)).sizes
-    assert len(sizes) == len(set(sizes)) == 2 + 2 * 2 + 2 * 2
-    assert {size.prompts for size in sizes if size.rows == 1} == {0, 1}
-    assert {size.prompts for size in sizes if size.rows == 8} == {0, 1, 3, 8}
+def test_prompts_are_read_beside_all_numbers_of_rows_but_the_fewest():
+    sizes = Limits(rows=(1, 4, 8), prompts=(1, 3, 16), chunks=(64, 256)).sizes
+    assert len(sizes) == len(set(sizes)) == 3 + 2 * 3 * 2
+    assert {size.prompts for size in sizes if size.rows == 1} == {0}
+    for rows in (4, 8):
+        found = {size.prompts for size in sizes if size.rows == rows}
+        assert found == {0, 1, 3, 16}
+    assert {size.prompts for size in Limits(rows=(1,)).sizes} == {0, 1, 4}
 
 
 def test_no_size_reads_more_tokens_than_others_may_wait_for():

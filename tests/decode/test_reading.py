@@ -43,6 +43,17 @@ def test_a_prompt_alone_is_read_in_the_fewest_tokens_and_parts(length, prompts, 
     assert sum(count for _, _, count in chunks) == min(length, prompts * size)
 
 
+@pytest.mark.parametrize(
+    ("length", "read", "size"),
+    [(30, 0, 32), (100, 0, 32), (250, 0, 256), (3900, 0, 256), (3900, 3800, 256)],
+)
+def test_small_parts_are_for_prompts_of_which_little_is_behind_them(length, read, size):
+    shapes = {"prompts": (1, 2, 4, 8), "chunks": (32, 256), "prompt_tokens": 256}
+    limits = Limits(rows=(8,), **shapes)
+    assert take_chunks(limits, [unread(length, read=read)])[1] == size
+    assert take_chunks(limits, [unread(length, read=length - 20)])[1] == 32
+
+
 def test_parts_of_a_prompt_follow_each_other_and_prompts_their_order():
     chunks, size = taken(unread(300, 40, 50, read=200))
     parts = [(0, 200, 64), (0, 264, 36), (1, 0, 40), (2, 0, 50)]
