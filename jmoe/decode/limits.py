@@ -12,7 +12,7 @@ from jmoe.config.model import ROUTERS
 class StepSize(NamedTuple):
     """A compiled size of a step; where no prompts are read, both of theirs are 0.
 
-    rows: sequences being decoded. prompts: how many are read; chunk: tokens of each.
+    rows: sequences being decoded. prompts: parts of prompts; chunk: tokens of each.
     """
 
     rows: int

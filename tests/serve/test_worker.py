@@ -76,6 +76,42 @@ def test_the_thread_sleeps_while_there_is_nothing_to_do(engine, worker):
     assert engine.looks == before and engine.steps == 5
 
 
+def test_clients_that_ask_again_are_waited_for(engine, worker, monkeypatch):
+    """Two whose answers end in one step share the next one too."""
+    monkeypatch.setattr(workers, "AGAIN_SHARE", 1e9)
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 5.0)
+
+    async def ask_on(delay: float):
+        for _ in range(5):
+            await asyncio.sleep(delay)
+            await taken(worker, 3)
+
+    async def main():
+        engine.may_step.clear()
+        both = asyncio.gather(ask_on(0.0), ask_on(0.02))
+        await asyncio.to_thread(wait_until, lambda: worker._count == 2)
+        engine.may_step.set()
+        await both
+
+    asyncio.run(main())
+    assert engine.submitted == 10 and engine.steps <= 5 * 3 + 1
+
+
+def test_clients_that_do_not_are_waited_for_a_moment_only(engine, worker, monkeypatch):
+    engine.pause = 0.01
+    monkeypatch.setattr(workers, "AGAIN_SHARE", 20.0)
+    monkeypatch.setattr(workers, "AGAIN_SECONDS", 0.2)
+
+    async def main():
+        with worker.submit([request(LONG)], 60):
+            await taken(worker, 2)
+            before, began = engine.steps, time.monotonic()
+            await asyncio.to_thread(wait_until, lambda: engine.steps >= before + 5)
+            assert 0.2 < time.monotonic() - began < 5.0
+
+    asyncio.run(main())
+
+
 def test_more_requests_than_there_is_room_for_are_refused_until_some_end(
     engine, worker
 ):
