@@ -124,7 +124,7 @@ def context(directory: str, lengths: Sequence[int], new: int = 24) -> Tasks:
     longest = max(lengths) + new
     cfg, variables = _load(directory)
     cfg = override(cfg, [f"max_positions={longest}"])
-    limits = Limits(rows=(1,), chunks=(512,), max_length=longest)
+    limits = Limits(rows=(1,), prompts=(1,), chunks=(512,), max_length=longest)
     engine = Engine(cfg, variables, limits)
     prompt = random_tokens(cfg, max(lengths)).tolist()
 
@@ -186,7 +186,11 @@ def drafts(workdir: str, prompts: int, prompt: int, new: int) -> Tasks:
 
     def task(count: int):
         limits = Limits(
-            rows=(1,), chunks=(prompt,), max_length=prompt + new, drafts=count
+            rows=(1,),
+            prompts=(1,),
+            chunks=(prompt,),
+            max_length=prompt + new,
+            drafts=count,
         )
         engine = Engine(cfg, trained.variables, limits)
 

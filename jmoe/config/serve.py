@@ -7,6 +7,8 @@ from jmoe.config.controller import ControllerConfig
 from jmoe.config.model import DTYPES
 
 CPU_CACHE_GIB = 1.0  # of either engine
+# Of the engine's fields that may be None.
+_LEAST = {"max_length": 2, "prompt_tokens": 1, "queue": 0, "spare_experts": 0}
 OPEN_ROUTES = ("/health", "/metrics", "/monitor")  # what may be asked without a key
 
 
@@ -54,10 +56,7 @@ class EngineConfig:
         )
         checks.one_of(self, dtype=(None, *DTYPES))
         checks.above_zero(self, "cache_gib", "deadline_seconds")
-        for field in ("queue", "spare_experts"):
-            if getattr(self, field) is not None:
-                checks.at_least(self, **{field: 0})
-        for field, least in {"max_length": 2, "prompt_tokens": 1}.items():
+        for field, least in _LEAST.items():
             if getattr(self, field) is not None:
                 checks.at_least(self, **{field: least})
         if self.placement is not None and not self.expert_parallel:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jmoe.config import ModelConfig
 from jmoe.decode.engine import Engine, MakePrograms
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, few_parts
 from jmoe.decode.programs import OneDevice
 from jmoe.decode.requests import Sampling, check_prompt
 from jmoe.train import compiled
@@ -92,7 +92,9 @@ def fitting_limits(
     rows = min(_power_of_two(num_prompts), MOST_ROWS)
     return Limits(
         rows=(rows,),
-        prompts=(min(rows, FIRST_PROMPTS),) if is_read_at_once else Limits.prompts,
+        prompts=few_parts(
+            rows, (FIRST_PROMPTS,) if is_read_at_once else Limits.prompts
+        ),
         chunks=(chunk,),
         max_length=min(pages * PAGE_SIZE, cfg.max_positions),
         page_size=PAGE_SIZE,

@@ -125,6 +125,15 @@ class Limits:
         return self.num_pages
 
 
+def few_parts(rows: int, prompts: Sequence[int] = Limits.prompts) -> tuple[int, ...]:
+    """Returns `prompts`, of which none is above the number of sequences.
+
+    For engines that aren't used for long: there is less to compile, and few long
+    prompts take more steps.
+    """
+    return tuple(sorted({min(number, rows) for number in prompts}))
+
+
 def check(cfg: ModelConfig, limits: Limits) -> None:
     """Refuses a model that generates no text, or lacks what the limits ask for.
 

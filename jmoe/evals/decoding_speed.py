@@ -17,7 +17,7 @@ from jmoe.config import ModelConfig
 from jmoe.data.tokenizer import Tokenizer
 from jmoe.decode.acceptance import acceptance
 from jmoe.decode.engine import Engine
-from jmoe.decode.limits import Limits
+from jmoe.decode.limits import Limits, few_parts
 from jmoe.decode.requests import Completion, Sampling
 from jmoe.evals.records import read_records
 
@@ -93,7 +93,14 @@ def make_engine(
     """Returns an engine for these prompts, compiled, that lets none wait for a slot."""
     rows = tuple(sorted({1, at_a_time}))
     length = max(map(len, prompts)) + new_tokens
-    limits = Limits(rows=rows, chunks=CHUNKS, max_length=length, drafts=drafts, queue=1)
+    limits = Limits(
+        rows=rows,
+        prompts=few_parts(at_a_time),
+        chunks=CHUNKS,
+        max_length=length,
+        drafts=drafts,
+        queue=1,
+    )
     return Engine(cfg, variables, limits)
 
 

@@ -268,7 +268,10 @@ class Worker:
             _call_on(ticket.loop, ticket.refuse, reason)
 
     def _wait(self) -> bool:
-        """Returns once there is something to do; false if that is to end."""
+        """Returns once there is something to do; false if that is to end.
+
+        Whom the next step waits for have until `_wanted_by`.
+        """
         with self._changed:
             self._changed.wait_for(
                 lambda: self._calls or self._refused or not self._engine.is_idle

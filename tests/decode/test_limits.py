@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from jmoe.config import records
-from jmoe.decode.limits import Limits, check
+from jmoe.decode.limits import Limits, check, few_parts
 
 REFUSED = [
     ({"rows": ()}, "rows=() must be numbers above 0 in ascending order."),
@@ -70,6 +70,12 @@ def test_prompts_are_read_beside_all_numbers_of_rows_but_the_fewest():
         found = {size.prompts for size in sizes if size.rows == rows}
         assert found == {0, 1, 3, 16}
     assert {size.prompts for size in Limits(rows=(1,)).sizes} == {0, 1, 4}
+
+
+def test_an_engine_of_few_sequences_may_be_compiled_for_few_parts():
+    assert few_parts(1) == (1,) and few_parts(3) == (1, 3)
+    assert few_parts(8) == Limits.prompts
+    assert few_parts(2, (8,)) == (2,)
 
 
 def test_no_size_reads_more_tokens_than_others_may_wait_for():
