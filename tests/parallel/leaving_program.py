@@ -2,19 +2,23 @@
 
 Its arguments: COORDINATOR INDEX
 
-The second device of each takes longer, and only then meets that of the other process.
+The second device of each only meets that of the other process once the block of `join`
+has been left for LATE_S.
 """
 
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 from jmoe.parallel import processes
 
-ROUNDS = 3_000_000  # a second or more
+LATE_S = 0.5
+_may_meet = threading.Event()
 
 
 def main(coordinator: str, index: str) -> None:
@@ -27,13 +31,23 @@ def main(coordinator: str, index: str) -> None:
         first, second = (found.addressable_data(i) for i in range(2))
         first.block_until_ready()
         print(second.is_ready())
+        threading.Timer(LATE_S, _may_meet.set).start()
     print(second.is_ready(), float(second[0]))
 
 
 def sum_late() -> jax.Array:
-    rounds = ROUNDS * lax.axis_index("device")
-    value = lax.fori_loop(0, rounds, lambda _, x: jnp.sin(x), jnp.float32(1))
-    return lax.psum(value[None], "process")
+    device = lax.axis_index("device")
+    mine = lax.cond(device == 1, wait_and_be_one, lambda: jnp.float32(0))
+    return lax.psum(mine[None], "process")
+
+
+def wait_and_be_one() -> jax.Array:
+    return jax.pure_callback(one_when_set, jax.ShapeDtypeStruct((), jnp.float32))
+
+
+def one_when_set() -> np.ndarray:
+    _may_meet.wait()
+    return np.float32(1)
 
 
 if __name__ == "__main__":
