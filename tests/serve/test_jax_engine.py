@@ -43,14 +43,14 @@ def test_by_default_there_is_room_for_64_sequences_of_the_models_longest():
         (16, [(1, 16)]),
         (48, [(1, 32)]),
         (100, [(1, 32), (2, 32)]),
-        (256, [(1, 32), (1, 256), (2, 32), (4, 32), (8, 32)]),
-        (600, [(1, 32), (1, 256), (2, 32), (2, 256), (4, 32), (8, 32)]),
+        (128, [(1, 32), (1, 128), (2, 32), (4, 32)]),
+        (300, [(1, 32), (1, 128), (2, 32), (2, 128), (4, 32), (8, 32)]),
     ],
 )
 def test_a_step_reads_no_more_of_prompts_than_asked(most, readings):
     long = dataclasses.replace(MODEL, max_positions=4096)
     assert limits(f"prompt_tokens={most}", model=long).readings == tuple(readings)
-    if most == 256:
+    if most == 128:
         assert limits(model=long).readings == tuple(readings)
 
 
